@@ -1,0 +1,555 @@
+"""LION's operator: bidirectional linear attention with decay, in three exactly equal forms.
+
+Source: "Linear Attention for Efficient Bidirectional Sequence Modeling", arXiv 2502.16249.
+
+With log-decays ``g <= 0`` (one per token), row ``i`` reads key ``j`` with weight
+
+    M_ij = exp(g_j + ... + g_{i-1})   for i > j     (the token being left decays, never the one entered)
+         = 1                          for i = j
+         = exp(g_{i+1} + ... + g_j)   for i < j
+
+and the output is ``y_i = s n_i``, or ``s n_i / (s c_i + eps)`` when normalised, where
+
+    n_i = sum_j M_ij (q_i . k_j) v_j        c_i = sum_j M_ij (q_i . k_j)
+
+Cost per batch element and head, for L tokens, widths D and E, chunks of K tokens (multiply-adds, forward):
+
+    attention   L^2 (D + E)                 O(L^2) memory while it runs, nothing quadratic is kept for backward
+    chunk       L (K (D + E) + 4 D E)       linear in L, all chunks at once
+    rnn         L (K (D + E) + 4 D E)       linear in L, one chunk after the other, O(D E) memory
+    LIT         2 L D E                     (no decay: chunk and rnn are one global product)
+
+How the code is laid out: `_factors` turns log-decays into the few numbers the forms multiply with (only ever
+exponentials of numbers <= 0); each form is a forward and a backward function that stand side by side; one
+autograd Function ties them together. The masks are closed under transposition, so each backward has the shape
+of its forward. Second derivatives are not implemented and raise.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+FORMATS = ("attention", "rnn", "chunk", "auto")
+
+# format="auto" uses the attention form up to this many tokens and the chunk form beyond, by device and kind of
+# decay. Measured on 2 CPU cores by `python benchmarks/bench_ops.py --crossover` (forward + backward, head width 64).
+# The accelerator row is an estimate from arithmetic intensity: not yet timed on a GPU.
+CROSSOVER = {
+    "cpu": {"none": 64, "head": 256, "token": 192},
+    "accelerator": {"none": 256, "head": 1024, "token": 1024},
+}
+
+# exp(floor) is 0 in the dtype: clamping there changes no result and keeps every sum finite for log_decay = -inf.
+_FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
+
+# Chunk states are mixed by one (chunks x chunks) product up to this many chunks; beyond, a carry links such groups.
+_SCAN_GROUP = 64
+
+
+def bidirectional_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    format: str = "attention",
+    chunk_size: int = 64,
+    normalize: bool = False,
+    return_denominator: bool = False,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Bidirectional linear attention with a decay mask (arXiv 2502.16249, sections 3 and 4).
+
+    Args:
+        query: (batch, heads, length, head_dim), any floating dtype. Any strides are accepted.
+        key: same shape as `query`.
+        value: (batch, heads, length, value_dim).
+        log_decay: natural logarithm of the decays, every entry <= 0 (-inf allowed).
+            `None` is LION-LIT (no decay), (heads,) is LION-D, (batch, heads, length) is LION-S. float32 or wider is
+            advised: half precision cannot hold a decay close to 1.
+        format: "attention" (quadratic time), "rnn" (linear time, memory independent of length), "chunk" (linear
+            time) or "auto" (attention up to a measured length, chunk beyond: see `CROSSOVER`), in any case.
+        chunk_size: most tokens in one chunk of the chunk and rnn forms. Chunks are made equally long, so that 65
+            tokens become 33 + 32 rather than 64 + 1. The rnn backward uses chunks of at least sqrt(length) tokens
+            and stores one state per chunk and direction; the rnn forward stores none.
+        normalize: divide by the row sums (the image models); otherwise return `s n` (the text models).
+        return_denominator: return `(s n, s c)` undivided, whatever `normalize` says: (batch, heads, length,
+            value_dim) and (batch, heads, length), both in the accumulation dtype (float32 or wider), so that
+            several scans can be added before one division.
+        key_mask: (batch, length), True or 1 for a real token, False or 0 for padding. A padded key reaches neither
+            numerator nor denominator; its decay still acts on what passes through it. Rows that see no key are 0.
+        scale: s, positive; `head_dim ** -0.5` by default.
+        eps: added to `s c` before the division.
+
+    Returns:
+        (batch, heads, length, value_dim) in the dtype of `value`. float64 is computed in float64, anything else in
+        float32, also under autocast.
+
+    Raises:
+        ValueError: for shapes that do not fit, an unknown format, chunk_size < 1, scale <= 0, a mask that holds
+            anything but 0 and 1, or a positive log_decay. The last two look at values: they are checked on the CPU
+            outside compiled graphs only, since on an accelerator they would wait for the device.
+    """
+    form = _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
+    batch, heads, length, head_dim = query.shape
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if form == "auto":
+        form = resolve_format(form, length, query.device, log_decay)
+
+    with torch.autocast(query.device.type, enabled=False):
+        if key_mask is not None:
+            keep = key_mask.to(torch.bool)[:, None, :, None]
+            key, value = torch.where(keep, key, 0), torch.where(keep, value, 0)
+        need_denominator = normalize or return_denominator
+        numerator, denominator = _apply(query, key, value, log_decay, form, chunk_size, need_denominator, scale)
+        if return_denominator:
+            return numerator, denominator
+        if normalize:
+            numerator = numerator / (denominator.unsqueeze(-1) + eps)
+        return numerator.to(value.dtype)
+
+
+def resolve_format(format: str, length: int, device: torch.device, log_decay: Tensor | None) -> str:
+    """The form that `format="auto"` stands for; any other format is returned as it is.
+
+    Under `torch.export` the answer is always "attention", because a graph holds one form and only this one takes any
+    length; set `format="chunk"` before the export to have the linear form at a fixed length instead.
+    """
+    if format != "auto":
+        return format
+    if is_exporting():
+        logger.warning_once(
+            "format='auto' is exported as the attention form, which takes any length. Set format='chunk' before the "
+            "export for linear time at one fixed length."
+        )
+        return "attention"
+    kind = "none" if log_decay is None else "head" if log_decay.dim() == 1 else "token"
+    return "attention" if length <= CROSSOVER["cpu" if device.type == "cpu" else "accelerator"][kind] else "chunk"
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The matrix of the attention form, `s (q k^T) * M`, for users who want to see it or to drop entries of it.
+
+    Arguments as in [`bidirectional_linear_attention`]. Returns (batch, heads, length, length) in the accumulation
+    dtype (float32 or wider), not normalised. Differentiable, at O(length^2) memory.
+    """
+    _check_arguments(query, key, key, log_decay, "attention", 1, key_mask, scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = _accumulation_dtype(query, key)
+        scores = torch.matmul(query.to(dtype) * scale, key.to(dtype).transpose(-1, -2))
+        if log_decay is not None:
+            gates = _gates(log_decay, query.shape[2], dtype)
+            scores = scores * _pair_weights(*_sums(gates), dtype)
+        if key_mask is not None:
+            scores = torch.where(key_mask.to(torch.bool)[:, None, None, :], scores, 0)
+        return scores
+
+
+# ------------------------------------------------------------------------------------------------ decay factors
+
+
+def _gates(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Clamped log-decays in the dtype their sums need: (1, H, L) without memory for LION-D, (B, H, L) for LION-S."""
+    # float64 sums: differences of float32 ones lose 5e-5 at 1025 tokens, more after a saturated gate.
+    wide = torch.float64 if log_decay.device.type != "mps" else torch.float32
+    gates = log_decay.to(wide).clamp(min=_FLOOR[dtype])
+    return gates[None, :, None].expand(1, -1, length) if gates.dim() == 1 else gates
+
+
+def _sums(gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Exclusive and inclusive cumulative sums over the last dimension."""
+    inclusive = gates.cumsum(-1)
+    return inclusive - gates, inclusive
+
+
+def _pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype) -> Tensor:
+    """M of one tile, (..., K, K). Of the two exponents the right one is the one <= 0, hence the smaller."""
+    forward = exclusive.unsqueeze(-1) - exclusive.unsqueeze(-2)
+    backward = inclusive.unsqueeze(-2) - inclusive.unsqueeze(-1)
+    return torch.minimum(forward, backward).to(dtype).exp()
+
+
+class _Factors(NamedTuple):
+    """What a chunk with K tokens and local sums e (exclusive), f (inclusive), G (total) multiplies with."""
+
+    tile: Tensor  # (b, H, n, K, K)  M inside the chunk, times the scale
+    read_left: Tensor  # (b, H, n, K, 1)  s exp(e)      a query reads the state that comes from the left
+    write_right: Tensor  # (b, H, n, K, 1)  exp(G - e)    a key enters the state that goes on to the right
+    read_right: Tensor  # (b, H, n, K, 1)  s exp(G - f)  a query reads the state that comes from the right
+    write_left: Tensor  # (b, H, n, K, 1)  exp(f)        a key enters the state that goes on to the left
+    total: Tensor  # (b, H, n)        G, log-decay of a state that crosses the chunk
+
+
+def _factors(gates: Tensor, scale: float, dtype: torch.dtype) -> _Factors:
+    """Decay factors of chunks from gates (b, H, n, K); b is 1 for LION-D."""
+    e, f = _sums(gates)
+    total = f[..., -1:]
+    return _Factors(
+        # Every factor is exp of a number <= 0. The scale of the tile rides on its exponents, free of a further pass.
+        tile=_pair_weights(e, f, dtype).mul_(scale),
+        read_left=e.to(dtype).exp().mul_(scale).unsqueeze(-1),
+        write_right=(total - e).to(dtype).exp().unsqueeze(-1),
+        read_right=(total - f).to(dtype).exp().mul_(scale).unsqueeze(-1),
+        write_left=f.to(dtype).exp().unsqueeze(-1),
+        total=total.squeeze(-1),
+    )
+
+
+def _gate_gradient(de: Tensor, df: Tensor, dtotal: Tensor) -> Tensor:
+    """d gates from d(exclusive sums), d(inclusive sums) and d(total): gate t enters e_i for i > t, f_i for i >= t."""
+    both = (de + df).double() if de.device.type != "mps" else de + df
+    return both.flip(-1).cumsum(-1).flip(-1) - de + dtotal
+
+
+def _split_sums(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """(de, df) of a tile from pairs_ij = dM_ij M_ij: e_i enters row i and leaves column i below the diagonal, f_i
+    enters column i and leaves row i above it. `pairs` is overwritten."""
+    rest = pairs.sum(-2) - pairs.sum(-1)
+    lower = pairs.tril_()
+    de = lower.sum(-1) - lower.sum(-2)
+    return de, de + rest
+
+
+# ------------------------------------------------------------------------------------------- attention form, O(L^2)
+
+
+def _attention_weights(gates: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor | None:
+    return None if gates is None else _pair_weights(*_sums(gates), dtype).mul_(scale)
+
+
+def _attention_forward(q, k, v, log_decay, scale, chunk_size):
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    if log_decay is None:
+        return torch.matmul(scores, v).mul_(scale)
+    gates = _gates(log_decay, q.shape[2], q.dtype)
+    return torch.matmul(scores.mul_(_attention_weights(gates, scale, q.dtype)), v)
+
+
+def _attention_backward(q, k, v, log_decay, dy, scale, chunk_size):
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    dscores = torch.matmul(dy, v.transpose(-1, -2))
+    if log_decay is None:
+        dv = torch.matmul(scores.transpose(-1, -2), dy).mul_(scale)
+        dscores.mul_(scale)
+        return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv, None
+    weights = _attention_weights(_gates(log_decay, q.shape[2], q.dtype), scale, q.dtype)
+    dv = torch.matmul((scores * weights).transpose(-1, -2), dy)
+    dscores.mul_(weights)
+    dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
+    pairs = scores.mul_(dscores)
+    if log_decay.dim() == 1:
+        pairs = pairs.sum(0, keepdim=True)
+    return dq, dk, dv, _gate_gradient(*_split_sums(pairs), 0)
+
+
+# ------------------------------------------------------------------------------------------- chunk form, O(L)
+
+
+def _split(x: Tensor, chunks: int, size: int) -> Tensor:
+    """(B, H, L, D) -> (B, H, chunks, size, D), zeros after the last token."""
+    padding = chunks * size - x.shape[2]
+    x = F.pad(x, (0, 0, 0, padding)) if padding else x
+    return x.unflatten(2, (chunks, size))
+
+
+def _chunk_gates(log_decay: Tensor, length: int, chunks: int, size: int, dtype: torch.dtype) -> Tensor:
+    """Gates as (b, H, n, K): (1, H, 1, K) for LION-D, (B, H, chunks, size) for LION-S, zeros after the last token."""
+    if log_decay.dim() == 1:
+        return _gates(log_decay, size, dtype).unsqueeze(2)
+    return F.pad(_gates(log_decay, length, dtype), (0, chunks * size - length)).unflatten(2, (chunks, size))
+
+
+def _layout(length: int, chunk_size: int) -> tuple[int, int]:
+    """(number of chunks, tokens in each): as few chunks as `chunk_size` allows, equally long."""
+    chunks = -(-length // chunk_size)
+    return chunks, -(-length // chunks)
+
+
+def _scan(update: Tensor, total: Tensor, reverse: bool) -> Tensor:
+    """State that reaches every chunk: out_c = sum over chunks m before c of exp(totals between m and c) update_m.
+
+    "Before" means to the left, or to the right if `reverse`. update (B, H, n, D, E), total (b, H, n). It is the
+    operator itself one level up: a small product with a decay mask per group of chunks, and a carry between groups.
+    """
+    batch, heads, chunks, d, e = update.shape
+    total = total.expand(-1, -1, chunks)
+    update, outputs, carry = update.flatten(-2), [], None
+    bounds = [(i, min(i + _SCAN_GROUP, chunks)) for i in range(0, chunks, _SCAN_GROUP)]
+    for start, stop in reversed(bounds) if reverse else bounds:
+        part, gates = update[:, :, start:stop], total[:, :, start:stop]
+        exclusive, inclusive = _sums(gates)
+        # exp(sum of the totals strictly between two chunks), 0 where the other chunk is not before this one.
+        exponent = exclusive.unsqueeze(-1) - inclusive.unsqueeze(-2)
+        if reverse:
+            exponent = exponent.transpose(-1, -2)
+        before = torch.ones_like(exponent, dtype=torch.bool)
+        before = before.triu(1) if reverse else before.tril(-1)
+        weights = exponent.masked_fill(~before, -math.inf).to(part.dtype).exp()
+        state = torch.matmul(weights.expand(batch, -1, -1, -1), part)
+        last = inclusive[:, :, -1:]
+        if carry is not None:
+            reach = (last - inclusive if reverse else exclusive).to(part.dtype).exp()
+            state = state.addcmul_(reach.unsqueeze(-1), carry)
+        if len(bounds) > 1:
+            leave = (exclusive if reverse else last - inclusive).to(part.dtype).exp()
+            carried = torch.matmul(leave.unsqueeze(-2).expand(batch, -1, -1, -1), part)
+            carry = carried if carry is None else carried.addcmul_(last.to(part.dtype).exp().unsqueeze(-1), carry)
+        outputs.append(state)
+    state = outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1] if reverse else outputs, 2)
+    return state.unflatten(-1, (d, e))
+
+
+def _chunk_forward(q, k, v, log_decay, scale, chunk_size):
+    length = q.shape[2]
+    chunks, size = _layout(length, chunk_size)
+    q, k, v = (_split(x, chunks, size) for x in (q, k, v))
+    w = _factors(_chunk_gates(log_decay, length, chunks, size, q.dtype), scale, q.dtype)
+    y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(w.tile), v)
+    if chunks > 1:
+        left = _scan(torch.matmul((k * w.write_right).transpose(-1, -2), v), w.total, reverse=False)
+        _add_product(y, q * w.read_left, left)
+        right = _scan(torch.matmul((k * w.write_left).transpose(-1, -2), v), w.total, reverse=True)
+        _add_product(y, q * w.read_right, right)
+    return y.flatten(2, 3)[:, :, :length]
+
+
+def _chunk_backward(q, k, v, log_decay, dy, scale, chunk_size):
+    length = q.shape[2]
+    chunks, size = _layout(length, chunk_size)
+    q, k, v, dy = (_split(x, chunks, size) for x in (q, k, v, dy))
+    w = _factors(_chunk_gates(log_decay, length, chunks, size, q.dtype), scale, q.dtype)
+    left = right = dleft = dright = None
+    if chunks > 1:
+        left = _scan(torch.matmul((k * w.write_right).transpose(-1, -2), v), w.total, reverse=False)
+        right = _scan(torch.matmul((k * w.write_left).transpose(-1, -2), v), w.total, reverse=True)
+        # The transposed mask: what a query read from the left flows back to keys that lie to its left.
+        dleft = _scan(torch.matmul((q * w.read_left).transpose(-1, -2), dy), w.total, reverse=True)
+        dright = _scan(torch.matmul((q * w.read_right).transpose(-1, -2), dy), w.total, reverse=False)
+    dq, dk, dv, dgates = _chunk_gradients(q, k, v, dy, w, left, right, dleft, dright)
+    dq, dk, dv = (x.flatten(2, 3)[:, :, :length] for x in (dq, dk, dv))
+    return dq, dk, dv, dgates.flatten(2, 3)[:, :, :length] if log_decay.dim() > 1 else dgates
+
+
+def _chunk_gradients(q, k, v, dy, w: _Factors, left, right, dleft, dright):
+    """Gradients of chunks from the states that reach them (left, right) and the gradients of those they send on
+    (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, E) or None."""
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    dscores = torch.matmul(dy, v.transpose(-1, -2)).mul_(w.tile)
+    dv = torch.matmul((scores * w.tile).transpose(-1, -2), dy)
+    dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
+    pairs = scores.mul_(dscores)
+    if w.tile.shape[0] == 1:
+        pairs = pairs.sum((0, 2), keepdim=True)
+    de, df = _split_sums(pairs)
+    dtotal = torch.zeros_like(w.total).unsqueeze(-1)
+    if left is not None:
+        crossing = w.total.to(q.dtype).exp() * ((left * dleft).sum((-1, -2)) + (right * dright).sum((-1, -2)))
+        read_left = torch.matmul(dy, left.transpose(-1, -2)).mul_(w.read_left)
+        read_right = torch.matmul(dy, right.transpose(-1, -2)).mul_(w.read_right)
+        write_right = torch.matmul(v, dleft.transpose(-1, -2)).mul_(w.write_right)
+        write_left = torch.matmul(v, dright.transpose(-1, -2)).mul_(w.write_left)
+        _add_product(dv, k * w.write_right, dleft)
+        _add_product(dv, k * w.write_left, dright)
+        to_right, to_left = (write_right * k).sum(-1), (write_left * k).sum(-1)
+        from_left, from_right = (read_left * q).sum(-1), (read_right * q).sum(-1)
+        dq += read_left.add_(read_right)
+        dk += write_right.add_(write_left)
+        de, df = de + from_left - to_right, df + to_left - from_right
+        dtotal = (crossing + to_right.sum(-1) + from_right.sum(-1)).unsqueeze(-1)
+    return dq, dk, dv, _gate_gradient(de, df, dtotal)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a @ b over the last two dimensions, without a temporary of the size of out."""
+    out.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+
+
+# ------------------------------------------------------------------------------------------- rnn form, O(D E) memory
+
+
+def _rnn_forward(q, k, v, log_decay, scale, chunk_size):
+    length = q.shape[2]
+    chunks, size = _layout(length, chunk_size)
+    y = q.new_empty(*q.shape[:3], v.shape[-1])
+    state = q.new_zeros(*q.shape[:2], 1, q.shape[-1], v.shape[-1])
+    for start in range(0, length, size):  # left to right: the chunk itself and all that lies to its left
+        part = slice(start, start + size)
+        qc, kc, vc = (x[:, :, None, part] for x in (q, k, v))
+        w = _step_factors(log_decay, part, length, scale, q.dtype)
+        out = torch.matmul(torch.matmul(qc, kc.transpose(-1, -2)).mul_(w.tile), vc)
+        y[:, :, part] = out.add_(torch.matmul(qc * w.read_left, state)).squeeze(2)
+        state = _step(state, w, kc * w.write_right, vc)
+    state.zero_()
+    for start in range(size * (chunks - 1), -1, -size):  # right to left: all that lies to its right
+        part = slice(start, start + size)
+        qc, kc, vc = (x[:, :, None, part] for x in (q, k, v))
+        w = _step_factors(log_decay, part, length, scale, q.dtype)
+        y[:, :, part] += torch.matmul(qc * w.read_right, state).squeeze(2)
+        state = _step(state, w, kc * w.write_left, vc)
+    return y
+
+
+def _rnn_backward(q, k, v, log_decay, dy, scale, chunk_size):
+    length = q.shape[2]
+    chunks, size = _layout(length, max(chunk_size, math.isqrt(length)))
+    grads = [torch.empty_like(x) for x in (q, k, v)]
+    dgates = log_decay.new_empty((1, *q.shape[1:3]) if log_decay.dim() == 1 else log_decay.shape, dtype=torch.float64)
+    state = q.new_zeros(*q.shape[:2], 1, q.shape[-1], v.shape[-1])
+    left, dright, stored = state, state, []
+    parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    for part in parts:  # one state per chunk of at least sqrt(L) tokens is stored
+        stored.append((left, dright))
+        qc, kc, vc, dyc = (x[:, :, None, part] for x in (q, k, v, dy))
+        w = _step_factors(log_decay, part, length, scale, q.dtype)
+        left = _step(left, w, kc * w.write_right, vc)
+        dright = _step(dright, w, qc * w.read_right, dyc)
+    right, dleft = state, state
+    for part, (left, dright) in zip(reversed(parts), reversed(stored), strict=True):
+        qc, kc, vc, dyc = (x[:, :, None, part] for x in (q, k, v, dy))
+        w = _step_factors(log_decay, part, length, scale, q.dtype)
+        *parts_of_grads, dgate = _chunk_gradients(qc, kc, vc, dyc, w, left, right, dleft, dright)
+        for grad, part_of_grad in zip(grads, parts_of_grads, strict=True):
+            grad[:, :, part] = part_of_grad.squeeze(2)
+        dgates[:, :, part] = (dgate.sum(0, keepdim=True) if log_decay.dim() == 1 else dgate).squeeze(2)
+        right = _step(right, w, kc * w.write_left, vc)
+        dleft = _step(dleft, w, qc * w.read_left, dyc)
+    return *grads, dgates
+
+
+def _step_factors(log_decay, part: slice, length: int, scale: float, dtype) -> _Factors:
+    tokens = min(part.stop, length) - part.start
+    log_decay = log_decay if log_decay.dim() == 1 else log_decay[:, :, part]
+    return _factors(_gates(log_decay, tokens, dtype).unsqueeze(2), scale, dtype)
+
+
+def _step(state: Tensor, w: _Factors, write: Tensor, v: Tensor) -> Tensor:
+    """The state after one more chunk: exp(G) state + write^T v."""
+    return torch.matmul(write.transpose(-1, -2), v).addcmul_(w.total.to(v.dtype).exp()[..., None, None], state)
+
+
+# ------------------------------------------------------------------------------------------- autograd and checks
+
+_FORMS = {
+    "attention": (_attention_forward, _attention_backward),
+    "chunk": (_chunk_forward, _chunk_backward),
+    "rnn": (_rnn_forward, _rnn_backward),
+}
+
+
+class _LionFunction(torch.autograd.Function):
+    """Keeps q, k, v and the log-decays for backward and nothing else; every form recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, log_decay, form, chunk_size, scale):
+        ctx.save_for_backward(q, k, v, log_decay)
+        ctx.options = form, chunk_size, scale
+        return _FORMS[form][0](q, k, v, log_decay, scale, chunk_size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, log_decay = ctx.saved_tensors
+        form, chunk_size, scale = ctx.options
+        with torch.autocast(q.device.type, enabled=False):
+            dq, dk, dv, dgates = _FORMS[form][1](q, k, v, log_decay, dy.contiguous(), scale, chunk_size)
+        if dgates is not None:
+            if log_decay.dim() == 1:
+                dgates = dgates.transpose(0, 1).flatten(1).sum(1)
+            dgates = torch.where(log_decay >= _FLOOR[q.dtype], dgates, 0).to(log_decay.dtype)
+        return dq, dk, dv, dgates, None, None, None
+
+
+def _apply(query, key, value, log_decay, form, chunk_size, need_denominator, scale):
+    """(s n, s c or None) in the accumulation dtype."""
+    dtype = _accumulation_dtype(query, key, value)
+    query, key, value = (x.to(dtype).contiguous() for x in (query, key, value))
+    if need_denominator:  # c is n for v = 1: one more column of v
+        value = torch.cat([value, value.new_ones(*value.shape[:-1], 1)], -1)
+    if query.shape[2] == 0:
+        form = "attention"
+    if log_decay is None and form != "attention":  # without decay both scans end in the same state, sum_j k_j v_j^T
+        out = torch.matmul(query, torch.matmul(key.transpose(-1, -2), value) * scale)
+    else:
+        out = _LionFunction.apply(query, key, value, log_decay, form, chunk_size, scale)
+    return (out[..., :-1], out[..., -1]) if need_denominator else (out, None)
+
+
+def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def is_exporting() -> bool:
+    check = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
+    return check() if check is not None else torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+
+
+def _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale) -> str:
+    """Raises ValueError on anything that does not fit; returns the format in lower case."""
+    form = format.lower() if isinstance(format, str) else format
+    if form not in FORMATS:
+        raise ValueError(f"format is {format!r}; allowed are {', '.join(map(repr, FORMATS))}.")
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1, for instance 64.")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale!r}; it must be positive. Negate the query for a negative scale.")
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; it must have 4 dimensions (batch, heads, length, width). Use "
+                "view(batch, length, heads, width).transpose(1, 2) to split heads."
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be floating point. Convert it with .float().")
+    if query.shape != key.shape or query.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: query and "
+            "key need the same shape, value may differ in the last dimension only."
+        )
+    if log_decay is not None:
+        batch, heads, length, _ = query.shape
+        if log_decay.shape not in ((heads,), (batch, heads, length)) or not log_decay.is_floating_point():
+            raise ValueError(
+                f"log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; allowed are None, floating "
+                f"point (heads,) = ({heads},) and (batch, heads, length) = {(batch, heads, length)}."
+            )
+        if _values_can_be_read(log_decay) and not bool((log_decay <= 0).all()):
+            raise ValueError(
+                f"log_decay has a positive or NaN entry (largest: {log_decay.max().item()}); it is the logarithm of a "
+                "decay in [0, 1], so every entry must be <= 0. Use logsigmoid, or clamp(max=0)."
+            )
+    if key_mask is not None:
+        if key_mask.shape != (query.shape[0], query.shape[2]):
+            raise ValueError(
+                f"key_mask has shape {tuple(key_mask.shape)}; it must be (batch, length) = "
+                f"{(query.shape[0], query.shape[2])} with True or 1 for real tokens."
+            )
+        if key_mask.dtype != torch.bool and _values_can_be_read(key_mask):
+            if not bool(((key_mask == 0) | (key_mask == 1)).all()):
+                raise ValueError(
+                    "key_mask holds values other than 0 and 1; it marks real tokens with True or 1. An additive mask "
+                    "(0 and -inf) becomes one by `mask == 0`."
+                )
+    return form
+
+
+def _values_can_be_read(x: Tensor) -> bool:
+    """Reading values must neither wait for an accelerator nor break a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
