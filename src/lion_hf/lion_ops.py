@@ -345,7 +345,7 @@ def _chunk_backward(q, k, v, log_decay, dy, scale, chunk_size):
         dright = _scan(torch.matmul((q * w.read_right).transpose(-1, -2), dy), w.total, reverse=False)
     dq, dk, dv, dgates = _chunk_gradients(q, k, v, dy, w, left, right, dleft, dright)
     dq, dk, dv = (x.flatten(2, 3)[:, :, :length] for x in (dq, dk, dv))
-    return dq, dk, dv, dgates.flatten(2, 3)[:, :, :length] if log_decay.dim() > 1 else dgates
+    return dq, dk, dv, dgates if log_decay.dim() == 1 else dgates.flatten(2, 3)[:, :, :length]
 
 
 def _chunk_gradients(q, k, v, dy, w: _Factors, left, right, dleft, dright):
@@ -355,11 +355,13 @@ def _chunk_gradients(q, k, v, dy, w: _Factors, left, right, dleft, dright):
     dscores = torch.matmul(dy, v.transpose(-1, -2)).mul_(w.tile)
     dv = torch.matmul((scores * w.tile).transpose(-1, -2), dy)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
-    pairs = scores.mul_(dscores)
-    if w.tile.shape[0] == 1:
-        pairs = pairs.sum((0, 2), keepdim=True)
-    de, df = _split_sums(pairs)
-    dtotal = torch.zeros_like(w.total).unsqueeze(-1)
+    shared = w.tile.shape[0] == 1  # one decay per head: its gradient sums over batch and chunks as early as it can
+
+    def reduce(x: Tensor) -> Tensor:
+        return x.sum((0, 2), keepdim=True) if shared else x
+
+    de, df = _split_sums(reduce(scores.mul_(dscores)))
+    dtotal = 0
     if left is not None:
         crossing = w.total.to(q.dtype).exp() * ((left * dleft).sum((-1, -2)) + (right * dright).sum((-1, -2)))
         read_left = torch.matmul(dy, left.transpose(-1, -2)).mul_(w.read_left)
@@ -368,12 +370,12 @@ def _chunk_gradients(q, k, v, dy, w: _Factors, left, right, dleft, dright):
         write_left = torch.matmul(v, dright.transpose(-1, -2)).mul_(w.write_left)
         _add_product(dv, k * w.write_right, dleft)
         _add_product(dv, k * w.write_left, dright)
-        to_right, to_left = (write_right * k).sum(-1), (write_left * k).sum(-1)
-        from_left, from_right = (read_left * q).sum(-1), (read_right * q).sum(-1)
+        to_right, to_left = reduce((write_right * k).sum(-1)), reduce((write_left * k).sum(-1))
+        from_left, from_right = reduce((read_left * q).sum(-1)), reduce((read_right * q).sum(-1))
         dq += read_left.add_(read_right)
         dk += write_right.add_(write_left)
         de, df = de + from_left - to_right, df + to_left - from_right
-        dtotal = (crossing + to_right.sum(-1) + from_right.sum(-1)).unsqueeze(-1)
+        dtotal = reduce(crossing.unsqueeze(-1)) + to_right.sum(-1, keepdim=True) + from_right.sum(-1, keepdim=True)
     return dq, dk, dv, _gate_gradient(de, df, dtotal)
 
 
@@ -428,7 +430,7 @@ def _rnn_backward(q, k, v, log_decay, dy, scale, chunk_size):
         *parts_of_grads, dgate = _chunk_gradients(qc, kc, vc, dyc, w, left, right, dleft, dright)
         for grad, part_of_grad in zip(grads, parts_of_grads, strict=True):
             grad[:, :, part] = part_of_grad.squeeze(2)
-        dgates[:, :, part] = (dgate.sum(0, keepdim=True) if log_decay.dim() == 1 else dgate).squeeze(2)
+        dgates[:, :, part] = dgate.squeeze(2)
         right = _step(right, w, kc * w.write_left, vc)
         dleft = _step(dleft, w, qc * w.read_left, dyc)
     return *grads, dgates
