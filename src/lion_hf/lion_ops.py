@@ -532,7 +532,7 @@ def _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask,
                 f"log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; allowed are None, floating "
                 f"point (heads,) = ({heads},) and (batch, heads, length) = {(batch, heads, length)}."
             )
-        if _values_can_be_read(log_decay) and not bool((log_decay <= 0).all()):
+        if values_can_be_read(log_decay) and not bool((log_decay <= 0).all()):
             raise ValueError(
                 f"log_decay has a positive or NaN entry (largest: {log_decay.max().item()}); it is the logarithm of a "
                 "decay in [0, 1], so every entry must be <= 0. Use logsigmoid, or clamp(max=0)."
@@ -543,7 +543,7 @@ def _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask,
                 f"key_mask has shape {tuple(key_mask.shape)}; it must be (batch, length) = "
                 f"{(query.shape[0], query.shape[2])} with True or 1 for real tokens."
             )
-        if key_mask.dtype != torch.bool and _values_can_be_read(key_mask):
+        if key_mask.dtype != torch.bool and values_can_be_read(key_mask):
             if not bool(((key_mask == 0) | (key_mask == 1)).all()):
                 raise ValueError(
                     "key_mask holds values other than 0 and 1; it marks real tokens with True or 1. An additive mask "
@@ -552,6 +552,6 @@ def _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask,
     return form
 
 
-def _values_can_be_read(x: Tensor) -> bool:
+def values_can_be_read(x: Tensor) -> bool:
     """Reading values must neither wait for an accelerator nor break a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

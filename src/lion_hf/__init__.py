@@ -1,0 +1,75 @@
+"""LION: linear attention with decay for bidirectional encoders, on Transformers' classes."""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    BertTokenizer,
+)
+
+from .configuration_lion import PRESETS, LionConfig, LionVisionConfig
+from .convert_lion_checkpoint import convert_text_state_dict, convert_vision_state_dict
+from .lion_ops import bidirectional_linear_attention
+from .modeling_lion import (
+    LionForMaskedLM,
+    LionForMultipleChoice,
+    LionForQuestionAnswering,
+    LionForSequenceClassification,
+    LionForTokenClassification,
+    LionModel,
+    LionPreTrainedModel,
+)
+from .modeling_lion_vision import LionForImageClassification, LionVisionModel, LionVisionPreTrainedModel
+from .save_with_code import save_with_code
+
+
+__version__ = "0.1.0"
+
+AutoConfig.register("lion", LionConfig, exist_ok=True)
+AutoConfig.register("lion_vision", LionVisionConfig, exist_ok=True)
+AutoModel.register(LionConfig, LionModel, exist_ok=True)
+AutoModel.register(LionVisionConfig, LionVisionModel, exist_ok=True)
+AutoModelForMaskedLM.register(LionConfig, LionForMaskedLM, exist_ok=True)
+AutoModelForSequenceClassification.register(LionConfig, LionForSequenceClassification, exist_ok=True)
+AutoModelForTokenClassification.register(LionConfig, LionForTokenClassification, exist_ok=True)
+AutoModelForQuestionAnswering.register(LionConfig, LionForQuestionAnswering, exist_ok=True)
+AutoModelForMultipleChoice.register(LionConfig, LionForMultipleChoice, exist_ok=True)
+AutoModelForImageClassification.register(LionVisionConfig, LionForImageClassification, exist_ok=True)
+AutoTokenizer.register(LionConfig, fast_tokenizer_class=BertTokenizer, exist_ok=True)
+
+try:
+    from transformers import ViTImageProcessorPil
+except ImportError:  # releases that had one class for both back ends, or no Pillow: images must then be prepared by hand
+    pass
+else:
+    try:
+        AutoImageProcessor.register(LionVisionConfig, image_processor_classes={"pil": ViTImageProcessorPil}, exist_ok=True)
+    except ImportError:  # Transformers 5.10 without torchvision
+        pass
+
+__all__ = [
+    "PRESETS",
+    "LionConfig",
+    "LionForImageClassification",
+    "LionForMaskedLM",
+    "LionForMultipleChoice",
+    "LionForQuestionAnswering",
+    "LionForSequenceClassification",
+    "LionForTokenClassification",
+    "LionModel",
+    "LionPreTrainedModel",
+    "LionVisionConfig",
+    "LionVisionModel",
+    "LionVisionPreTrainedModel",
+    "bidirectional_linear_attention",
+    "convert_text_state_dict",
+    "convert_vision_state_dict",
+    "save_with_code",
+]

@@ -1,0 +1,207 @@
+"""The LION layer: the one place where both encoders mix tokens, and what their base classes share."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .lion_ops import attention_scores, bidirectional_linear_attention
+
+
+class LionMixer(nn.Module):
+    """Projections, feature map, decay and the operator; takes the place of self-attention (arXiv 2502.16249).
+
+    Text encoders (`config.model_type == "lion"`) use query and key as they are, do not normalise, and may add a
+    LayerNorm over all heads. Image encoders (`"lion_vision"`) pass query and key through a positive feature map,
+    divide by the row sums, keep the class token from decaying, and may scan the grid in two orders.
+
+    Decay of LION-D: `decay_logit` (heads,), g = log sigmoid(decay_logit). Decay of LION-S: `decay_proj`, a linear
+    layer to (heads,), g = log(1 - sigmoid(decay_proj(x))). The second scan of an image has its own `decay_logit_2`
+    or `decay_proj_2`.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.is_image = config.model_type == "lion_vision"
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        width, bias = config.hidden_size, getattr(config, "qkv_bias", True)
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, width, bias=bias)
+        self.v_proj = nn.Linear(width, width, bias=bias)
+        self.o_proj = nn.Linear(width, width)
+        self.scans = 2 if self.is_image and config.order == "s" and config.mask_type != "lit" else 1
+        for suffix in ("", "_2")[: self.scans]:
+            if config.mask_type == "decay":
+                self.register_parameter(f"decay_logit{suffix}", nn.Parameter(torch.empty(self.num_heads)))
+            elif config.mask_type == "selective":
+                self.register_module(f"decay_proj{suffix}", nn.Linear(width, self.num_heads))
+        self.norm = nn.LayerNorm(width, eps=1e-5) if getattr(config, "layer_norm_after", False) else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_mask: Tensor | None = None,
+        orders: list[tuple[Tensor, Tensor]] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            hidden_states: (batch, length, hidden_size).
+            key_mask: (batch, length), True for real tokens.
+            orders: the two scans of an image in snake order, see [`snake_orders`].
+            output_attentions: also return the attention matrix, which only the attention form has.
+
+        Returns:
+            (batch, length, hidden_size), and None or the matrix (batch, heads, length, length), normalised where the
+            model normalises.
+
+        Raises:
+            ValueError: when the matrix is needed (`output_attentions`, or attention dropout in training) and
+                `config.format` is "rnn" or "chunk".
+        """
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.is_image:
+            query, key = self._feature_map(query), self._feature_map(key)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        dropout = 0.0 if self.is_image or not self.training else self.config.attention_probs_dropout_prob
+        weights = None
+        if output_attentions or dropout:
+            self._require_matrix(output_attentions)
+            weights = self._attention_matrix(hidden_states, query, key, key_mask, orders)
+            dropped = F.dropout(weights, dropout).to(value.dtype)
+            mixed = torch.matmul(dropped, value)
+            weights = dropped if output_attentions else None
+        elif self.scans == 1:
+            mixed = self._operator(query, key, value, self._log_decay(hidden_states), key_mask, self.is_image)
+        else:
+            mixed = self._scan_twice(hidden_states, query, key, value, orders)
+        mixed = mixed.transpose(1, 2).flatten(2)
+        if self.norm is not None:
+            mixed = self.norm(mixed)
+        return self.o_proj(mixed), weights
+
+    def _operator(self, query, key, value, log_decay, key_mask=None, normalize=False, return_denominator=False):
+        return bidirectional_linear_attention(
+            query,
+            key,
+            value,
+            log_decay,
+            format=self.config.format,
+            chunk_size=self.config.chunk_size,
+            normalize=normalize,
+            return_denominator=return_denominator,
+            key_mask=key_mask,
+        )
+
+    def _scan_twice(self, hidden_states, query, key, value, orders) -> Tensor:
+        """Numerators and denominators of both scans are averaged before the one division (their mean mask)."""
+        numerator = denominator = 0
+        for (order, inverse), suffix in zip(orders, ("", "_2"), strict=True):
+            decay = self._log_decay(hidden_states, suffix)
+            decay = decay if decay.dim() == 1 else decay[:, :, order]
+            along = (x.index_select(2, order) for x in (query, key, value))
+            n, c = self._operator(*along, decay, return_denominator=True)
+            numerator = numerator + n.index_select(2, inverse)
+            denominator = denominator + c.index_select(2, inverse)
+        return (numerator / (denominator.unsqueeze(-1) + 2 * 1e-6)).to(value.dtype)
+
+    def _attention_matrix(self, hidden_states, query, key, key_mask, orders) -> Tensor:
+        if self.scans == 1:
+            scores = attention_scores(query, key, self._log_decay(hidden_states), key_mask=key_mask)
+        else:
+            scores = 0
+            for (order, inverse), suffix in zip(orders, ("", "_2"), strict=True):
+                decay = self._log_decay(hidden_states, suffix)
+                decay = decay if decay.dim() == 1 else decay[:, :, order]
+                along = attention_scores(query.index_select(2, order), key.index_select(2, order), decay)
+                scores = scores + along.index_select(2, inverse).index_select(3, inverse) / 2
+        return scores / (scores.sum(-1, keepdim=True) + 1e-6) if self.is_image else scores
+
+    def _require_matrix(self, output_attentions: bool) -> None:
+        if self.config.format not in ("attention", "auto"):
+            cause = "output_attentions=True" if output_attentions else "attention_probs_dropout_prob > 0 in training"
+            raise ValueError(
+                f"{cause} needs the attention matrix, which format={self.config.format!r} never builds. Set "
+                "model.config.format to 'attention' or 'auto'"
+                + ("." if output_attentions else ", or attention_probs_dropout_prob to 0.")
+            )
+
+    def _feature_map(self, x: Tensor) -> Tensor:
+        if self.config.mask_type == "lit":
+            return F.elu(x) + 1
+        return F.normalize(F.silu(x) + 0.5, dim=-1)
+
+    def _log_decay(self, hidden_states: Tensor, suffix: str = "") -> Tensor | None:
+        """None, (heads,) or (batch, heads, length), in float32 or wider."""
+        if self.config.mask_type == "lit":
+            return None
+        if self.config.mask_type == "decay":
+            return F.logsigmoid(_at_least_float32(getattr(self, f"decay_logit{suffix}")))
+        gate = getattr(self, f"decay_proj{suffix}")
+        if self.is_image:  # the class token does not decay
+            logits = _at_least_float32(gate(hidden_states[:, 1:].to(gate.weight.dtype)))
+            return F.pad(F.logsigmoid(-logits).transpose(1, 2), (1, 0))
+        logits = _at_least_float32(gate(hidden_states.to(gate.weight.dtype)))
+        # The authors' text gate: log(1 - sigmoid(z)) with 1e-7 inside the logarithm, which can exceed 0 by as much.
+        return (torch.sigmoid(-logits) + 1e-7).log().clamp(max=0).transpose(1, 2)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class LionPreTrainedMixin:
+    """What the base classes of both encoders share; stands before `PreTrainedModel` in their bases."""
+
+    supports_gradient_checkpointing = True
+    # A decay close to 1 needs more than 8 bits: these stay float32 when a model is loaded in half precision.
+    _keep_in_fp32_modules_strict = ["decay_logit", "decay_logit_2", "decay_proj", "decay_proj_2"]
+
+    def __init__(self, config, *args, **kwargs):
+        expected = self.config_class
+        if getattr(config, "model_type", None) != expected.model_type:
+            raise ValueError(
+                f"{type(self).__name__} needs a {expected.__name__} (model_type {expected.model_type!r}), but was given a "
+                f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r})."
+            )
+        super().__init__(config, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        if attn_implementation in (None, "eager"):
+            return "eager"
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}, but LION has no softmax attention to replace. Choose how it "
+            "is computed by config.format: 'attention', 'rnn', 'chunk' or 'auto'."
+        )
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """LION has no softmax attention: anything but "eager" raises ValueError and names `config.format`."""
+        self._check_and_adjust_attn_implementation(attn_implementation)
+
+
+def init_mixer(module: LionMixer) -> None:
+    """LION-D logits from N(0, 1); everything else in the mixer is initialised as any linear layer."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith("decay_logit"):
+            init.normal_(parameter, mean=0.0, std=1.0)
+
+
+def sequence_classification_loss(model, logits: Tensor, labels: Tensor | None, **kwargs) -> Tensor | None:
+    """Transformers' classification or regression loss, right under gradient accumulation for every problem type.
+
+    Transformers divides cross entropy by `num_items_in_batch`, the number of labels in all accumulated batches, when
+    the Trainer gives it, but leaves squared error and binary cross entropy a mean, which would then count once per
+    accumulated batch.
+    """
+    if labels is None:
+        return None
+    loss = model.loss_function(labels, logits, model.config, **kwargs)
+    items = kwargs.get("num_items_in_batch")
+    if items is not None and model.config.problem_type != "single_label_classification":
+        loss = loss * labels.numel() / items
+    return loss

@@ -1,0 +1,433 @@
+"""LION text encoder and its heads: BERT, post-norm, with attention replaced by LION (arXiv 2502.16249)."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import fixed_cross_entropy
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_lion import LionConfig
+from .lion_layer import LionMixer, LionPreTrainedMixin, init_mixer, sequence_classification_loss
+from .lion_ops import values_can_be_read
+
+
+logger = logging.get_logger(__name__)
+
+
+class LionEmbeddings(nn.Module):
+    """Word and token-type embeddings, learned positions if `config.pos_emb`, LayerNorm, dropout."""
+
+    def __init__(self, config: LionConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.position_embeddings = (
+            nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.pos_emb else None
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None:
+            embeddings = embeddings + self.token_type_embeddings.weight[0]
+        else:
+            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is not None:
+            embeddings = embeddings + self._positions(position_ids, embeddings)
+        elif position_ids is not None:
+            logger.warning_once(
+                "position_ids are ignored: this LION model has no position table (pos_emb=False), it tells positions by "
+                "its decay."
+            )
+        return self.dropout(self.norm(embeddings))
+
+    def _positions(self, position_ids: Tensor | None, embeddings: Tensor) -> Tensor:
+        length, table = embeddings.shape[1], self.position_embeddings.weight
+        if position_ids is not None:
+            return self.position_embeddings(position_ids)
+        if length > table.shape[0]:
+            raise ValueError(
+                f"The input has {length} tokens, but this model has a table of max_position_embeddings = "
+                f"{table.shape[0]} positions. Truncate the input, or use a LION-D or LION-S model, which take any length."
+            )
+        return table[:length]
+
+
+class LionMLP(nn.Module):
+    def __init__(self, config: LionConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class LionLayer(GradientCheckpointingLayer):
+    """Post-norm block: x = LN(x + mixer(x)), x = LN(x + mlp(x))."""
+
+    def __init__(self, config: LionConfig):
+        super().__init__()
+        self.mixer = LionMixer(config)
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = LionMLP(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, key_mask: Tensor | None = None, output_attentions: bool = False) -> Tensor:
+        mixed, _ = self.mixer(hidden_states, key_mask, output_attentions=output_attentions)
+        hidden_states = self.mixer_norm(hidden_states + self.dropout(mixed))
+        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
+
+
+class LionPooler(nn.Module):
+    """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left)."""
+
+    def __init__(self, config: LionConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: Tensor, key_mask: Tensor | None) -> Tensor:
+        if key_mask is None:
+            first = hidden_states[:, 0]
+        else:
+            index = key_mask.int().argmax(1)
+            first = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), index]
+        return torch.tanh(self.dense(first))
+
+
+class LionMLMHead(nn.Module):
+    """LN(gelu(W x + b)), then the decoder, whose weight is tied to the word embeddings."""
+
+    def __init__(self, config: LionConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.decoder(self.norm(self.act_fn(self.dense(hidden_states))))
+
+
+@auto_docstring
+class LionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
+    config: LionConfig
+    base_model_prefix = "lion"
+    _no_split_modules = ["LionEmbeddings", "LionLayer"]
+    _can_record_outputs = {"hidden_states": LionLayer, "attentions": LionMixer}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Linear and embeddings N(0, initializer_range), biases 0, padding row 0, LION-D logits N(0, 1)."""
+        super()._init_weights(module)
+        if isinstance(module, LionMixer):
+            init_mixer(module)
+
+
+@auto_docstring(custom_intro="The bare LION text encoder, hidden states and a pooled first token.")
+class LionModel(LionPreTrainedModel):
+    def __init__(self, config: LionConfig, add_pooling_layer: bool = True):
+        r"""
+        add_pooling_layer (`bool`, *optional*, defaults to `True`):
+            Whether to add a tanh pooler on the first real token.
+        """
+        super().__init__(config)
+        self.embeddings = LionEmbeddings(config)
+        self.layers = nn.ModuleList([LionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.pooler = LionPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | BaseModelOutputWithPooling:
+        r"""
+        attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+            True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` is accepted too.
+            A mask over pairs of tokens or an additive mask raises ValueError: LION masks keys only.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds; both or neither were given.")
+        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        key_mask = _key_mask(attention_mask, batch, length)
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, key_mask, bool(output_attentions))
+        pooled = self.pooler(hidden_states, key_mask) if self.pooler is not None else None
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+    """Boolean (batch, length), or None where nothing is masked. Raises ValueError for any other kind of mask."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask
+    if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
+        mask = mask[:, 0, 0]
+    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] != length:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; LION masks keys only, so it must be "
+            f"(batch, length) = ({batch}, {length}) or (batch, 1, 1, length), with 1 for real tokens and 0 for padding."
+        )
+    if values_can_be_read(mask):
+        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(
+                "attention_mask holds values other than 0 and 1; LION takes 1 for real tokens and 0 for padding, not an "
+                "additive mask. Pass the tokenizer's attention_mask as it is."
+            )
+        if bool(mask.all()):
+            return None
+    return mask.to(torch.bool)
+
+
+@auto_docstring(custom_intro="LION with a masked language modelling head, whose decoder is tied to the embeddings.")
+class LionForMaskedLM(LionPreTrainedModel):
+    _tied_weights_keys = {"head.decoder.weight": "lion.embeddings.word_embeddings.weight"}
+
+    def __init__(self, config: LionConfig):
+        super().__init__(config)
+        self.lion = LionModel(config, add_pooling_layer=False)
+        self.head = LionMLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.head.decoder
+
+    def set_output_embeddings(self, new_embeddings):
+        self.head.decoder = new_embeddings
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | MaskedLMOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids to predict, -100 where nothing is predicted. The loss is their mean cross entropy, in float32.
+        """
+        outputs = self.lion(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _classifier_dropout(config: LionConfig) -> nn.Dropout:
+    rate = config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+    return nn.Dropout(rate)
+
+
+@auto_docstring(custom_intro="LION with a linear layer on the pooled first token: classification or regression.")
+class LionForSequenceClassification(LionPreTrainedModel):
+    def __init__(self, config: LionConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.lion = LionModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | SequenceClassifierOutput:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Class indices (cross entropy), one float each (mean squared error, `num_labels` 1) or 0/1 floats per label
+            (binary cross entropy). `config.problem_type` decides, or the shape and dtype of the first labels.
+        """
+        outputs = self.lion(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = sequence_classification_loss(self, logits, labels, **kwargs)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@auto_docstring(custom_intro="LION with a linear layer on every token, for named entities and the like.")
+class LionForTokenClassification(LionPreTrainedModel):
+    def __init__(self, config: LionConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.lion = LionModel(config, add_pooling_layer=False)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | TokenClassifierOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Class of every token, -100 where none counts.
+        """
+        outputs = self.lion(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+@auto_docstring(custom_intro="LION with a linear layer that scores every token as start and end of an answer span.")
+class LionForQuestionAnswering(LionPreTrainedModel):
+    def __init__(self, config: LionConfig):
+        super().__init__(config)
+        self.lion = LionModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | QuestionAnsweringModelOutput:
+        outputs = self.lion(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits.contiguous(),
+            end_logits=end_logits.contiguous(),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+@auto_docstring(custom_intro="LION that scores each of several texts, for multiple choice.")
+class LionForMultipleChoice(LionPreTrainedModel):
+    def __init__(self, config: LionConfig):
+        super().__init__(config)
+        self.lion = LionModel(config)
+        self.dropout = _classifier_dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | MultipleChoiceModelOutput:
+        r"""
+        input_ids, attention_mask, token_type_ids, position_ids (`torch.Tensor` of shape `(batch_size, num_choices, sequence_length)`):
+            As in the other heads, with one more dimension for the choices.
+        inputs_embeds (`torch.Tensor` of shape `(batch_size, num_choices, sequence_length, hidden_size)`, *optional*):
+            Embeddings in place of input_ids.
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Index of the right choice.
+        """
+        choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        flat = [
+            x if x is None else x.flatten(0, 1)
+            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        ]
+        outputs = self.lion(*flat, return_dict=True, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        loss = None
+        if labels is not None:
+            loss = fixed_cross_entropy(logits, labels.to(logits.device), kwargs.get("num_items_in_batch"))
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "LionForMaskedLM",
+    "LionForMultipleChoice",
+    "LionForQuestionAnswering",
+    "LionForSequenceClassification",
+    "LionForTokenClassification",
+    "LionModel",
+    "LionPreTrainedModel",
+]

@@ -1,0 +1,233 @@
+"""LION image encoder and classifier: a pre-norm ViT with attention replaced by LION (arXiv 2502.16249)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_lion import LionVisionConfig
+from .lion_layer import LionMixer, LionPreTrainedMixin, init_mixer, sequence_classification_loss
+from .lion_scan_order import snake_orders
+
+
+class LionVisionPatchEmbeddings(nn.Module):
+    """Non-overlapping patches through one convolution, flattened row by row."""
+
+    def __init__(self, config: LionVisionConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        channels = self.projection.in_channels
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; it must be (batch, channels, height, width) with "
+                f"{channels} channels (config.num_channels). Convert the image, for instance with .convert('RGB')."
+            )
+        height, width = pixel_values.shape[2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"The image is {height} x {width} pixels, which patch_size {self.patch_size} does not divide. Resize or "
+                "crop both sides to a multiple of it."
+            )
+        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+
+
+class LionVisionEmbeddings(nn.Module):
+    """Class token before the patches, and a learned position table if `config.pos_emb`."""
+
+    def __init__(self, config: LionVisionConfig):
+        super().__init__()
+        self.grid_size = config.grid_size
+        self.patch_size = config.patch_size
+        self.patch_embeddings = LionVisionPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        positions = 1 + self.grid_size[0] * self.grid_size[1]
+        self.position_embeddings = (
+            nn.Parameter(torch.empty(1, positions, config.hidden_size)) if config.pos_emb else None
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+        patches = self.patch_embeddings(pixel_values)
+        embeddings = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1)
+        if self.position_embeddings is None:
+            return embeddings
+        grid = tuple(side // self.patch_size for side in pixel_values.shape[2:])
+        return self.dropout(embeddings + self._positions(grid, interpolate_pos_encoding))
+
+    def _positions(self, grid: tuple[int, int], interpolate: bool) -> Tensor:
+        if grid == self.grid_size:
+            return self.position_embeddings
+        if not interpolate:
+            sides = [n * self.patch_size for n in (*grid, *self.grid_size)]
+            raise ValueError(
+                f"The image is {sides[0]} x {sides[1]} pixels, but the position table was made for {sides[2]} x {sides[3]}. "
+                "Resize the image or pass interpolate_pos_encoding=True."
+            )
+        table = self.position_embeddings[:, 1:].unflatten(1, self.grid_size).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+        return torch.cat([self.position_embeddings[:, :1], table], 1)
+
+
+class LionVisionMLP(nn.Module):
+    def __init__(self, config: LionVisionConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        hidden_states = self.dropout(self.act_fn(self.up_proj(hidden_states)))
+        return self.dropout(self.down_proj(hidden_states))
+
+
+class LionVisionDropPath(nn.Module):
+    """Stochastic depth: in training, drops the whole residual branch of an image with probability `rate`."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - self.rate)
+        return branch * keep.div_(1 - self.rate)
+
+
+class LionVisionLayer(GradientCheckpointingLayer):
+    """Pre-norm block: x += drop_path(mixer(LN x)), x += drop_path(mlp(LN x))."""
+
+    def __init__(self, config: LionVisionConfig, drop_path_rate: float):
+        super().__init__()
+        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mixer = LionMixer(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = LionVisionMLP(config)
+        self.drop_path = LionVisionDropPath(drop_path_rate)
+
+    def forward(
+        self, hidden_states: Tensor, orders: list[tuple[Tensor, Tensor]] | None = None, output_attentions: bool = False
+    ) -> Tensor:
+        mixed, _ = self.mixer(self.mixer_norm(hidden_states), orders=orders, output_attentions=output_attentions)
+        hidden_states = hidden_states + self.drop_path(self.dropout(mixed))
+        return hidden_states + self.drop_path(self.mlp(self.mlp_norm(hidden_states)))
+
+
+@auto_docstring
+class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
+    config: LionVisionConfig
+    base_model_prefix = "lion_vision"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embeddings"
+    _no_split_modules = ["LionVisionEmbeddings", "LionVisionLayer"]
+    _can_record_outputs = {"hidden_states": LionVisionLayer, "attentions": LionMixer}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """Linear layers, class token and positions truncated N(0, initializer_range), biases 0, LION-D logits N(0, 1)."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+        elif isinstance(module, LionVisionEmbeddings):
+            init.trunc_normal_(module.cls_token, std=std)
+            if module.position_embeddings is not None:
+                init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, LionMixer):
+            init_mixer(module)
+
+
+@auto_docstring(custom_intro="The bare LION image encoder: tokens after the final LayerNorm, and the pooled image.")
+class LionVisionModel(LionVisionPreTrainedModel):
+    def __init__(self, config: LionVisionConfig):
+        super().__init__(config)
+        self.embeddings = LionVisionEmbeddings(config)
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.layers = nn.ModuleList([LionVisionLayer(config, rate) for rate in rates])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.patch_embeddings
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | BaseModelOutputWithPooling:
+        r"""
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+            Resize the position table (bicubic) to images of another size. Models without one take any size as it is.
+
+        Returns `pooler_output` (batch, hidden_size): the class token if `config.cls_tok`, otherwise the mean over all
+        tokens, class token included.
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing; pass a tensor (batch, channels, height, width).")
+        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        orders = None
+        if self.config.order == "s" and self.config.mask_type != "lit":
+            height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
+            orders = snake_orders(height, width, hidden_states.device)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, orders, bool(output_attentions))
+        hidden_states = self.norm(hidden_states)
+        pooled = hidden_states[:, 0] if self.config.cls_tok else hidden_states.mean(1)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+@auto_docstring(custom_intro="LION image encoder with a linear classifier on the pooled image.")
+class LionForImageClassification(LionVisionPreTrainedModel):
+    def __init__(self, config: LionVisionConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.lion_vision = LionVisionModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | ImageClassifierOutput:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Class indices (cross entropy), or as in [`LionForSequenceClassification`] for the other problem types.
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+            See [`LionVisionModel`].
+        """
+        outputs = self.lion_vision(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = sequence_classification_loss(self, logits, labels, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["LionForImageClassification", "LionVisionModel", "LionVisionPreTrainedModel"]

@@ -1,0 +1,73 @@
+"""Checkpoints that carry their code, for users who have Transformers but not this package."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+
+# The heads a checkpoint of each kind can be loaded into, by Auto class.
+_AUTO_MAPS = {
+    "lion": {
+        "AutoConfig": "configuration_lion.LionConfig",
+        "AutoModel": "modeling_lion.LionModel",
+        "AutoModelForMaskedLM": "modeling_lion.LionForMaskedLM",
+        "AutoModelForSequenceClassification": "modeling_lion.LionForSequenceClassification",
+        "AutoModelForTokenClassification": "modeling_lion.LionForTokenClassification",
+        "AutoModelForQuestionAnswering": "modeling_lion.LionForQuestionAnswering",
+        "AutoModelForMultipleChoice": "modeling_lion.LionForMultipleChoice",
+    },
+    "lion_vision": {
+        "AutoConfig": "configuration_lion.LionVisionConfig",
+        "AutoModel": "modeling_lion_vision.LionVisionModel",
+        "AutoModelForImageClassification": "modeling_lion_vision.LionForImageClassification",
+    },
+}
+
+
+def save_with_code(
+    model: PreTrainedModel, folder: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs
+) -> Path:
+    """Like `model.save_pretrained(folder)`, plus the modelling code, so that the folder loads without this package.
+
+    `AutoModelForX.from_pretrained(folder, trust_remote_code=True)` then works wherever Transformers is installed, for
+    every head that the kind of model has. Save the tokenizer or image processor into the same folder as usual.
+
+    Args:
+        model: any LION model of this package.
+        folder: where to write; made if absent.
+        push_to_hub: upload the whole folder to `repo_id` afterwards (the repository is made if absent).
+        repo_id: "user/name" on the Hub; the folder's name by default.
+        kwargs: passed to `save_pretrained`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for a model that is not from this package.
+    """
+    kind = getattr(model.config, "model_type", None)
+    if kind not in _AUTO_MAPS:
+        raise ValueError(
+            f"{type(model).__name__} (model_type {kind!r}) is not a LION model; allowed are {', '.join(_AUTO_MAPS)}. Use "
+            "save_pretrained for it."
+        )
+    folder = Path(folder)
+    model.save_pretrained(folder, **kwargs)
+    source = Path(sys.modules[type(model).__module__].__file__)
+    for file in (source, *map(Path, get_relative_import_files(source))):
+        if file.resolve() != (folder / file.name).resolve():
+            shutil.copyfile(file, folder / file.name)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["auto_map"] = _AUTO_MAPS[kind]
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if push_to_hub:
+        api = HfApi(token=kwargs.get("token"))
+        repo_id = api.create_repo(repo_id or folder.name, exist_ok=True).repo_id
+        api.upload_folder(repo_id=repo_id, folder_path=folder)
+    return folder
