@@ -1,5 +1,7 @@
 """LION: linear attention with decay for bidirectional encoders, on Transformers' classes."""
 
+import contextlib
+
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -44,15 +46,12 @@ AutoModelForMultipleChoice.register(LionConfig, LionForMultipleChoice, exist_ok=
 AutoModelForImageClassification.register(LionVisionConfig, LionForImageClassification, exist_ok=True)
 AutoTokenizer.register(LionConfig, fast_tokenizer_class=BertTokenizer, exist_ok=True)
 
-try:
+# Without Pillow, or on Transformers 5.10 without torchvision, there is no image processor to register: images must then
+# be prepared by hand, which is no error.
+with contextlib.suppress(ImportError):
     from transformers import ViTImageProcessorPil
-except ImportError:  # releases that had one class for both back ends, or no Pillow: images must then be prepared by hand
-    pass
-else:
-    try:
-        AutoImageProcessor.register(LionVisionConfig, image_processor_classes={"pil": ViTImageProcessorPil}, exist_ok=True)
-    except ImportError:  # Transformers 5.10 without torchvision
-        pass
+
+    AutoImageProcessor.register(LionVisionConfig, image_processor_classes={"pil": ViTImageProcessorPil}, exist_ok=True)
 
 __all__ = [
     "PRESETS",

@@ -67,9 +67,7 @@ class _LionOptions:
         key = name.lower().removesuffix("-uncased")
         known = {k for k, v in PRESETS.items() if ("patch_size" in v) == ("patch_size" in cls.__dataclass_fields__)}
         if key not in known:
-            raise ValueError(
-                f"{name!r} is not a preset of {cls.__name__}; allowed are {', '.join(sorted(known))}."
-            )
+            raise ValueError(f"{name!r} is not a preset of {cls.__name__}; allowed are {', '.join(sorted(known))}.")
         return cls(**{**PRESETS[key], **overrides})
 
     def _check_shape(self) -> None:
@@ -238,7 +236,9 @@ class LionVisionConfig(_LionOptions, PreTrainedConfig):
         sides = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
         if self.patch_size < 1 or self.num_channels < 1:
             raise ValueError(f"patch_size {self.patch_size} and num_channels {self.num_channels} must be at least 1.")
-        if (not isinstance(self.image_size, int) and len(sides) != 2) or any(s < 1 or s % self.patch_size for s in sides):
+        if (not isinstance(self.image_size, int) and len(sides) != 2) or any(
+            s < 1 or s % self.patch_size for s in sides
+        ):
             raise ValueError(
                 f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; give one side or "
                 "(height, width), each a positive multiple of patch_size."

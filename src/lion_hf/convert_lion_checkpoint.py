@@ -58,8 +58,7 @@ _TEXT_UNUSED = re.compile(r"(^|\.)(position_ids|distance_embedding\.weight)$")
 def convert_vision_state_dict(official: dict[str, Tensor], config: LionVisionConfig) -> dict[str, Tensor]:
     """The authors' image state dict (DeiT names) with the keys of [`LionForImageClassification`].
 
-    The stacked query-key-value projection becomes three; a position table is dropped when `config.pos_emb` is False,
-    and the decays of the second scan when `config.order` is "normal".
+    The stacked query-key-value projection becomes three; a position table is dropped when `config.pos_emb` is False.
 
     Raises:
         ValueError: for a name that no LION image model has.
@@ -70,13 +69,7 @@ def convert_vision_state_dict(official: dict[str, Tensor], config: LionVisionCon
             layer, kind = qkv.groups()
             for short, part in zip("qkv", tensor.chunk(3), strict=True):
                 converted[f"lion_vision.layers.{layer}.mixer.{short}_proj.{kind}"] = part.clone()
-        elif name == "pos_embed" and not config.pos_emb:
-            continue
-        elif ".attn.a2_i" in name and config.order != "s":
-            continue
-        elif ".attn.a" in name and config.mask_type == "lit":
-            continue
-        else:
+        elif name != "pos_embed" or config.pos_emb:
             converted[_renamed(name, _VISION_NAMES, "image")] = tensor
     return converted
 
@@ -94,8 +87,6 @@ def convert_text_state_dict(official: dict[str, Tensor], config: LionConfig) -> 
     converted = {}
     for name, tensor in official.items():
         if _TEXT_UNUSED.search(name) or ("position_embeddings" in name and not config.pos_emb):
-            continue
-        if ".attention.self.layer_norm." in name and not config.layer_norm_after:
             continue
         converted[_renamed(name, _TEXT_NAMES, "text")] = tensor
     return converted

@@ -101,7 +101,7 @@ def bidirectional_linear_attention(
             outside compiled graphs only, since on an accelerator they would wait for the device.
     """
     form = _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
-    batch, heads, length, head_dim = query.shape
+    length, head_dim = query.shape[2:]
     scale = head_dim**-0.5 if scale is None else float(scale)
     if form == "auto":
         form = resolve_format(form, length, query.device, log_decay)
@@ -289,7 +289,7 @@ def _scan(update: Tensor, total: Tensor, reverse: bool) -> Tensor:
     "Before" means to the left, or to the right if `reverse`. update (B, H, n, D, E), total (b, H, n). It is the
     operator itself one level up: a small product with a decay mask per group of chunks, and a carry between groups.
     """
-    batch, heads, chunks, d, e = update.shape
+    batch, _, chunks, d, e = update.shape
     total = total.expand(-1, -1, chunks)
     update, outputs, carry = update.flatten(-2), [], None
     bounds = [(i, min(i + _SCAN_GROUP, chunks)) for i in range(0, chunks, _SCAN_GROUP)]
@@ -411,7 +411,7 @@ def _rnn_forward(q, k, v, log_decay, scale, chunk_size):
 
 def _rnn_backward(q, k, v, log_decay, dy, scale, chunk_size):
     length = q.shape[2]
-    chunks, size = _layout(length, max(chunk_size, math.isqrt(length)))
+    _, size = _layout(length, max(chunk_size, math.isqrt(length)))
     grads = [torch.empty_like(x) for x in (q, k, v)]
     dgates = log_decay.new_empty((1, *q.shape[1:3]) if log_decay.dim() == 1 else log_decay.shape, dtype=torch.float64)
     state = q.new_zeros(*q.shape[:2], 1, q.shape[-1], v.shape[-1])
@@ -543,15 +543,18 @@ def _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask,
                 f"key_mask has shape {tuple(key_mask.shape)}; it must be (batch, length) = "
                 f"{(query.shape[0], query.shape[2])} with True or 1 for real tokens."
             )
-        if key_mask.dtype != torch.bool and values_can_be_read(key_mask):
-            if not bool(((key_mask == 0) | (key_mask == 1)).all()):
-                raise ValueError(
-                    "key_mask holds values other than 0 and 1; it marks real tokens with True or 1. An additive mask "
-                    "(0 and -inf) becomes one by `mask == 0`."
-                )
+        if values_can_be_read(key_mask) and not is_binary(key_mask):
+            raise ValueError(
+                "key_mask holds values other than 0 and 1; it marks real tokens with True or 1. An additive mask "
+                "(0 and -inf) becomes one by `mask == 0`."
+            )
     return form
 
 
 def values_can_be_read(x: Tensor) -> bool:
     """Reading values must neither wait for an accelerator nor break a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def is_binary(mask: Tensor) -> bool:
+    return mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())

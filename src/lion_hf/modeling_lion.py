@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_lion import LionConfig
 from .lion_layer import LionMixer, LionPreTrainedMixin, init_mixer, sequence_classification_loss
-from .lion_ops import values_can_be_read
+from .lion_ops import is_binary, values_can_be_read
 
 
 logger = logging.get_logger(__name__)
@@ -207,7 +207,7 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
             f"(batch, length) = ({batch}, {length}) or (batch, 1, 1, length), with 1 for real tokens and 0 for padding."
         )
     if values_can_be_read(mask):
-        if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        if not is_binary(mask):
             raise ValueError(
                 "attention_mask holds values other than 0 and 1; LION takes 1 for real tokens and 0 for padding, not an "
                 "additive mask. Pass the tokenizer's attention_mask as it is."
