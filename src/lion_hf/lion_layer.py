@@ -31,12 +31,12 @@ class LionMixer(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=bias)
         self.v_proj = nn.Linear(width, width, bias=bias)
         self.o_proj = nn.Linear(width, width)
-        self.scans = 2 if self.is_image and config.order == "s" and config.mask_type != "lit" else 1
-        for suffix in ("", "_2")[: self.scans]:
+        self.decay_names = decay_names(config)  # one per scan
+        for name in self.decay_names:
             if config.mask_type == "decay":
-                self.register_parameter(f"decay_logit{suffix}", nn.Parameter(torch.empty(self.num_heads)))
-            elif config.mask_type == "selective":
-                self.register_module(f"decay_proj{suffix}", nn.Linear(width, self.num_heads))
+                self.register_parameter(name, nn.Parameter(torch.empty(self.num_heads)))
+            else:
+                self.register_module(name, nn.Linear(width, self.num_heads))
         self.norm = nn.LayerNorm(width, eps=1e-5) if getattr(config, "layer_norm_after", False) else None
 
     def forward(
@@ -76,10 +76,10 @@ class LionMixer(nn.Module):
             dropped = F.dropout(weights, dropout).to(value.dtype)
             mixed = torch.matmul(dropped, value)
             weights = dropped if output_attentions else None
-        elif self.scans == 1:
-            mixed = self._operator(query, key, value, self._log_decay(hidden_states), key_mask, self.is_image)
-        else:
+        elif len(self.decay_names) == 2:
             mixed = self._scan_twice(hidden_states, query, key, value, orders)
+        else:
+            mixed = self._operator(query, key, value, self._log_decay(hidden_states), key_mask, self.is_image)
         mixed = mixed.transpose(1, 2).flatten(2)
         if self.norm is not None:
             mixed = self.norm(mixed)
@@ -101,8 +101,8 @@ class LionMixer(nn.Module):
     def _scan_twice(self, hidden_states, query, key, value, orders) -> Tensor:
         """Numerators and denominators of both scans are averaged before the one division (their mean mask)."""
         numerator = denominator = 0
-        for (order, inverse), suffix in zip(orders, ("", "_2"), strict=True):
-            decay = self._log_decay(hidden_states, suffix)
+        for (order, inverse), name in zip(orders, self.decay_names, strict=True):
+            decay = self._log_decay(hidden_states, name)
             decay = decay if decay.dim() == 1 else decay[:, :, order]
             along = (x.index_select(2, order) for x in (query, key, value))
             n, c = self._operator(*along, decay, return_denominator=True)
@@ -111,12 +111,12 @@ class LionMixer(nn.Module):
         return (numerator / (denominator.unsqueeze(-1) + 2 * 1e-6)).to(value.dtype)
 
     def _attention_matrix(self, hidden_states, query, key, key_mask, orders) -> Tensor:
-        if self.scans == 1:
+        if len(self.decay_names) < 2:
             scores = attention_scores(query, key, self._log_decay(hidden_states), key_mask=key_mask)
         else:
             scores = 0
-            for (order, inverse), suffix in zip(orders, ("", "_2"), strict=True):
-                decay = self._log_decay(hidden_states, suffix)
+            for (order, inverse), name in zip(orders, self.decay_names, strict=True):
+                decay = self._log_decay(hidden_states, name)
                 decay = decay if decay.dim() == 1 else decay[:, :, order]
                 along = attention_scores(query.index_select(2, order), key.index_select(2, order), decay)
                 scores = scores + along.index_select(2, inverse).index_select(3, inverse) / 2
@@ -136,19 +136,26 @@ class LionMixer(nn.Module):
             return F.elu(x) + 1
         return F.normalize(F.silu(x) + 0.5, dim=-1)
 
-    def _log_decay(self, hidden_states: Tensor, suffix: str = "") -> Tensor | None:
-        """None, (heads,) or (batch, heads, length), in float32 or wider."""
-        if self.config.mask_type == "lit":
+    def _log_decay(self, hidden_states: Tensor, name: str | None = None) -> Tensor | None:
+        """None, (heads,) or (batch, heads, length), in float32 or wider; `name` is the first scan's by default."""
+        if not self.decay_names:
             return None
+        gate = getattr(self, name or self.decay_names[0])
         if self.config.mask_type == "decay":
-            return F.logsigmoid(_at_least_float32(getattr(self, f"decay_logit{suffix}")))
-        gate = getattr(self, f"decay_proj{suffix}")
+            return F.logsigmoid(_at_least_float32(gate))
         if self.is_image:  # the class token does not decay
             logits = _at_least_float32(gate(hidden_states[:, 1:].to(gate.weight.dtype)))
             return F.pad(F.logsigmoid(-logits).transpose(1, 2), (1, 0))
         logits = _at_least_float32(gate(hidden_states.to(gate.weight.dtype)))
         # The authors' text gate: log(1 - sigmoid(z)) with 1e-7 inside the logarithm, which can exceed 0 by as much.
         return (torch.sigmoid(-logits) + 1e-7).log().clamp(max=0).transpose(1, 2)
+
+
+def decay_names(config) -> list[str]:
+    """Names of the decay parameters or modules of a mixer, one per scan; none for LION-LIT."""
+    stem = {"lit": None, "decay": "decay_logit", "selective": "decay_proj"}[config.mask_type]
+    scans = [stem, f"{stem}_2"] if getattr(config, "order", "normal") == "s" else [stem]
+    return scans if stem else []
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -159,8 +166,6 @@ class LionPreTrainedMixin:
     """What the base classes of both encoders share; stands before `PreTrainedModel` in their bases."""
 
     supports_gradient_checkpointing = True
-    # A decay close to 1 needs more than 8 bits: these stay float32 when a model is loaded in half precision.
-    _keep_in_fp32_modules_strict = ["decay_logit", "decay_logit_2", "decay_proj", "decay_proj_2"]
 
     def __init__(self, config, *args, **kwargs):
         expected = self.config_class
@@ -170,6 +175,8 @@ class LionPreTrainedMixin:
                 f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r})."
             )
         super().__init__(config, *args, **kwargs)
+        # A decay close to 1 needs more than 8 bits: it stays float32 when a model is loaded in half precision.
+        self._keep_in_fp32_modules_strict = set(decay_names(config))
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         if attn_implementation in (None, "eager"):
