@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.utils import logging
 
@@ -168,10 +167,13 @@ def attention_scores(
 
 def _gates(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Clamped log-decays in the dtype their sums need: (1, H, L) without memory for LION-D, (B, H, L) for LION-S."""
-    # float64 sums: differences of float32 ones lose 5e-5 at 1025 tokens, more after a saturated gate.
-    wide = torch.float64 if log_decay.device.type != "mps" else torch.float32
-    gates = log_decay.to(wide).clamp(min=_FLOOR[dtype])
+    gates = log_decay.to(_sum_dtype(log_decay.device)).clamp(min=_FLOOR[dtype])
     return gates[None, :, None].expand(1, -1, length) if gates.dim() == 1 else gates
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """float64: differences of float32 sums lose 5e-5 at 1025 tokens, more after a saturated gate. (MPS has none.)"""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _sums(gates: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +217,7 @@ def _factors(gates: Tensor, scale: float, dtype: torch.dtype) -> _Factors:
 
 def _gate_gradient(de: Tensor, df: Tensor, dtotal: Tensor) -> Tensor:
     """d gates from d(exclusive sums), d(inclusive sums) and d(total): gate t enters e_i for i > t, f_i for i >= t."""
-    both = (de + df).double() if de.device.type != "mps" else de + df
+    both = (de + df).to(_sum_dtype(de.device))
     return both.flip(-1).cumsum(-1).flip(-1) - de + dtotal
 
 
@@ -255,8 +257,9 @@ def _attention_backward(q, k, v, log_decay, dy, scale, chunk_size):
     dscores.mul_(weights)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
     pairs = scores.mul_(dscores)
-    if log_decay.dim() == 1:
-        pairs = pairs.sum(0, keepdim=True)
+    if log_decay.dim() == 1:  # every decay between i and j is the same one: |i - j| of it
+        token = torch.arange(q.shape[2], dtype=q.dtype, device=q.device)
+        return dq, dk, dv, (pairs.sum(0) * (token - token.unsqueeze(-1)).abs()).sum(-1)
     return dq, dk, dv, _gate_gradient(*_split_sums(pairs), 0)
 
 
@@ -343,19 +346,21 @@ def _chunk_backward(q, k, v, log_decay, dy, scale, chunk_size):
         # The transposed mask: what a query read from the left flows back to keys that lie to its left.
         dleft = _scan(torch.matmul((q * w.read_left).transpose(-1, -2), dy), w.total, reverse=True)
         dright = _scan(torch.matmul((q * w.read_right).transpose(-1, -2), dy), w.total, reverse=False)
-    dq, dk, dv, dgates = _chunk_gradients(q, k, v, dy, w, left, right, dleft, dright)
+    shared = log_decay.dim() == 1
+    dq, dk, dv, dgates = _chunk_gradients(q, k, v, dy, w, shared, left, right, dleft, dright)
     dq, dk, dv = (x.flatten(2, 3)[:, :, :length] for x in (dq, dk, dv))
-    return dq, dk, dv, dgates if log_decay.dim() == 1 else dgates.flatten(2, 3)[:, :, :length]
+    return dq, dk, dv, dgates[0, :, 0] if shared else dgates.flatten(2, 3)[:, :, :length]
 
 
-def _chunk_gradients(q, k, v, dy, w: _Factors, left, right, dleft, dright):
+def _chunk_gradients(q, k, v, dy, w: _Factors, shared: bool, left, right, dleft, dright):
     """Gradients of chunks from the states that reach them (left, right) and the gradients of those they send on
-    (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, E) or None."""
+    (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, E) or None.
+
+    The last result is d gates (B, H, n, K), or (1, H, 1, K), summed over batch and chunks, if `shared` (LION-D)."""
     scores = torch.matmul(q, k.transpose(-1, -2))
     dscores = torch.matmul(dy, v.transpose(-1, -2)).mul_(w.tile)
     dv = torch.matmul((scores * w.tile).transpose(-1, -2), dy)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
-    shared = w.tile.shape[0] == 1  # one decay per head: its gradient sums over batch and chunks as early as it can
 
     def reduce(x: Tensor) -> Tensor:
         return x.sum((0, 2), keepdim=True) if shared else x
@@ -413,7 +418,8 @@ def _rnn_backward(q, k, v, log_decay, dy, scale, chunk_size):
     length = q.shape[2]
     _, size = _layout(length, max(chunk_size, math.isqrt(length)))
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    dgates = log_decay.new_empty((1, *q.shape[1:3]) if log_decay.dim() == 1 else log_decay.shape, dtype=torch.float64)
+    shared = log_decay.dim() == 1
+    dgates = log_decay.new_empty(q.shape[1:3] if shared else q.shape[:3], dtype=_sum_dtype(q.device))
     state = q.new_zeros(*q.shape[:2], 1, q.shape[-1], v.shape[-1])
     left, dright, stored = state, state, []
     parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
@@ -427,10 +433,10 @@ def _rnn_backward(q, k, v, log_decay, dy, scale, chunk_size):
     for part, (left, dright) in zip(reversed(parts), reversed(stored), strict=True):
         qc, kc, vc, dyc = (x[:, :, None, part] for x in (q, k, v, dy))
         w = _step_factors(log_decay, part, length, scale, q.dtype)
-        *parts_of_grads, dgate = _chunk_gradients(qc, kc, vc, dyc, w, left, right, dleft, dright)
+        *parts_of_grads, dgate = _chunk_gradients(qc, kc, vc, dyc, w, shared, left, right, dleft, dright)
         for grad, part_of_grad in zip(grads, parts_of_grads, strict=True):
             grad[:, :, part] = part_of_grad.squeeze(2)
-        dgates[:, :, part] = dgate.squeeze(2)
+        dgates[..., part] = dgate[0, :, 0] if shared else dgate.squeeze(2)
         right = _step(right, w, kc * w.write_left, vc)
         dleft = _step(dleft, w, qc * w.read_left, dyc)
     return *grads, dgates
@@ -466,15 +472,19 @@ class _LionFunction(torch.autograd.Function):
         return _FORMS[form][0](q, k, v, log_decay, scale, chunk_size)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "LION's operator has no second derivative, and backward was called with create_graph=True. Leave "
+                "create_graph out, or build the output from lion_hf.lion_ops.attention_scores, which has one."
+            )
         q, k, v, log_decay = ctx.saved_tensors
         form, chunk_size, scale = ctx.options
         with torch.autocast(q.device.type, enabled=False):
             dq, dk, dv, dgates = _FORMS[form][1](q, k, v, log_decay, dy.contiguous(), scale, chunk_size)
         if dgates is not None:
             if log_decay.dim() == 1:
-                dgates = dgates.transpose(0, 1).flatten(1).sum(1)
+                dgates = dgates.sum(-1)
             dgates = torch.where(log_decay >= _FLOOR[q.dtype], dgates, 0).to(log_decay.dtype)
         return dq, dk, dv, dgates, None, None, None
 
