@@ -537,7 +537,8 @@ def _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask,
         )
     if log_decay is not None:
         batch, heads, length, _ = query.shape
-        if log_decay.shape not in ((heads,), (batch, heads, length)) or not log_decay.is_floating_point():
+        expected = {1: (heads,), 3: (batch, heads, length)}.get(log_decay.dim())
+        if expected is None or log_decay.shape != expected or not log_decay.is_floating_point():
             raise ValueError(
                 f"log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; allowed are None, floating "
                 f"point (heads,) = ({heads},) and (batch, heads, length) = {(batch, heads, length)}."

@@ -1,0 +1,62 @@
+"""Small models of every kind, shared by the tests."""
+
+import torch
+
+import lion_hf
+
+
+VARIANTS = ("lit", "decay", "selective")
+FORMS = ("attention", "rnn", "chunk")
+TEXT_HEADS = (
+    lion_hf.LionModel,
+    lion_hf.LionForMaskedLM,
+    lion_hf.LionForSequenceClassification,
+    lion_hf.LionForTokenClassification,
+    lion_hf.LionForQuestionAnswering,
+    lion_hf.LionForMultipleChoice,
+)
+
+
+def text_config(mask_type="selective", **options):
+    defaults = {
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "max_position_embeddings": 40,
+        "hidden_dropout_prob": 0.0,
+        "chunk_size": 4,
+    }
+    return lion_hf.LionConfig(mask_type=mask_type, **{**defaults, **options})
+
+
+def vision_config(mask_type="selective", **options):
+    defaults = {
+        "image_size": 16,
+        "patch_size": 4,
+        "hidden_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "intermediate_size": 40,
+        "num_labels": 5,
+        "chunk_size": 4,
+    }
+    return lion_hf.LionVisionConfig(mask_type=mask_type, **{**defaults, **options})
+
+
+def text_inputs(batch=3, length=11, vocab_size=61):
+    """Rows of different lengths, padded on the right."""
+    ids = torch.randint(1, vocab_size, (batch, length))
+    lengths = torch.linspace(length, max(1, length // 2), batch).long()
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def spread_decays(model):
+    """Decays that differ from head to head and token to token, as after training."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "decay_proj" in name and name.endswith("weight"):
+                parameter.normal_(std=0.5)
+    return model
