@@ -4,9 +4,18 @@ import logging
 
 import pytest
 import torch
-from models import FORMS, TEXT_HEADS, VARIANTS, spread_decays, text_config, text_inputs, vision_config
+import models
+from models import FORMS, TEXT_HEADS, VARIANTS, spread_decays, text_inputs
 
 import lion_hf
+
+
+def text_config(*args, **options):
+    return models.text_config(*args, **{"num_hidden_layers": 1, "chunk_size": 6, **options})
+
+
+def vision_config(*args, **options):
+    return models.vision_config(*args, **{"num_hidden_layers": 1, "chunk_size": 9, **options})
 
 
 def inputs_for(head, inputs):

@@ -1,0 +1,122 @@
+"""Whole encoders against their softmax twins: LION text against BERT, LION images against ViT (both with SDPA).
+
+    python benchmarks/bench_models.py                      # text and images, training steps and inference
+    python benchmarks/bench_models.py --lengths 128 512 --variants selective
+
+All models of one length are timed in turn in one process; a ratio below 1 means LION is faster. Dropout is 0 in both,
+weights are random, float32. Text: 2 layers of base width (768, 12 heads), bare encoders, a training step is forward and
+backward of the mean output (an optimizer step costs both the same). Images: tiny (192, 3 heads, 12 layers), 224 pixels.
+"""
+
+import argparse
+
+import torch
+from common import alternate, print_table, save
+from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTForImageClassification
+
+from lion_hf import LionConfig, LionForImageClassification, LionForMaskedLM, LionModel, LionVisionConfig
+
+
+SHAPE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_dropout_prob": 0.0}
+
+
+def train_step(model, inputs):
+    def run():
+        model.zero_grad(set_to_none=True)
+        outputs = model(**inputs)
+        (outputs[0].mean() if outputs[0].dim() else outputs[0]).backward()
+
+    return run
+
+
+def inference(model, inputs):
+    def run():
+        with torch.inference_mode():
+            model(**inputs)
+
+    return run
+
+
+def text_models(length, variants, layers, masked_lm):
+    options = {"num_hidden_layers": layers, "max_position_embeddings": max(512, length), **SHAPE}
+    bert = BertConfig(**options, attention_probs_dropout_prob=0.0)
+    bert._attn_implementation = "sdpa"
+    models = {"bert": (BertForMaskedLM(bert) if masked_lm else BertModel(bert, add_pooling_layer=False))}
+    for variant in variants:
+        config = LionConfig(mask_type=variant, **options)
+        models[variant] = LionForMaskedLM(config) if masked_lm else LionModel(config, add_pooling_layer=False)
+    return models
+
+
+def image_models(variants):
+    options = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_hidden_layers": 12}
+    vit = ViTConfig(**options, num_labels=1000)
+    vit._attn_implementation = "sdpa"
+    models = {"vit": ViTForImageClassification(vit)}
+    for variant in variants:
+        for order in ("normal", "s") if variant != "lit" else ("normal",):
+            config = LionVisionConfig(mask_type=variant, order=order, num_labels=1000, **options)
+            models[variant + ("-snake" if order == "s" else "")] = LionForImageClassification(config)
+    return models
+
+
+def compare(name, models, inputs, arguments, rows):
+    peer = next(iter(models))
+    for mode, wrap in (("train", train_step), ("inference", inference)):
+        for model in models.values():
+            model.train(mode == "train")
+        times = alternate({k: wrap(m, inputs) for k, m in models.items()}, arguments.seconds, arguments.rounds)
+        for variant, seconds in times.items():
+            rows.append(
+                {
+                    "case": name,
+                    "mode": mode,
+                    "model": variant,
+                    "ms": 1e3 * seconds,
+                    "ratio": seconds / times[peer],
+                }
+            )
+        print_table(rows[-len(times) :])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 2048, 8192])
+    parser.add_argument("--variants", nargs="+", default=["lit", "decay", "selective"])
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens in a batch (at least one row)")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--masked_lm", action="store_true", help="with the masked-LM head (vocabulary 30522) instead")
+    parser.add_argument("--format", default="auto", help="LION's format")
+    parser.add_argument("--no_images", action="store_true")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each comparison, at least")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", default="benchmarks/results")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    rows = []
+    for length in arguments.lengths:
+        models = text_models(length, arguments.variants, arguments.layers, arguments.masked_lm)
+        for name, model in models.items():
+            if name != "bert":
+                model.config.format = arguments.format
+        ids = torch.randint(1, 30000, (max(1, arguments.tokens // length), length))
+        compare(f"text {length}", models, {"input_ids": ids}, arguments, rows)
+    if not arguments.no_images:
+        models = image_models(arguments.variants)
+        labels = torch.randint(0, 1000, (8,))
+        compare("image 224", models, {"pixel_values": torch.randn(8, 3, 224, 224), "labels": labels}, arguments, rows)
+
+    def picture(axis):
+        for variant in arguments.variants:
+            chosen = [r for r in rows if r["model"] == variant and r["mode"] == "train" and "text" in r["case"]]
+            axis.plot([int(r["case"].split()[1]) for r in chosen], [r["ratio"] for r in chosen], "o-", label=variant)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", xlabel="tokens", ylabel="training step / BERT with SDPA", title="below 1 is faster")
+        axis.set_xticks(arguments.lengths, arguments.lengths)
+        axis.legend()
+
+    save("bench_models", arguments.output, rows, picture)
+
+
+if __name__ == "__main__":
+    main()
