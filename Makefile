@@ -1,0 +1,36 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: they make .venv and install into it.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow lint format bench clean
+
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python " + sys.version.split()[0] + " found, but constraints.txt needs 3.11 or newer. Use: make PYTHON=python3.11 (or newer). Python 3.10 works with constraints-oldest.txt.")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[examples,test,dev]'
+	touch $@
+
+# Pretrains a small LION-S on documentation text, trains a small LION-D on digits, draws their decays: about 5 minutes.
+demo: .venv/installed
+	$(BIN)/python examples/demo.py --output_dir outputs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2 -q -m 'not slow'
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -n 2 -q -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/bench_ops.py
+	$(BIN)/python benchmarks/bench_models.py
+
+clean:
+	rm -rf .venv build dist outputs .pytest_cache .ruff_cache .hypothesis src/*.egg-info
