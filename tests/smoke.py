@@ -12,7 +12,13 @@ import lion_hf
 
 
 def main(folder: str) -> None:
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "chunk_size": 4}
+    small = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "chunk_size": 4,
+    }
     for mask_type in ("lit", "decay", "selective"):
         config = lion_hf.LionConfig(vocab_size=50, mask_type=mask_type, **small)
         image = lion_hf.LionVisionConfig(image_size=12, patch_size=4, order="s", mask_type=mask_type, **small)

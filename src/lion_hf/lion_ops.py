@@ -253,10 +253,10 @@ def _attention_backward(q, k, v, log_decay, dy, scale, chunk_size):
         dscores.mul_(scale)
         return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv, None
     weights = _attention_weights(_gates(log_decay, q.shape[2], q.dtype), scale, q.dtype)
-    dv = torch.matmul((scores * weights).transpose(-1, -2), dy)
+    dv = torch.matmul(scores.mul_(weights).transpose(-1, -2), dy)
+    pairs = scores.mul_(dscores)
     dscores.mul_(weights)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
-    pairs = scores.mul_(dscores)
     if log_decay.dim() == 1:  # every decay between i and j is the same one: |i - j| of it
         token = torch.arange(q.shape[2], dtype=q.dtype, device=q.device)
         return dq, dk, dv, (pairs.sum(0) * (token - token.unsqueeze(-1)).abs()).sum(-1)
@@ -357,15 +357,17 @@ def _chunk_gradients(q, k, v, dy, w: _Factors, shared: bool, left, right, dleft,
     (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, E) or None.
 
     The last result is d gates (B, H, n, K), or (1, H, 1, K), summed over batch and chunks, if `shared` (LION-D)."""
-    scores = torch.matmul(q, k.transpose(-1, -2))
-    dscores = torch.matmul(dy, v.transpose(-1, -2)).mul_(w.tile)
-    dv = torch.matmul((scores * w.tile).transpose(-1, -2), dy)
-    dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
 
     def reduce(x: Tensor) -> Tensor:
         return x.sum((0, 2), keepdim=True) if shared else x
 
+    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(w.tile)
+    dscores = torch.matmul(dy, v.transpose(-1, -2))
+    dv = torch.matmul(scores.transpose(-1, -2), dy)
     de, df = _split_sums(reduce(scores.mul_(dscores)))
+    dscores.mul_(w.tile)
+    dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
+
     dtotal = 0
     if left is not None:
         crossing = w.total.to(q.dtype).exp() * ((left * dleft).sum((-1, -2)) + (right * dright).sum((-1, -2)))

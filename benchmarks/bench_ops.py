@@ -1,0 +1,191 @@
+"""The operator's forms against each other and against softmax attention (PyTorch's SDPA), in time and memory.
+
+    python benchmarks/bench_ops.py                 # time per token and ratios, linearity, peak memory
+    python benchmarks/bench_ops.py --crossover     # where the chunk form overtakes the attention form (CROSSOVER)
+
+One layer's worth of heads (12 x 64), float32, forward + backward unless --inference. All candidates of one length are
+timed in turn in one process; peak memory is that of a fresh process for every case, above what it held before the call.
+"""
+
+import argparse
+import resource
+import sys
+
+import torch
+from common import alternate, peak_memory, print_table, save
+
+from lion_hf import bidirectional_linear_attention
+
+
+HEADS, WIDTH = 12, 64
+KINDS = ("none", "head", "token")
+
+
+def make(batch, length):
+    query, key, value = (torch.randn(batch, length, HEADS, WIDTH, requires_grad=True) for _ in range(3))
+    decays = {
+        "none": None,
+        "head": (-torch.rand(HEADS)).requires_grad_(),
+        "token": (-torch.rand(batch, HEADS, length)).requires_grad_(),
+    }
+    return (query, key, value), decays
+
+
+def runner(operator, inputs, inference):
+    def run():
+        query, key, value = (x.transpose(1, 2) for x in inputs)
+        if inference:
+            with torch.inference_mode():
+                operator(query, key, value)
+        else:
+            operator(query, key, value).sum().backward()
+            for x in inputs:
+                x.grad = None
+
+    return run
+
+
+def lion(form, log_decay, chunk_size):
+    return lambda q, k, v: bidirectional_linear_attention(q, k, v, log_decay, format=form, chunk_size=chunk_size)
+
+
+def times(arguments, lengths):
+    rows = []
+    for length in lengths:
+        batch = max(1, arguments.tokens // length)
+        inputs, decays = make(batch, length)
+        candidates = {}
+        if length <= arguments.longest_softmax:
+            candidates["softmax (SDPA)"] = torch.nn.functional.scaled_dot_product_attention
+        for kind in KINDS:
+            for form in ("attention", "rnn", "chunk"):
+                if form != "attention" or length <= arguments.longest_attention:
+                    candidates[f"{kind} {form}"] = lion(form, decays[kind], arguments.chunk_size)
+        measured = alternate(
+            {name: runner(op, inputs, arguments.inference) for name, op in candidates.items()}, arguments.seconds
+        )
+        softmax = measured.get("softmax (SDPA)")
+        for name, seconds in measured.items():
+            rows.append(
+                {
+                    "length": length,
+                    "operator": name,
+                    "us per token": 1e6 * seconds / (batch * length),
+                    "ratio to softmax": seconds / softmax if softmax else float("nan"),
+                }
+            )
+        print_table(rows[-len(measured) :])
+    return rows
+
+
+def linearity(rows, short, long):
+    """Cost per token at `long` over that at `short`, for the linear forms."""
+    cost = {(r["length"], r["operator"]): r["us per token"] for r in rows}
+    result = []
+    for kind in KINDS:
+        for form in ("rnn", "chunk"):
+            name = f"{kind} {form}"
+            ratio = cost[long, name] / cost[short, name]
+            result.append({"operator": name, f"cost per token at {long} / {short}": ratio})
+    print_table(result)
+    return result
+
+
+def memory(arguments):
+    rows = []
+    for kind in KINDS:
+        for mode in ("inference", "training"):
+            case = {
+                form: peak_memory(__file__, "--one_case", kind, form, mode, str(arguments.memory_length))
+                for form in ("attention", "rnn", "chunk")
+            }
+            for form, mib in case.items():
+                rows.append(
+                    {
+                        "decay": kind,
+                        "mode": mode,
+                        "form": form,
+                        f"peak MiB at {arguments.memory_length}": mib,
+                        "ratio to attention": mib / case["attention"],
+                    }
+                )
+    print_table(rows)
+    return rows
+
+
+def one_case(kind, form, mode, length):
+    """Prints the peak memory in MiB that one call adds, measured by the operating system."""
+    # A short call first: libraries that load on first use are not the operator's memory.
+    for size in (64, int(length)):
+        inputs, decays = make(1, size)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        runner(lion(form, decays[kind], 64), inputs, mode == "inference")()
+    unit = 1024 if sys.platform != "darwin" else 1024 * 1024
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit)
+
+
+def crossover(arguments):
+    """Forward + backward of the chunk form over the attention form, by length and kind of decay."""
+    rows = []
+    for length in (32, 64, 96, 128, 192, 256, 384, 512):
+        inputs, decays = make(max(1, arguments.tokens // length), length)
+        for kind in KINDS:
+            candidates = {
+                f: runner(lion(f, decays[kind], 64), inputs, arguments.inference) for f in ("attention", "chunk")
+            }
+            measured = alternate(candidates, arguments.seconds / 4, rounds=9)
+            rows.append(
+                {"length": length, "decay": kind, "chunk / attention": measured["chunk"] / measured["attention"]}
+            )
+    print_table(rows)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048, 8192, 16384])
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a batch (at least one row)")
+    parser.add_argument("--chunk_size", type=int, default=64)
+    parser.add_argument("--longest_softmax", type=int, default=8192)
+    parser.add_argument("--longest_attention", type=int, default=2048)
+    parser.add_argument("--memory_length", type=int, default=8192)
+    parser.add_argument("--inference", action="store_true")
+    parser.add_argument("--crossover", action="store_true")
+    parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each comparison, at least")
+    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--one_case", nargs=4, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if arguments.one_case:
+        one_case(*arguments.one_case)
+        return
+    if arguments.crossover:
+        rows = crossover(arguments)
+
+        def picture(axis):
+            for kind in KINDS:
+                chosen = [r for r in rows if r["decay"] == kind]
+                axis.plot([r["length"] for r in chosen], [r["chunk / attention"] for r in chosen], "o-", label=kind)
+            axis.axhline(1, color="grey", linewidth=0.8)
+            axis.set(xscale="log", xlabel="tokens", ylabel="time of chunk / time of attention form")
+            axis.legend(title="decay per")
+
+        save("crossover", arguments.output, rows, picture)
+        return
+    rows = times(arguments, arguments.lengths)
+    if {2048, 16384} <= set(arguments.lengths):
+        linearity(rows, 2048, 16384)
+    memory_rows = memory(arguments)
+
+    def picture(axis):
+        for name in dict.fromkeys(r["operator"] for r in rows):
+            chosen = [r for r in rows if r["operator"] == name]
+            axis.plot([r["length"] for r in chosen], [r["us per token"] for r in chosen], "o-", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds per token, 12 heads of 64")
+        axis.legend(fontsize=7)
+
+    save("bench_ops", arguments.output, rows + memory_rows, picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from lion_hf.lion_scan_order import snake_orders
+
+
+GRIDS = [(1, 1), (1, 5), (5, 1), (2, 2), (2, 3), (3, 2), (4, 4), (5, 7), (7, 4), (14, 14)]
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+
+
+def coordinates(order, width):
+    """Row and column of every patch along the curve, without the class token."""
+    patches = order[1:] - 1
+    return torch.stack([patches // width, patches % width], 1)
+
+
+@pytest.mark.parametrize("height, width", GRIDS)
+def test_both_curves_are_permutations_with_the_class_token_first(height, width):
+    curves = snake_orders(height, width)
+    assert len(curves) == 2
+    for order, inverse in curves:
+        assert order.dtype == inverse.dtype == torch.int64
+        assert order[0] == 0 and inverse[0] == 0
+        assert torch.equal(order.sort().values, torch.arange(1 + height * width))
+
+
+@pytest.mark.parametrize("height, width", GRIDS)
+def test_the_inverse_undoes_the_curve(height, width):
+    tokens = torch.randn(1 + height * width)
+    for order, inverse in snake_orders(height, width):
+        assert torch.equal(tokens[order][inverse], tokens)
+        assert torch.equal(tokens[inverse][order], tokens)
+
+
+@pytest.mark.parametrize("height, width", GRIDS)
+def test_neighbours_on_the_curve_are_neighbours_on_the_grid(height, width):
+    for order, _ in snake_orders(height, width):
+        steps = coordinates(order, width).diff(dim=0).abs().sum(1)
+        assert (steps == 1).all()
+
+
+@pytest.mark.parametrize("height, width", GRIDS)
+def test_the_first_curve_walks_rows_and_the_second_columns_from_the_same_corner(height, width):
+    for (order, _), axis, side in zip(snake_orders(height, width), (0, 1), (width, height), strict=True):
+        places = coordinates(order, width)
+        assert places[0].tolist() == [0, 0]
+        assert torch.equal(places[:, axis], torch.arange(height * width) // side), "one line after the other"
+        across = places[:, 1 - axis].view(-1, side)
+        assert torch.equal(across[::2], torch.arange(side).expand_as(across[::2])), "even lines run forward"
+        assert torch.equal(across[1::2], torch.arange(side).flip(0).expand_as(across[1::2])), "odd lines run back"
+
+
+def test_a_transposed_grid_swaps_the_curves():
+    (rows, _), (columns, _) = snake_orders(3, 5)
+    (rows_t, _), (columns_t, _) = snake_orders(5, 3)
+    assert torch.equal(coordinates(rows, 5), coordinates(columns_t, 3).flip(1))
+    assert torch.equal(coordinates(columns, 5), coordinates(rows_t, 3).flip(1))
+
+
+@pytest.mark.skipif(not (GOLDEN / "masks.safetensors").exists(), reason="reference numbers are not here")
+@pytest.mark.parametrize("side", [2, 3, 4, 5, 8, 14])
+def test_curves_equal_the_reference(side):
+    from safetensors.torch import load_file
+
+    golden = load_file(GOLDEN / "masks.safetensors")
+    names = ("s_curv_ind", "rev_s_curv_ind")
+    for (order, inverse), name in zip(snake_orders(side, side), names, strict=True):
+        assert torch.equal(order[1:] - 1, golden[f"output.order.grid{side}.{name}"])
+        assert torch.equal(inverse[1:] - 1, golden[f"output.order.grid{side}.{name}_inv"])
