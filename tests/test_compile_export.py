@@ -2,9 +2,9 @@
 
 import logging
 
+import models
 import pytest
 import torch
-import models
 from models import FORMS, TEXT_HEADS, VARIANTS, spread_decays, text_inputs
 
 import lion_hf

@@ -184,9 +184,20 @@ def _sums(gates: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype) -> Tensor:
     """M of one tile, (..., K, K). Of the two exponents the right one is the one <= 0, hence the smaller."""
-    forward = exclusive.unsqueeze(-1) - exclusive.unsqueeze(-2)
-    backward = inclusive.unsqueeze(-2) - inclusive.unsqueeze(-1)
-    return torch.minimum(forward, backward).to(dtype).exp()
+    return _differences(exclusive, dtype).clamp_(max=_differences(-inclusive, dtype)).exp_()
+
+
+def _differences(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums_i - sums_j (..., K, K), exact to the rounding of the difference and not of the sums.
+
+    A float64 sum is split into two float32 parts, so that no K x K tensor in float64 is made.
+    """
+    high = sums.to(dtype)
+    difference = high.unsqueeze(-1) - high.unsqueeze(-2)
+    if dtype != sums.dtype:
+        low = (sums - high).to(dtype)
+        difference.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
+    return difference
 
 
 class _Factors(NamedTuple):
@@ -205,7 +216,7 @@ def _factors(gates: Tensor, scale: float, dtype: torch.dtype) -> _Factors:
     e, f = _sums(gates)
     total = f[..., -1:]
     return _Factors(
-        # Every factor is exp of a number <= 0. The scale of the tile rides on its exponents, free of a further pass.
+        # Every factor is exp of a number <= 0.
         tile=_pair_weights(e, f, dtype).mul_(scale),
         read_left=e.to(dtype).exp().mul_(scale).unsqueeze(-1),
         write_right=(total - e).to(dtype).exp().unsqueeze(-1),
@@ -233,16 +244,15 @@ def _split_sums(pairs: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------- attention form, O(L^2)
 
 
-def _attention_weights(gates: Tensor | None, scale: float, dtype: torch.dtype) -> Tensor | None:
-    return None if gates is None else _pair_weights(*_sums(gates), dtype).mul_(scale)
+def _attention_weights(log_decay: Tensor, length: int, scale: float, dtype: torch.dtype) -> Tensor:
+    return _pair_weights(*_sums(_gates(log_decay, length, dtype)), dtype).mul_(scale)
 
 
 def _attention_forward(q, k, v, log_decay, scale, chunk_size):
     scores = torch.matmul(q, k.transpose(-1, -2))
     if log_decay is None:
         return torch.matmul(scores, v).mul_(scale)
-    gates = _gates(log_decay, q.shape[2], q.dtype)
-    return torch.matmul(scores.mul_(_attention_weights(gates, scale, q.dtype)), v)
+    return torch.matmul(scores.mul_(_attention_weights(log_decay, q.shape[2], scale, q.dtype)), v)
 
 
 def _attention_backward(q, k, v, log_decay, dy, scale, chunk_size):
@@ -252,7 +262,7 @@ def _attention_backward(q, k, v, log_decay, dy, scale, chunk_size):
         dv = torch.matmul(scores.transpose(-1, -2), dy).mul_(scale)
         dscores.mul_(scale)
         return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv, None
-    weights = _attention_weights(_gates(log_decay, q.shape[2], q.dtype), scale, q.dtype)
+    weights = _attention_weights(log_decay, q.shape[2], scale, q.dtype)
     dv = torch.matmul(scores.mul_(weights).transpose(-1, -2), dy)
     pairs = scores.mul_(dscores)
     dscores.mul_(weights)
