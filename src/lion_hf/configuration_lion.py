@@ -5,6 +5,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 # Every accepted spelling, in lower case, of the options that the authors spell in several ways.
@@ -45,13 +46,15 @@ class _LionOptions:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """As in Transformers, but an override that contradicts the stored structure is an error (ValueError)."""
+        if "order" in kwargs and "order" not in cls.__dataclass_fields__:
+            _normalised("order", kwargs.pop("order"), cls)  # refused unless it means nothing here
         overrides = {name: kwargs[name] for name in _STRUCTURAL if kwargs.get(name) is not None}
         if overrides:
             stored = cls(**{k: v for k, v in config_dict.items() if k != "model_type"})
             for name, value in overrides.items():
-                if _normalised(name, value, cls) != getattr(stored, name, None):
+                if name in cls.__dataclass_fields__ and _normalised(name, value, cls) != getattr(stored, name):
                     raise ValueError(
-                        f"{name}={value!r} contradicts the checkpoint, which has {name}={getattr(stored, name, None)!r}. "
+                        f"{name}={value!r} contradicts the checkpoint, which has {name}={getattr(stored, name)!r}. "
                         f"{name} decides the parameters of the model and cannot change at load: leave it out, or build a "
                         "new model from a new configuration."
                     )
@@ -79,6 +82,8 @@ class _LionOptions:
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
                 "each head needs the same whole number of features."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; allowed are {', '.join(sorted(ACT2FN))}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
             value = getattr(self, name, None)
             if value is not None and not 0 <= value < 1:

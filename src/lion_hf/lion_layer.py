@@ -171,8 +171,9 @@ class LionPreTrainedMixin:
         expected = self.config_class
         if getattr(config, "model_type", None) != expected.model_type:
             raise ValueError(
-                f"{type(self).__name__} needs a {expected.__name__} (model_type {expected.model_type!r}), but was given a "
-                f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r})."
+                f"{type(self).__name__} needs a {expected.__name__} (model_type {expected.model_type!r}), but was given "
+                f"{type(config).__name__} with model_type {getattr(config, 'model_type', None)!r}. Text models take a "
+                "LionConfig, image models a LionVisionConfig; AutoModel picks the class that fits a checkpoint."
             )
         super().__init__(config, *args, **kwargs)
         # A decay close to 1 needs more than 8 bits: it stays float32 when a model is loaded in half precision.
