@@ -12,7 +12,7 @@ import lion_hf
 from lion_hf import save_with_code
 
 
-# Loads a folder in a process that has Transformers but not the package, and saves what the model returns.
+# Loads folders in a process that has Transformers but not the package, and saves what the models return.
 FOREIGN_PROCESS = """
 import sys, torch
 
@@ -24,37 +24,38 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import transformers
 
-folder, inputs, results = sys.argv[1:4]
-inputs, outputs = torch.load(inputs), {}
-for auto_class in sys.argv[4:]:
-    torch.manual_seed(0)
-    model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
-    with torch.no_grad():
-        outputs[auto_class] = {
-            "class": type(model).__name__,
-            "module": type(model).__module__,
-            "config": type(model.config).__name__,
-            "values": {k: v for k, v in model(**inputs).items()},
-        }
+jobs, results = torch.load(sys.argv[1]), []
+for folder, inputs, auto_classes in jobs:
+    outputs = {}
+    for auto_class in auto_classes:
+        torch.manual_seed(0)
+        model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
+        with torch.no_grad():
+            outputs[auto_class] = {
+                "class": type(model).__name__,
+                "module": type(model).__module__,
+                "config": type(model.config).__name__,
+                "values": dict(model(**inputs).items()),
+            }
+    results.append(outputs)
 assert not any(name.partition(".")[0] == "lion_hf" for name in sys.modules)
-torch.save(outputs, results)
+torch.save(results, sys.argv[2])
 """
 
 
-def load_elsewhere(tmp_path, folder, inputs, *auto_classes):
-    torch.save(inputs, tmp_path / "inputs.pt")
+def load_elsewhere(tmp_path, jobs):
+    torch.save(jobs, tmp_path / "jobs.pt")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = [folder, tmp_path / "inputs.pt", tmp_path / "outputs.pt", *auto_classes]
     process = subprocess.run(
-        [sys.executable, "-I", "-c", FOREIGN_PROCESS, *map(str, arguments)],
+        [sys.executable, "-I", "-c", FOREIGN_PROCESS, str(tmp_path / "jobs.pt"), str(tmp_path / "results.pt")],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    return torch.load(tmp_path / "outputs.pt")
+    return torch.load(tmp_path / "results.pt")
 
 
 @pytest.fixture
@@ -65,60 +66,38 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def expected_values(head, folder, inputs):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        return dict(head.from_pretrained(folder).eval()(**inputs).items())
-
-
-@pytest.mark.parametrize(
-    "mask_type, form, head, others",
-    [
-        ("selective", "chunk", "MaskedLM", ["AutoModel", "AutoModelForTokenClassification"]),
-        ("lit", "auto", "SequenceClassification", ["AutoModel", "AutoModelForQuestionAnswering"]),
-        ("decay", "rnn", "MultipleChoice", ["AutoModelForMaskedLM"]),
-    ],
-    ids=["selective-chunk", "lit-auto", "decay-rnn"],
-)
-def test_text_folder_loads_without_the_package_and_outputs_are_bit_equal(
-    tmp_path, one_thread, mask_type, form, head, others
-):
-    model = spread_decays(getattr(lion_hf, f"LionFor{head}")(text_config(mask_type, format=form))).eval()
-    folder, inputs = save_with_code(model, tmp_path / "model"), text_inputs()
-    if head == "MultipleChoice":
-        inputs, others = {k: v[:, None].repeat(1, 2, 1) for k, v in inputs.items()}, []
-    outputs = load_elsewhere(tmp_path, folder, inputs, f"AutoModelFor{head}", *others)
-    assert len(outputs) == 1 + len(others)
-    for auto_class, output in outputs.items():
-        kind = "LionModel" if auto_class == "AutoModel" else auto_class.replace("AutoModelFor", "LionFor")
-        assert (output["class"], output["config"]) == (kind, "LionConfig")
-        assert output["module"].startswith("transformers_modules.")
-        values = expected_values(getattr(lion_hf, kind), folder, inputs)
-        assert output["values"].keys() == values.keys()
-        for name, value in output["values"].items():
-            assert torch.equal(value, values[name]), (auto_class, name)
-    with torch.no_grad():  # and not only equal to what this process loads, but to the model that was saved
-        original = model(**inputs)
-    for name, value in outputs[f"AutoModelFor{head}"]["values"].items():
-        torch.testing.assert_close(value, original[name], rtol=1e-5, atol=1e-6)
-
-
-def test_image_folder_loads_without_the_package_and_outputs_are_bit_equal(tmp_path, one_thread):
-    model = spread_decays(lion_hf.LionForImageClassification(vision_config(order="s", format="chunk"))).eval()
-    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
-    folder = save_with_code(model, tmp_path / "model")
-    outputs = load_elsewhere(tmp_path, folder, inputs, "AutoModelForImageClassification", "AutoModel")
-    for auto_class, head in (
-        ("AutoModelForImageClassification", lion_hf.LionForImageClassification),
-        ("AutoModel", lion_hf.LionVisionModel),
+def test_folders_load_without_the_package_and_outputs_are_bit_equal(tmp_path, one_thread):
+    text, image = text_inputs(), {"pixel_values": torch.randn(2, 3, 16, 16)}
+    choices = {k: v[:, None].repeat(1, 2, 1) for k, v in text.items()}
+    cases = [  # in one process: starting it takes longer than everything else
+        (lion_hf.LionForMaskedLM(text_config("selective", format="chunk")), text, ["", "ForTokenClassification"]),
+        (lion_hf.LionForSequenceClassification(text_config("lit")), text, ["", "ForQuestionAnswering"]),
+        (lion_hf.LionForMultipleChoice(text_config("decay", format="rnn")), choices, []),
+        (lion_hf.LionForImageClassification(vision_config(order="s", format="chunk")), image, [""]),
+    ]
+    jobs = []
+    for i, (model, inputs, others) in enumerate(cases):
+        spread_decays(model).eval()
+        folder = save_with_code(model, tmp_path / f"model{i}")
+        heads = [type(model).__name__.removeprefix("Lion"), *others]
+        jobs.append((str(folder), inputs, [f"AutoModel{head}" for head in heads]))
+    for (model, inputs, _), (folder, _, auto_classes), outputs in zip(
+        cases, jobs, load_elsewhere(tmp_path, jobs), strict=True
     ):
-        assert (outputs[auto_class]["class"], outputs[auto_class]["config"]) == (head.__name__, "LionVisionConfig")
-        values = expected_values(head, folder, inputs)
-        for name, value in outputs[auto_class]["values"].items():
-            assert torch.equal(value, values[name]), (auto_class, name)
-    with torch.no_grad():
-        original = model(**inputs).logits
-    torch.testing.assert_close(outputs["AutoModelForImageClassification"]["values"]["logits"], original)
+        kind = type(model.config).__name__.removesuffix("Config")
+        for auto_class in auto_classes:
+            output = outputs[auto_class]
+            name = f"{kind}Model" if auto_class == "AutoModel" else auto_class.replace("AutoModel", "Lion")
+            assert (output["class"], output["config"]) == (name, f"{kind}Config")
+            assert output["module"].startswith("transformers_modules.")
+            torch.manual_seed(0)
+            with torch.no_grad():
+                expected = dict(getattr(lion_hf, name).from_pretrained(folder).eval()(**inputs).items())
+            assert output["values"].keys() == expected.keys()
+            for key, value in output["values"].items():
+                assert torch.equal(value, expected[key]), (name, key)
+        with torch.no_grad():  # not only what this process loads from the folder, but the model that was saved
+            torch.testing.assert_close(outputs[auto_classes[0]]["values"]["logits"], model(**inputs).logits)
 
 
 @pytest.mark.parametrize(

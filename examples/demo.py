@@ -1,0 +1,173 @@
+"""The whole project in a few minutes on two CPU cores, without a network.
+
+    python examples/demo.py --output_dir outputs/demo
+
+Pretrains a small LION-S on Python's documentation and lets it fill masks, trains a small LION-D on handwritten digits,
+and draws the decay masks and the decays that both models learned. Ends with exit code 1 if either model failed to learn.
+"""
+
+import argparse
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import common
+import run_image_classification
+import run_mlm
+import torch
+from draw_masks import draw_masks
+from matplotlib import pyplot as plt
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    pipeline,
+)
+
+
+DIGITS_GOAL = 0.95
+FRESH = ["--save_strategy=no", "--resume_from_checkpoint=no"]
+TEXT_FLAGS = ["--mask_type=selective", "--max_length=64", "--learning_rate=2e-3", "--num_train_epochs=4", *FRESH]
+DIGITS_FLAGS = ["--mask_type=decay", *FRESH]
+
+
+def pretrain(folder: Path) -> dict[str, float]:
+    """A small LION-S on Python's documentation."""
+    metrics = run_mlm.main(["--output_dir", str(folder), *TEXT_FLAGS])
+    print(
+        f"\nmasked accuracy {metrics['eval_masked_accuracy']:.1%}, against {metrics['eval_most_frequent_accuracy']:.1%} "
+        "for always saying the most frequent token\n"
+        f"loss {metrics['eval_loss']:.3f} nats per masked token, against {metrics['eval_unigram_entropy']:.3f} for the "
+        f"token frequencies alone (ratio {metrics['eval_loss_over_unigram_entropy']:.3f})"
+    )
+    return metrics
+
+
+def masked_sentences(tokenizer, count: int) -> list[tuple[str, str]]:
+    """Sentences of the held-out documents with one word masked, and that word."""
+    chooser, found = random.Random(0), []
+    for document in run_mlm.python_documents()[::10]:
+        sentences = re.findall(r"(?<=\. )[A-Z][a-z][\w ,']{40,110}\.(?=\s)", re.sub(r"\s+", " ", document))
+        for sentence in sentences[:1]:
+            words = [m for m in re.finditer(r"\b[a-z]{3,}\b", sentence) if len(tokenizer.tokenize(m[0])) == 1]
+            if words:
+                word = chooser.choice(words)
+                found.append((sentence[: word.start()] + tokenizer.mask_token + sentence[word.end() :], word[0]))
+    return chooser.sample(found, min(count, len(found)))
+
+
+def fill_masks(folder: Path, count: int = 10) -> str:
+    """Fills masks in held-out sentences through the pipeline; returns the last sentence, unmasked."""
+    fill = pipeline("fill-mask", model=str(folder), top_k=5)
+    right, sentence = 0, ""
+    print(f"\nFilling {count} masks in sentences that the model has not seen:")
+    for masked, truth in masked_sentences(fill.tokenizer, count):
+        guesses = [guess["token_str"] for guess in fill(masked)]
+        right += truth in guesses
+        sentence = masked.replace(fill.tokenizer.mask_token, truth)
+        print(f"\n  {masked}\n    truth: {truth}   guesses: {', '.join(guesses)}")
+    print(f"\n{right} of {count} words are among the five best guesses.")
+    return sentence
+
+
+def classify_digits(folder: Path) -> float:
+    """A small LION-D on 8 x 8 digits; its test accuracy when loaded again from the saved folder."""
+    run_image_classification.main(["--output_dir", str(folder), *DIGITS_FLAGS])
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    _, test = run_image_classification.load_digits(run_image_classification.ImageArguments(), seed=0)
+    with torch.no_grad():
+        guesses = model(**processor(test["image"][:], return_tensors="pt")).logits.argmax(-1)
+    accuracy = (guesses == torch.tensor(test["label"][:])).float().mean().item()
+    print(f"\ntest accuracy of the saved digits model, loaded again: {accuracy:.1%} of {len(test)} images")
+    return accuracy
+
+
+def head_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """Decays of every layer, scan and head, (layers, scans * heads): learned (LION-D), or the mean over the tokens."""
+    rows, hooks = [], []
+    for mixer in (module for module in model.modules() if type(module).__name__ == "LionMixer"):
+        logits = [parameter for name, parameter in mixer.named_parameters() if name.startswith("decay_logit")]
+        if logits:
+            rows.append(torch.cat(logits).detach().sigmoid())
+        else:
+            hook = mixer.decay_proj.register_forward_hook(
+                lambda module, args, output: rows.append(torch.sigmoid(-output).mean((0, 1)))
+            )
+            hooks.append(hook)
+    if hooks:
+        with torch.no_grad():
+            model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(rows)
+
+
+def draw_decays(text: Path, digits: Path, sentence: str, path: Path) -> None:
+    """Heat maps of the decays that both models learned."""
+    tokenizer = AutoTokenizer.from_pretrained(text)
+    language_model = AutoModelForMaskedLM.from_pretrained(text).eval()
+    spoken = head_decays(language_model, **tokenizer(sentence, return_tensors="pt"))
+    seen = head_decays(AutoModelForImageClassification.from_pretrained(digits))
+    panels = (("LION-S, text: mean over a sentence", spoken), ("LION-D, digits: heads of both scans", seen))
+    widths = [values.shape[1] + 1 for _, values in panels]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=widths, layout="constrained")
+    for axis, (title, values) in zip(axes, panels, strict=True):
+        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        for layer, row in enumerate(values.tolist()):
+            for head, value in enumerate(row):
+                axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color="k" if value > 0.5 else "w")
+        axis.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
+        axis.set_yticks(range(values.shape[0]), range(1, values.shape[0] + 1))
+        axis.set_xlabel("head")
+        axis.set_ylabel("layer")
+        axis.set_title(title, fontsize=10)
+    figure.colorbar(image, ax=axes, label="decay per token (1 keeps everything)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output_dir", default="outputs/demo", help="where everything is written (default: outputs/demo)"
+    )
+    folder = common.make_output_dir(parser.parse_args().output_dir)
+    start = time.perf_counter()
+    text, digits = folder / "mlm", folder / "digits"
+
+    print("1. Masked language modelling: LION-S on Python's documentation")
+    metrics = pretrain(text)
+    sentence = fill_masks(text)
+    print("\n2. Image classification: LION-D on handwritten digits")
+    accuracy = classify_digits(digits)
+    print("\n3. Pictures")
+    draw_masks(folder / "masks.png")
+    draw_decays(text, digits, sentence, folder / "decays.png")
+
+    print(f"\nDone in {time.perf_counter() - start:.0f} seconds. Everything is in {folder}:")
+    for name, content in (
+        ("mlm/", "LION-S model, tokenizer, README.md, curves.png, all_results.json"),
+        ("digits/", "LION-D model, image processor, README.md, curves.png, all_results.json"),
+        ("masks.png", "the masks of the three variants"),
+        ("decays.png", "the decays that the two models learned"),
+    ):
+        print(f"  {name:<12} {content}")
+
+    failures = []
+    if metrics["eval_masked_accuracy"] <= metrics["eval_most_frequent_accuracy"]:
+        failures.append("the language model is no better than always saying the most frequent token")
+    if accuracy < DIGITS_GOAL:
+        failures.append(f"the digits model reaches {accuracy:.1%}, less than {DIGITS_GOAL:.0%}")
+    for failure in failures:
+        print(f"FAILED: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    common.run(lambda: sys.exit(main()))

@@ -1,0 +1,154 @@
+"""What the example scripts leave behind: metrics, the model, curves and a model card."""
+
+import math
+import platform
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import matplotlib
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments
+
+import lion_hf
+
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+@dataclass
+class Report:
+    """What a script says about its run: in the model card, and in the curves."""
+
+    title: str
+    pipeline_tag: str
+    data: str
+    command: str
+    metric: str
+    metric_label: str
+    loss_label: str
+    usage: str
+    metric_baseline: tuple[str, float] | None = None
+    loss_baseline: tuple[str, float] | None = None
+
+
+def command_line(script: str, argv: Sequence[str]) -> str:
+    """The command of this run, to be repeated."""
+    return shlex.join(["python", f"examples/{script}", *argv])
+
+
+def train_and_evaluate(
+    trainer: Trainer, training: TrainingArguments, checkpoint: str | None, extra: Callable[[dict], dict] | None = None
+) -> dict[str, float]:
+    """Trains, evaluates, prints and saves both sets of metrics; `extra` derives more from the evaluation's."""
+    metrics: dict[str, float] = {}
+    if training.do_train:
+        metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    if training.do_eval:
+        evaluation = trainer.evaluate()
+        evaluation |= extra(evaluation) if extra else {}
+        trainer.log_metrics("eval", evaluation)
+        trainer.save_metrics("eval", evaluation)
+        metrics |= evaluation
+    return metrics
+
+
+def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, float], report: Report) -> None:
+    """Saves the model with its tokenizer or processor, the curves, and the model card."""
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        folder = Path(training.output_dir)
+        plot_curves(trainer.state.log_history, folder / "curves.png", report)
+        write_card(folder / "README.md", trainer.model, metrics, report)
+        print(f"Model, metrics (all_results.json), curves.png and README.md are in {folder}")
+
+
+def plot_curves(history: list[dict[str, float]], path: Path, report: Report) -> None:
+    """Loss and metric against optimizer steps, with the baselines as dashed lines."""
+    figure, (loss_axis, metric_axis) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    panels = (
+        (loss_axis, (("loss", "training"), ("eval_loss", "evaluation")), report.loss_label, report.loss_baseline, 1),
+        (metric_axis, ((report.metric, "evaluation"),), report.metric_label, report.metric_baseline, 100),
+    )
+    for axis, curves, label, baseline, factor in panels:
+        for key, name in curves:
+            points = [(entry["step"], factor * entry[key]) for entry in history if key in entry]
+            if points:
+                style = (
+                    {"color": "C0", "alpha": 0.7} if key == "loss" else {"color": "C1", "marker": "o", "markersize": 4}
+                )
+                axis.plot(*zip(*points, strict=True), label=name, **style)
+        if baseline is not None:
+            axis.axhline(factor * baseline[1], color="0.4", linestyle="--", linewidth=1, label=baseline[0])
+        axis.set_xlabel("optimizer steps")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
+    figure.suptitle(report.title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def write_card(path: Path, model, metrics: dict[str, float], report: Report) -> None:
+    """README.md of the saved folder: what the model is, its data, command, versions and metrics."""
+    config = model.config
+    size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads"
+    rows = [f"| {name} | {value:,.4f} |" for name, value in metrics.items() if _is_number(value)]
+    versions = {
+        "lion_hf": lion_hf.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "datasets": datasets.__version__,
+        "python": platform.python_version(),
+    }
+    card = f"""---
+library_name: transformers
+pipeline_tag: {report.pipeline_tag}
+tags:
+- lion
+- linear-attention
+---
+
+# {report.title}
+
+LION with mask type `{config.mask_type}` ({size}, {model.num_parameters():,} parameters), from
+[Linear Attention for Efficient Bidirectional Sequence Modeling](https://arxiv.org/abs/2502.16249).
+
+```python
+{report.usage}
+```
+
+## Data
+
+{report.data}
+
+## Training
+
+```bash
+{report.command}
+```
+
+Versions: {", ".join(f"{name} {version}" for name, version in versions.items())}.
+
+## Metrics
+
+| metric | value |
+|---|---:|
+{chr(10).join(rows)}
+
+![loss and metric against optimizer steps](curves.png)
+"""
+    path.write_text(card, encoding="utf-8")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
