@@ -3,14 +3,18 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from models import spread_decays, text_config, text_inputs, vision_config
-from transformers import BertConfig, BertModel
+from PIL import Image
+from transformers import BertConfig, BertModel, BertTokenizer, ViTImageProcessorPil, pipeline
 
 import lion_hf
 from lion_hf import save_with_code
 
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "lion", "sleeps", *(f"word{i}" for i in range(53))]
 
 # Loads folders in a process that has Transformers but not the package, and saves what the models return.
 FOREIGN_PROCESS = """
@@ -38,6 +42,11 @@ for folder, inputs, auto_classes in jobs:
                 "values": dict(model(**inputs).items()),
             }
     results.append(outputs)
+for task, folder, question in [
+    ("fill-mask", jobs[0][0], "the [MASK] sleeps"), ("image-classification", jobs[3][0], sys.argv[3])
+]:
+    answers = transformers.pipeline(task, folder, trust_remote_code=True)(question, top_k=2)
+    results.append([answer["score"] for answer in answers])
 assert not any(name.partition(".")[0] == "lion_hf" for name in sys.modules)
 torch.save(results, sys.argv[2])
 """
@@ -48,7 +57,7 @@ def load_elsewhere(tmp_path, jobs):
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
-        [sys.executable, "-I", "-c", FOREIGN_PROCESS, str(tmp_path / "jobs.pt"), str(tmp_path / "results.pt")],
+        [sys.executable, "-I", "-c", FOREIGN_PROCESS, *(str(tmp_path / x) for x in ("jobs.pt", "results.pt", "x.png"))],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
@@ -76,14 +85,21 @@ def test_folders_load_without_the_package_and_outputs_are_bit_equal(tmp_path, on
         (lion_hf.LionForImageClassification(vision_config(order="s", format="chunk")), image, [""]),
     ]
     jobs = []
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 20, 3), dtype=np.uint8)).save(tmp_path / "x.png")
     for i, (model, inputs, others) in enumerate(cases):
         spread_decays(model).eval()
         folder = save_with_code(model, tmp_path / f"model{i}")
         heads = [type(model).__name__.removeprefix("Lion"), *others]
         jobs.append((str(folder), inputs, [f"AutoModel{head}" for head in heads]))
-    for (model, inputs, _), (folder, _, auto_classes), outputs in zip(
-        cases, jobs, load_elsewhere(tmp_path, jobs), strict=True
-    ):
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
+    BertTokenizer.from_pretrained(tmp_path).save_pretrained(jobs[0][0])
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(jobs[3][0])
+    *results, fill_mask, classification = load_elsewhere(tmp_path, jobs)
+    here = pipeline("fill-mask", jobs[0][0])("the [MASK] sleeps", top_k=2)
+    assert fill_mask == [answer["score"] for answer in here]
+    here = pipeline("image-classification", jobs[3][0])(str(tmp_path / "x.png"), top_k=2)
+    assert classification == [answer["score"] for answer in here]
+    for (model, inputs, _), (folder, _, auto_classes), outputs in zip(cases, jobs, results, strict=True):
         kind = type(model.config).__name__.removesuffix("Config")
         for auto_class in auto_classes:
             output = outputs[auto_class]

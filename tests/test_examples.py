@@ -1,0 +1,102 @@
+"""The example scripts on tiny data: what they write, that they resume, and what they say of wrong input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForMaskedLM, AutoTokenizer
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = [
+    "--hidden_size=16",
+    "--num_hidden_layers=1",
+    "--num_attention_heads=2",
+    "--disable_tqdm=true",
+    "--use_cpu=true",
+    "--per_device_train_batch_size=8",
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    sys.path.insert(0, str(EXAMPLES))
+    yield
+    sys.path.remove(str(EXAMPLES))
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text(
+        "\n".join(f"the {a} cat saw the {b} dog" for a in ("red", "big", "old") for b in ("new", "sad")) + "\n"
+    )
+    return file
+
+
+def mlm_flags(text_file, output):
+    data = [f"--train_file={text_file}", f"--validation_file={text_file}", "--max_length=16", "--vocab_size=60"]
+    return [f"--output_dir={output}", *data, *TINY]
+
+
+def test_mlm_writes_a_model_that_loads_and_resumes(tmp_path, text_file):
+    import run_mlm
+
+    output = tmp_path / "out"
+    metrics = run_mlm.main([*mlm_flags(text_file, output), "--num_train_epochs=1"])
+    assert {"eval_loss", "eval_masked_accuracy", "eval_perplexity", "eval_unigram_entropy"} <= set(metrics)
+    assert json.loads((output / "all_results.json").read_text())["eval_loss"] == pytest.approx(metrics["eval_loss"])
+    assert AutoModelForMaskedLM.from_pretrained(output).config.vocab_size == len(AutoTokenizer.from_pretrained(output))
+    assert (output / "README.md").exists() and list(output.glob("*.png"))
+    longer = run_mlm.main([*mlm_flags(text_file, output), "--num_train_epochs=3"])
+    state = json.loads((output / "trainer_state.json").read_text())
+    # The second run went on after the first epoch instead of starting anew.
+    assert longer["epoch"] == 3 and state["log_history"][0]["epoch"] <= 1
+
+
+def test_arguments_come_from_a_file_and_flags_override_it(tmp_path, text_file):
+    import run_mlm
+
+    pairs = (flag.removeprefix("--").split("=") for flag in mlm_flags(text_file, tmp_path / "out"))
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps(dict(pairs) | {"max_steps": 5, "save_strategy": "no"}))
+    run_mlm.main([str(file), "--max_steps=1"])
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_images_train_from_the_built_in_digits(tmp_path):
+    import run_image_classification
+
+    flags = [f"--output_dir={tmp_path}", *TINY, "--max_train_samples=16", "--max_eval_samples=8", "--max_steps=1"]
+    metrics = run_image_classification.main(flags)
+    assert 0 <= metrics["eval_accuracy"] <= 1
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert len(model.config.id2label) == 10 and AutoImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--train_file=absent.txt"], "absent.txt"),
+        (["--train_file=empty.txt"], "empty"),
+        (["--train_file=table.csv"], "there is no column 'text'; the columns are a, b"),
+        (["--train_file=strange.xyz"], "allowed are .txt"),
+        (["--learning_rte=1"], "--learning_rate"),
+        (["--mask_type=sideways"], "sideways"),
+        (["--format=fast"], "fast"),
+        (["--model_name_or_path=."], "has no config.json"),
+        (["absent.yaml"], "absent.yaml"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_wrong_input_is_one_line_and_exit_code_2(flags, message, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "table.csv").write_text("a,b\n1,2\n3,4\n")
+    (tmp_path / "strange.xyz").write_text("x")
+    command = [sys.executable, str(EXAMPLES / "run_mlm.py"), *flags, "--output_dir=out"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error:") and message in last
