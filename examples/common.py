@@ -14,6 +14,7 @@ from typing import Any
 import datasets
 import torch
 import yaml
+from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -237,10 +238,10 @@ def load_file(path: str) -> datasets.Dataset:
 @contextmanager
 def reading(prefix: str):
     """`datasets` hides the cause of a failure in the exception below it."""
-    with user_errors(prefix, UserError, OSError, ValueError, datasets.exceptions.DatasetsError):
+    with user_errors(prefix, UserError, OSError, ValueError, TypeError, NotImplementedError, DatasetsError):
         try:
             yield
-        except datasets.exceptions.DatasetGenerationError as error:
+        except DatasetGenerationError as error:
             raise UserError(error.__cause__ or error) from error
 
 

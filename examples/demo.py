@@ -31,7 +31,7 @@ from transformers import (
 
 DIGITS_GOAL = 0.95
 FRESH = ["--save_strategy=no", "--resume_from_checkpoint=no"]
-TEXT_FLAGS = ["--mask_type=selective", "--max_length=64", "--learning_rate=2e-3", "--num_train_epochs=4", *FRESH]
+TEXT_FLAGS = ["--mask_type=selective", "--max_length=64", "--learning_rate=2e-3", "--num_train_epochs=3", *FRESH]
 DIGITS_FLAGS = ["--mask_type=decay", *FRESH]
 
 

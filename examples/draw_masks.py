@@ -82,7 +82,10 @@ def draw_masks(path: str | Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default="docs/masks.png", help="PNG to write (default: docs/masks.png)")
-    print(f"wrote {draw_masks(parser.parse_args().output)}")
+    try:
+        print(f"wrote {draw_masks(parser.parse_args().output)}")
+    except OSError as error:
+        parser.error(f"cannot write the picture: {error}")
 
 
 if __name__ == "__main__":

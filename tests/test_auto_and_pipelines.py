@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -154,17 +155,12 @@ def test_weights_that_lie_on_disk_are_fetched_where_they_are_used(tmp_path, head
 def test_layers_and_embeddings_are_never_split_over_devices(head):
     accelerate = pytest.importorskip("accelerate")
     model = build(head, num_hidden_layers=4)
-    split = accelerate.infer_auto_device_map(
-        model, max_memory={"cpu": "30KB", "disk": "10GB"}, no_split_module_classes=model._no_split_modules
-    )
-    places = {
-        name: {d for key, d in split.items() if name == key or name.startswith(key + ".")}
-        for name, _ in model.named_parameters()
-    }
-    assert all(len(p) == 1 for p in places.values())
-    for prefix in {name.split(".mixer")[0].split(".mlp")[0] for name in places if ".layers." in name}:
-        assert len({d for key, d in split.items() if key.startswith(prefix)}) <= 1, prefix
-    assert not any(".mixer" in key or ".mlp" in key or "word_embeddings" in key for key in split)
+    for budget in range(2_000, 80_000, 3_000):
+        places = accelerate.infer_auto_device_map(
+            model, max_memory={"cpu": budget, "disk": 10**9}, no_split_module_classes=model._no_split_modules
+        )
+        inside = [key for key in places if re.search(r"\.layers\.\d+\.|\.embeddings\.", key)]
+        assert not inside, f"with {budget} bytes: {inside}"
 
 
 # -------------------------------------------------------------------------------------- tokenizer, image processor

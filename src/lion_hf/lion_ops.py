@@ -105,17 +105,15 @@ def bidirectional_linear_attention(
     if form == "auto":
         form = resolve_format(form, length, query.device, log_decay)
 
+    if log_decay is None and form != "attention":  # both scans end in the same state, sum_j k_j v_j^T
+        form, chunk_size = "global", chunk_size if form == "rnn" else max(1, length)
+    if length == 0:
+        form = "attention"
+    result = "both" if return_denominator else "normalized" if normalize else "numerator"
+    options = form, chunk_size, scale, result, eps
     with torch.autocast(query.device.type, enabled=False):
-        if key_mask is not None:
-            keep = key_mask.to(torch.bool)[:, None, :, None]
-            key, value = torch.where(keep, key, 0), torch.where(keep, value, 0)
-        need_denominator = normalize or return_denominator
-        numerator, denominator = _apply(query, key, value, log_decay, form, chunk_size, need_denominator, scale)
-        if return_denominator:
-            return numerator, denominator
-        if normalize:
-            numerator = numerator / (denominator.unsqueeze(-1) + eps)
-        return numerator.to(value.dtype)
+        output = _LionFunction.apply(query, key, value, log_decay, key_mask, options)
+        return output if return_denominator else output.to(value.dtype)
 
 
 def resolve_format(format: str, length: int, device: torch.device, log_decay: Tensor | None) -> str:
@@ -160,6 +158,51 @@ def attention_scores(
         if key_mask is not None:
             scores = torch.where(key_mask.to(torch.bool)[:, None, None, :], scores, 0)
         return scores
+
+
+# ------------------------------------------------------------------------------------------------ reading tokens
+
+ALL = slice(None)
+
+
+class _Tokens(NamedTuple):
+    """Query, key and value as the forms read them: contiguous, in the accumulation dtype, padding zeroed in key and
+    value alike, and a column of ones beside the value where a denominator is wanted (c is n for v = 1).
+
+    A form that reads a few tokens at a time copies no more than those.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    key_mask: Tensor | None
+    ones: bool
+    dtype: torch.dtype
+
+    def queries(self, part: slice = ALL) -> Tensor:
+        return self.query[:, :, part].to(self.dtype).contiguous()
+
+    def keys(self, part: slice = ALL) -> Tensor:
+        return self._unmasked(self.key[:, :, part].to(self.dtype), part).contiguous()
+
+    def values(self, part: slice = ALL) -> Tensor:
+        value = self._unmasked(self.value[:, :, part].to(self.dtype), part)
+        return F.pad(value, (0, 1), value=1.0) if self.ones else value.contiguous()
+
+    def _unmasked(self, x: Tensor, part: slice) -> Tensor:
+        return x if self.key_mask is None else torch.where(self.key_mask[:, None, part, None].bool(), x, 0)
+
+    def empty_output(self) -> Tensor:
+        width = self.value.shape[-1] + self.ones
+        return self.value.new_empty(*self.value.shape[:3], width, dtype=self.dtype)
+
+    def empty_state(self) -> Tensor:
+        shape = *self.query.shape[:2], 1, self.query.shape[-1], self.value.shape[-1] + self.ones
+        return self.query.new_zeros(shape, dtype=self.dtype)
+
+
+def _parts(length: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 # ------------------------------------------------------------------------------------------------ decay factors
@@ -248,14 +291,16 @@ def _attention_weights(log_decay: Tensor, length: int, scale: float, dtype: torc
     return _pair_weights(*_sums(_gates(log_decay, length, dtype)), dtype).mul_(scale)
 
 
-def _attention_forward(q, k, v, log_decay, scale, chunk_size):
+def _attention_forward(x: _Tokens, log_decay, scale, chunk_size):
+    q, k, v = x.queries(), x.keys(), x.values()
     scores = torch.matmul(q, k.transpose(-1, -2))
     if log_decay is None:
         return torch.matmul(scores, v).mul_(scale)
     return torch.matmul(scores.mul_(_attention_weights(log_decay, q.shape[2], scale, q.dtype)), v)
 
 
-def _attention_backward(q, k, v, log_decay, dy, scale, chunk_size):
+def _attention_backward(x: _Tokens, log_decay, dy, scale, chunk_size):
+    q, k, v = x.queries(), x.keys(), x.values()
     scores = torch.matmul(q, k.transpose(-1, -2))
     dscores = torch.matmul(dy, v.transpose(-1, -2))
     if log_decay is None:
@@ -330,10 +375,10 @@ def _scan(update: Tensor, total: Tensor, reverse: bool) -> Tensor:
     return state.unflatten(-1, (d, e))
 
 
-def _chunk_forward(q, k, v, log_decay, scale, chunk_size):
-    length = q.shape[2]
+def _chunk_forward(x: _Tokens, log_decay, scale, chunk_size):
+    length = x.query.shape[2]
     chunks, size = _layout(length, chunk_size)
-    q, k, v = (_split(x, chunks, size) for x in (q, k, v))
+    q, k, v = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values()))
     w = _factors(_chunk_gates(log_decay, length, chunks, size, q.dtype), scale, q.dtype)
     y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(w.tile), v)
     if chunks > 1:
@@ -344,10 +389,10 @@ def _chunk_forward(q, k, v, log_decay, scale, chunk_size):
     return y.flatten(2, 3)[:, :, :length]
 
 
-def _chunk_backward(q, k, v, log_decay, dy, scale, chunk_size):
-    length = q.shape[2]
+def _chunk_backward(x: _Tokens, log_decay, dy, scale, chunk_size):
+    length = x.query.shape[2]
     chunks, size = _layout(length, chunk_size)
-    q, k, v, dy = (_split(x, chunks, size) for x in (q, k, v, dy))
+    q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), dy))
     w = _factors(_chunk_gates(log_decay, length, chunks, size, q.dtype), scale, q.dtype)
     left = right = dleft = dright = None
     if chunks > 1:
@@ -358,7 +403,7 @@ def _chunk_backward(q, k, v, log_decay, dy, scale, chunk_size):
         dright = _scan(torch.matmul((q * w.read_right).transpose(-1, -2), dy), w.total, reverse=False)
     shared = log_decay.dim() == 1
     dq, dk, dv, dgates = _chunk_gradients(q, k, v, dy, w, shared, left, right, dleft, dright)
-    dq, dk, dv = (x.flatten(2, 3)[:, :, :length] for x in (dq, dk, dv))
+    dq, dk, dv = (gradient.flatten(2, 3)[:, :, :length] for gradient in (dq, dk, dv))
     return dq, dk, dv, dgates[0, :, 0] if shared else dgates.flatten(2, 3)[:, :, :length]
 
 
@@ -404,65 +449,88 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 # ------------------------------------------------------------------------------------------- rnn form, O(D E) memory
 
 
-def _rnn_forward(q, k, v, log_decay, scale, chunk_size):
-    length = q.shape[2]
-    chunks, size = _layout(length, chunk_size)
-    y = q.new_empty(*q.shape[:3], v.shape[-1])
-    state = q.new_zeros(*q.shape[:2], 1, q.shape[-1], v.shape[-1])
-    for start in range(0, length, size):  # left to right: the chunk itself and all that lies to its left
-        part = slice(start, start + size)
-        qc, kc, vc = (x[:, :, None, part] for x in (q, k, v))
-        w = _step_factors(log_decay, part, length, scale, q.dtype)
-        out = torch.matmul(torch.matmul(qc, kc.transpose(-1, -2)).mul_(w.tile), vc)
-        y[:, :, part] = out.add_(torch.matmul(qc * w.read_left, state)).squeeze(2)
-        state = _step(state, w, kc * w.write_right, vc)
-    state.zero_()
-    for start in range(size * (chunks - 1), -1, -size):  # right to left: all that lies to its right
-        part = slice(start, start + size)
-        qc, kc, vc = (x[:, :, None, part] for x in (q, k, v))
-        w = _step_factors(log_decay, part, length, scale, q.dtype)
-        y[:, :, part] += torch.matmul(qc * w.read_right, state).squeeze(2)
-        state = _step(state, w, kc * w.write_left, vc)
+def _rnn_forward(x: _Tokens, log_decay, scale, chunk_size):
+    length = x.query.shape[2]
+    parts = _parts(length, _layout(length, chunk_size)[1])
+    y, state = x.empty_output(), x.empty_state()
+    for part in parts:  # left to right: the chunk itself and all that lies to its left
+        q, k, v, w = _step(x, log_decay, part, scale)
+        out = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(w.tile), v)
+        y[:, :, part] = out.add_(torch.matmul(q * w.read_left, state)).squeeze(2)
+        state = _next(state, w, k * w.write_right, v)
+    state = x.empty_state()
+    for part in reversed(parts):  # right to left: all that lies to its right
+        q, k, v, w = _step(x, log_decay, part, scale)
+        y[:, :, part] += torch.matmul(q * w.read_right, state).squeeze(2)
+        state = _next(state, w, k * w.write_left, v)
     return y
 
 
-def _rnn_backward(q, k, v, log_decay, dy, scale, chunk_size):
-    length = q.shape[2]
-    _, size = _layout(length, max(chunk_size, math.isqrt(length)))
-    grads = [torch.empty_like(x) for x in (q, k, v)]
-    shared = log_decay.dim() == 1
-    dgates = log_decay.new_empty(q.shape[1:3] if shared else q.shape[:3], dtype=_sum_dtype(q.device))
-    state = q.new_zeros(*q.shape[:2], 1, q.shape[-1], v.shape[-1])
-    left, dright, stored = state, state, []
-    parts = [slice(start, min(start + size, length)) for start in range(0, length, size)]
-    for part in parts:  # one state per chunk of at least sqrt(L) tokens is stored
+def _rnn_backward(x: _Tokens, log_decay, dy, scale, chunk_size):
+    length, shared = x.query.shape[2], log_decay.dim() == 1
+    parts = _parts(length, _layout(length, max(chunk_size, math.isqrt(length)))[1])
+    grads = [torch.empty_like(t, dtype=x.dtype) for t in (x.query, x.key)] + [x.empty_output()]
+    dgates = log_decay.new_empty(x.query.shape[1 if shared else 0 : 3], dtype=_sum_dtype(log_decay.device))
+    left = dright = x.empty_state()
+    stored = []
+    for part in parts:  # two states per chunk of at least sqrt(L) tokens are stored
         stored.append((left, dright))
-        qc, kc, vc, dyc = (x[:, :, None, part] for x in (q, k, v, dy))
-        w = _step_factors(log_decay, part, length, scale, q.dtype)
-        left = _step(left, w, kc * w.write_right, vc)
-        dright = _step(dright, w, qc * w.read_right, dyc)
-    right, dleft = state, state
+        q, k, v, w = _step(x, log_decay, part, scale)
+        left = _next(left, w, k * w.write_right, v)
+        dright = _next(dright, w, q * w.read_right, dy[:, :, None, part])
+    right = dleft = x.empty_state()
     for part, (left, dright) in zip(reversed(parts), reversed(stored), strict=True):
-        qc, kc, vc, dyc = (x[:, :, None, part] for x in (q, k, v, dy))
-        w = _step_factors(log_decay, part, length, scale, q.dtype)
-        *parts_of_grads, dgate = _chunk_gradients(qc, kc, vc, dyc, w, shared, left, right, dleft, dright)
-        for grad, part_of_grad in zip(grads, parts_of_grads, strict=True):
-            grad[:, :, part] = part_of_grad.squeeze(2)
+        q, k, v, w = _step(x, log_decay, part, scale)
+        dyc = dy[:, :, None, part]
+        *steps, dgate = _chunk_gradients(q, k, v, dyc, w, shared, left, right, dleft, dright)
+        for grad, step in zip(grads, steps, strict=True):
+            grad[:, :, part] = step.squeeze(2)
         dgates[..., part] = dgate[0, :, 0] if shared else dgate.squeeze(2)
-        right = _step(right, w, kc * w.write_left, vc)
-        dleft = _step(dleft, w, qc * w.read_left, dyc)
+        right = _next(right, w, k * w.write_left, v)
+        dleft = _next(dleft, w, q * w.read_left, dyc)
     return *grads, dgates
 
 
-def _step_factors(log_decay, part: slice, length: int, scale: float, dtype) -> _Factors:
-    tokens = min(part.stop, length) - part.start
+def _step(x: _Tokens, log_decay: Tensor, part: slice, scale: float) -> tuple[Tensor, Tensor, Tensor, _Factors]:
+    """One chunk as (B, H, 1, K, D), and its factors."""
     log_decay = log_decay if log_decay.dim() == 1 else log_decay[:, :, part]
-    return _factors(_gates(log_decay, tokens, dtype).unsqueeze(2), scale, dtype)
+    gates = _gates(log_decay, part.stop - part.start, x.dtype).unsqueeze(2)
+    return *(t.unsqueeze(2) for t in (x.queries(part), x.keys(part), x.values(part))), _factors(gates, scale, x.dtype)
 
 
-def _step(state: Tensor, w: _Factors, write: Tensor, v: Tensor) -> Tensor:
+def _next(state: Tensor, w: _Factors, write: Tensor, v: Tensor) -> Tensor:
     """The state after one more chunk: exp(G) state + write^T v."""
     return torch.matmul(write.transpose(-1, -2), v).addcmul_(w.total.to(v.dtype).exp()[..., None, None], state)
+
+
+# ------------------------------------------------------------------------------------------- no decay: one global state
+
+
+def _global_forward(x: _Tokens, log_decay, scale, block):
+    parts = _parts(x.query.shape[2], block)
+    state = x.empty_state().squeeze(2)
+    for part in parts:
+        state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
+    state *= scale
+    if len(parts) == 1:
+        return torch.matmul(x.queries(), state)
+    y = x.empty_output()
+    for part in parts:
+        y[:, :, part] = torch.matmul(x.queries(part), state)
+    return y
+
+
+def _global_backward(x: _Tokens, log_decay, dy, scale, block):
+    parts = _parts(x.query.shape[2], block)
+    state = x.empty_state().squeeze(2)
+    dstate = torch.zeros_like(state)
+    for part in parts:
+        state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
+        dstate += torch.matmul(x.queries(part).transpose(-1, -2), dy[:, :, part])
+    dq = torch.matmul(dy, state.mul_(scale).transpose(-1, -2))
+    dstate *= scale
+    dk = torch.matmul(x.values(), dstate.transpose(-1, -2))
+    return dq, dk, torch.matmul(x.keys(), dstate), None
 
 
 # ------------------------------------------------------------------------------------------- autograd and checks
@@ -471,49 +539,57 @@ _FORMS = {
     "attention": (_attention_forward, _attention_backward),
     "chunk": (_chunk_forward, _chunk_backward),
     "rnn": (_rnn_forward, _rnn_backward),
+    "global": (_global_forward, _global_backward),
 }
 
 
 class _LionFunction(torch.autograd.Function):
-    """Keeps q, k, v and the log-decays for backward and nothing else; every form recomputes the rest."""
+    """Keeps its inputs as they came, and a normalised output; every form recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, q, k, v, log_decay, form, chunk_size, scale):
-        ctx.save_for_backward(q, k, v, log_decay)
-        ctx.options = form, chunk_size, scale
-        return _FORMS[form][0](q, k, v, log_decay, scale, chunk_size)
+    def forward(ctx, query, key, value, log_decay, key_mask, options):
+        form, chunk_size, scale, result, eps = options
+        ctx.options = options
+        x = _tokens(query, key, value, key_mask, result)
+        out = _FORMS[form][0](x, log_decay, scale, chunk_size)
+        numerator = out[..., :-1] if x.ones else out
+        normalizer = None
+        if result == "normalized":
+            normalizer = out[..., -1:].add_(eps)
+            numerator.div_(normalizer)
+        ctx.save_for_backward(query, key, value, log_decay, key_mask, out if result == "normalized" else None)
+        return (numerator, out[..., -1]) if result == "both" else numerator
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, dc=None):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "LION's operator has no second derivative, and backward was called with create_graph=True. Leave "
                 "create_graph out, or build the output from lion_hf.lion_ops.attention_scores, which has one."
             )
-        q, k, v, log_decay = ctx.saved_tensors
-        form, chunk_size, scale = ctx.options
-        with torch.autocast(q.device.type, enabled=False):
-            dq, dk, dv, dgates = _FORMS[form][1](q, k, v, log_decay, dy.contiguous(), scale, chunk_size)
+        query, key, value, log_decay, key_mask, out = ctx.saved_tensors
+        form, chunk_size, scale, result, _ = ctx.options
+        x = _tokens(query, key, value, key_mask, result)
+        if result == "normalized":  # y = n / m, m = c + eps
+            dy = dy / out[..., -1:]
+            dc = (dy * out[..., :-1]).sum(-1).neg_()
+        if x.ones:
+            dy = torch.cat([dy, dc.unsqueeze(-1)], -1)
+        with torch.autocast(query.device.type, enabled=False):
+            dq, dk, dv, dgates = _FORMS[form][1](x, log_decay, dy.to(x.dtype).contiguous(), scale, chunk_size)
+        if x.ones:
+            dv = dv[..., :-1]
+        if key_mask is not None:
+            keep = key_mask[:, None, :, None].bool()
+            dk, dv = torch.where(keep, dk, 0), torch.where(keep, dv, 0)
         if dgates is not None:
-            if log_decay.dim() == 1:
-                dgates = dgates.sum(-1)
-            dgates = torch.where(log_decay >= _FLOOR[q.dtype], dgates, 0).to(log_decay.dtype)
-        return dq, dk, dv, dgates, None, None, None
+            dgates = dgates.sum(-1) if log_decay.dim() == 1 else dgates
+            dgates = torch.where(log_decay >= _FLOOR[x.dtype], dgates, 0).to(log_decay.dtype)
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dgates, None, None
 
 
-def _apply(query, key, value, log_decay, form, chunk_size, need_denominator, scale):
-    """(s n, s c or None) in the accumulation dtype."""
-    dtype = _accumulation_dtype(query, key, value)
-    query, key, value = (x.to(dtype).contiguous() for x in (query, key, value))
-    if need_denominator:  # c is n for v = 1: one more column of v
-        value = torch.cat([value, value.new_ones(*value.shape[:-1], 1)], -1)
-    if query.shape[2] == 0:
-        form = "attention"
-    if log_decay is None and form != "attention":  # without decay both scans end in the same state, sum_j k_j v_j^T
-        out = torch.matmul(query, torch.matmul(key.transpose(-1, -2), value) * scale)
-    else:
-        out = _LionFunction.apply(query, key, value, log_decay, form, chunk_size, scale)
-    return (out[..., :-1], out[..., -1]) if need_denominator else (out, None)
+def _tokens(query, key, value, key_mask, result) -> _Tokens:
+    return _Tokens(query, key, value, key_mask, result != "numerator", _accumulation_dtype(query, key, value))
 
 
 def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
