@@ -283,7 +283,7 @@ def build_model(auto_class, config_class, model: ModelArguments, defaults: dict[
             first = "preset" if model.preset else next(iter(overrides))
             raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
         existing_config(model.model_name_or_path, config_class.model_type)
-        labels = {k: v for k, v in fixed.items() if k in ("id2label", "label2id")}
+        labels = {k: v for k, v in fixed.items() if k in ("id2label", "label2id", "problem_type")}
         with user_errors(f"cannot load {model.model_name_or_path!r}", OSError, ValueError, StrictDataclassError):
             return auto_class.from_pretrained(
                 model.model_name_or_path, format=model.format, ignore_mismatched_sizes=bool(labels), **labels

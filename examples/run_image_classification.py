@@ -232,6 +232,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
 
     image_options(model_args, train[0]["image"].height)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    labels["problem_type"] = "single_label_classification"
     model = common.build_model(AutoModelForImageClassification, LionVisionConfig, model_args, SMALL_MODEL, labels)
     if checkpoint:
         common.check_resumable(checkpoint, model.config)

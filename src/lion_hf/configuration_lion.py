@@ -22,6 +22,19 @@ _SPELLINGS = {
     "order": {"normal": "normal", "s": "s"},
 }
 
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "chunk_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "patch_size",
+    "num_channels",
+)
+
 # Options that decide which parameters a model has, or what they mean.
 _STRUCTURAL = ("mask_type", "order", "pos_emb", "layer_norm_after")
 
@@ -35,7 +48,7 @@ class _LionOptions:
     def __post_init__(self, **kwargs):
         fields = {name for name in dir(type(self)) if not name.startswith("_")}
         for name in kwargs:
-            near = [] if name in fields else difflib.get_close_matches(name, type(self).__dataclass_fields__, 1, 0.85)
+            near = [] if name in fields else difflib.get_close_matches(name, type(self).__dataclass_fields__, 1, 0.75)
             if near:
                 raise ValueError(
                     f"{type(self).__name__} has no option {name!r}; did you mean {near[0]!r}? The options are the "
@@ -48,7 +61,10 @@ class _LionOptions:
         """As in Transformers, but an override that contradicts the stored structure is an error (ValueError)."""
         if "order" in kwargs and "order" not in cls.__dataclass_fields__:
             _normalised("order", kwargs.pop("order"), cls)  # refused unless it means nothing here
-        overrides = {name: kwargs[name] for name in _STRUCTURAL if kwargs.get(name) is not None}
+        for name in _STRUCTURAL:  # None leaves the stored value
+            if name in kwargs and kwargs[name] is None:
+                del kwargs[name]
+        overrides = {name: kwargs[name] for name in _STRUCTURAL if name in kwargs}
         if overrides:
             stored = cls(**{k: v for k, v in config_dict.items() if k != "model_type"})
             for name, value in overrides.items():
@@ -74,9 +90,12 @@ class _LionOptions:
         return cls(**{**PRESETS[key], **overrides})
 
     def _check_shape(self) -> None:
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "chunk_size"):
-            if getattr(self, name) < 1:
+        for name in _COUNTS:
+            if getattr(self, name, 1) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
@@ -176,6 +195,11 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     def validate_shape(self):
         """Raises ValueError for sizes that do not fit together."""
         self._check_shape()
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}; it must be None or a token of the vocabulary, 0 to "
+                f"{self.vocab_size - 1} (vocab_size - 1)."
+            )
 
 
 @strict
@@ -239,8 +263,6 @@ class LionVisionConfig(_LionOptions, PreTrainedConfig):
         """Raises ValueError for sizes that do not fit together."""
         self._check_shape()
         sides = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
-        if self.patch_size < 1 or self.num_channels < 1:
-            raise ValueError(f"patch_size {self.patch_size} and num_channels {self.num_channels} must be at least 1.")
         if (not isinstance(self.image_size, int) and len(sides) != 2) or any(
             s < 1 or s % self.patch_size for s in sides
         ):

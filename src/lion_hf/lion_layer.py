@@ -24,6 +24,9 @@ class LionMixer(nn.Module):
         super().__init__()
         self.config = config
         self.is_image = config.model_type == "lion_vision"
+        self.mask_type = (
+            config.mask_type
+        )  # decides the parameters below, so a later change of the config is not followed
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         width, bias = config.hidden_size, getattr(config, "qkv_bias", True)
@@ -132,7 +135,7 @@ class LionMixer(nn.Module):
             )
 
     def _feature_map(self, x: Tensor) -> Tensor:
-        if self.config.mask_type == "lit":
+        if self.mask_type == "lit":
             return F.elu(x) + 1
         return F.normalize(F.silu(x) + 0.5, dim=-1)
 
@@ -141,7 +144,7 @@ class LionMixer(nn.Module):
         if not self.decay_names:
             return None
         gate = getattr(self, name or self.decay_names[0])
-        if self.config.mask_type == "decay":
+        if self.mask_type == "decay":
             return F.logsigmoid(_at_least_float32(gate))
         if self.is_image:  # the class token does not decay
             logits = _at_least_float32(gate(hidden_states[:, 1:].to(gate.weight.dtype)))

@@ -48,10 +48,9 @@ class LionEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is None:
-            embeddings = embeddings + self.token_type_embeddings.weight[0]
-        else:
-            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
+        if token_type_ids is None:  # one row, broadcast; tables are only ever read by calls, which offloading needs
+            token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=embeddings.device)
+        embeddings = embeddings + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             embeddings = embeddings + self._positions(position_ids, embeddings)
         elif position_ids is not None:
@@ -62,15 +61,20 @@ class LionEmbeddings(nn.Module):
         return self.dropout(self.norm(embeddings))
 
     def _positions(self, position_ids: Tensor | None, embeddings: Tensor) -> Tensor:
-        length, table = embeddings.shape[1], self.position_embeddings.weight
-        if position_ids is not None:
-            return self.position_embeddings(position_ids)
-        if length > table.shape[0]:
+        length, positions = embeddings.shape[1], self.position_embeddings.num_embeddings
+        if position_ids is None:
+            if length > positions:
+                raise ValueError(
+                    f"The input has {length} tokens, but this model has a table of max_position_embeddings = "
+                    f"{positions} positions. Truncate the input, or use a LION-D or LION-S model, which take any length."
+                )
+            position_ids = torch.arange(length, device=embeddings.device)
+        elif values_can_be_read(position_ids) and position_ids.numel() and int(position_ids.max()) >= positions:
             raise ValueError(
-                f"The input has {length} tokens, but this model has a table of max_position_embeddings = "
-                f"{table.shape[0]} positions. Truncate the input, or use a LION-D or LION-S model, which take any length."
+                f"position_ids reach {int(position_ids.max())}, but this model has a table of max_position_embeddings = "
+                f"{positions} positions, counted from 0."
             )
-        return table[:length]
+        return self.position_embeddings(position_ids)
 
 
 class LionMLP(nn.Module):
@@ -407,6 +411,11 @@ class LionForMultipleChoice(LionPreTrainedModel):
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Index of the right choice.
         """
+        if input_ids is not None and input_ids.dim() != 3:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}; multiple choice takes (batch, num_choices, length). Use "
+                "unsqueeze(0) for a batch of one question."
+            )
         choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         flat = [
             x if x is None else x.flatten(0, 1)

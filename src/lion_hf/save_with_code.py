@@ -56,6 +56,12 @@ def save_with_code(
             f"{type(model).__name__} (model_type {kind!r}) is not a LION model; allowed are {', '.join(_AUTO_MAPS)}. Use "
             "save_pretrained for it."
         )
+    classes = {reference.split(".")[1] for reference in _AUTO_MAPS[kind].values()}
+    if type(model).__name__ not in classes:
+        raise ValueError(
+            f"{type(model).__name__} is not a class of lion_hf, so its code would be missing; allowed are "
+            f"{', '.join(sorted(classes))}. Register your own class with register_for_auto_class and use save_pretrained."
+        )
     folder = Path(folder)
     model.save_pretrained(folder, **kwargs)
     source = Path(sys.modules[type(model).__module__].__file__)
