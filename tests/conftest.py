@@ -11,8 +11,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("lion", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("lion")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
 @pytest.fixture(autouse=True)

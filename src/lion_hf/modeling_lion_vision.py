@@ -14,7 +14,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_lion import LionVisionConfig
-from .lion_layer import LionMixer, LionPreTrainedMixin, init_mixer, sequence_classification_loss
+from .lion_layer import LionMixer, LionPreTrainedMixin, decay_names, init_mixer, sequence_classification_loss
 from .lion_scan_order import snake_orders
 
 
@@ -157,6 +157,7 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
 class LionVisionModel(LionVisionPreTrainedModel):
     def __init__(self, config: LionVisionConfig):
         super().__init__(config)
+        self.snake = len(decay_names(config)) == 2
         self.embeddings = LionVisionEmbeddings(config)
         depth = config.num_hidden_layers
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
@@ -185,7 +186,7 @@ class LionVisionModel(LionVisionPreTrainedModel):
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
         orders = None
-        if self.config.order == "s" and self.config.mask_type != "lit":
+        if self.snake:
             height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
             orders = snake_orders(height, width, hidden_states.device)
         for layer in self.layers:
