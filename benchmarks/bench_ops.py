@@ -8,8 +8,7 @@ timed in turn in one process; peak memory is that of a fresh process for every c
 """
 
 import argparse
-import resource
-import sys
+from pathlib import Path
 
 import torch
 from common import alternate, peak_memory, print_table, save
@@ -114,14 +113,18 @@ def memory(arguments):
 
 
 def one_case(kind, form, mode, length):
-    """Prints the peak memory in MiB that one call adds, measured by the operating system."""
-    # A short call first: libraries that load on first use are not the operator's memory.
-    for size in (64, int(length)):
+    """Prints the peak memory in MiB that one call adds to the process, measured by the operating system (Linux)."""
+    for size in (64, int(length)):  # a short call first: libraries that load on first use are not the operator's memory
         inputs, decays = make(1, size)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+        before = memory_kib("VmRSS")
         runner(lion(form, decays[kind], 64), inputs, mode == "inference")()
-    unit = 1024 if sys.platform != "darwin" else 1024 * 1024
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit)
+    print((memory_kib("VmHWM") - before) / 1024)
+
+
+def memory_kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def crossover(arguments):

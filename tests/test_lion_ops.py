@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from textbook import textbook
 
+from lion_hf import lion_ops
 from lion_hf.lion_ops import (
     CROSSOVER,
     attention_scores,
@@ -125,6 +126,26 @@ def test_long_inputs_stay_exact_in_float32(form, kind, length, chunk_size):
     )
     for a, b in zip(actual, expected, strict=True):
         assert_close(a, b, 2e-5, form)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_in_parallel_and_one_by_one_are_the_same(kind, monkeypatch):
+    *inputs, key_mask = make_inputs(2, 3, 130, 8, 5, kind, "random", True, seed=6)
+    weight = torch.randn(*inputs[2].shape, dtype=torch.float64)
+
+    def run():
+        return outputs_and_gradients(
+            lambda q, k, v, g: bidirectional_linear_attention(
+                q, k, v, g, format="chunk", chunk_size=16, normalize=True, key_mask=key_mask
+            ),
+            inputs,
+            weight,
+        )
+
+    parallel = run()
+    monkeypatch.setattr(lion_ops, "_CPU_CACHE_ELEMENTS", 0)
+    for a, b in zip(run(), parallel, strict=True):
+        assert_close(a, b, 1e-9, kind)
 
 
 @pytest.mark.parametrize("form", FORMS)

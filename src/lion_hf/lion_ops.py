@@ -49,6 +49,10 @@ CROSSOVER = {
 # exp(floor) is 0 in the dtype: clamping there changes no result and keeps every sum finite for log_decay = -inf.
 _FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
 
+# On a CPU, the chunk form walks its chunks one after the other (the rnn functions) once a query has more elements than
+# this, about 1 MiB in float32: chunk by chunk everything stays in cache, and no buffer is paged in anew for every step.
+_CPU_CACHE_ELEMENTS = 2**18
+
 # Chunk states are mixed by one (chunks x chunks) product up to this many chunks; beyond, a carry links such groups.
 _SCAN_GROUP = 64
 
@@ -77,7 +81,7 @@ def bidirectional_linear_attention(
             `None` is LION-LIT (no decay), (heads,) is LION-D, (batch, heads, length) is LION-S. float32 or wider is
             advised: half precision cannot hold a decay close to 1.
         format: "attention" (quadratic time), "rnn" (linear time, memory independent of length), "chunk" (linear
-            time) or "auto" (attention up to a measured length, chunk beyond: see `CROSSOVER`), in any case.
+            time, all chunks at once; on a CPU one after the other where they outgrow the cache) or "auto" (attention up to a measured length, chunk beyond: see `CROSSOVER`), in any case.
         chunk_size: most tokens in one chunk of the chunk and rnn forms. Chunks are made equally long, so that 65
             tokens become 33 + 32 rather than 64 + 1. The rnn backward uses chunks of at least sqrt(length) tokens
             and stores one state per chunk and direction; the rnn forward stores none.
@@ -109,6 +113,8 @@ def bidirectional_linear_attention(
         form, chunk_size = "global", chunk_size if form == "rnn" else max(1, length)
     if length == 0:
         form = "attention"
+    elif form == "chunk" and _walks_chunks(query):
+        form = "rnn"
     result = "both" if return_denominator else "normalized" if normalize else "numerator"
     options = form, chunk_size, scale, result, eps
     with torch.autocast(query.device.type, enabled=False):
@@ -586,6 +592,10 @@ class _LionFunction(torch.autograd.Function):
             dgates = dgates.sum(-1) if log_decay.dim() == 1 else dgates
             dgates = torch.where(log_decay >= _FLOOR[x.dtype], dgates, 0).to(log_decay.dtype)
         return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dgates, None, None
+
+
+def _walks_chunks(query: Tensor) -> bool:
+    return query.device.type == "cpu" and not torch.compiler.is_compiling() and query.numel() > _CPU_CACHE_ELEMENTS
 
 
 def _tokens(query, key, value, key_mask, result) -> _Tokens:
