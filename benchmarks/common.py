@@ -19,7 +19,7 @@ def alternate(candidates: dict[str, Callable[[], object]], seconds: float = 4.0,
     At least `rounds` rounds after one for warming up, more until `seconds` have passed.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for name, run in candidates.items():
+    for run in candidates.values():
         run()
     start = time.perf_counter()
     while min(map(len, times.values())) < rounds or time.perf_counter() - start < seconds:
