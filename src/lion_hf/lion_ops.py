@@ -110,7 +110,8 @@ def bidirectional_linear_attention(
         form = resolve_format(form, length, query.device, log_decay)
 
     if log_decay is None and form != "attention":  # both scans end in the same state, sum_j k_j v_j^T
-        form, chunk_size = "global", chunk_size if form == "rnn" else max(1, length)
+        walk = form == "rnn" or _walks_chunks(query)
+        form, chunk_size = "global", chunk_size if walk else max(1, length)
     if length == 0:
         form = "attention"
     elif form == "chunk" and _walks_chunks(query):
