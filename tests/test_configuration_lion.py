@@ -301,6 +301,10 @@ def test_text_structure_cannot_be_overridden_at_load(tmp_path, stored, option, v
     for load in (LionConfig.from_pretrained, AutoConfig.from_pretrained, lion_hf.LionModel.from_pretrained):
         with pytest.raises(ValueError, match=f"{option}={value!r} contradicts the checkpoint"):
             load(tmp_path, **{option: value})
+    other = text_config(**stored | {option: value})
+    for load in (lion_hf.LionModel.from_pretrained, AutoModel.from_pretrained):
+        with pytest.raises(ValueError, match=f"{option}=.* contradicts the checkpoint"):
+            load(tmp_path, config=other)
     with pytest.raises(ValueError, match="contradicts the checkpoint"):
         AutoModel.from_pretrained(tmp_path, **{option: value})
 
@@ -320,6 +324,17 @@ def test_image_structure_cannot_be_overridden_at_load(tmp_path, stored, option, 
     for load in (LionVisionConfig.from_pretrained, AutoConfig.from_pretrained, lion_hf.LionVisionModel.from_pretrained):
         with pytest.raises(ValueError, match=f"{option}={value!r} contradicts the checkpoint"):
             load(tmp_path, **{option: value})
+    with pytest.raises(ValueError, match=f"{option}=.* contradicts the checkpoint"):
+        lion_hf.LionForImageClassification.from_pretrained(tmp_path, config=vision_config(**stored | {option: value}))
+
+
+def test_a_configuration_object_may_change_what_is_not_structure(tmp_path):
+    lion_hf.LionModel(text_config("decay")).save_pretrained(tmp_path / "model")
+    config = LionConfig.from_pretrained(tmp_path / "model", format="chunk", num_labels=5)
+    model = lion_hf.LionForSequenceClassification.from_pretrained(tmp_path / "model", config=config)
+    assert (model.config.format, model.num_labels) == ("chunk", 5)
+    (tmp_path / "model" / "config.json").unlink()  # weights alone
+    assert lion_hf.LionModel.from_pretrained(tmp_path / "model", config=config).config.format == "chunk"
 
 
 def test_overrides_that_agree_with_the_stored_structure_are_no_error(tmp_path):

@@ -64,17 +64,24 @@ class _LionOptions:
         for name in _STRUCTURAL:  # None leaves the stored value
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
-        overrides = {name: kwargs[name] for name in _STRUCTURAL if name in kwargs}
-        if overrides:
-            stored = cls(**{k: v for k, v in config_dict.items() if k != "model_type"})
-            for name, value in overrides.items():
-                if name in cls.__dataclass_fields__ and _normalised(name, value, cls) != getattr(stored, name):
-                    raise ValueError(
-                        f"{name}={value!r} contradicts the checkpoint, which has {name}={getattr(stored, name)!r}. "
-                        f"{name} decides the parameters of the model and cannot change at load: leave it out, or build a "
-                        "new model from a new configuration."
-                    )
+        cls.require_structure(config_dict, {name: kwargs[name] for name in _STRUCTURAL if name in kwargs})
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def require_structure(cls, stored: dict[str, Any], wanted: "dict[str, Any] | _LionOptions") -> None:
+        """Raises ValueError where `wanted` (options by name, or a configuration) contradicts a stored configuration in
+        what decides the parameters of a model: mask_type, order, pos_emb, layer_norm_after."""
+        if isinstance(wanted, _LionOptions):
+            wanted = {name: getattr(wanted, name) for name in _STRUCTURAL if hasattr(wanted, name)}
+        wanted = {name: value for name, value in wanted.items() if name in cls.__dataclass_fields__}
+        stored = cls(**{k: v for k, v in stored.items() if k != "model_type"}) if wanted else None
+        for name, value in wanted.items():
+            if _normalised(name, value, cls) != getattr(stored, name):
+                raise ValueError(
+                    f"{name}={value!r} contradicts the checkpoint, which has {name}={getattr(stored, name)!r}. "
+                    f"{name} decides the parameters of the model and cannot change at load: leave it out, or build a "
+                    "new model from a new configuration."
+                )
 
     @classmethod
     def from_preset(cls, name: str, **overrides):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from .lion_ops import attention_scores, bidirectional_linear_attention
@@ -165,6 +166,10 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+# What from_pretrained and a configuration both take to find a file.
+_WHERE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
 class LionPreTrainedMixin:
     """What the base classes of both encoders share; stands before `PreTrainedModel` in their bases."""
 
@@ -181,6 +186,20 @@ class LionPreTrainedMixin:
         super().__init__(config, *args, **kwargs)
         # A decay close to 1 needs more than 8 bits: it stays float32 when a model is loaded in half precision.
         self._keep_in_fp32_modules_strict = set(decay_names(config))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As in Transformers. A configuration object that contradicts the checkpoint's own in what decides the
+        parameters (mask_type, order, pos_emb, layer_norm_after) raises ValueError, as such an option does."""
+        if isinstance(config, PreTrainedConfig) and config.model_type == cls.config_class.model_type:
+            where = {name: kwargs[name] for name in _WHERE_OPTIONS if name in kwargs}
+            try:
+                stored, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)
+            except OSError:  # weights without a configuration: the given one is all there is
+                stored = {}
+            if stored.get("model_type") == config.model_type:
+                type(config).require_structure(stored, config)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         if attn_implementation in (None, "eager"):

@@ -81,7 +81,8 @@ def bidirectional_linear_attention(
             `None` is LION-LIT (no decay), (heads,) is LION-D, (batch, heads, length) is LION-S. float32 or wider is
             advised: half precision cannot hold a decay close to 1.
         format: "attention" (quadratic time), "rnn" (linear time, memory independent of length), "chunk" (linear
-            time, all chunks at once; on a CPU one after the other where they outgrow the cache) or "auto" (attention up to a measured length, chunk beyond: see `CROSSOVER`), in any case.
+            time, all chunks at once; on a CPU one after the other where they outgrow the cache) or "auto" (attention
+            up to a measured length, chunk beyond: see `CROSSOVER`), in any case.
         chunk_size: most tokens in one chunk of the chunk and rnn forms. Chunks are made equally long, so that 65
             tokens become 33 + 32 rather than 64 + 1. The rnn backward uses chunks of at least sqrt(length) tokens
             and stores one state per chunk and direction; the rnn forward stores none.
