@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-import common
 import run_image_classification
 import run_mlm
+import text_data
 import torch
+from arguments import make_output_dir, run
 from draw_masks import draw_masks
 from matplotlib import pyplot as plt
 from transformers import (
@@ -50,7 +51,7 @@ def pretrain(folder: Path) -> dict[str, float]:
 def masked_sentences(tokenizer, count: int) -> list[tuple[str, str]]:
     """Sentences of the held-out documents with one word masked, and that word."""
     chooser, found = random.Random(0), []
-    for document in run_mlm.python_documents()[::10]:
+    for document in text_data.python_documents()[::10]:
         sentences = re.findall(r"(?<=\. )[A-Z][a-z][\w ,']{40,110}\.(?=\s)", re.sub(r"\s+", " ", document))
         for sentence in sentences[:1]:
             words = [m for m in re.finditer(r"\b[a-z]{3,}\b", sentence) if len(tokenizer.tokenize(m[0])) == 1]
@@ -137,7 +138,7 @@ def main() -> int:
     parser.add_argument(
         "--output_dir", default="outputs/demo", help="where everything is written (default: outputs/demo)"
     )
-    folder = common.make_output_dir(parser.parse_args().output_dir)
+    folder = make_output_dir(parser.parse_args().output_dir)
     start = time.perf_counter()
     text, digits = folder / "mlm", folder / "digits"
 
@@ -170,4 +171,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    common.run(lambda: sys.exit(main()))
+    run(lambda: sys.exit(main()))

@@ -37,6 +37,14 @@ class Report:
     loss_baseline: tuple[str, float] | None = None
 
 
+def model_name(config) -> str:
+    """ "LION-D", "LION-S, snake" or the kind of a baseline, for titles."""
+    if not config.model_type.startswith("lion"):
+        return config.model_type
+    name = {"lit": "LION-LIT", "decay": "LION-D", "selective": "LION-S"}[config.mask_type]
+    return f"{name}, snake" if getattr(config, "order", "normal") == "s" else name
+
+
 def command_line(script: str, argv: Sequence[str]) -> str:
     """The command of this run, to be repeated."""
     return shlex.join(["python", f"examples/{script}", *argv])
@@ -72,19 +80,20 @@ def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, flo
 
 
 def plot_curves(history: list[dict[str, float]], path: Path, report: Report) -> None:
-    """Loss and metric against optimizer steps, with the baselines as dashed lines."""
-    figure, (loss_axis, metric_axis) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    """Loss, metric, learning rate and throughput against optimizer steps, with the baselines as dashed lines."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
     panels = (
-        (loss_axis, (("loss", "training"), ("eval_loss", "evaluation")), report.loss_label, report.loss_baseline, 1),
-        (metric_axis, ((report.metric, "evaluation"),), report.metric_label, report.metric_baseline, 100),
+        ((("loss", "training"), ("eval_loss", "evaluation")), report.loss_label, report.loss_baseline, 1),
+        (((report.metric, "evaluation"),), report.metric_label, report.metric_baseline, 100),
+        ((("learning_rate", "training"),), "learning rate", None, 1),
+        ((("samples_per_second", "training"),), "throughput (samples per second)", None, 1),
     )
-    for axis, curves, label, baseline, factor in panels:
+    for axis, (curves, label, baseline, factor) in zip(axes.flat, panels, strict=True):
         for key, name in curves:
             points = [(entry["step"], factor * entry[key]) for entry in history if key in entry]
             if points:
-                style = (
-                    {"color": "C0", "alpha": 0.7} if key == "loss" else {"color": "C1", "marker": "o", "markersize": 4}
-                )
+                evaluated = key.startswith("eval")
+                style = {"color": "C1", "marker": "o", "markersize": 4} if evaluated else {"color": "C0", "alpha": 0.7}
                 axis.plot(*zip(*points, strict=True), label=name, **style)
         if baseline is not None:
             axis.axhline(factor * baseline[1], color="0.4", linestyle="--", linewidth=1, label=baseline[0])
@@ -101,6 +110,9 @@ def plot_curves(history: list[dict[str, float]], path: Path, report: Report) -> 
 def write_card(path: Path, model, metrics: dict[str, float], report: Report) -> None:
     """README.md of the saved folder: what the model is, its data, command, versions and metrics."""
     config = model.config
+    is_lion = config.model_type.startswith("lion")
+    kind = f"LION with mask type `{config.mask_type}`" if is_lion else f"`{config.model_type}`, a baseline for LION"
+    tags = "\n- lion\n- linear-attention" if is_lion else f"\n- {config.model_type}"
     size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads"
     rows = [f"| {name} | {value:,.4f} |" for name, value in metrics.items() if _is_number(value)]
     versions = {
@@ -113,14 +125,12 @@ def write_card(path: Path, model, metrics: dict[str, float], report: Report) -> 
     card = f"""---
 library_name: transformers
 pipeline_tag: {report.pipeline_tag}
-tags:
-- lion
-- linear-attention
+tags:{tags}
 ---
 
 # {report.title}
 
-LION with mask type `{config.mask_type}` ({size}, {model.num_parameters():,} parameters), from
+{kind} ({size}, {model.num_parameters():,} parameters), see
 [Linear Attention for Efficient Bidirectional Sequence Modeling](https://arxiv.org/abs/2502.16249).
 
 ```python

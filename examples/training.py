@@ -1,0 +1,253 @@
+"""Models, optimizer groups, schedules, checkpoints and the Trainer of the example scripts."""
+
+import json
+import math
+import time
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from arguments import LionTrainingArguments, ModelArguments, UserError, require_disk, user_errors
+from data_loading import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from lion_hf import PRESETS
+
+
+logger = logging.get_logger(__name__)
+
+LION_TYPES = ("lion", "lion_vision")
+# Options that only LION has; new models of other kinds are built without their defaults.
+LION_OPTIONS = ("mask_type", "order", "pos_emb", "cls_tok", "drop_path_rate")
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+
+
+def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
+    """Configuration of a checkpoint by Hub name or folder, which `auto_class` must be able to load."""
+    if Path(name_or_path).exists() and not (Path(name_or_path) / "config.json").is_file():
+        raise UserError(f"{name_or_path!r} is not a checkpoint: it has no config.json")
+    with user_errors(f"cannot load {name_or_path!r}", OSError, ValueError, StrictDataclassError):
+        config = AutoConfig.from_pretrained(name_or_path)
+    if type(config) not in auto_class._model_mapping:
+        raise UserError(f"{name_or_path!r} is a {config.model_type!r} model, which is none for {auto_class.__name__}")
+    return config
+
+
+def build_model(
+    auto_class, model_type: str, model: ModelArguments, defaults: dict[str, Any], fixed: dict[str, Any]
+) -> PreTrainedModel:
+    """The model to train: an existing one, a preset, or one of the sizes given by flags.
+
+    Args:
+        auto_class: such as `AutoModelForMaskedLM`.
+        model_type: "lion" or "lion_vision", where the arguments do not name another kind.
+        model: the arguments.
+        defaults: options of a new model where neither preset nor flags say otherwise.
+        fixed: options that the data decides, such as the size of the vocabulary.
+    """
+    if model.model_name_or_path:
+        return _load_model(auto_class, model, fixed)
+    overrides = model.overrides()
+    model_type = model.model_type or model_type
+    is_lion = model_type in LION_TYPES
+    if not is_lion:
+        foreign = next((name for name in LION_OPTIONS if name in overrides), "preset" if model.preset else None)
+        if foreign or model.format != "auto":
+            raise UserError(f"--{foreign or 'format'} is an option of LION; a {model_type!r} model has none")
+        defaults = {name: value for name, value in defaults.items() if name not in LION_OPTIONS}
+    if not model.preset:
+        overrides = {**defaults, **overrides}
+    elif model.preset.lower() not in PRESETS:
+        raise UserError(f"--preset is {model.preset!r}; allowed are {', '.join(PRESETS)}")
+    if "hidden_size" in overrides:
+        overrides.setdefault("intermediate_size", 4 * overrides["hidden_size"])
+    options = (PRESETS[model.preset.lower()] if model.preset else {}) | overrides | fixed
+    with user_errors("wrong model options", ValueError, StrictDataclassError):
+        config = AutoConfig.for_model(model_type, **options, **({"format": model.format} if is_lion else {}))
+        return auto_class.from_config(config)
+
+
+def _load_model(auto_class, model: ModelArguments, fixed: dict[str, Any]) -> PreTrainedModel:
+    overrides = model.overrides()
+    if model.preset or model.model_type or overrides:
+        first = "preset" if model.preset else "model_type" if model.model_type else next(iter(overrides))
+        raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
+    config = existing_config(model.model_name_or_path, auto_class)
+    options = {k: v for k, v in fixed.items() if k in ("id2label", "label2id", "problem_type", "num_labels")}
+    if config.model_type in LION_TYPES:
+        options["format"] = model.format
+    with user_errors(f"cannot load {model.model_name_or_path!r}", OSError, ValueError, StrictDataclassError):
+        return auto_class.from_pretrained(
+            model.model_name_or_path, ignore_mismatched_sizes="id2label" in fixed, **options
+        )
+
+
+# --------------------------------------------------------------------------------------------------------- trainer
+
+
+class LionTrainer(Trainer):
+    """Trainer with LION's optimizer groups, schedules with a floor, and batches that do not depend on the number of
+    processes (see `EpochBatchSampler`).
+
+    Args:
+        repeats: readings of every training row side by side (repeated augmentation).
+        kwargs: as for `Trainer`. A data collator with the attribute `uses_keys = True` finds each training row's `Key`
+            as "key" and draws all its random numbers from it.
+    """
+
+    def __init__(self, *args, repeats: int = 1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.repeats = repeats
+        self._last_log = None
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All parameters with `decay_all`; else no biases, norms, decays, class token, position table, 1-D ones."""
+        sizes = {name: parameter.dim() for name, parameter in model.named_parameters(remove_duplicate=False)}
+        if self.args.decay_all:
+            return list(sizes)
+        spared = ("decay_logit", "decay_proj", "cls_token", "position_embeddings")
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if sizes[name] > 1 and not any(word in name for word in spared)]
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        args = self.args
+        if self.lr_scheduler is None and (args.lr_floor or args.lr_warmup_start):
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                partial(
+                    learning_rate_share,
+                    kind=args.lr_scheduler_type.value,
+                    warmup=args.get_warmup_steps(num_training_steps),
+                    total=num_training_steps,
+                    floor=args.lr_floor,
+                    start=args.lr_warmup_start,
+                ),
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_train_dataloader(self):
+        dataset, args = self.train_dataset, self.args
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            return super().get_train_dataloader()
+        sampler = EpochBatchSampler(
+            len(dataset),
+            self._train_batch_size,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            repeats=self.repeats,
+        )
+        collator = self.data_collator
+        return EpochDataLoader(
+            KeyedRows(dataset),
+            batch_sampler=sampler,
+            collate_fn=partial(collate_keyed, collator, getattr(collator, "uses_keys", False)),
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """As in Transformers; a filler (all labels -100) counts nothing in losses that know no -100 either, such as
+        squared error."""
+        labels = inputs.get("labels")
+        alone = self.args.world_size == 1  # no fillers
+        counts = alone or labels is None or num_items_in_batch is None or bool((labels != -100).any())
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if counts:
+            return result
+        return (result[0] * 0, result[1]) if return_outputs else result * 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the throughput since the last logged loss."""
+        now = (time.perf_counter(), self.state.global_step)
+        if "loss" in logs:
+            if self._last_log is not None and now[1] > self._last_log[1]:
+                samples = (now[1] - self._last_log[1]) * self.get_total_train_batch_size(self.args)
+                logs["samples_per_second"] = samples / (now[0] - self._last_log[0])
+            self._last_log = now
+        super().log(logs, start_time)
+
+
+def learning_rate_share(step: int, *, kind: str, warmup: int, total: int, floor: float, start: float) -> float:
+    """Learning rate as a share of its peak: from `start` up in `warmup` steps, then linearly or by a cosine to
+    `floor` at step `total`."""
+    if step < warmup:
+        return start + (1 - start) * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    rest = 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * rest
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoint_to_resume(training: LionTrainingArguments) -> str | None:
+    """The checkpoint folder to go on from, if any (see `resume_from_checkpoint`): the last complete one."""
+    wanted = training.resume_from_checkpoint
+    if not training.do_train or str(wanted).lower() in ("no", "false"):
+        return None
+    if wanted is not None:
+        problem = incompleteness(Path(wanted))
+        if problem:
+            raise UserError(f"--resume_from_checkpoint {wanted!r} is not a complete checkpoint: {problem}")
+        return wanted
+    folders = {
+        int(folder.name.rpartition("-")[2]): folder
+        for folder in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if folder.name.rpartition("-")[2].isdigit()
+    }
+    for _, folder in sorted(folders.items(), reverse=True):
+        problem = incompleteness(folder)
+        if problem is None:
+            return str(folder)
+        logger.warning(f"{folder} is incomplete and skipped: {problem}")
+    return None
+
+
+def incompleteness(folder: Path) -> str | None:
+    """What a checkpoint folder lacks, such as one whose writing was cut off; None if it is complete."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+    except (OSError, ValueError) as error:
+        return f"trainer_state.json cannot be read ({type(error).__name__})"
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file.name} is damaged ({error})"
+    for file in (*folder.glob("*.pt"), *folder.glob("*.pth")):
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is damaged"
+    return None
+
+
+def check_resumable(checkpoint: str, auto_class, config: PreTrainedConfig) -> None:
+    """Raises a `UserError` if the checkpoint holds a model of another shape."""
+    stored, new = existing_config(checkpoint, auto_class).to_dict(), config.to_dict()
+    ignored = {"format", "chunk_size", "transformers_version", "dtype", "architectures", "_name_or_path"}
+    for name, value in new.items():
+        if name not in ignored and stored.get(name) != value:
+            raise UserError(
+                f"{checkpoint!r} holds another model: {name} is {stored.get(name)!r} there and {value!r} here; choose "
+                "another --output_dir, or --resume_from_checkpoint no to start anew"
+            )
+
+
+def check_disk(training: TrainingArguments, model: PreTrainedModel) -> None:
+    """Raises a `UserError` if the final model, and checkpoints with AdamW's two states, cannot fit on the disk."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    kept = 0 if training.save_strategy == "no" else (training.save_total_limit or 1) + 1
+    require_disk(training.output_dir, weights + 3 * weights * kept)
