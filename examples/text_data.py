@@ -154,6 +154,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
         trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             special_tokens=SPECIAL_TOKENS + alphabet,
+            initial_alphabet=characters,  # or equally frequent characters compete for the last places by chance
             limit_alphabet=len(characters),
             show_progress=False,
         ),

@@ -1,0 +1,116 @@
+"""Two processes, or a run that was killed and started again, train exactly as one undisturbed process does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TINY = [
+    "--hidden_size=16",
+    "--num_hidden_layers=2",
+    "--num_attention_heads=2",
+    "--hidden_dropout_prob=0",
+    "--use_cpu=true",
+    "--disable_tqdm=true",
+    "--logging_steps=1",
+    "--learning_rate=5e-3",
+]
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def mlm_command(folder: Path, *flags: str) -> list[str]:
+    text = folder.parent / "text.txt"
+    if not text.exists():
+        random = np.random.default_rng(0)
+        words = ["red", "cat", "old", "dog", "saw", "the", "a", "big", "new", "sad"]
+        text.write_text("\n".join(" ".join(random.choice(words, 9)) for _ in range(75)) + "\n")
+    data = [f"--train_file={text}", f"--validation_file={text}", "--max_length=12", "--vocab_size=60"]
+    return [str(EXAMPLES / "run_mlm.py"), f"--output_dir={folder}", *data, "--line_by_line=true", *TINY, *flags]
+
+
+def image_command(folder: Path, *flags: str) -> list[str]:
+    rows = ["--max_train_samples=75", "--max_eval_samples=20", "--augment=shift"]
+    return [str(EXAMPLES / "run_image_classification.py"), f"--output_dir={folder}", *rows, *TINY, *flags]
+
+
+COMMANDS = {"text": mlm_command, "image": image_command}
+
+
+def run(command: list[str], processes: int = 1) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    result = subprocess.run([sys.executable, *launcher, *command], env=ALONE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
+    expected, found = losses(one), losses(other)
+    assert len(expected) > 5 and expected.keys() == found.keys()
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=tolerance)
+    weights, again = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    for name in weights:
+        torch.testing.assert_close(again[name], weights[name], rtol=tolerance, atol=tolerance)
+    results = [json.loads((folder / "all_results.json").read_text())["eval_loss"] for folder in (one, other)]
+    assert results[0] == pytest.approx(results[1], rel=tolerance)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_two_processes_train_as_one(tmp_path, kind, accumulation):
+    """75 rows in global batches of 16: the last batch has 11, or with accumulation 8 + 3, in no process the same."""
+    flags = ["--num_train_epochs=2", "--save_strategy=no", "--eval_strategy=no"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(COMMANDS[kind](one, *flags, "--per_device_train_batch_size=16"))
+    size = [f"--per_device_train_batch_size={8 // accumulation}", f"--gradient_accumulation_steps={accumulation}"]
+    run(COMMANDS[kind](two, *flags, *size), processes=2)
+    assert_same_run(one, two, 1e-5)
+
+
+def test_a_process_without_a_row_does_not_count(tmp_path):
+    """65 rows in global batches of 8: the last one has a single row, so one process has none."""
+    flags = ["--num_train_epochs=1", "--max_train_samples=65", "--save_strategy=no", "--eval_strategy=no"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(mlm_command(one, *flags, "--per_device_train_batch_size=8"))
+    run(mlm_command(two, *flags, "--per_device_train_batch_size=4"), processes=2)
+    assert_same_run(one, two, 1e-5)
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kind):
+    """kill -9 between two checkpoints; a newer checkpoint that was cut off while being written is skipped."""
+    flags = ["--max_steps=60", "--per_device_train_batch_size=8", "--save_strategy=steps", "--save_steps=7"]
+    flags += ["--hidden_dropout_prob=0.1", "--eval_strategy=no"]
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    run(COMMANDS[kind](undisturbed, *flags))
+    process = subprocess.Popen(
+        [sys.executable, *COMMANDS[kind](killed, *flags)], env=ALONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint-14" / "trainer_state.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "all_results.json").exists(), "the run was over before it was killed"
+    damaged = killed / "checkpoint-59"
+    damaged.mkdir()
+    (damaged / "model.safetensors").write_bytes(b"cut off")
+    result = subprocess.run(
+        [sys.executable, *COMMANDS[kind](killed, *flags)], env=ALONE, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "checkpoint-59 is incomplete and skipped" in result.stdout + result.stderr
+    assert_same_run(undisturbed, killed, 1e-6)
