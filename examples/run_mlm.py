@@ -31,6 +31,8 @@ SMOKE = {
     "dataset_name": None,
     "dataset_config_name": None,
     "streaming": None,
+    "dataloader_num_workers": None,
+    "eval_strategy": "no",
     "tokenizer_name": None,
     "vocab_size": 512,
     "max_train_samples": 100,
@@ -41,6 +43,7 @@ SMOKE = {
     "intermediate_size": 64,
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 2,
+    "disable_tqdm": True,
 }
 
 

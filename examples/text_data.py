@@ -5,6 +5,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class TextArguments(DataArguments):
 # ----------------------------------------------------------------------------------------------------------- texts
 
 
+@cache
 def python_documents() -> list[str]:
     """The English documentation of Python itself: the topics of `help()`, and the docstrings of each module."""
     try:

@@ -1,4 +1,6 @@
 import os
+import sys
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,3 +19,12 @@ torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def examples():
+    """The example scripts can be imported."""
+    folder = str(Path(__file__).parents[1] / "examples")
+    sys.path.insert(0, folder)
+    yield folder
+    sys.path.remove(folder)
