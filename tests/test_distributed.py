@@ -97,7 +97,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kind):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run(COMMANDS[kind](undisturbed, *flags))
     process = subprocess.Popen(
-        [sys.executable, *COMMANDS[kind](killed, *flags)], env=ALONE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *COMMANDS[kind](killed, *flags)],
+        env=ALONE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while not (killed / "checkpoint-14" / "trainer_state.json").exists() and time.monotonic() < deadline:
@@ -114,3 +117,23 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kind):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "checkpoint-59 is incomplete and skipped" in result.stdout + result.stderr
     assert_same_run(undisturbed, killed, 1e-6)
+
+
+def test_fully_sharded_parameters_train_as_whole_ones():
+    """PyTorch's fully_shard on two processes: every variant in every form ends with the weights of one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = Path(__file__).parent / "fully_shard_worker.py"
+    result = subprocess.run([*command, str(worker)], env=ALONE, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("equal") == 9
+
+
+@pytest.mark.parametrize("file", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_knows_every_option_of_the_configurations(file):
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(file))
+    options = {action.dest for action in launch_command_parser()._actions}
+    settings = {**config.fsdp_config, **config.deepspeed_config}
+    assert config.num_processes == 8 and settings and set(settings) <= options

@@ -224,3 +224,19 @@ def test_a_model_that_the_trainer_saved_goes_on_where_it_stopped(tmp_path, mask_
     assert resumed.state.global_step == 4
     for (name, a), b in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("task", ["single-label", "regression", "multi-label", "images-multi-label"])
+def test_parts_of_a_batch_add_up_to_its_loss_even_where_one_is_empty(task):
+    """A process that has no row left in the last batch of an epoch computes the loss of no rows."""
+    model, rows = TASKS[task]()
+    batch = {name: torch.stack([row[name] for row in rows[:8]]) for name in rows[0]}
+    model.eval()
+    whole = model(**batch).loss
+    items = torch.tensor(batch["labels"].numel())
+    parts = [{name: x[cut] for name, x in batch.items()} for cut in (slice(0, 5), slice(5, 8), slice(8, 8))]
+    losses = [model(**part, num_items_in_batch=items).loss for part in parts]
+    torch.testing.assert_close(sum(losses), whole)
+    assert losses[2] == 0
+    losses[2].backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
