@@ -18,14 +18,11 @@ import run_mlm
 import text_data
 import torch
 from arguments import make_output_dir, run
+from draw_decays import draw_decays
 from draw_masks import draw_masks
-from matplotlib import pyplot as plt
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    PreTrainedModel,
     pipeline,
 )
 
@@ -88,50 +85,6 @@ def classify_digits(folder: Path) -> float:
     return accuracy
 
 
-def head_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """Decays of every layer, scan and head, (layers, scans * heads): learned (LION-D), or the mean over the tokens."""
-    rows, hooks = [], []
-    for mixer in (module for module in model.modules() if type(module).__name__ == "LionMixer"):
-        logits = [parameter for name, parameter in mixer.named_parameters() if name.startswith("decay_logit")]
-        if logits:
-            rows.append(torch.cat(logits).detach().sigmoid())
-        else:
-            hook = mixer.decay_proj.register_forward_hook(
-                lambda module, args, output: rows.append(torch.sigmoid(-output).mean((0, 1)))
-            )
-            hooks.append(hook)
-    if hooks:
-        with torch.no_grad():
-            model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(rows)
-
-
-def draw_decays(text: Path, digits: Path, sentence: str, path: Path) -> None:
-    """Heat maps of the decays that both models learned."""
-    tokenizer = AutoTokenizer.from_pretrained(text)
-    language_model = AutoModelForMaskedLM.from_pretrained(text).eval()
-    spoken = head_decays(language_model, **tokenizer(sentence, return_tensors="pt"))
-    seen = head_decays(AutoModelForImageClassification.from_pretrained(digits))
-    panels = (("LION-S, text: mean over a sentence", spoken), ("LION-D, digits: heads of both scans", seen))
-    widths = [values.shape[1] + 1 for _, values in panels]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), width_ratios=widths, layout="constrained")
-    for axis, (title, values) in zip(axes, panels, strict=True):
-        image = axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-        for layer, row in enumerate(values.tolist()):
-            for head, value in enumerate(row):
-                axis.text(head, layer, f"{value:.2f}", ha="center", va="center", color="k" if value > 0.5 else "w")
-        axis.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
-        axis.set_yticks(range(values.shape[0]), range(1, values.shape[0] + 1))
-        axis.set_xlabel("head")
-        axis.set_ylabel("layer")
-        axis.set_title(title, fontsize=10)
-    figure.colorbar(image, ax=axes, label="decay per token (1 keeps everything)")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main() -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,7 +102,7 @@ def main() -> int:
     accuracy = classify_digits(digits)
     print("\n3. Pictures")
     draw_masks(folder / "masks.png")
-    draw_decays(text, digits, sentence, folder / "decays.png")
+    draw_decays([text, digits], folder / "decays.png", text=sentence)
 
     print(f"\nDone in {time.perf_counter() - start:.0f} seconds. Everything is in {folder}:")
     for name, content in (

@@ -280,3 +280,36 @@ def test_wrong_options_are_said(text_file, tmp_path, flags, message):
 
     with pytest.raises(UserError, match=message):
         mlm(text_file, tmp_path / "out", *flags)
+
+
+# -------------------------------------------------------------------------------------------------- picture of decays
+
+
+def test_drawn_decays_are_the_ones_the_model_uses(tmp_path, tokenizer):
+    from arguments import UserError
+    from draw_decays import draw_decays, head_decays, token_decays
+
+    model = lion_hf.LionModel(text_config("decay")).eval()
+    first = model.layers[0].mixer
+    used = first._log_decay(torch.zeros(1, 1, model.config.hidden_size)).exp()
+    torch.testing.assert_close(head_decays(model)[0], used)
+    assert head_decays(model).shape == (model.config.num_hidden_layers, model.config.num_attention_heads)
+
+    config = vision_config("selective", order="s")
+    model = lion_hf.LionForImageClassification(config).eval()
+    pixels = torch.randn(1, config.num_channels, config.image_size, config.image_size)
+    patches = math.prod(config.grid_size)
+    decays = token_decays(model, pixel_values=pixels)
+    assert decays.shape == (config.num_hidden_layers, patches) and ((decays > 0) & (decays < 1)).all()
+
+    lit = lion_hf.LionForMaskedLM(text_config("lit"))
+    lit.save_pretrained(tmp_path / "lit")
+    with pytest.raises(UserError, match="no decays to draw"):
+        draw_decays([tmp_path / "lit"], tmp_path / "picture.png")
+    model = lion_hf.LionForMaskedLM(text_config("selective", vocab_size=len(tokenizer)))
+    model.save_pretrained(tmp_path / "s")
+    tokenizer.save_pretrained(tmp_path / "s")
+    with pytest.raises(UserError, match="--text"):
+        draw_decays([tmp_path / "s"], tmp_path / "picture.png")
+    draw_decays([tmp_path / "s"], tmp_path / "picture.png", text="the red cat")
+    assert (tmp_path / "picture.png").stat().st_size > 5000

@@ -1,0 +1,150 @@
+"""Draws the decays that trained LION models have learned.
+
+    python examples/draw_decays.py outputs/mlm-d outputs/mlm-s --text "The cat sat on the mat." --output decays.png
+    python examples/draw_decays.py outputs/fashion-s --image shirt.png --output decays.png
+
+LION-D has one decay per layer and head. LION-S decides per token: its mean over the heads is drawn for each word of the
+text, or each patch of the image.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from arguments import UserError, run
+from matplotlib import pyplot as plt
+from PIL import Image
+from training import existing_config
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+
+def head_decays(model: PreTrainedModel) -> torch.Tensor:
+    """LION-D's decays, (layers, scans * heads)."""
+    named = {name: parameter for name, parameter in model.named_parameters() if "decay_logit" in name}
+    layers: dict[str, list[torch.Tensor]] = {}
+    for name, parameter in named.items():
+        layers.setdefault(name.rpartition(".")[0], []).append(parameter.detach().sigmoid())
+    return torch.stack([torch.cat(scans) for scans in layers.values()])
+
+
+def token_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """LION-S's decays for one input, mean over heads and scans: (layers, tokens), without an image's class token."""
+    layers: dict[str, list[torch.Tensor]] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2].startswith("decay_proj"):
+            seen = layers.setdefault(name.rpartition(".")[0], [])
+            hooks.append(
+                module.register_forward_hook(
+                    lambda m, args, out, seen=seen: seen.append(torch.sigmoid(-out[0]).mean(-1))
+                )
+            )
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack([torch.stack(scans).mean(0) for scans in layers.values()])
+
+
+def draw_decays(folders: list[Path], path: Path, text: str | None = None, image: Image.Image | None = None) -> None:
+    """One row of the picture per model.
+
+    Raises:
+        UserError: for a model without decays, or a LION-S without the text or image that it needs.
+    """
+    models = [load(folder) for folder in folders]
+    figure = plt.figure(figsize=(9, 2.9 * len(models)), layout="constrained")
+    rows = figure.subfigures(len(models), 1, squeeze=False)[:, 0]
+    for row, folder, model in zip(rows, folders, models, strict=True):
+        is_image = model.config.model_type == "lion_vision"
+        kind = "image" if is_image else "text"
+        if model.config.mask_type == "lit":
+            raise UserError(f"{str(folder)!r} is a LION-LIT model, which has no decays to draw")
+        if model.config.mask_type == "decay":
+            row.suptitle(f"LION-D, {kind}: decay of each layer and head", fontsize=10)
+            values = head_decays(model)
+            axis = heat_map(row.subplots(), values)
+            axis.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
+            axis.set_xlabel(
+                "head" + (" (first scan, then second)" if getattr(model.config, "order", "") == "s" else "")
+            )
+        elif is_image:
+            if image is None:
+                raise UserError(f"{str(folder)!r} decides its decays by the image: give one with --image")
+            row.suptitle("LION-S, image: mean decay of each patch, by layer", fontsize=10)
+            draw_image(row, model, AutoImageProcessor.from_pretrained(folder), image)
+        else:
+            if not text:
+                raise UserError(f"{str(folder)!r} decides its decays by the text: give one with --text")
+            row.suptitle("LION-S, text: mean decay of each token, by layer", fontsize=10)
+            inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", truncation=True)
+            axis = heat_map(row.subplots(), token_decays(model, **inputs))
+            tokens = inputs.tokens()
+            axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
+        shown = plt.cm.ScalarMappable(cmap="viridis", norm=plt.Normalize(0, 1))
+        row.colorbar(shown, ax=row.axes, label="decay (1 keeps all)", shrink=0.9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def heat_map(axis, values: torch.Tensor):
+    """Layers downwards; numbers in the cells where there is room."""
+    axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    if values.shape[1] <= 16:
+        for layer, line in enumerate(values.tolist()):
+            for i, value in enumerate(line):
+                axis.text(i, layer, f"{value:.2f}", ha="center", va="center", color="k" if value > 0.5 else "w")
+    axis.set_yticks(range(len(values)), range(1, len(values) + 1))
+    axis.set_ylabel("layer")
+    return axis
+
+
+def draw_image(row, model: PreTrainedModel, processor, image: Image.Image) -> None:
+    inputs = processor(image.convert("RGB"), return_tensors="pt")
+    values = token_decays(model, **inputs)
+    height, width = (side // model.config.patch_size for side in inputs["pixel_values"].shape[-2:])
+    axes = row.subplots(1, len(values) + 1)
+    axes[0].imshow(image, cmap="gray")
+    axes[0].set_title("input", fontsize=9)
+    for layer, (axis, line) in enumerate(zip(axes[1:], values, strict=True), 1):
+        axis.imshow(line.reshape(height, width), cmap="viridis", vmin=0, vmax=1)
+        axis.set_title(f"layer {layer}", fontsize=9)
+    for axis in axes:
+        axis.set_axis_off()
+
+
+def load(folder: str | Path) -> PreTrainedModel:
+    config = existing_config(str(folder), AutoModel)
+    kinds = {"lion": AutoModelForMaskedLM, "lion_vision": AutoModelForImageClassification}
+    if config.model_type not in kinds:
+        raise UserError(f"{str(folder)!r} is a {config.model_type!r} model; only LION models have decays")
+    return kinds[config.model_type].from_pretrained(folder).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", type=Path, help="folders of trained models, a row of the picture each")
+    parser.add_argument("--text", help="what LION-S text models read")
+    parser.add_argument("--image", type=Path, help="what LION-S image models see")
+    parser.add_argument("--output", type=Path, default=Path("decays.png"))
+    arguments = parser.parse_args()
+    image = None
+    if arguments.image:
+        try:
+            image = Image.open(arguments.image)
+            image.load()
+        except OSError as error:
+            raise UserError(f"--image {str(arguments.image)!r} cannot be read: {error}") from error
+    draw_decays(arguments.models, arguments.output, arguments.text, image)
+    print(f"written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    run(main)
