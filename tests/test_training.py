@@ -240,3 +240,31 @@ def test_parts_of_a_batch_add_up_to_its_loss_even_where_one_is_empty(task):
     assert losses[2] == 0
     losses[2].backward()
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mask_type", ["decay", "selective"])
+def test_a_thousand_bf16_steps_from_saturated_gates_stay_finite(mask_type):
+    """Length 2048, gates that keep everything or nothing: no NaN, and the model still learns."""
+    model = lion_hf.LionForMaskedLM(text_config(mask_type, hidden_size=32, num_attention_heads=4, format="chunk"))
+    saturated = torch.tensor([100.0, -100.0, 100.0, -100.0])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "decay_logit" in name or "decay_proj.bias" in name:
+                parameter.copy_(saturated)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    period = torch.randint(5, model.config.vocab_size, (7,))
+    ids = period.repeat(2048 // 7 + 1)[None, :2048]
+    losses = []
+    for step in range(1000):
+        shifted = ids.roll(step, 1)
+        hidden = torch.rand(ids.shape) < 0.15
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=shifted.masked_fill(hidden, 4), labels=shifted.masked_fill(~hidden, -100)).loss
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None), step
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert all(p.isfinite().all() for p in model.parameters()) and torch.tensor(losses).isfinite().all()
+    assert sum(losses[-50:]) < 0.8 * sum(losses[:50])
