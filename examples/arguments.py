@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
+
+
+Smoke = dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class UserError(Exception):
@@ -149,7 +153,7 @@ class _Parser(HfArgumentParser):
 
 
 def parse_arguments(
-    classes: Sequence[type], argv: Sequence[str], description: str | None = None, smoke: dict[str, Any] | None = None
+    classes: Sequence[type], argv: Sequence[str], description: str | None = None, smoke: Smoke | None = None
 ) -> tuple:
     """Flags; or one YAML or JSON file with the flags' names as keys, which flags after it override.
 
@@ -157,19 +161,13 @@ def parse_arguments(
         classes: dataclasses of arguments, one of them `TrainingArguments`.
         argv: what follows the script's name.
         description: the first lines of `--help`.
-        smoke: what the flag `--smoke` changes in the file's values, None for those it takes away; flags still override.
+        smoke: what the flag `--smoke` changes in the file's values, None for those it takes away, or a function of these
+            values that says so; flags still override.
 
     Raises:
         UserError: for unknown flags or keys, wrong values, and a missing `output_dir`.
     """
-    argv, values = list(argv), {}
-    if argv and not argv[0].startswith("-"):
-        values = _read_values(Path(argv.pop(0)))
-    if smoke is not None and "--smoke" in argv:
-        argv.remove("--smoke")
-        folder = {"output_dir": f"{values['output_dir']}-smoke"} if "output_dir" in values else {}
-        values |= {"max_steps": 2, "use_cpu": True, "bf16": False, "save_strategy": "no"} | smoke | folder
-    argv = _flags(values) + argv
+    argv = _merge(argv, smoke)
     if smoke is not None:
         description = f"{description}\n--smoke shrinks any recipe to two steps of a tiny model on built-in data."
     parser = _Parser(classes, description=description, allow_abbrev=False)
@@ -186,6 +184,27 @@ def parse_arguments(
         raise UserError("--output_dir is required: the folder that everything is written to")
     make_output_dir(training.output_dir)
     return tuple(parsed)
+
+
+def given_values(classes: Sequence[type], argv: Sequence[str], smoke: Smoke | None = None) -> dict[str, Any]:
+    """What a file and flags say by themselves, by name: the parsed arguments without the defaults."""
+    parser = _Parser(classes, allow_abbrev=False)
+    for action in parser._actions:
+        action.default = SUPPRESS
+    return vars(parser.parse_args(_merge(argv, smoke)))
+
+
+def _merge(argv: Sequence[str], smoke: Smoke | None) -> list[str]:
+    """The file's values, as `--smoke` changes them, and the flags after it, all as flags."""
+    argv, values = list(argv), {}
+    if argv and not argv[0].startswith("-"):
+        values = _read_values(Path(argv.pop(0)))
+    if smoke is not None and "--smoke" in argv:
+        argv.remove("--smoke")
+        folder = {"output_dir": f"{values['output_dir']}-smoke"} if "output_dir" in values else {}
+        changes = smoke(values) if callable(smoke) else smoke
+        values |= {"max_steps": 2, "use_cpu": True, "bf16": False, "save_strategy": "no"} | changes | folder
+    return _flags(values) + argv
 
 
 def _read_values(path: Path) -> dict[str, Any]:

@@ -95,6 +95,10 @@ def reading(prefix: str):
             yield
         except DatasetGenerationError as error:
             raise UserError(f"{prefix}: {error.__cause__ or error}") from error
+        except ValueError as error:
+            if "corresponds to no data" in str(error):  # a header and nothing below it
+                raise UserError(f"{prefix}: it has no rows") from error
+            raise
 
 
 def require_column(dataset, column: str, flag: str) -> None:

@@ -1,30 +1,69 @@
 """Images of the example scripts: where they come from, their classes, and how they become pixels."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
 import torch
 from arguments import DataArguments, UserError, require_path
-from data_loading import hold_out, load_file, load_splits, reading, require_column
+from data_loading import hold_out, load_file, load_splits, random_numbers, reading, require_column
 from datasets import Dataset
-from transformers import TrainingArguments, ViTImageProcessorPil
+from image_augmentation import AugmentationArguments, batch_numbers, deit_augmentation, mix, seeded, shift_and_flip
+from PIL import Image
+from torch.nn import functional as F
+from transformers import TrainingArguments
+from transformers.utils import logging
 
 
-AUGMENTATIONS = ("none", "shift", "flip", "shift+flip")
+logger = logging.get_logger(__name__)
+
+# Short names of data sets on the Hub: the full name, the column with the images and the one with the classes.
+KNOWN = {
+    "fashion_mnist": ("zalando-datasets/fashion_mnist", "image", "label"),
+    "cifar10": ("uoft-cs/cifar10", "img", "label"),
+    "cifar100": ("uoft-cs/cifar100", "img", "fine_label"),
+    "imagenet-1k": ("ILSVRC/imagenet-1k", "image", "label"),
+}
 
 
 @dataclass
 class ImageArguments(DataArguments):
+    dataset_name: str | None = field(
+        default=None, metadata={"help": f"Name of a data set on the Hub; short names: {', '.join(KNOWN)}."}
+    )
     train_dir: str | None = field(default=None, metadata={"help": "Folder with a folder of images per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the classes."})
-    augment: str = field(
-        default="none", metadata={"help": "Random changes in training: none, shift, flip, shift+flip."}
+    bad_images: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "Images that do not decode: stop, or skip and count them."}
     )
+    eval_crop_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "Evaluation resizes the shorter side to image_size over this and crops the centre; 1 resizes to the "
+            "square. Default: as the model to go on with, else 1. DeiT: 0.875."
+        },
+    )
+    interpolation: Literal["bilinear", "bicubic"] | None = field(
+        default=None, metadata={"help": "Of resizing. Default: as the model to go on with, else bilinear."}
+    )
+    normalization: Literal["half", "imagenet"] | None = field(
+        default=None,
+        metadata={"help": "half scales to [-1, 1]. Default: as the model to go on with, else half."},
+    )
+
+    def __post_init__(self):
+        if self.eval_crop_ratio is not None and not 0 < self.eval_crop_ratio <= 1:
+            raise ValueError(f"--eval_crop_ratio is {self.eval_crop_ratio}; allowed is more than 0 and at most 1")
+        if self.dataset_name in KNOWN:
+            self.dataset_name, image, label = KNOWN[self.dataset_name]
+            self.image_column = image if self.image_column == "image" else self.image_column
+            self.label_column = label if self.label_column == "label" else self.label_column
+
+
+# --------------------------------------------------------------------------------------------------------- sources
 
 
 def load_digits(data: ImageArguments, seed: int) -> tuple[Dataset, Dataset]:
@@ -49,7 +88,12 @@ def load_folder(path: str) -> Dataset:
     """A folder with one folder of images per class."""
     require_path(path, "image folder")
     with reading(f"cannot read {path!r}"):
-        return datasets.load_dataset("imagefolder", data_dir=path, split="train")
+        return numbered(datasets.load_dataset("imagefolder", data_dir=path, split="train"))
+
+
+def numbered(rows: Dataset) -> Dataset:
+    """The rows with their numbers, which messages name however the rows are shuffled and split later."""
+    return rows if "source_row" in rows.column_names else rows.add_column("source_row", list(range(len(rows))))
 
 
 def load_images(data: ImageArguments, training: TrainingArguments) -> tuple[Dataset, Dataset, list[str], str]:
@@ -61,7 +105,7 @@ def load_images(data: ImageArguments, training: TrainingArguments) -> tuple[Data
         train, validation = hold_out(load_folder(data.train_dir), held_out, data, training.seed)
         source = f"`{data.train_dir}`"
     elif data.dataset_name or data.train_file or data.validation_file:
-        train, validation = load_splits(data, training, load_file)
+        train, validation = load_splits(data, training, lambda path: numbered(load_file(path)))
         source = f"`{data.dataset_name or data.train_file}`"
     else:
         train, validation = load_digits(data, training.seed)
@@ -87,7 +131,8 @@ def class_names(train: Dataset, column: str) -> list[str]:
 
 
 def with_labels(part: Dataset, data: ImageArguments, names: list[str]) -> Dataset:
-    """Only the columns image and label, the images decoded and the labels numbered by `names`."""
+    """Image (not decoded yet), label (numbered by `names`) and number of the row."""
+    part = numbered(part)
     feature = part.features[data.label_column]
     values = part[data.label_column][:]
     if isinstance(feature, datasets.ClassLabel):
@@ -97,40 +142,112 @@ def with_labels(part: Dataset, data: ImageArguments, names: list[str]) -> Datase
     if unknown:
         raise UserError(f"label {unknown[0]!r} in column {data.label_column!r} is not among the training classes")
     with reading(f"column {data.image_column!r} holds no images"):
-        images = part.select_columns(data.image_column).cast_column(data.image_column, datasets.Image())
-        images = images.rename_columns({} if data.image_column == "image" else {data.image_column: "image"})
-        images[0]["image"].size  # noqa: B018  (a column of something else fails here)
+        images = part.select_columns([data.image_column, "source_row"])
+        images = images.cast_column(data.image_column, datasets.Image(decode=False))
+    images = images.rename_columns({} if data.image_column == "image" else {data.image_column: "image"})
     return images.add_column("label", [number[str(value)] for value in values])
 
 
-def augment(pixels: torch.Tensor, kind: str, padding: torch.Tensor) -> torch.Tensor:
-    """Shifts each image by up to an eighth of its side and mirrors every second one, as far as `kind` says."""
-    if "flip" in kind:
-        pixels = torch.where(torch.rand(len(pixels), 1, 1, 1) < 0.5, pixels.flip(-1), pixels)
-    if "shift" in kind:
-        side = pixels.shape[-1]
-        reach = max(1, side // 8)
-        canvas = padding.expand(len(pixels), -1, side + 2 * reach, side + 2 * reach).clone()
-        canvas[:, :, reach:-reach, reach:-reach] = pixels
-        corners = torch.randint(0, 2 * reach + 1, (len(pixels), 2)).tolist()
-        pixels = torch.stack([x[:, i : i + side, j : j + side] for x, (i, j) in zip(canvas, corners, strict=True)])
-    return pixels
+# ---------------------------------------------------------------------------------------------------------- pixels
 
 
-def to_pixels(processor: ViTImageProcessorPil, kind: str = "none") -> Callable[[dict[str, list]], dict[str, Any]]:
-    """Reads a batch of rows: images through the processor, augmented, and their labels."""
-    mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (processor.image_mean, processor.image_std))
-
-    def transform(rows: dict[str, list]) -> dict[str, Any]:
-        pixels = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
-        return {"pixel_values": augment(pixels, kind, -mean / std), "labels": rows["label"]}
-
-    return transform
+def decode(image: dict[str, Any]) -> Image.Image:
+    """The RGB image in a row. Pillow's decoders raise errors of many kinds."""
+    return datasets.Image().decode_example(image).convert("RGB")
 
 
-def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Stacks images and labels."""
-    return {
-        "pixel_values": torch.stack([row["pixel_values"] for row in rows]),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-    }
+def first_image(part: Dataset, column: str) -> Image.Image:
+    """The first image that decodes, of the first 16."""
+    for row in part.select(range(min(16, len(part)))):
+        try:
+            return decode(row["image"])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+    raise UserError(f"column {column!r} holds no images ({reason})")
+
+
+def target_size(processor) -> tuple[int, int]:
+    """Height and width of what the processor returns."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    return (size.height, size.width) if size.height else (size.shortest_edge,) * 2
+
+
+class ImageCollator:
+    """Rows to pixels and labels. Those with a "key" are for training: changed at random, and mixed if asked for (then
+    with "soft_labels", probabilities of the classes). The others go through the processor alone.
+
+    An image that does not decode is an error, or it is left out of a training batch; where it must keep its place (in
+    evaluation, or as the only one of a batch), it is black and its label is -100, which counts nowhere.
+    """
+
+    uses_keys = True
+
+    def __init__(
+        self,
+        processor,
+        augmentation: AugmentationArguments,
+        classes: int,
+        seed: int,
+        bad_images: str,
+        **parts: Dataset,
+    ):
+        self.processor, self.augmentation, self.classes = processor, augmentation, classes
+        self.seed, self.bad_images = seed, bad_images
+        self.size = target_size(processor)
+        self.recipe = deit_augmentation(augmentation, processor, self.size) if augmentation.augment == "deit" else None
+        # One mark per row, which the workers of a loader share.
+        lengths = {name: 1 + max(part["source_row"][:]) for name, part in parts.items()}
+        self.bad = {name: torch.zeros(n, dtype=torch.bool).share_memory_() for name, n in lengths.items()}
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        training = "key" in rows[0]
+        images = [self.open(row, "training" if training else "validation") for row in rows]
+        if training and any(images):
+            rows = [row for row, image in zip(rows, images, strict=True) if image]
+            images = [image for image in images if image]
+        labels = torch.tensor([row["label"] if image else -100 for row, image in zip(rows, images, strict=True)])
+        images = [image or Image.new("RGB", self.size[::-1]) for image in images]
+        if not training:
+            return {"pixel_values": self.process(images), "labels": labels}
+        keys = [row["key"] for row in rows]
+        pixels = self.augment(images, keys)
+        if not (self.augmentation.mixup or self.augmentation.cutmix):
+            return {"pixel_values": pixels, "labels": labels}
+        targets = F.one_hot(labels.clamp(min=0), self.classes).float()
+        pixels, targets = mix(pixels, targets, self.augmentation, batch_numbers(self.seed, keys))
+        return {"pixel_values": pixels, "labels": labels, "soft_labels": targets}
+
+    def open(self, row: dict[str, Any], part: str) -> Image.Image | None:
+        try:
+            return decode(row["image"])
+        except Exception as error:
+            path = (row["image"] or {}).get("path")
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            problem = (
+                f"the {part} image in row {row['source_row']}{f' ({path})' if path else ''} does not decode: {reason}"
+            )
+            if self.bad_images == "error":
+                raise UserError(f"{problem} (--bad_images skip leaves out such images)") from error
+            if not any(marks.any() for marks in self.bad.values()):
+                logger.warning(f"{problem}; it is skipped, and so are others like it")
+            self.bad[part][row["source_row"]] = True
+            return None
+
+    def process(self, images: list[Image.Image]) -> torch.Tensor:
+        fits = all(image.size == self.size[::-1] for image in images)  # resizing would change nothing, but take long
+        resize = self.processor.do_resize and (self.processor.do_center_crop or not fits)
+        return self.processor(images, do_resize=resize, return_tensors="pt")["pixel_values"]
+
+    def augment(self, images: list[Image.Image], keys: list) -> torch.Tensor:
+        if self.recipe is not None:
+            pixels = []
+            for image, key in zip(images, keys, strict=True):
+                with seeded(int(random_numbers(self.seed, key).integers(2**63))):
+                    pixels.append(self.recipe(image))
+            return torch.stack(pixels)
+        pixels = self.process(images)
+        if self.augmentation.augment == "none":
+            return pixels
+        mean, std = (torch.tensor(x).view(1, -1, 1, 1) for x in (self.processor.image_mean, self.processor.image_std))
+        draws = np.stack([random_numbers(self.seed, key).random(3) for key in keys])
+        return shift_and_flip(pixels, self.augmentation.augment, -mean / std, draws)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import LionTrainingArguments, ModelArguments, UserError, require_disk, user_errors
+from arguments import LionTrainingArguments, ModelArguments, UserError, require_disk, require_path, user_errors
 from data_loading import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,8 @@ def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
     """Configuration of a checkpoint by Hub name or folder, which `auto_class` must be able to load."""
     if Path(name_or_path).exists() and not (Path(name_or_path) / "config.json").is_file():
         raise UserError(f"{name_or_path!r} is not a checkpoint: it has no config.json")
+    if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/")):  # no name of the Hub
+        require_path(name_or_path, "model folder")
     with user_errors(f"cannot load {name_or_path!r}", OSError, ValueError, StrictDataclassError):
         config = AutoConfig.from_pretrained(name_or_path)
     if type(config) not in auto_class._model_mapping:
@@ -73,6 +75,7 @@ def build_model(
     options = (PRESETS[model.preset.lower()] if model.preset else {}) | overrides | fixed
     with user_errors("wrong model options", ValueError, StrictDataclassError):
         config = AutoConfig.for_model(model_type, **options, **({"format": model.format} if is_lion else {}))
+        config.architectures = config.architectures or []  # `from_config` walks through it where a kind has two classes
         return auto_class.from_config(config)
 
 
@@ -83,6 +86,7 @@ def _load_model(auto_class, model: ModelArguments, fixed: dict[str, Any]) -> Pre
         raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
     config = existing_config(model.model_name_or_path, auto_class)
     options = {k: v for k, v in fixed.items() if k in ("id2label", "label2id", "problem_type", "num_labels")}
+    options |= {k: v for k, v in fixed.items() if k == "attention_probs_dropout_prob" and hasattr(config, k)}
     if config.model_type in LION_TYPES:
         options["format"] = model.format
     with user_errors(f"cannot load {model.model_name_or_path!r}", OSError, ValueError, StrictDataclassError):
@@ -246,8 +250,9 @@ def check_resumable(checkpoint: str, auto_class, config: PreTrainedConfig) -> No
             )
 
 
-def check_disk(training: TrainingArguments, model: PreTrainedModel) -> None:
-    """Raises a `UserError` if the final model, and checkpoints with AdamW's two states, cannot fit on the disk."""
+def check_disk(training: TrainingArguments, model: PreTrainedModel, copies: int = 1) -> None:
+    """Raises a `UserError` if the final model, and checkpoints with AdamW's two states, cannot fit on the disk; `copies`
+    of the weights are saved each time."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     kept = 0 if training.save_strategy == "no" else (training.save_total_limit or 1) + 1
-    require_disk(training.output_dir, weights + 3 * weights * kept)
+    require_disk(training.output_dir, copies * weights + (2 + copies) * weights * kept)

@@ -40,6 +40,8 @@ if __name__ == "__main__":
             sharded = train(mask_type, form, rank, world)
             if rank == 0:
                 for name, weight in train(mask_type, form, 0, 1).items():
-                    torch.testing.assert_close(sharded[name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+                    torch.testing.assert_close(
+                        sharded[name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+                    )
                 sys.stdout.write(f"{mask_type} {form} equal\n")
     dist.destroy_process_group()

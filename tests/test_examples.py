@@ -9,6 +9,8 @@ import pytest
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForMaskedLM, AutoTokenizer
 
 
+pytestmark = pytest.mark.usefixtures("examples")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = [
     "--hidden_size=16",
@@ -18,13 +20,6 @@ TINY = [
     "--use_cpu=true",
     "--per_device_train_batch_size=8",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture
@@ -93,12 +88,22 @@ def test_images_train_from_the_built_in_digits(tmp_path):
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
-def test_wrong_input_is_one_line_and_exit_code_2(flags, message, tmp_path):
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "table.csv").write_text("a,b\n1,2\n3,4\n")
-    (tmp_path / "strange.xyz").write_text("x")
-    command = [sys.executable, str(EXAMPLES / "run_mlm.py"), *flags, "--output_dir=out"]
+def test_wrong_input_is_one_line_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):
+    import run_mlm
+    from arguments import run
+
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("table.csv").write_text("a,b\n1,2\n3,4\n")
+    Path("strange.xyz").write_text("x")
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: run_mlm.main([*flags, "--output_dir=out"]))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and last.startswith("error:") and message in last
+
+
+def test_the_script_itself_ends_so(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "run_mlm.py"), "--train_file=absent.txt", "--output_dir=out"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error:") and message in last
+    assert "error: data file 'absent.txt' does not exist" in result.stderr

@@ -226,12 +226,14 @@ def sequence_classification_loss(model, logits: Tensor, labels: Tensor | None, *
 
     Transformers divides cross entropy by `num_items_in_batch`, the number of labels in all accumulated batches, when
     the Trainer gives it, but leaves squared error and binary cross entropy a mean, which would then count once per
-    accumulated batch.
+    accumulated batch, and be NaN for the empty batch of a process that has no row left.
     """
     if labels is None:
         return None
-    loss = model.loss_function(labels, logits, model.config, **kwargs)
-    items = kwargs.get("num_items_in_batch")
-    if items is not None and model.config.problem_type != "single_label_classification":
-        loss = loss * labels.numel() / items
-    return loss
+    loss = model.loss_function(labels, logits, model.config, **kwargs)  # also settles the problem type
+    items, problem = kwargs.get("num_items_in_batch"), model.config.problem_type
+    if items is None or problem == "single_label_classification":
+        return loss
+    summed = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+    total = summed(logits, labels.to(logits.device).view_as(logits), reduction="sum")
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)

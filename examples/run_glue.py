@@ -1,0 +1,254 @@
+"""Fine-tuning on the tasks of GLUE, or on a data set of your own, with LION or a baseline.
+
+    python examples/run_glue.py --output_dir outputs/rte --model_name_or_path outputs/mlm --task rte --seed 1
+    python examples/run_glue.py --output_dir outputs/glue --model_name_or_path outputs/mlm --task all --parallel 8
+    python examples/run_glue.py --output_dir outputs/glue --model_name_or_path outputs/mlm --task all --data_dir glue
+    python examples/run_glue.py --output_dir outputs/reviews --model_name_or_path outputs/mlm --train_file train.csv
+    python examples/run_glue.py examples/recipes/glue/lion-s-base.yaml
+
+One task with one seed is one run of the Trainer. Several make a run each in output_dir/task/seed, and a table with the
+GLUE score; the same command again skips what is finished and goes on with the rest. Learning rate, epochs, batch size
+and weight decay are the task's own (glue_tasks.py) unless given. Without task and data arguments it trains on toy data
+made from the documentation that comes with Python, so it needs no network.
+"""
+
+import difflib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import reporting
+from arguments import (
+    LionTrainingArguments,
+    ModelArguments,
+    UserError,
+    given_values,
+    parse_arguments,
+    run,
+)
+from datasets import Dataset
+from glue_data import TaskData, load_task, tokenize
+from glue_metrics import load_metric, metrics_by, predictions_and_losses, write_predictions
+from glue_sources import GlueArguments, normal_name
+from glue_suite import plan_runs, run_suite, write_json
+from glue_summary import RESULT
+from glue_tasks import CUSTOM, TASKS, GlueTask
+from text_data import get_tokenizer
+from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, existing_config
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
+from transformers.utils import is_torch_bf16_gpu_available, logging
+
+from lion_hf import PRESETS, LionConfig
+
+
+logger = logging.get_logger(__name__)
+
+SMALL_MODEL = {"mask_type": "selective", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
+    """What --smoke makes of a recipe: a new tiny model of the same kind as the pretrained one, which the recipe names
+    by its folder, on built-in data."""
+    name = Path(str(values.get("model_name_or_path"))).name
+    kind = {"preset": name} if name in PRESETS else {"model_type": "bert"} if name.startswith("bert") else {}
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    gone = ("model_name_or_path", "tokenizer_name", "dataset_name", "dataset_config_name", "data_dir")
+    files = ("train_file", "validation_file", "test_file")
+    rows = {"max_train_samples": 32, "per_device_train_batch_size": 8, "num_seeds": 1, "vocab_size": 512}
+    quick = {"builtin_data": True, "eval_strategy": "no", "disable_tqdm": True}
+    return dict.fromkeys((*gone, *files)) | kind | shape | rows | quick
+
+
+@dataclass
+class GlueTrainingArguments(LionTrainingArguments):
+    """What is None here is the task's own, unless given."""
+
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate; default: the task's."})
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs; default: the task's."})
+    weight_decay: float | None = field(default=None, metadata={"help": "Weight decay; default: the task's."})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Batch size per device; default: the task's, over all devices together."}
+    )
+    adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
+    adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
+    do_predict: bool = field(default=True, metadata={"help": "Write predictions for the test set, if there is one."})
+
+    def __post_init__(self):
+        if self.bf16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
+            logger.warning_once("bf16 is left out: there is no accelerator that computes in it, so float32 is used")
+            self.bf16 = False
+        super().__post_init__()
+
+
+CLASSES = (ModelArguments, GlueArguments, GlueTrainingArguments)
+
+
+def chosen_tasks(data: GlueArguments) -> list[GlueTask]:
+    """The tasks by name, in the table's order."""
+    names = {normal_name(name) for name in data.task or [CUSTOM.name]}
+    known = [*TASKS, CUSTOM.name, "all"]
+    for name in sorted(names - set(known)):
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"--task is {name!r}; allowed are {', '.join(known)}{hint}")
+    if "all" in names:
+        names = (names - {"all"}) | set(TASKS)
+    if len(names) > 1 and (data.train_file or CUSTOM.name in names):
+        raise UserError("--train_file and custom are one data set; for several tasks give their files by --data_dir")
+    return [task for task in (*TASKS.values(), CUSTOM) if task.name in names]
+
+
+def apply_recipe(training: GlueTrainingArguments, task: GlueTask) -> None:
+    """Fills in the task's values where none was given; STS-B is trained in float32."""
+    for name, value in (
+        ("learning_rate", task.learning_rate),
+        ("num_train_epochs", task.epochs),
+        ("weight_decay", task.weight_decay),
+    ):
+        if getattr(training, name) is None:
+            setattr(training, name, value)
+    if training.per_device_train_batch_size is None:
+        parts = training.world_size * max(1, training.n_gpu) * training.gradient_accumulation_steps
+        training.per_device_train_batch_size = max(1, round(task.batch_size / parts))
+        if training.per_device_train_batch_size * parts != task.batch_size:
+            logger.warning(
+                f"{task.title} has batches of {task.batch_size}, which {parts} devices and accumulated steps cannot share "
+                f"evenly: batches are of {training.per_device_train_batch_size * parts}"
+            )
+    if task.name == "stsb":
+        training.bf16 = training.fp16 = training.bf16_full_eval = training.fp16_full_eval = False
+        training.mixed_precision = "no"
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+
+
+def label_options(task: GlueTask) -> dict[str, Any]:
+    """What a model must know of the labels."""
+    names = task.labels or ("score",)
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "problem_type": "single_label_classification" if task.labels else "regression",
+    }
+
+
+def make_model(task: GlueTask, model_args: ModelArguments, tokenizer, max_length: int):
+    """The model to train. Attention dropout is 0 in the recipe, for BERT too (ModernBERT has none of its own accord)."""
+    fixed = {"vocab_size": -(-len(tokenizer) // 8) * 8, "pad_token_id": tokenizer.pad_token_id}
+    fixed |= {"max_position_embeddings": max(512, max_length)} | label_options(task)
+    if model_args.model_type != "modernbert":
+        fixed["attention_probs_dropout_prob"] = 0.0
+    model = build_model(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL, fixed)
+    positions = getattr(model.config, "max_position_embeddings", max_length)
+    if getattr(model.config, "pos_emb", True) and max_length > positions:
+        raise UserError(f"--max_length {max_length} exceeds the model's {positions} positions")
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
+    return model
+
+
+def run_task(
+    task: GlueTask, model_args, data: GlueArguments, training: GlueTrainingArguments, argv
+) -> dict[str, float]:
+    """One fine-tuning; returns the metrics, which are also in `all_results.json`."""
+    if data.max_length < 8:
+        raise UserError(f"--max_length is {data.max_length}; it must be at least 8")
+    apply_recipe(training, task)
+    if model_args.model_name_or_path:
+        existing_config(model_args.model_name_or_path, AutoModelForSequenceClassification)
+    set_seed(training.seed)
+    checkpoint = checkpoint_to_resume(training)
+    with training.main_process_first(desc="data and tokenizer"):
+        parts = load_task(task, data)
+        task = parts.task
+        texts = Dataset.from_dict({"text": [text for c in task.columns for text in parts.train[c] if text]})
+        tokenizer = get_tokenizer(data, model_args, training.output_dir, checkpoint, texts)
+        encode = partial(tokenize, task=task, tokenizer=tokenizer, max_length=data.max_length)
+        train = encode(parts.train, name="training")
+        validation = {word: encode(part, name="validation") for word, part in parts.validation.items()}
+    model = make_model(task, model_args, tokenizer, data.max_length)
+    if checkpoint:
+        check_resumable(checkpoint, AutoModelForSequenceClassification, model.config)
+    check_disk(training, model)
+    if training.process_index == 0:
+        print(f"{model.num_parameters():,} parameters, {parts.source}")
+    trainer = LionTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=validation.get("", validation),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=metrics_by(load_metric(task, data)),
+        preprocess_logits_for_metrics=predictions_and_losses,
+    )
+    metrics = reporting.train_and_evaluate(trainer, training, checkpoint)
+    if training.do_predict:
+        predict(trainer, parts, encode)
+    reporting.finish(trainer, training, metrics, card(task, parts, model, training, argv))
+    if trainer.is_world_process_zero():
+        write_result(task, metrics, training, argv)
+    return metrics
+
+
+def predict(trainer: LionTrainer, parts: TaskData, encode: Callable) -> None:
+    """Writes the predictions for every test part."""
+    for name, part in parts.test.items():
+        predictions = trainer.predict(encode(part, name="test")).predictions
+        if trainer.is_world_process_zero():
+            path = Path(trainer.args.output_dir) / "predictions" / f"{name}.tsv"
+            write_predictions(path, parts.task, parts.index[name], predictions)
+
+
+def card(
+    task: GlueTask, parts: TaskData, model, training: GlueTrainingArguments, argv: Sequence[str]
+) -> reporting.Report:
+    inputs = '{"text": "one text", "text_pair": "another"}' if len(task.columns) > 1 else '"a text"'
+    return reporting.Report(
+        title=f"{task.title}, {reporting.model_name(model.config)}",
+        pipeline_tag="text-classification",
+        data=parts.source,
+        command=reporting.command_line("run_glue.py", argv),
+        metric=f"eval_{task.evaluated[0]}",
+        metric_label=f"{task.evaluated[0].replace('_', ' ')} (%)",
+        loss_label="cross entropy (nats per row)" if task.labels else "squared error",
+        usage="import lion_hf\nfrom transformers import pipeline\n\n"
+        f'pipeline("text-classification", "{training.output_dir}")({inputs})',
+    )
+
+
+def write_result(
+    task: GlueTask, metrics: dict[str, float], training: GlueTrainingArguments, argv: Sequence[str]
+) -> None:
+    """Writes, as the last file of a run, what the table of all runs is made from; None stands for not a number."""
+    spent = ("runtime", "per_second")
+    values = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
+    result = {
+        "task": task.name,
+        "seed": training.seed,
+        "score_metrics": task.evaluated,
+        "metrics": {k: v if math.isfinite(v) else None for k, v in values.items() if not k.endswith(spent)},
+        "arguments": given_values(CLASSES, argv, smoke_values),
+    }
+    write_json(Path(training.output_dir) / RESULT, result)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Trains and evaluates; returns the metrics of one run, or the summary of several."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    model_args, data, training = parse_arguments(CLASSES, argv, description=__doc__, smoke=smoke_values)
+    tasks = chosen_tasks(data)
+    runs = plan_runs(tasks, data.num_seeds, training.seed, training.output_dir, data.from_mnli)
+    if len(runs) == 1:
+        return run_task(tasks[0], model_args, data, training, argv)
+    given = given_values(CLASSES, argv, smoke_values)
+    return run_suite(runs, given, training, data.parallel, main)
+
+
+if __name__ == "__main__":
+    run(main)
