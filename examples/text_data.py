@@ -182,7 +182,7 @@ def get_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name)
     missing = [k for k in ("cls_token", "sep_token", "mask_token", "pad_token") if getattr(tokenizer, k) is None]
     if missing:
-        raise UserError(f"the tokenizer of {name!r} has no {', '.join(missing)}; masked language modelling needs them")
+        raise UserError(f"the tokenizer of {name!r} has no {', '.join(missing)}, which this script needs")
     return tokenizer
 
 

@@ -316,6 +316,17 @@ def test_own_files_with_names_of_classes(suffix, run_glue):
     assert classify("word1")[0]["label"] in ("bad", "good", "so so") and classify.model.config.num_labels == 3
 
 
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(run_glue):
+    train = write("train.csv", "text,label\n" + labelled_rows(16))
+    run_glue(["--output_dir=first", *ONE_STEP, f"--train_file={train}"])
+    half = AutoModelForSequenceClassification.from_pretrained("first").to(torch.bfloat16)
+    half.save_pretrained("first")
+    flags = [flag for flag in ONE_STEP if "size" not in flag and "num_" not in flag]
+    run_glue(["--output_dir=second", *flags, f"--train_file={train}", "--model_name_or_path=first"])
+    model = AutoModelForSequenceClassification.from_pretrained("second", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 def test_numbers_are_predicted_and_not_classified(run_glue):
     train = write("train.csv", "text,score\n" + labelled_rows(20, ("0.5", "1.25", "4.0")))
     test = write("test.csv", "text\nwords\nmore words\n")
