@@ -20,6 +20,7 @@ import torch
 from arguments import make_output_dir, run
 from draw_decays import draw_decays
 from draw_masks import draw_masks
+from image_data import ImageArguments, load_digits
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -77,7 +78,7 @@ def classify_digits(folder: Path) -> float:
     run_image_classification.main(["--output_dir", str(folder), *DIGITS_FLAGS])
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
-    _, test = run_image_classification.load_digits(run_image_classification.ImageArguments(), seed=0)
+    _, test = load_digits(ImageArguments(), seed=0)
     with torch.no_grad():
         guesses = model(**processor(test["image"][:], return_tensors="pt")).logits.argmax(-1)
     accuracy = (guesses == torch.tensor(test["label"][:])).float().mean().item()

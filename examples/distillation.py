@@ -14,7 +14,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 @dataclass
 class DistillationArguments:
     teacher: str | None = field(
-        default=None, metadata={"help": "Image classifier to learn from, by Hub name or folder; such as RegNetY-16GF."}
+        default=None,
+        metadata={"help": "Image classifier to learn from, by Hub name or folder. DeiT: facebook/regnet-y-160."},
     )
     distillation: Literal["soft", "hard"] = field(
         default="hard", metadata={"help": "Learn the teacher's probabilities (soft) or its most likely class (hard)."}
@@ -75,16 +76,10 @@ class Teacher:
     def logits(self, pixels: Tensor) -> Tensor:
         return self.model(pixels * self.scale + self.shift).logits.float()
 
-    def losses(self, losses: Tensor, logits: Tensor, pixels: Tensor) -> Tensor:
-        options = self.options
-        return distillation_losses(
-            losses,
-            logits,
-            self.logits(pixels),
-            options.distillation,
-            options.distillation_alpha,
-            options.distillation_tau,
-        )
+    def losses(self, losses: Tensor, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Losses per image with the teacher's part, see `distillation_losses`."""
+        kind, alpha, tau = (getattr(self.options, f"distillation{name}") for name in ("", "_alpha", "_tau"))
+        return distillation_losses(losses, logits, teacher_logits, kind, alpha, tau)
 
 
 def normalization(processor, device) -> tuple[Tensor, Tensor]:

@@ -110,7 +110,9 @@ class ImageTrainer(LionTrainer):
         targets, smoothing = inputs.get("soft_labels", labels), self.args.label_smoothing_factor
         losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
         if self.teacher is not None:
-            losses = self.teacher.losses(losses, logits, inputs["pixel_values"])
+            with self.accelerator.autocast():
+                seen = self.teacher.logits(inputs["pixel_values"])
+            losses = self.teacher.losses(losses, logits, seen)
         counted = labels != -100
         images = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = (losses * counted).sum() / images.to(losses.device).clamp(min=1)
