@@ -23,18 +23,13 @@ from transformers import AutoModelForSequenceClassification, pipeline
 import lion_hf
 
 
+pytestmark = pytest.mark.usefixtures("examples")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes" / "glue").glob("*.yaml"))
 TINY = ["--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=2", "--vocab_size=100"]
 TINY += ["--disable_tqdm=true", "--use_cpu=true", "--per_device_train_batch_size=8"]
 ONE_STEP = [*TINY, "--max_steps=1", "--save_strategy=no", "--eval_strategy=no"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 import lion_hf
 
 
+pytestmark = pytest.mark.usefixtures("examples")
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes" / "imagenet").glob("*.yaml"))
 MODEL = ["--hidden_size=16", "--num_hidden_layers=2", "--num_attention_heads=2"]
@@ -36,13 +38,6 @@ TINY = [
 DIGITS = ["--max_train_samples=24", "--max_eval_samples=12"]
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    sys.path.insert(0, str(EXAMPLES))
-    yield
-    sys.path.remove(str(EXAMPLES))
 
 
 @pytest.fixture(autouse=True)
