@@ -24,6 +24,8 @@ from lion_hf import PRESETS
 logger = logging.get_logger(__name__)
 
 LION_TYPES = ("lion", "lion_vision")
+# New models of other kinds that the flags for sizes fit, for text and for images.
+BASELINES = {"lion": ("bert", "modernbert"), "lion_vision": ("vit", "deit")}
 # Options that only LION has; new models of other kinds are built without their defaults.
 LION_OPTIONS = ("mask_type", "order", "pos_emb", "cls_tok", "drop_path_rate")
 
@@ -59,7 +61,10 @@ def build_model(
     if model.model_name_or_path:
         return _load_model(auto_class, model, fixed)
     overrides = model.overrides()
+    allowed = (model_type, *BASELINES[model_type])
     model_type = model.model_type or model_type
+    if model_type not in allowed:
+        raise UserError(f"--model_type is {model_type!r}; allowed are {', '.join(allowed)}")
     is_lion = model_type in LION_TYPES
     if not is_lion:
         foreign = next((name for name in LION_OPTIONS if name in overrides), "preset" if model.preset else None)

@@ -270,7 +270,7 @@ def test_baselines_train_by_one_flag(text_file, tmp_path, model_type):
 @pytest.mark.parametrize("flags, message", [
     (["--model_type=bert", "--mask_type=lit"], "--mask_type is an option of LION; a 'bert' model has none"),
     (["--model_type=bert", "--preset=lion-s-base"], "--preset is an option of LION"),
-    (["--model_type=brt"], "wrong model options"),
+    (["--model_type=brt"], "allowed are lion, bert, modernbert"),
     (["--preset=lion-x"], "allowed are lion-lit-base"),
     (["--lr_floor=2"], "0 to 1"),
     (["--lr_scheduler_type=constant", "--lr_floor=0.1"], "needs the linear or cosine schedule"),
