@@ -313,3 +313,27 @@ def test_drawn_decays_are_the_ones_the_model_uses(tmp_path, tokenizer):
         draw_decays([tmp_path / "s"], tmp_path / "picture.png")
     draw_decays([tmp_path / "s"], tmp_path / "picture.png", text="the red cat")
     assert (tmp_path / "picture.png").stat().st_size > 5000
+
+
+# -------------------------------------------------------------------------------------------------------- evidence
+
+
+def test_evidence_is_written_with_means_deviations_and_commands(tmp_path):
+    from run_evidence import RATES, write
+
+    row = {
+        "command": f"python examples/run_mlm.py --train_file {tmp_path}/data/train.txt",
+        "learning_rate": RATES[0],
+        "sweep": {f"{rate:g}": 2 + rate for rate in RATES},
+        "seeds": [1, 2, 3],
+        "accuracy": [0.1, 0.2, 0.3],
+        "loss": [2.0, 2.0, 2.0],
+        "unigram_entropy": 3.0,
+        "train_runtime": [60.0, 60.0, 120.0],
+    }
+    write("text", {"LION-D": row}, tmp_path / "data", tmp_path)
+    table = (tmp_path / "text.md").read_text()
+    assert "| LION-D | 20.00 ± 10.00 | 2.000 ± 0.000 | 3 | 0.0005 | 1.3 |" in table
+    assert "--train_file DATA/train.txt" in table and str(tmp_path) not in table
+    assert json.loads((tmp_path / "text.json").read_text())["LION-D"]["accuracy"] == row["accuracy"]
+    assert (tmp_path / "text.png").stat().st_size > 5000
