@@ -141,8 +141,8 @@ class LionTrainingArguments(TrainingArguments):
         for name in ("lr_floor", "lr_warmup_start"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it is a share of the learning rate, 0 to 1")
-        if self.lr_floor and self.lr_scheduler_type not in ("linear", "cosine"):
-            raise ValueError(f"--lr_floor needs the linear or cosine schedule, not {self.lr_scheduler_type.value!r}")
+            if getattr(self, name) and self.lr_scheduler_type not in ("linear", "cosine"):
+                raise ValueError(f"--{name} needs the linear or cosine schedule, not {self.lr_scheduler_type.value!r}")
 
 
 class _Parser(HfArgumentParser):
@@ -182,6 +182,9 @@ def parse_arguments(
     training = next(x for x in parsed if isinstance(x, TrainingArguments))
     if "--output_dir" not in {flag.split("=")[0].replace("-dir", "_dir") for flag in argv}:
         raise UserError("--output_dir is required: the folder that everything is written to")
+    model = next((x for x in parsed if isinstance(x, ModelArguments)), None)
+    if not training.do_train and model is not None and not model.model_name_or_path:
+        raise UserError("--do_train false evaluates a trained model: name it with --model_name_or_path")
     make_output_dir(training.output_dir)
     return tuple(parsed)
 
@@ -222,6 +225,8 @@ def _read_values(path: Path) -> dict[str, Any]:
 def _flags(values: dict[str, Any]) -> list[str]:
     flags = []
     for name, value in values.items():
+        if value is False and name.endswith("_strategy"):  # YAML reads `no` as False
+            value = "no"
         if value is not None:
             items = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             flags += [f"--{name}", *map(str, items)]

@@ -90,7 +90,8 @@ def load_file(path: str, *, streaming: bool = False):
 @contextmanager
 def reading(prefix: str):
     """`datasets` hides the cause of a failure in the exception below it."""
-    with user_errors(prefix, OSError, ValueError, TypeError, NotImplementedError, DatasetsError):
+    kinds = (OSError, ValueError, TypeError, NotImplementedError, RuntimeError, DatasetsError)  # scripts: RuntimeError
+    with user_errors(prefix, *kinds):
         try:
             yield
         except DatasetGenerationError as error:
@@ -138,29 +139,40 @@ class EpochBatchSampler:
         length: rows of the data set.
         batch_size: rows per process.
         seed, rank, world_size: as usual.
+        drop_last: leave out the last global batch where it is smaller.
         repeats: readings of each row, side by side and hence in different processes (repeated augmentation). An epoch
             stays `length` readings long.
     """
 
     def __init__(
-        self, length: int, batch_size: int, *, seed: int, rank: int = 0, world_size: int = 1, repeats: int = 1
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        repeats: int = 1,
+        drop_last: bool = False,
     ):
         self.length, self.batch_size, self.seed, self.repeats = length, batch_size, seed, repeats
         self.rank, self.world_size = rank, world_size
+        size = batch_size * world_size
+        self.end = length // size * size if drop_last else length
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.length // (self.batch_size * self.world_size))
+        return -(-self.end // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[Key]]:
         rows = np.random.default_rng([self.seed, self.epoch]).permutation(self.length)
         rows = np.repeat(rows, self.repeats)[: self.length]
         repeat = np.arange(self.length) % self.repeats
         size = self.batch_size * self.world_size
-        for start in range(0, self.length, size):
+        for start in range(0, self.end, size):
             mine = range(start + self.rank, min(start + size, self.length), self.world_size)
             keys = [Key(self.epoch, int(rows[i]), int(repeat[i])) for i in mine]
             yield keys or [Key(self.epoch, int(rows[start]), filler=True)]

@@ -1,5 +1,6 @@
 """What the example scripts leave behind: metrics, the model, curves and a model card."""
 
+import json
 import math
 import platform
 import shlex
@@ -55,7 +56,13 @@ def train_and_evaluate(
 ) -> dict[str, float]:
     """Trains, evaluates, prints and saves both sets of metrics; `extra` derives more from the evaluation's."""
     metrics: dict[str, float] = {}
-    if training.do_train:
+    if training.do_train and checkpoint and trainer.is_finished(checkpoint):
+        trainer.restore(checkpoint)
+        stored = Path(training.output_dir) / "train_results.json"
+        metrics |= json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
+        if trainer.is_world_process_zero():
+            print(f"training was finished before, in {checkpoint}; evaluating it again")
+    elif training.do_train:
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
@@ -70,7 +77,9 @@ def train_and_evaluate(
 
 
 def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, float], report: Report) -> None:
-    """Saves the model with its tokenizer or processor, the curves, and the model card."""
+    """Saves the model with its tokenizer or processor, the curves, and the model card, if there was training."""
+    if not training.do_train:
+        return
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(training.output_dir)

@@ -54,7 +54,7 @@ IMAGE_RECIPE = (
     "--save_strategy no --disable_tqdm true --use_cpu true"
 )
 SENTIMENT_RECIPE = (
-    "--task custom --sentence1_column text --max_length 64 --num_train_epochs 2 --per_device_train_batch_size 16 "
+    "--task custom --sentence1_column sentence --max_length 64 --num_train_epochs 1 --per_device_train_batch_size 16 "
     "--learning_rate 3e-4 --eval_strategy no --save_strategy no --disable_tqdm true --use_cpu true"
 )
 
@@ -80,7 +80,7 @@ def summary(values: list[float], factor: float = 1, digits: int = 2) -> str:
     return f"{factor * mean(values):.{digits}f}{spread}"
 
 
-def text(data: Path, work: Path) -> dict:
+def text(data: Path, work: Path, results: Path) -> dict:
     files = f"--train_file {data}/wiki/train.txt --validation_file {data}/wiki/validation.txt"
     rows = {}
     for name, model in TEXT_MODELS.items():
@@ -108,7 +108,7 @@ def text(data: Path, work: Path) -> dict:
     return rows
 
 
-def images(data: Path, work: Path) -> dict:
+def images(data: Path, work: Path, results: Path) -> dict:
     files = (
         f"--train_file {data}/fashion-mnist/train-00000-of-00001.parquet "
         f"--validation_file {data}/fashion-mnist/test-00000-of-00001.parquet"
@@ -128,9 +128,9 @@ def images(data: Path, work: Path) -> dict:
     return rows
 
 
-def sentiment(data: Path, work: Path) -> dict:
+def sentiment(data: Path, work: Path, results: Path) -> dict:
     files = f"--train_file {data}/reviews/train.csv --validation_file {data}/reviews/validation.csv"
-    pretrained = json.loads((EXAMPLES / "results/text.json").read_text())
+    pretrained = json.loads((results / "text.json").read_text())
     rows = {}
     for name, row in pretrained.items():
         flags = f"{files} {SENTIMENT_RECIPE}"
@@ -192,12 +192,14 @@ def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("text", "images", "sentiment"))
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("outputs/evidence"), help="where the runs are kept")
-    parser.add_argument("--results", type=Path, default=EXAMPLES / "results")
+    parser.add_argument("--data", type=lambda path: Path(path).resolve(), required=True)
+    parser.add_argument("--work", type=Path, default=Path("outputs/evidence"), help="the runs, below the repository")
+    parser.add_argument("--results", type=Path, default=Path("examples/results"), help="the tables, the same")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    rows = {"text": text, "images": images, "sentiment": sentiment}[arguments.kind](arguments.data, arguments.work)
+    kinds = {"text": text, "images": images, "sentiment": sentiment}
+    os.chdir(EXAMPLES.parent)
+    rows = kinds[arguments.kind](arguments.data, arguments.work, arguments.results)
     write(arguments.kind, rows, arguments.data, arguments.results)
     print((arguments.results / f"{arguments.kind}.md").read_text())
 

@@ -56,7 +56,15 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     name = Path(str(values.get("model_name_or_path"))).name
     kind = {"preset": name} if name in PRESETS else {"model_type": "bert"} if name.startswith("bert") else {}
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    gone = ("model_name_or_path", "tokenizer_name", "dataset_name", "dataset_config_name", "data_dir")
+    gone = (
+        "model_name_or_path",
+        "tokenizer_name",
+        "dataset_name",
+        "dataset_config_name",
+        "data_dir",
+        "sentence1_column",
+    )
+    gone += ("sentence2_column", "label_column")
     files = ("train_file", "validation_file", "test_file")
     rows = {"max_train_samples": 32, "per_device_train_batch_size": 8, "num_seeds": 1, "vocab_size": 512}
     quick = {"builtin_data": True, "eval_strategy": "no", "disable_tqdm": True}
@@ -168,7 +176,7 @@ def run_task(
         parts = load_task(task, data)
         task = parts.task
         texts = Dataset.from_dict({"text": [text for c in task.columns for text in parts.train[c] if text]})
-        tokenizer = get_tokenizer(data, model_args, training.output_dir, checkpoint, texts)
+        tokenizer = get_tokenizer(data, model_args, training, checkpoint, texts)
         encode = partial(tokenize, task=task, tokenizer=tokenizer, max_length=data.max_length)
         train = encode(parts.train, name="training")
         validation = {word: encode(part, name="validation") for word, part in parts.validation.items()}

@@ -31,6 +31,10 @@ from transformers.trainer_utils import EvalPrediction
 # What --smoke makes of any recipe.
 SMOKE = {
     "dataset_name": None,
+    "model_name_or_path": None,
+    "teacher": None,
+    "train_file": None,
+    "validation_file": None,
     "train_dir": None,
     "validation_dir": None,
     "image_size": 16,
@@ -126,6 +130,11 @@ class ImageTrainer(LionTrainer):
             with self.ema.in_place_of(self.model):
                 metrics |= super().evaluate(*args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs)
         return metrics
+
+    def restore(self, checkpoint: str) -> None:
+        super().restore(checkpoint)
+        if self.ema is not None:
+            self.ema.on_train_begin(self.args, self.state, self.control, self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The model, and its average in the subfolder "ema"; in checkpoints too, before the file that completes them."""

@@ -28,6 +28,9 @@ from lion_hf import LionConfig
 SMALL_MODEL = {"mask_type": "selective", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 # What --smoke makes of any recipe.
 SMOKE = {
+    "model_name_or_path": None,
+    "train_file": None,
+    "validation_file": None,
     "dataset_name": None,
     "dataset_config_name": None,
     "streaming": None,
@@ -82,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     checkpoint = checkpoint_to_resume(training)
     with training.main_process_first(desc="data and tokenizer"):
         train_texts, validation_texts, source = load_texts(data, training)
-        tokenizer = get_tokenizer(data, model_args, training.output_dir, checkpoint, train_texts)
+        tokenizer = get_tokenizer(data, model_args, training, checkpoint, train_texts)
         train = make_rows(train_texts, tokenizer, data, "training")
         validation = make_rows(validation_texts, tokenizer, data, "validation")
     collator = MaskingCollator(tokenizer, data.eval_mlm_probability, training.seed)
@@ -110,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
-        data_collator=MaskingCollator(tokenizer, data.mlm_probability, training.seed),
+        data_collator=MaskingCollator(tokenizer, data.mlm_probability, training.seed, data.max_length),
         compute_metrics=masked_metrics,
         preprocess_logits_for_metrics=hits_and_losses,
     )

@@ -15,6 +15,7 @@ from arguments import DataArguments, ModelArguments, UserError, user_errors
 from data_loading import Key, hold_out, load_file, load_named, load_splits, random_numbers, require_column
 from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.utils.data import get_worker_info
 from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
 
 
@@ -100,6 +101,8 @@ def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[Iter
     count = data.max_eval_samples or 2000
     if data.dataset_name:
         splits = load_named(data.dataset_name, data.dataset_config_name, streaming=True)
+        if "train" not in splits:
+            raise UserError(f"data set {data.dataset_name!r} has no split 'train'; it has {', '.join(splits)}")
         train, held_out = splits["train"], next((splits[k] for k in ("validation", "test") if k in splits), None)
     elif data.train_file:
         train = load_file(data.train_file, streaming=True)
@@ -107,10 +110,19 @@ def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[Iter
     else:
         raise UserError("--streaming needs --dataset_name or --train_file")
     if held_out is None:
+        if training.dataloader_num_workers:  # each would skip its share of rows, not these
+            raise UserError("--dataloader_num_workers with --streaming needs validation data of its own")
         train, held_out = train.skip(count), train
     rows = list(held_out.take(count))
     if not rows:
         raise UserError("the validation data is empty")
+    if next(iter(train), None) is None:
+        raise UserError(
+            f"the stream ends within its first {count} rows, which are held out: lower --max_eval_samples or give "
+            "--validation_file"
+        )
+    if data.max_train_samples:
+        train = train.take(data.max_train_samples)
     train = train.shuffle(seed=training.seed, buffer_size=10_000).repeat(None)
     return train, Dataset.from_list(rows)
 
@@ -165,17 +177,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
 
 def get_tokenizer(
-    data: TextArguments, model: ModelArguments, folder: str, checkpoint: str | None, train: Dataset | IterableDataset
+    data: TextArguments,
+    model: ModelArguments,
+    training: TrainingArguments,
+    checkpoint: str | None,
+    train: Dataset | IterableDataset,
 ):
     """The tokenizer of the checkpoint or model to go on with, one by name, or one trained on the training text (in a
     stream, on its first 100,000 texts)."""
     name = checkpoint or (None if data.train_tokenizer else data.tokenizer_name or model.model_name_or_path)
     if name is None:
-        # Written and read again, so that processes which share the folder share the vocabulary.
-        texts = (row["text"] for row in islice(iter(train), 100_000 if data.streaming else None))
-        size = data.train_tokenizer or data.vocab_size
-        train_tokenizer(list(texts), size, max(512, data.max_length)).save_pretrained(folder)
-        name = folder
+        name = training.output_dir
+        if training.local_process_index == 0:  # the others read it
+            texts = (row["text"] for row in islice(iter(train), 100_000 if data.streaming else None))
+            size = data.train_tokenizer or data.vocab_size
+            train_tokenizer(list(texts), size, max(512, data.max_length)).save_pretrained(name)
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
         raise UserError(f"{name!r} holds no tokenizer: it has neither tokenizer.json nor vocab.txt")
     with user_errors(f"cannot load a tokenizer from {name!r}", OSError, ValueError):
@@ -216,7 +232,8 @@ def tokenize_blocks(batch: dict[str, list], tokenizer, max_length: int) -> dict[
 
 
 def add_position(row: dict, position: int) -> dict:
-    return {"position": position}
+    worker = get_worker_info()  # each counts from 0
+    return {"position": position if worker is None else position * worker.num_workers + worker.id}
 
 
 # --------------------------------------------------------------------------------------------------------- masking
@@ -227,19 +244,23 @@ class MaskingCollator:
     a random token, 10 % not at all (BERT). What is hidden depends on the seed and the row's `Key` alone: it is drawn
     anew in every epoch, and the same after a resume and on any number of processes.
 
+    In a stream the rows of several processes are joined before they are dealt out: there all are padded to `max_length`.
+
     Rows have "input_ids", and "key" (or "position", in a stream); those with "labels" are only padded.
     """
 
     uses_keys = True
 
-    def __init__(self, tokenizer, probability: float, seed: int):
+    def __init__(self, tokenizer, probability: float, seed: int, max_length: int = 0):
+        self.max_length = max_length
         self.tokenizer, self.probability, self.seed = tokenizer, probability, seed
         self.special = np.array(tokenizer.all_special_ids)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        streaming = "position" in rows[0]
         if "labels" not in rows[0]:
             rows = [self.mask(row["input_ids"], row.get("key") or Key(0, row["position"])) for row in rows]
-        length = max(len(row["input_ids"]) for row in rows)
+        length = max(self.max_length if streaming else 0, *(len(row["input_ids"]) for row in rows))
         pad = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         batch = {name: np.full((len(rows), length), fill, dtype=np.int64) for name, fill in pad.items()}
         for i, row in enumerate(rows):

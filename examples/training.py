@@ -13,8 +13,10 @@ from arguments import LionTrainingArguments, ModelArguments, UserError, require_
 from data_loading import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.models.auto import CONFIG_MAPPING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
@@ -71,6 +73,12 @@ def build_model(
         if foreign or model.format != "auto":
             raise UserError(f"--{foreign or 'format'} is an option of LION; a {model_type!r} model has none")
         defaults = {name: value for name, value in defaults.items() if name not in LION_OPTIONS}
+        known = CONFIG_MAPPING[model_type].__dataclass_fields__
+        foreign = next((name for name in overrides if name not in known), None)
+        if foreign:
+            raise UserError(f"--{foreign} is no option of a {model_type!r} model")
+        if "hidden_dropout_prob" in overrides:  # LION's own default for attention is 0, others' is not
+            overrides["attention_probs_dropout_prob"] = overrides["hidden_dropout_prob"]
     if not model.preset:
         overrides = {**defaults, **overrides}
     elif model.preset.lower() not in PRESETS:
@@ -114,6 +122,9 @@ class LionTrainer(Trainer):
     """
 
     def __init__(self, *args, repeats: int = 1, **kwargs):
+        config = getattr(kwargs["model"], "config", None)
+        if config is not None and config.model_type not in LION_TYPES:
+            kwargs.setdefault("compute_loss_func", summed_loss)
         super().__init__(*args, **kwargs)
         self.repeats = repeats
         self._last_log = None
@@ -155,6 +166,7 @@ class LionTrainer(Trainer):
             rank=args.process_index,
             world_size=args.world_size,
             repeats=self.repeats,
+            drop_last=args.dataloader_drop_last,
         )
         collator = self.data_collator
         return EpochDataLoader(
@@ -187,6 +199,30 @@ class LionTrainer(Trainer):
                 logs["samples_per_second"] = samples / (now[0] - self._last_log[0])
             self._last_log = now
         super().log(logs, start_time)
+
+    def is_finished(self, checkpoint: str) -> bool:
+        """Whether the checkpoint is the end of training."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return state.global_step >= steps
+
+    def restore(self, checkpoint: str) -> None:
+        """Takes weights and history from a checkpoint, to evaluate them."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        self._load_from_checkpoint(checkpoint)
+
+
+def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """Cross entropy, or squared error for fractional labels, summed and divided by the number of labels in an optimizer
+    step. Some softmax models return a mean over each batch instead, which would count once per accumulated batch and
+    process. Labels of -100 do not count."""
+    logits, counted = outputs["logits"].float(), labels != -100
+    if labels.is_floating_point():
+        total = ((logits.view_as(labels) - labels) ** 2)[counted].sum()
+    else:
+        total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    items = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    return total / items.to(total.device).clamp(min=1)
 
 
 def learning_rate_share(step: int, *, kind: str, warmup: int, total: int, floor: float, start: float) -> float:

@@ -305,6 +305,9 @@ def test_text_structure_cannot_be_overridden_at_load(tmp_path, stored, option, v
     for load in (lion_hf.LionModel.from_pretrained, AutoModel.from_pretrained):
         with pytest.raises(ValueError, match=f"{option}=.* contradicts the checkpoint"):
             load(tmp_path, config=other)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=f"{option}=.* contradicts the checkpoint"):
+        lion_hf.LionModel.from_pretrained(tmp_path, config=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="contradicts the checkpoint"):
         AutoModel.from_pretrained(tmp_path, **{option: value})
 

@@ -43,6 +43,10 @@ def image_command(folder: Path, *flags: str) -> list[str]:
     return [str(EXAMPLES / "run_image_classification.py"), f"--output_dir={folder}", *rows, *TINY, *flags]
 
 
+def bert_command(folder: Path, *flags: str) -> list[str]:
+    return mlm_command(folder, "--model_type=bert", *flags)
+
+
 COMMANDS = {"text": mlm_command, "image": image_command}
 
 
@@ -68,24 +72,28 @@ def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
     assert results[0] == pytest.approx(results[1], rel=tolerance)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("kind", COMMANDS)
-def test_two_processes_train_as_one(tmp_path, kind, accumulation):
+@pytest.mark.parametrize(
+    "command, accumulation",
+    [(mlm_command, 1), (mlm_command, 2), (image_command, 1), (image_command, 2), (bert_command, 2)],
+    ids=lambda x: getattr(x, "__name__", x),
+)
+def test_two_processes_train_as_one(tmp_path, command, accumulation):
     """75 rows in global batches of 16: the last batch has 11, or with accumulation 8 + 3, in no process the same."""
     flags = ["--num_train_epochs=2", "--save_strategy=no", "--eval_strategy=no"]
     one, two = tmp_path / "one", tmp_path / "two"
-    run(COMMANDS[kind](one, *flags, "--per_device_train_batch_size=16"))
+    run(command(one, *flags, "--per_device_train_batch_size=16"))
     size = [f"--per_device_train_batch_size={8 // accumulation}", f"--gradient_accumulation_steps={accumulation}"]
-    run(COMMANDS[kind](two, *flags, *size), processes=2)
+    run(command(two, *flags, *size), processes=2)
     assert_same_run(one, two, 1e-5)
 
 
-def test_a_process_without_a_row_does_not_count(tmp_path):
+@pytest.mark.parametrize("command", [mlm_command, bert_command], ids=lambda command: command.__name__)
+def test_a_process_without_a_row_does_not_count(tmp_path, command):
     """65 rows in global batches of 8: the last one has a single row, so one process has none."""
     flags = ["--num_train_epochs=1", "--max_train_samples=65", "--save_strategy=no", "--eval_strategy=no"]
     one, two = tmp_path / "one", tmp_path / "two"
-    run(mlm_command(one, *flags, "--per_device_train_batch_size=8"))
-    run(mlm_command(two, *flags, "--per_device_train_batch_size=4"), processes=2)
+    run(command(one, *flags, "--per_device_train_batch_size=8"))
+    run(command(two, *flags, "--per_device_train_batch_size=4"), processes=2)
     assert_same_run(one, two, 1e-5)
 
 
@@ -116,6 +124,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kind):
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "checkpoint-59 is incomplete and skipped" in result.stdout + result.stderr
+    assert_same_run(undisturbed, killed, 1e-6)
+    before = (killed / "model.safetensors").read_bytes()
+    run(COMMANDS[kind](killed, *flags))  # it is finished, so nothing changes
+    assert (killed / "model.safetensors").read_bytes() == before
     assert_same_run(undisturbed, killed, 1e-6)
 
 

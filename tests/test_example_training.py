@@ -79,6 +79,13 @@ def test_every_epoch_has_an_order_of_its_own():
     assert orders[0] == orders[2] != orders[1]
 
 
+def test_the_last_smaller_batch_can_be_left_out():
+    from data_loading import EpochBatchSampler
+
+    sampler = EpochBatchSampler(21, 4, seed=5, world_size=2, drop_last=True)
+    assert [len(batch) for batch in sampler] == [4, 4] and len(sampler) == 2
+
+
 # --------------------------------------------------------------------------------------------------------- masking
 
 
@@ -239,6 +246,52 @@ def test_a_stream_needs_a_number_of_steps(text_file, tmp_path):
         mlm(text_file, tmp_path / "out", "--streaming=true")
 
 
+def test_workers_of_a_stream_number_their_rows_apart(monkeypatch):
+    import text_data
+
+    seen = set()
+    for worker in range(3):
+        info = type("Info", (), {"num_workers": 3, "id": worker})()
+        monkeypatch.setattr(text_data, "get_worker_info", lambda info=info: info)
+        seen |= {text_data.add_position({}, i)["position"] for i in range(5)}
+    assert len(seen) == 15
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--dataloader_num_workers=2"], "needs validation data of its own"),
+    (["--max_eval_samples=60"], "the stream ends within its first 60 rows"),
+])  # fmt: skip
+def test_streams_that_cannot_be_held_out_of_are_errors(text_file, tmp_path, flags, message):
+    from arguments import UserError
+
+    with pytest.raises(UserError, match=message):
+        mlm(text_file, tmp_path / "out", "--streaming=true", "--max_steps=2", *flags)
+
+
+def test_evaluation_alone_needs_a_model_and_leaves_it_as_it_is(text_file, tmp_path):
+    import run_mlm
+    from arguments import UserError
+
+    trained = mlm(text_file, tmp_path / "out", "--max_steps=2", "--eval_strategy=no", "--line_by_line=true")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="name it with --model_name_or_path"):
+        mlm(text_file, tmp_path / "out", "--do_train=false")
+    flags = [f"--train_file={text_file}", "--max_length=16", "--use_cpu=true", "--line_by_line=true"]
+    again = [f"--model_name_or_path={tmp_path / 'out'}", f"--output_dir={tmp_path / 'out'}", "--do_train=false"]
+    metrics = run_mlm.main([*flags, *again])
+    assert metrics["eval_loss"] == pytest.approx(trained["eval_loss"], rel=1e-6)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+def test_yaml_no_is_a_strategy(text_file, tmp_path):
+    import run_mlm
+
+    file = tmp_path / "arguments.yaml"
+    file.write_text(f"output_dir: {tmp_path}/out\neval_strategy: no\nsave_strategy: no\n")
+    with pytest.raises(Exception, match="does not exist"):  # and not: False is not a strategy
+        run_mlm.main([str(file), "--train_file=absent.txt"])
+
+
 def test_shards_are_read_by_pattern(tmp_path):
     from arguments import UserError
     from data_loading import load_file
@@ -272,6 +325,8 @@ def test_baselines_train_by_one_flag(text_file, tmp_path, model_type):
     (["--model_type=bert", "--preset=lion-s-base"], "--preset is an option of LION"),
     (["--model_type=brt"], "allowed are lion, bert, modernbert"),
     (["--preset=lion-x"], "allowed are lion-lit-base"),
+    (["--model_type=modernbert", "--hidden_dropout_prob=0.5"], "no option of a 'modernbert' model"),
+    (["--lr_scheduler_type=constant", "--lr_warmup_start=0.1"], "needs the linear or cosine schedule"),
     (["--lr_floor=2"], "0 to 1"),
     (["--lr_scheduler_type=constant", "--lr_floor=0.1"], "needs the linear or cosine schedule"),
 ])  # fmt: skip

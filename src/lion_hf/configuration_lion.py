@@ -68,10 +68,10 @@ class _LionOptions:
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
-    def require_structure(cls, stored: dict[str, Any], wanted: "dict[str, Any] | _LionOptions") -> None:
+    def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
         """Raises ValueError where `wanted` (options by name, or a configuration) contradicts a stored configuration in
         what decides the parameters of a model: mask_type, order, pos_emb, layer_norm_after."""
-        if isinstance(wanted, _LionOptions):
+        if isinstance(wanted, PreTrainedConfig):
             wanted = {name: getattr(wanted, name) for name in _STRUCTURAL if hasattr(wanted, name)}
         wanted = {name: value for name, value in wanted.items() if name in cls.__dataclass_fields__}
         stored = cls(**{k: v for k, v in stored.items() if k != "model_type"}) if wanted else None

@@ -1,5 +1,7 @@
 """The LION layer: the one place where both encoders mix tokens, and what their base classes share."""
 
+import os
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -191,6 +193,8 @@ class LionPreTrainedMixin:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """As in Transformers. A configuration object that contradicts the checkpoint's own in what decides the
         parameters (mask_type, order, pos_emb, layer_norm_after) raises ValueError, as such an option does."""
+        if isinstance(config, (str, os.PathLike)):
+            config = cls.config_class.from_pretrained(config)
         if isinstance(config, PreTrainedConfig) and config.model_type == cls.config_class.model_type:
             where = {name: kwargs[name] for name in _WHERE_OPTIONS if name in kwargs}
             try:
@@ -198,7 +202,7 @@ class LionPreTrainedMixin:
             except OSError:  # weights without a configuration: the given one is all there is
                 stored = {}
             if stored.get("model_type") == config.model_type:
-                type(config).require_structure(stored, config)
+                cls.config_class.require_structure(stored, config)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
