@@ -36,8 +36,8 @@ def distillation_losses(
     """Losses per image, (batch,): (1 - alpha) * losses + alpha * what the teacher adds.
 
     "hard" adds the cross entropy with the teacher's most likely class; "soft" adds tau^2 times the Kullback-Leibler
-    divergence of the two distributions at temperature tau, summed over the classes (Hinton et al., and the formula of
-    the DeiT paper; its code divides by the number of classes as well).
+    divergence of the two distributions at temperature tau, summed over the classes (the formula of the DeiT
+    paper).
     """
     if kind == "hard":
         taught = F.cross_entropy(logits, teacher_logits.argmax(-1), reduction="none")

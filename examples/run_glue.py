@@ -37,7 +37,7 @@ from glue_sources import GlueArguments, normal_name
 from glue_suite import plan_runs, run_suite, write_json
 from glue_summary import RESULT
 from glue_tasks import CUSTOM, TASKS, GlueTask
-from text_data import get_tokenizer
+from text_data import get_tokenizer, model_options, require_room
 from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, existing_config
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.utils import is_torch_bf16_gpu_available, logging
@@ -147,16 +147,11 @@ def label_options(task: GlueTask) -> dict[str, Any]:
 
 def make_model(task: GlueTask, model_args: ModelArguments, tokenizer, max_length: int):
     """The model to train. Attention dropout is 0 in the recipe, for BERT too (ModernBERT has none of its own accord)."""
-    fixed = {"vocab_size": -(-len(tokenizer) // 8) * 8, "pad_token_id": tokenizer.pad_token_id}
-    fixed |= {"max_position_embeddings": max(512, max_length)} | label_options(task)
+    fixed = model_options(tokenizer, max_length) | label_options(task)
     if model_args.model_type != "modernbert":
         fixed["attention_probs_dropout_prob"] = 0.0
     model = build_model(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL, fixed)
-    positions = getattr(model.config, "max_position_embeddings", max_length)
-    if getattr(model.config, "pos_emb", True) and max_length > positions:
-        raise UserError(f"--max_length {max_length} exceeds the model's {positions} positions")
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
+    require_room(model.config, tokenizer, max_length)
     # A checkpoint in half precision is trained in float32 too; what bf16 computes is autocast's matter.
     return model.float()
 

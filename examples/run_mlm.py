@@ -17,7 +17,17 @@ import reporting
 import torch
 from arguments import LionTrainingArguments, ModelArguments, UserError, parse_arguments, run
 from datasets import Dataset
-from text_data import MaskingCollator, TextArguments, baselines, freeze_masks, get_tokenizer, load_texts, make_rows
+from text_data import (
+    MaskingCollator,
+    TextArguments,
+    baselines,
+    freeze_masks,
+    get_tokenizer,
+    load_texts,
+    make_rows,
+    model_options,
+    require_room,
+)
 from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, existing_config
 from transformers import AutoModelForMaskedLM, set_seed
 from transformers.trainer_utils import EvalPrediction
@@ -91,14 +101,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     collator = MaskingCollator(tokenizer, data.eval_mlm_probability, training.seed)
     validation = freeze_masks(validation, collator)
 
-    fixed = {"vocab_size": -(-len(tokenizer) // 8) * 8, "pad_token_id": tokenizer.pad_token_id}
-    fixed["max_position_embeddings"] = max(512, data.max_length)
+    fixed = model_options(tokenizer, data.max_length)
     model = build_model(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL, fixed)
-    positions = getattr(model.config, "max_position_embeddings", data.max_length)
-    if getattr(model.config, "pos_emb", True) and data.max_length > positions:
-        raise UserError(f"--max_length {data.max_length} exceeds the model's {positions} positions")
-    if len(tokenizer) > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
+    require_room(model.config, tokenizer, data.max_length)
     if checkpoint:
         check_resumable(checkpoint, AutoModelForMaskedLM, model.config)
     check_disk(training, model)

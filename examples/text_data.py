@@ -236,6 +236,24 @@ def add_position(row: dict, position: int) -> dict:
     return {"position": position if worker is None else position * worker.num_workers + worker.id}
 
 
+def model_options(tokenizer, max_length: int) -> dict[str, int]:
+    """What tokenizer and length decide of a new model; the vocabulary is padded to a multiple of 8."""
+    return {
+        "vocab_size": -(-len(tokenizer) // 8) * 8,
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": max(512, max_length),
+    }
+
+
+def require_room(config, tokenizer, max_length: int) -> None:
+    """Raises a `UserError` if a model has too few positions for the length, or too few tokens for the tokenizer."""
+    positions = getattr(config, "max_position_embeddings", max_length)
+    if getattr(config, "pos_emb", True) and max_length > positions:
+        raise UserError(f"--max_length {max_length} exceeds the model's {positions} positions")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}")
+
+
 # --------------------------------------------------------------------------------------------------------- masking
 
 
@@ -296,10 +314,10 @@ def baselines(train: Dataset | IterableDataset, validation: Dataset, vocab_size:
     counts of its first 10,000 rows."""
     counts = np.zeros(vocab_size, dtype=np.int64)
     rows = train if isinstance(train, Dataset) else train.take(10_000)
-    for batch in rows.iter(batch_size=1000):
+    for batch in rows.with_format("numpy").iter(batch_size=1000):
         counts += np.bincount(np.concatenate(batch["input_ids"]), minlength=vocab_size)
     counts[special] = 0
-    labels = np.concatenate(validation["labels"][:])
+    labels = np.concatenate(validation.with_format("numpy")["labels"][:])
     labels = labels[labels != -100]
     log_probability = np.log((counts + 1) / (counts + 1).sum())
     return {

@@ -122,9 +122,8 @@ class LionTrainer(Trainer):
     """
 
     def __init__(self, *args, repeats: int = 1, **kwargs):
-        config = getattr(kwargs["model"], "config", None)
-        if config is not None and config.model_type not in LION_TYPES:
-            kwargs.setdefault("compute_loss_func", summed_loss)
+        smoothing = kwargs["args"].label_smoothing_factor
+        kwargs.setdefault("compute_loss_func", partial(summed_loss, label_smoothing=smoothing))
         super().__init__(*args, **kwargs)
         self.repeats = repeats
         self._last_log = None
@@ -179,17 +178,6 @@ class LionTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
         )
 
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """As in Transformers; a filler (all labels -100) counts nothing in losses that know no -100 either, such as
-        squared error."""
-        labels = inputs.get("labels")
-        alone = self.args.world_size == 1  # no fillers
-        counts = alone or labels is None or num_items_in_batch is None or bool((labels != -100).any())
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if counts:
-            return result
-        return (result[0] * 0, result[1]) if return_outputs else result * 0
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput since the last logged loss."""
         now = (time.perf_counter(), self.state.global_step)
@@ -212,15 +200,24 @@ class LionTrainer(Trainer):
         self._load_from_checkpoint(checkpoint)
 
 
-def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0) -> torch.Tensor:
     """Cross entropy, or squared error for fractional labels, summed and divided by the number of labels in an optimizer
-    step. Some softmax models return a mean over each batch instead, which would count once per accumulated batch and
-    process. Labels of -100 do not count."""
+    step, whatever the model's own loss is: some return a mean over each batch, which would count once per accumulated
+    batch and process. Labels of -100 (a filler's) do not count.
+
+    Args:
+        outputs: with "logits" (batch, ..., classes), or (batch, 1) for squared error.
+        labels: (batch, ...).
+        num_items_in_batch: labels in the optimizer step; those of this batch by default.
+        label_smoothing: share of the target that is spread over all classes.
+    """
     logits, counted = outputs["logits"].float(), labels != -100
     if labels.is_floating_point():
         total = ((logits.view_as(labels) - labels) ** 2)[counted].sum()
     else:
-        total = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+        total = F.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
+        )
     items = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     return total / items.to(total.device).clamp(min=1)
 

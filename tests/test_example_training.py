@@ -392,3 +392,33 @@ def test_evidence_is_written_with_means_deviations_and_commands(tmp_path):
     assert "--train_file DATA/train.txt" in table and str(tmp_path) not in table
     assert json.loads((tmp_path / "text.json").read_text())["LION-D"]["accuracy"] == row["accuracy"]
     assert (tmp_path / "text.png").stat().st_size > 5000
+
+
+# ------------------------------------------------------------------------------------------------------------ loss
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_the_loss_of_parts_adds_up_and_fillers_do_not_count(kind):
+    from training import summed_loss
+
+    logits = torch.randn(6, 3 if kind == "classes" else 1, dtype=torch.float64)
+    labels = torch.tensor([0, 2, 1, 1, 0, 2]) if kind == "classes" else torch.randn(6)
+    whole = summed_loss({"logits": logits}, labels)
+    expected = (
+        torch.nn.functional.cross_entropy(logits.float(), labels)
+        if kind == "classes"
+        else ((logits[:, 0].float() - labels) ** 2).mean()
+    )
+    torch.testing.assert_close(whole, expected)
+    filler = torch.full_like(labels[:1], -100)
+    parts = [summed_loss({"logits": logits[i : i + 4]}, labels[i : i + 4], torch.tensor(6)) for i in (0, 4)]
+    nothing = summed_loss({"logits": logits[:1]}, filler, torch.tensor(6))
+    torch.testing.assert_close(sum(parts), whole)
+    assert nothing == 0
+
+
+def test_label_smoothing_reaches_the_loss(tmp_path):
+    trainer = trainer_for(torch.nn.Linear(2, 2), tmp_path, label_smoothing_factor=0.2)
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, -100])
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
+    torch.testing.assert_close(trainer.compute_loss_func({"logits": logits}, labels), expected)

@@ -27,9 +27,8 @@ class LionMixer(nn.Module):
         super().__init__()
         self.config = config
         self.is_image = config.model_type == "lion_vision"
-        self.mask_type = (
-            config.mask_type
-        )  # decides the parameters below, so a later change of the config is not followed
+        # Decides the parameters below, so a later change of the config is not followed.
+        self.mask_type = config.mask_type
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         width, bias = config.hidden_size, getattr(config, "qkv_bias", True)
