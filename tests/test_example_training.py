@@ -418,7 +418,8 @@ def test_the_loss_of_parts_adds_up_and_fillers_do_not_count(kind):
 
 
 def test_label_smoothing_reaches_the_loss(tmp_path):
-    trainer = trainer_for(torch.nn.Linear(2, 2), tmp_path, label_smoothing_factor=0.2)
+    model = lion_hf.LionForSequenceClassification(text_config())
+    trainer = trainer_for(model, tmp_path, label_smoothing_factor=0.2)
     logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, -100])
     expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
     torch.testing.assert_close(trainer.compute_loss_func({"logits": logits}, labels), expected)
