@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
@@ -36,6 +37,9 @@ def run(main: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint, if one was saved", file=sys.stderr)
         sys.exit(130)
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()  # ends its threads, which would abort the process if they met the interpreter's end
 
 
 @contextmanager

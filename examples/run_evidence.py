@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 
 EXAMPLES = Path(__file__).parent
 SEEDS = (17, 18, 19)
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 TEXT_MODELS = {
     "LION-LIT": "--mask_type lit",
     "LION-D": "--mask_type decay",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 
@@ -149,3 +150,15 @@ def test_accelerate_knows_every_option_of_the_configurations(file):
     options = {action.dest for action in launch_command_parser()._actions}
     settings = {**config.fsdp_config, **config.deepspeed_config}
     assert config.num_processes == 8 and settings and set(settings) <= options
+
+
+def test_a_finished_script_ends_the_threads_of_its_process_group(examples):
+    """Threads of gloo that meet the interpreter's own end abort the process now and then."""
+    from arguments import run
+
+    def threads() -> set[str]:
+        return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+
+    run(lambda: dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1))
+    assert not dist.is_initialized()
+    assert not any("gloo" in name for name in threads())
