@@ -49,7 +49,7 @@ IMAGE_MODELS = {
 }
 IMAGE_RECIPE = (
     "--hidden_size 64 --num_hidden_layers 4 --num_attention_heads 4 --image_size 28 --patch_size 4 --augment shift+flip "
-    "--initializer_range 0.1 --learning_rate 2e-3 --max_train_samples 10000 --num_train_epochs 3 --eval_strategy no "
+    "--initializer_range 0.1 --learning_rate 2e-3 --max_train_samples 50000 --num_train_epochs 2 --eval_strategy no "
     "--per_device_train_batch_size 64 "
     "--save_strategy no --disable_tqdm true --use_cpu true"
 )
