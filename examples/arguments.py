@@ -11,16 +11,18 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 
 Smoke = dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]
+ARGUMENT_FILES = (".yaml", ".yml", ".json")
 
 
 class UserError(Exception):
@@ -35,7 +37,7 @@ def run(main: Callable[[], Any]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint, if one was saved", file=sys.stderr)
+        print("\nstopped; the same command goes on from the last checkpoint, if one was saved", file=sys.stderr)
         sys.exit(130)
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
@@ -82,6 +84,9 @@ class ModelArguments:
     pos_emb: bool | None = field(default=None, metadata={"help": "Learned positions."})
     format: str = field(default="auto", metadata={"help": "How LION is computed: auto, attention, rnn or chunk."})
 
+    def __post_init__(self):
+        require_at_least(self, 1, *(name for name, value in dataclasses.asdict(self).items() if type(value) is int))
+
     def overrides(self) -> dict[str, Any]:
         """The options of the configuration that were given, by name."""
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
@@ -100,6 +105,11 @@ class DataArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training rows only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many validation rows only."})
 
+    def __post_init__(self):
+        require_at_least(self, 1, "max_train_samples", "max_eval_samples")
+        if not 0 < self.validation_share < 1:
+            raise ValueError(f"--validation_share is {self.validation_share}; it is a share of the rows, 0 to 1")
+
 
 @dataclass
 class LionTrainingArguments(TrainingArguments):
@@ -107,15 +117,17 @@ class LionTrainingArguments(TrainingArguments):
 
     output_dir: str | None = field(default=None, metadata={"help": "Where everything is written. Required."})
     do_train: bool = field(default=True, metadata={"help": "Train (otherwise only evaluate)."})
-    do_eval: bool = field(default=True, metadata={"help": "Evaluate at the end."})
+    do_eval: bool = field(default=True, metadata={"help": "Evaluate, at the end and as --eval_strategy says."})
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
             "help": "A checkpoint folder, or 'no' to start anew; by default the last complete one in output_dir, if any."
         },
     )
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps or epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save a checkpoint: no, steps or epoch."})
+    eval_strategy: Literal["no", "steps", "epoch"] = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: Literal["no", "steps", "epoch", "best"] = field(
+        default="epoch", metadata={"help": "When to save a checkpoint."}
+    )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     logging_steps: float = field(default=20, metadata={"help": "Log the loss every so many steps."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Training batch size per device."})
@@ -141,12 +153,26 @@ class LionTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The scripts choose the columns themselves."})
 
     def __post_init__(self):
+        if not self.do_eval:
+            self.eval_strategy = "no"
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        require_at_least(self, 1, *sizes)
+        require_at_least(self, 0, "learning_rate", "num_train_epochs", "seed")
         super().__post_init__()
+        get_reporting_integration_callbacks(self.report_to)  # ValueError for a name that is none
         for name in ("lr_floor", "lr_warmup_start"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it is a share of the learning rate, 0 to 1")
             if getattr(self, name) and self.lr_scheduler_type not in ("linear", "cosine"):
                 raise ValueError(f"--{name} needs the linear or cosine schedule, not {self.lr_scheduler_type.value!r}")
+
+
+def require_at_least(arguments: Any, least: int, *names: str) -> None:
+    """Raises ValueError for an argument that is given and smaller."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} is {value}; it must be at least {least}")
 
 
 class _Parser(HfArgumentParser):
@@ -179,6 +205,10 @@ def parse_arguments(
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
+    if unknown and not unknown[0].startswith("-"):
+        is_file = Path(unknown[0]).suffix in ARGUMENT_FILES
+        hint = "a file of arguments comes before all flags" if is_file else "no flag before it takes it"
+        raise UserError(f"unexpected {unknown[0]!r}: {hint}")
     if unknown:
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
@@ -215,7 +245,7 @@ def _merge(argv: Sequence[str], smoke: Smoke | None) -> list[str]:
 
 
 def _read_values(path: Path) -> dict[str, Any]:
-    if path.suffix not in (".yaml", ".yml", ".json"):
+    if path.suffix not in ARGUMENT_FILES:
         raise UserError(f"{str(path)!r} is neither a flag nor a .yaml, .yml or .json file of arguments")
     require_path(path, "argument file")
     with user_errors(f"{path} is not valid", yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError):

@@ -11,7 +11,7 @@ import numpy as np
 from arguments import DataArguments, UserError, require_path, user_errors
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 
 FILE_TYPES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -71,6 +71,8 @@ def load_file(path: str, *, streaming: bool = False):
     files = sorted(glob.glob(path)) if any(c in path for c in "*?[") else [str(require_path(path, "data file"))]
     if not files:
         raise UserError(f"no file matches {path!r}")
+    if Path(path).is_dir():
+        raise UserError(f"{path!r} is a folder; give a file, or a pattern of files such as '{path}/*.txt'")
     suffixes = {Path(file).suffix for file in files}
     if len(suffixes) > 1 or not suffixes <= set(FILE_TYPES):
         raise UserError(
@@ -108,6 +110,25 @@ def require_column(dataset, column: str, flag: str) -> None:
         raise UserError(
             f"there is no column {column!r}; the columns are {', '.join(dataset.column_names)} (set {flag})"
         )
+
+
+def classes_of_model(config: PreTrainedConfig, names: list[str]) -> list[str]:
+    """The classes of a trained model in its own order, to evaluate it on data that has classes of these names. Whole
+    numbers that are no names of the model's classes number them from 0; a model without names takes the data's.
+
+    Raises:
+        UserError: for a class that the model does not know.
+    """
+    known = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if set(names) <= set(known):
+        return known
+    if all(name.isdigit() and int(name) < len(known) for name in names):
+        return [str(i) for i in range(len(known))]
+    if known == [f"LABEL_{i}" for i in range(len(names))]:
+        return names
+    unknown = next(name for name in names if name not in known)
+    shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
+    raise UserError(f"the data has the class {unknown!r}, which the model does not know; it knows {shown}")
 
 
 # ------------------------------------------------------------------------------------- which rows make which batch

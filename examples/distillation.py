@@ -17,13 +17,17 @@ class DistillationArguments:
         default=None,
         metadata={"help": "Image classifier to learn from, by Hub name or folder. DeiT: facebook/regnet-y-160."},
     )
-    distillation: Literal["soft", "hard"] = field(
-        default="hard", metadata={"help": "Learn the teacher's probabilities (soft) or its most likely class (hard)."}
+    distillation: Literal["soft", "hard"] | None = field(
+        default=None,
+        metadata={"help": "Learn the teacher's probabilities (soft) or its most likely class (hard, the default)."},
     )
     distillation_alpha: float = field(default=0.5, metadata={"help": "Share of the teacher in the loss."})
     distillation_tau: float = field(default=1.0, metadata={"help": "Temperature of soft distillation."})
 
     def __post_init__(self):
+        if self.distillation and not self.teacher:
+            raise ValueError("--distillation needs a --teacher to learn from")
+        self.distillation = self.distillation or "hard"
         if not 0 <= self.distillation_alpha <= 1:
             raise ValueError(f"--distillation_alpha is {self.distillation_alpha}; allowed is 0 to 1")
         if self.distillation_tau <= 0:

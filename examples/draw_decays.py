@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from arguments import UserError, run
+from arguments import UserError, run, user_errors
 from matplotlib import pyplot as plt
 from PIL import Image
 from training import existing_config
@@ -90,7 +90,9 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
             axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
         shown = plt.cm.ScalarMappable(cmap="viridis", norm=plt.Normalize(0, 1))
         row.colorbar(shown, ax=row.axes, label="decay (1 keeps all)", shrink=0.9)
-    figure.savefig(path, dpi=120)
+    with user_errors(f"cannot write {path}", OSError, ValueError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

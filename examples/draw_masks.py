@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--output", default="docs/masks.png", help="PNG to write (default: docs/masks.png)")
     try:
         print(f"wrote {draw_masks(parser.parse_args().output)}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         parser.error(f"cannot write the picture: {error}")
 
 

@@ -5,10 +5,11 @@ import math
 from typing import Any, NamedTuple
 
 from arguments import UserError
-from data_loading import hold_out, require_column
+from data_loading import classes_of_model, hold_out, require_column
 from datasets import ClassLabel, Dataset
 from glue_sources import GlueArguments, load_splits
-from glue_tasks import GlueTask
+from glue_tasks import CUSTOM, GlueTask
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 
@@ -33,13 +34,15 @@ class TaskData(NamedTuple):
     source: str
 
 
-def load_task(task: GlueTask, data: GlueArguments) -> TaskData:
-    """Reads and checks the rows of a task."""
+def load_task(task: GlueTask, data: GlueArguments, evaluated: PreTrainedConfig | None = None) -> TaskData:
+    """Reads and checks the rows of a task, whose classes are those of the model that is only evaluated, if any."""
     splits, source = load_splits(task, data)
     if "train" not in splits:
         raise UserError(f"{source} has no split 'train'; it has {', '.join(splits)}")
     task = dataclasses.replace(task, columns=text_columns(task, data, splits["train"]))
     task, numbers = settle_labels(task, data, splits["train"])
+    if evaluated is not None:
+        task, numbers = labels_of_model(task, numbers, evaluated)
     train, validation = training_rows(task, data, splits, numbers)
     tests = test_rows(task, splits)
     test = {name: part.select_columns(list(task.columns)) for name, part in tests.items()}
@@ -126,7 +129,7 @@ def settle_labels(task: GlueTask, data: GlueArguments, train: Dataset) -> tuple[
         return task, named | {str(i): i for i in named.values()} | {i: i for i in named.values()}
     kind = str(getattr(feature, "dtype", type(feature).__name__))
     if kind.startswith("float"):
-        if all(value is None or value.is_integer() for value in train[column]):
+        if all(value is not None and value.is_integer() for value in train[column]):
             logger.warning(
                 f"column {column!r} holds whole numbers with a decimal point: they are predicted as numbers, not as classes"
             )
@@ -140,6 +143,22 @@ def settle_labels(task: GlueTask, data: GlueArguments, train: Dataset) -> tuple[
     values = sorted({value for value in train[column] if value is not None})
     check_classes(values, len(train), column)
     return dataclasses.replace(task, labels=tuple(map(str, values))), {value: i for i, value in enumerate(values)}
+
+
+def labels_of_model(
+    task: GlueTask, numbers: dict[Any, int], config: PreTrainedConfig
+) -> tuple[GlueTask, dict[Any, int]]:
+    """The same labels under the numbers that a trained model gives them."""
+    if not task.labels:
+        if config.num_labels != 1:
+            raise UserError(f"the labels are numbers to predict, but the model has {config.num_labels} classes")
+        return task, numbers
+    classes = tuple(classes_of_model(config, list(task.labels)))
+    if task.name != CUSTOM.name and classes != task.labels:
+        raise UserError(f"the model has the classes {', '.join(classes)}; {task.title} has {', '.join(task.labels)}")
+    return dataclasses.replace(task, labels=classes), {
+        value: classes.index(task.labels[i]) for value, i in numbers.items()
+    }
 
 
 def check_classes(values: list, rows: int, column: str) -> None:

@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from arguments import DataArguments, UserError, require_path
+from arguments import DataArguments, UserError, require_at_least, require_path
 from data_loading import FILE_TYPES, load_file, load_named
 from datasets import Dataset
 from glue_builtin import builtin_splits
 from glue_tasks import GlueTask
+from text_data import MIN_VOCABULARY
 
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
@@ -52,6 +53,10 @@ class GlueArguments(DataArguments):
         default=False, metadata={"help": "Start RTE, MRPC and STS-B from the model fine-tuned on MNLI."}
     )
     streaming: ClassVar[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, MIN_VOCABULARY, "vocab_size", "train_tokenizer")
 
 
 def load_splits(task: GlueTask, data: GlueArguments) -> tuple[dict[str, Dataset], str]:

@@ -7,12 +7,20 @@ import datasets
 import numpy as np
 import torch
 from arguments import DataArguments, UserError, require_path
-from data_loading import hold_out, load_file, load_splits, random_numbers, reading, require_column
+from data_loading import (
+    classes_of_model,
+    hold_out,
+    load_file,
+    load_splits,
+    random_numbers,
+    reading,
+    require_column,
+)
 from datasets import Dataset
 from image_augmentation import AugmentationArguments, batch_numbers, deit_augmentation, mix, seeded, shift_and_flip
 from PIL import Image
 from torch.nn import functional as F
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 from transformers.utils import logging
 
 
@@ -55,6 +63,7 @@ class ImageArguments(DataArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if self.eval_crop_ratio is not None and not 0 < self.eval_crop_ratio <= 1:
             raise ValueError(f"--eval_crop_ratio is {self.eval_crop_ratio}; allowed is more than 0 and at most 1")
         if self.dataset_name in KNOWN:
@@ -86,9 +95,13 @@ def load_digits(data: ImageArguments, seed: int) -> tuple[Dataset, Dataset]:
 
 def load_folder(path: str) -> Dataset:
     """A folder with one folder of images per class."""
-    require_path(path, "image folder")
+    if not require_path(path, "image folder").is_dir():
+        raise UserError(f"{path!r} is a file; image folders hold a folder per class")
     with reading(f"cannot read {path!r}"):
-        return numbered(datasets.load_dataset("imagefolder", data_dir=path, split="train"))
+        images = datasets.load_dataset("imagefolder", data_dir=path, split="train")
+    if "label" not in images.column_names:
+        raise UserError(f"{path!r} has no classes: it must hold a folder of images for each, two or more")
+    return numbered(images)
 
 
 def numbered(rows: Dataset) -> Dataset:
@@ -96,11 +109,16 @@ def numbered(rows: Dataset) -> Dataset:
     return rows if "source_row" in rows.column_names else rows.add_column("source_row", list(range(len(rows))))
 
 
-def load_images(data: ImageArguments, training: TrainingArguments) -> tuple[Dataset, Dataset, list[str], str]:
-    """Training and validation images and labels, the names of the classes, and a sentence about the source."""
+def load_images(
+    data: ImageArguments, training: TrainingArguments, evaluated: PreTrainedConfig | None = None
+) -> tuple[Dataset, Dataset, list[str], str]:
+    """Training and validation images and labels, the names of the classes (those of the model that is only evaluated, if
+    any), and a sentence about the source."""
+    if data.validation_dir and not data.train_dir:
+        raise UserError("--validation_dir needs --train_dir too")
     if data.train_dir:
-        if data.train_file or data.dataset_name:
-            raise UserError("give only one of --train_dir, --train_file and --dataset_name")
+        if data.train_file or data.validation_file or data.dataset_name:
+            raise UserError("--train_dir, --train_file and --dataset_name are three kinds of data; give one")
         held_out = load_folder(data.validation_dir) if data.validation_dir else None
         train, validation = hold_out(load_folder(data.train_dir), held_out, data, training.seed)
         source = f"`{data.train_dir}`"
@@ -111,9 +129,12 @@ def load_images(data: ImageArguments, training: TrainingArguments) -> tuple[Data
         train, validation = load_digits(data, training.seed)
         source = "Digits of scikit-learn (8 x 8 pixels; a fifth of every class held out)"
     for part in (train, validation):
-        require_column(part, data.image_column, "--image_column")
-        require_column(part, data.label_column, "--label_column")
+        shown = part.remove_columns([name for name in ("source_row",) if name in part.column_names])
+        require_column(shown, data.image_column, "--image_column")
+        require_column(shown, data.label_column, "--label_column")
     names = class_names(train, data.label_column)
+    if evaluated is not None:
+        names = classes_of_model(evaluated, names)
     train, validation = (with_labels(part, data, names) for part in (train, validation))
     source += f": {len(train):,} training and {len(validation):,} validation images, {len(names)} classes."
     return train, validation, names, source
@@ -125,8 +146,12 @@ def class_names(train: Dataset, column: str) -> list[str]:
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
     values = set(train[column])
+    if None in values:
+        raise UserError(f"column {column!r} has rows without a label; leave them out")
     if not all(isinstance(value, (str, int)) for value in values):
         raise UserError(f"column {column!r} holds {feature}, not classes: text or whole numbers are needed")
+    if len(values) == 1:
+        raise UserError(f"column {column!r} has the same value {values.pop()!r} in every row: nothing to tell apart")
     return [str(value) for value in sorted(values)]
 
 

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from image_data import ImageArguments, target_size
 from PIL import Image
 from torch.nn import functional as F
-from training import build_model
+from training import build_model, known_config
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -66,6 +66,15 @@ def image_options(model: ImageModelArguments, first_side: int) -> None:
         model.patch_size = 2 if side <= 16 else 4 if side <= 64 else 16
     if model.image_size is None:
         model.image_size = max(1, min(224, first_side) // model.patch_size) * model.patch_size
+
+
+def check_model(arguments: ImageModelArguments) -> PreTrainedConfig:
+    """Shows what is wrong with the arguments before images are read; see `known_config`."""
+    arguments = dataclasses.replace(
+        arguments, image_size=None if arguments.model_name_or_path else arguments.image_size
+    )
+    image_options(arguments, first_side=224)
+    return known_config(AutoModelForImageClassification, LionVisionConfig.model_type, arguments, SMALL_MODEL)
 
 
 def get_model(arguments: ImageModelArguments, labels: dict[str, Any]) -> PreTrainedModel:

@@ -6,6 +6,7 @@ import platform
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,9 @@ def train_and_evaluate(
             print(f"training was finished before, in {checkpoint}; evaluating it again")
     elif training.do_train:
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+        metrics |= {"train_loss": mean_loss(trainer.state.log_history, metrics["train_loss"])}
+        if checkpoint:  # they divide all steps by the time since the resume
+            metrics = {name: value for name, value in metrics.items() if not name.endswith("per_second")}
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()
@@ -74,6 +78,15 @@ def train_and_evaluate(
         trainer.save_metrics("eval", evaluation)
         metrics |= evaluation
     return metrics
+
+
+def mean_loss(history: list[dict[str, float]], otherwise: float) -> float:
+    """The mean of the logged losses, each for the steps since the one before; it counts steps before a resume too."""
+    logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if len(logged) == 1:
+        return otherwise
+    total = sum(loss * (step - before) for (before, _), (step, loss) in pairwise(logged))
+    return total / logged[-1][0]
 
 
 def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, float], report: Report) -> None:

@@ -38,7 +38,7 @@ from glue_suite import plan_runs, run_suite, write_json
 from glue_summary import RESULT
 from glue_tasks import CUSTOM, TASKS, GlueTask
 from text_data import get_tokenizer, model_options, require_room
-from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, existing_config
+from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
@@ -163,12 +163,11 @@ def run_task(
     if data.max_length < 8:
         raise UserError(f"--max_length is {data.max_length}; it must be at least 8")
     apply_recipe(training, task)
-    if model_args.model_name_or_path:
-        existing_config(model_args.model_name_or_path, AutoModelForSequenceClassification)
+    config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)
     with training.main_process_first(desc="data and tokenizer"):
-        parts = load_task(task, data)
+        parts = load_task(task, data, None if training.do_train else config)
         task = parts.task
         texts = Dataset.from_dict({"text": [text for c in task.columns for text in parts.train[c] if text]})
         tokenizer = get_tokenizer(data, model_args, training, checkpoint, texts)
@@ -222,7 +221,7 @@ def card(
         metric_label=f"{task.evaluated[0].replace('_', ' ')} (%)",
         loss_label="cross entropy (nats per row)" if task.labels else "squared error",
         usage="import lion_hf\nfrom transformers import pipeline\n\n"
-        f'pipeline("text-classification", "{training.output_dir}")({inputs})',
+        f'print(pipeline("text-classification", "{training.output_dir}")({inputs}))',
     )
 
 

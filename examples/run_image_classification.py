@@ -21,11 +21,11 @@ from distillation import DistillationArguments, Teacher
 from ema import Ema
 from image_augmentation import AugmentationArguments
 from image_data import ImageArguments, ImageCollator, first_image, load_images
-from image_model import ImageModelArguments, get_model, image_options, make_processor
+from image_model import ImageModelArguments, check_model, get_model, image_options, make_processor
 from torch.nn import functional as F
-from training import LionTrainer, check_disk, check_resumable, checkpoint_to_resume, existing_config
+from training import LionTrainer, check_disk, check_resumable, checkpoint_to_resume
 from transformers import AutoModelForImageClassification, set_seed
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalPrediction, SchedulerType
 
 
 # What --smoke makes of any recipe.
@@ -57,7 +57,7 @@ class ImageTrainingArguments(LionTrainingArguments):
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation batch size per device."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW; for a base model 5e-4."})
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_type: SchedulerType = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     total_batch_size: int | None = field(
         default=None,
         metadata={"help": "Images per optimizer step on all devices; sets --gradient_accumulation_steps accordingly."},
@@ -186,12 +186,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model_args, data, augmentation, distillation, training = parse_arguments(
         classes, argv, description=__doc__, smoke=SMOKE
     )
-    if model_args.model_name_or_path:
-        existing_config(model_args.model_name_or_path, AutoModelForImageClassification)
+    config = check_model(model_args)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)
     with training.main_process_first(desc="data"):
-        train, validation, names, source = load_images(data, training)
+        train, validation, names, source = load_images(data, training, None if training.do_train else config)
 
     image_options(model_args, first_image(train, data.image_column).height)
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
@@ -245,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         metric_label="top-1 accuracy (%)",
         loss_label="cross entropy (nats per image)",
         usage="import lion_hf\nfrom transformers import pipeline\n\n"
-        f'pipeline("image-classification", "{training.output_dir}")("image.png")',
+        f'print(pipeline("image-classification", "{training.output_dir}")("image.png"))',
     )
     reporting.finish(trainer, training, metrics, report)
     return metrics

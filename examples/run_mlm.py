@@ -28,7 +28,7 @@ from text_data import (
     model_options,
     require_room,
 )
-from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, existing_config
+from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
 from transformers import AutoModelForMaskedLM, set_seed
 from transformers.trainer_utils import EvalPrediction
 
@@ -89,8 +89,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     if not data.max_length >= 3 or not 0 < data.mlm_probability < 1 or not 0 < data.eval_mlm_probability < 1:
         raise UserError("--max_length must be at least 3, and masking probabilities between 0 and 1")
-    if model_args.model_name_or_path:
-        existing_config(model_args.model_name_or_path, AutoModelForMaskedLM)
+    known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)
     with training.main_process_first(desc="data and tokenizer"):
@@ -140,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         loss_label="cross entropy (nats per masked token)",
         loss_baseline=("unigram entropy", known["unigram_entropy"]),
         usage="import lion_hf\nfrom transformers import pipeline\n\n"
-        f'pipeline("fill-mask", "{training.output_dir}")("the value of the {tokenizer.mask_token} is returned.")',
+        f'fill = pipeline("fill-mask", "{training.output_dir}")\n'
+        f'print(fill("the value of the {tokenizer.mask_token} is returned."))',
     )
     reporting.finish(trainer, training, metrics, report)
     return metrics

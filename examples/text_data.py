@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from arguments import DataArguments, ModelArguments, UserError, user_errors
+from arguments import DataArguments, ModelArguments, UserError, require_at_least, user_errors
 from data_loading import Key, hold_out, load_file, load_named, load_splits, random_numbers, require_column
 from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -20,6 +20,8 @@ from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
 
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Fewer tokens leave so few characters that hardly a word is known.
+MIN_VOCABULARY = 32
 
 
 @dataclass
@@ -39,6 +41,10 @@ class TextArguments(DataArguments):
     )
     mlm_probability: float = field(default=0.3, metadata={"help": "Share of masked tokens in training."})
     eval_mlm_probability: float = field(default=0.15, metadata={"help": "Share of masked tokens in evaluation."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, MIN_VOCABULARY, "vocab_size", "train_tokenizer")
 
 
 # ----------------------------------------------------------------------------------------------------------- texts
@@ -87,14 +93,14 @@ def load_texts(data: TextArguments, training: TrainingArguments) -> tuple[Datase
         rest = Dataset.from_dict({data.text_column: [text for i, text in enumerate(documents) if i % 10]})
         train, validation = hold_out(rest, held_out, data, training.seed)
         source = "English documentation that comes with Python (`help()` topics and docstrings; every 10th held out)"
-    validation = only_text(validation, data.text_column, "validation")
     train = only_text(train, data.text_column, "training")
+    validation = only_text(validation, data.text_column, "validation")
     known = "" if data.streaming else f"{len(train):,} training and "
     return train, validation, f"{source}: {known}{len(validation):,} validation texts."
 
 
 def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[IterableDataset, Dataset]:
-    """The training rows as a shuffled stream without end, and validation rows: the first of the validation split or
+    """The training rows as a shuffled stream, and validation rows: the first of the validation split or
     file, else the first of the stream, which training then skips."""
     if training.max_steps <= 0:
         raise UserError("--streaming needs --max_steps: a stream does not say how long it is")
@@ -123,8 +129,7 @@ def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[Iter
         )
     if data.max_train_samples:
         train = train.take(data.max_train_samples)
-    train = train.shuffle(seed=training.seed, buffer_size=10_000).repeat(None)
-    return train, Dataset.from_list(rows)
+    return train.shuffle(seed=training.seed, buffer_size=10_000), Dataset.from_list(rows)
 
 
 def only_text(part: Dataset | IterableDataset, column: str, name: str) -> Dataset | IterableDataset:
@@ -210,13 +215,13 @@ def make_rows(texts: Dataset | IterableDataset, tokenizer, data: TextArguments, 
     if isinstance(texts, Dataset):
         options["desc"] = f"Tokenizing {name} text"
     rows = texts.map(tokenize_lines if data.line_by_line else tokenize_blocks, **options)
-    if not isinstance(texts, Dataset):
-        return rows.map(add_position, with_indices=True)
-    if len(rows) == 0:
+    if next(iter(rows), None) is None:
+        if data.line_by_line:
+            raise UserError(f"the {name} data holds no text in column {data.text_column!r}")
         raise UserError(
             f"the {name} text fills no block of --max_length {data.max_length} tokens: give more text or a smaller length"
         )
-    return rows
+    return rows if isinstance(rows, Dataset) else rows.repeat(None).map(add_position, with_indices=True)
 
 
 def tokenize_lines(batch: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:

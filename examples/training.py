@@ -28,6 +28,13 @@ logger = logging.get_logger(__name__)
 LION_TYPES = ("lion", "lion_vision")
 # New models of other kinds that the flags for sizes fit, for text and for images.
 BASELINES = {"lion": ("bert", "modernbert"), "lion_vision": ("vit", "deit")}
+# What the models of an Auto class are, in words.
+PURPOSES = {
+    "AutoModel": "a model",
+    "AutoModelForMaskedLM": "a text model that can fill masks",
+    "AutoModelForSequenceClassification": "a text model",
+    "AutoModelForImageClassification": "an image model",
+}
 # Options that only LION has; new models of other kinds are built without their defaults.
 LION_OPTIONS = ("mask_type", "order", "pos_emb", "cls_tok", "drop_path_rate")
 
@@ -44,7 +51,10 @@ def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
     with user_errors(f"cannot load {name_or_path!r}", OSError, ValueError, StrictDataclassError):
         config = AutoConfig.from_pretrained(name_or_path)
     if type(config) not in auto_class._model_mapping:
-        raise UserError(f"{name_or_path!r} is a {config.model_type!r} model, which is none for {auto_class.__name__}")
+        raise UserError(
+            f"{name_or_path!r} is a {config.model_type!r} model, which {auto_class.__name__} does not know: this script needs "
+            + PURPOSES[auto_class.__name__]
+        )
     return config
 
 
@@ -60,9 +70,40 @@ def build_model(
         defaults: options of a new model where neither preset nor flags say otherwise.
         fixed: options that the data decides, such as the size of the vocabulary.
     """
-    if model.model_name_or_path:
-        return _load_model(auto_class, model, fixed)
+    config = known_config(auto_class, model_type, model, defaults, fixed)
+    if not model.model_name_or_path:
+        with user_errors("wrong model options", ValueError):
+            return auto_class.from_config(config)
+    options = {k: v for k, v in fixed.items() if k in ("id2label", "label2id", "problem_type", "num_labels")}
+    options |= {k: v for k, v in fixed.items() if k == "attention_probs_dropout_prob" and hasattr(config, k)}
+    if config.model_type in LION_TYPES:
+        options["format"] = model.format
+    with user_errors(f"cannot load {model.model_name_or_path!r}", OSError, ValueError, StrictDataclassError):
+        return auto_class.from_pretrained(
+            model.model_name_or_path, ignore_mismatched_sizes="id2label" in fixed, **options
+        )
+
+
+def known_config(
+    auto_class, model_type: str, model: ModelArguments, defaults: dict[str, Any], fixed: dict[str, Any] | None = None
+) -> PreTrainedConfig:
+    """The configuration that the arguments name, see `build_model`: of an existing model as it is stored, of a new one
+    with `fixed`. Called before data is read, it shows what is wrong with the arguments.
+
+    Raises:
+        UserError: for options that do not fit together, and a checkpoint that does not fit the script.
+    """
     overrides = model.overrides()
+    if model.model_name_or_path:
+        if model.preset or model.model_type or overrides:
+            first = "preset" if model.preset else "model_type" if model.model_type else next(iter(overrides))
+            raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
+        config = existing_config(model.model_name_or_path, auto_class)
+        if config.model_type not in LION_TYPES and model.format != "auto":
+            raise UserError(
+                f"--format is an option of LION; {model.model_name_or_path!r} is a {config.model_type!r} model"
+            )
+        return config
     allowed = (model_type, *BASELINES[model_type])
     model_type = model.model_type or model_type
     if model_type not in allowed:
@@ -79,33 +120,18 @@ def build_model(
             raise UserError(f"--{foreign} is no option of a {model_type!r} model")
         if "hidden_dropout_prob" in overrides:  # LION's own default for attention is 0, others' is not
             overrides["attention_probs_dropout_prob"] = overrides["hidden_dropout_prob"]
+    presets = [name for name, sizes in PRESETS.items() if ("patch_size" in sizes) == (model_type == "lion_vision")]
     if not model.preset:
         overrides = {**defaults, **overrides}
-    elif model.preset.lower() not in PRESETS:
-        raise UserError(f"--preset is {model.preset!r}; allowed are {', '.join(PRESETS)}")
+    elif model.preset.lower() not in presets:
+        raise UserError(f"--preset is {model.preset!r}; allowed are {', '.join(presets)}")
     if "hidden_size" in overrides:
         overrides.setdefault("intermediate_size", 4 * overrides["hidden_size"])
-    options = (PRESETS[model.preset.lower()] if model.preset else {}) | overrides | fixed
+    options = (PRESETS[model.preset.lower()] if model.preset else {}) | overrides | (fixed or {})
     with user_errors("wrong model options", ValueError, StrictDataclassError):
         config = AutoConfig.for_model(model_type, **options, **({"format": model.format} if is_lion else {}))
         config.architectures = config.architectures or []  # `from_config` walks through it where a kind has two classes
-        return auto_class.from_config(config)
-
-
-def _load_model(auto_class, model: ModelArguments, fixed: dict[str, Any]) -> PreTrainedModel:
-    overrides = model.overrides()
-    if model.preset or model.model_type or overrides:
-        first = "preset" if model.preset else "model_type" if model.model_type else next(iter(overrides))
-        raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
-    config = existing_config(model.model_name_or_path, auto_class)
-    options = {k: v for k, v in fixed.items() if k in ("id2label", "label2id", "problem_type", "num_labels")}
-    options |= {k: v for k, v in fixed.items() if k == "attention_probs_dropout_prob" and hasattr(config, k)}
-    if config.model_type in LION_TYPES:
-        options["format"] = model.format
-    with user_errors(f"cannot load {model.model_name_or_path!r}", OSError, ValueError, StrictDataclassError):
-        return auto_class.from_pretrained(
-            model.model_name_or_path, ignore_mismatched_sizes="id2label" in fixed, **options
-        )
+    return config
 
 
 # --------------------------------------------------------------------------------------------------------- trainer
@@ -126,7 +152,7 @@ class LionTrainer(Trainer):
         kwargs.setdefault("compute_loss_func", partial(summed_loss, label_smoothing=smoothing))
         super().__init__(*args, **kwargs)
         self.repeats = repeats
-        self._last_log = None
+        self._last_log, self._evaluation_time = None, 0.0
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
         """All parameters with `decay_all`; else no biases, norms, decays, class token, position table, 1-D ones."""
@@ -179,14 +205,30 @@ class LionTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the throughput since the last logged loss."""
-        now = (time.perf_counter(), self.state.global_step)
+        """Adds the throughput of training since the last logged loss."""
+        now = (time.perf_counter() - self._evaluation_time, self.state.global_step)
         if "loss" in logs:
             if self._last_log is not None and now[1] > self._last_log[1]:
                 samples = (now[1] - self._last_log[1]) * self.get_total_train_batch_size(self.args)
                 logs["samples_per_second"] = samples / (now[0] - self._last_log[0])
             self._last_log = now
         super().log(logs, start_time)
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        best = self.args.metric_for_best_model if self.args.load_best_model_at_end else None
+        if best and metric_key_prefix == "eval" and f"eval_{best.removeprefix('eval_')}" not in metrics:
+            raise UserError(f"--metric_for_best_model is {best!r}; evaluation gives {', '.join(metrics)}")
+        return metrics
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As in Transformers, but training goes on with the random numbers that it would have had without it: a run that
+        resumes from a checkpoint of the same step makes no such evaluation."""
+        start = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):  # the loader draws a seed
+            output = super().evaluation_loop(*args, **kwargs)
+        self._evaluation_time += time.perf_counter() - start
+        return output
 
     def is_finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is the end of training."""
@@ -240,7 +282,7 @@ def checkpoint_to_resume(training: LionTrainingArguments) -> str | None:
     wanted = training.resume_from_checkpoint
     if not training.do_train or str(wanted).lower() in ("no", "false"):
         return None
-    if wanted is not None:
+    if wanted is not None and wanted.lower() != "true":
         problem = incompleteness(Path(wanted))
         if problem:
             raise UserError(f"--resume_from_checkpoint {wanted!r} is not a complete checkpoint: {problem}")

@@ -303,6 +303,42 @@ def test_shards_are_read_by_pattern(tmp_path):
         load_file(str(tmp_path / "absent-*.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "content, flags, message",
+    [
+        ("\n \n\n", [], "fills no block"),
+        ("red", [], "fills no block"),
+        ("\n \n", ["--line_by_line=true"], "holds no text"),
+    ],
+    ids=["blank", "short", "blank lines"],
+)
+def test_a_stream_without_a_row_is_an_error_and_no_endless_search(text_file, tmp_path, content, flags, message):
+    from arguments import UserError
+
+    (tmp_path / "train.txt").write_text(content)
+    data = [f"--train_file={tmp_path / 'train.txt'}", f"--validation_file={text_file}"]
+    with pytest.raises(UserError, match=message):
+        mlm(text_file, tmp_path / "out", *data, "--streaming=true", "--max_steps=1", *flags)
+
+
+def test_models_of_other_kinds_are_refused_before_data_is_read(text_file, tmp_path, monkeypatch):
+    import run_mlm
+    from arguments import UserError
+
+    monkeypatch.setattr(run_mlm, "load_texts", lambda *args: pytest.fail("data was read"))
+    model = lion_hf.LionForImageClassification(vision_config("lit"))
+    model.save_pretrained(tmp_path / "image")
+    with pytest.raises(UserError, match="a text model that can fill masks"):
+        run_mlm.main([f"--output_dir={tmp_path / 'out'}", f"--model_name_or_path={tmp_path / 'image'}"])
+    with pytest.raises(UserError, match="sideways"):
+        run_mlm.main([f"--output_dir={tmp_path / 'out'}", "--mask_type=sideways"])
+
+
+def test_no_evaluation_where_it_is_not_wanted(text_file, tmp_path):
+    metrics = mlm(text_file, tmp_path / "out", "--max_steps=2", "--do_eval=false", "--eval_strategy=epoch")
+    assert "train_loss" in metrics and not any(name.startswith("eval_") for name in metrics)
+
+
 def test_the_evaluation_loss_does_not_depend_on_the_batches(text_file, tmp_path):
     flags = ["--max_steps=3", "--line_by_line=true", "--eval_strategy=no"]
     losses = [
@@ -329,6 +365,22 @@ def test_baselines_train_by_one_flag(text_file, tmp_path, model_type):
     (["--lr_scheduler_type=constant", "--lr_warmup_start=0.1"], "needs the linear or cosine schedule"),
     (["--lr_floor=2"], "0 to 1"),
     (["--lr_scheduler_type=constant", "--lr_floor=0.1"], "needs the linear or cosine schedule"),
+    (["--preset=lion-s-tiny-patch16-224"], "allowed are lion-lit-base, lion-lit-large"),
+    (["--max_train_samples=0"], "--max_train_samples is 0; it must be at least 1"),
+    (["--hidden_size=0"], "--hidden_size is 0; it must be at least 1"),
+    (["--per_device_train_batch_size=0"], "--per_device_train_batch_size is 0"),
+    (["--gradient_accumulation_steps=0"], "--gradient_accumulation_steps is 0"),
+    (["--learning_rate=-1"], "--learning_rate is -1"),
+    (["--seed=-1"], "--seed is -1"),
+    (["--report_to=tensorbord"], "tensorbord"),
+    (["--validation_share=1.5"], "--validation_share is 1.5"),
+    (["--vocab_size=3"], "--vocab_size is 3; it must be at least 32"),
+    (["--train_tokenizer=0"], "--train_tokenizer is 0"),
+    (["--eval_strategy=epochs"], "argument --eval_strategy.*epochs"),
+    (["arguments.yaml"], "'arguments.yaml': a file of arguments comes before all flags"),
+    (["--train_file=."], "is a folder; give a file, or a pattern"),
+    (["--load_best_model_at_end=true", "--metric_for_best_model=acc", "--max_steps=1", "--eval_strategy=steps",
+      "--eval_steps=1", "--save_strategy=steps", "--save_steps=1"], "is 'acc'; evaluation gives eval_loss, eval_masked"),
 ])  # fmt: skip
 def test_wrong_options_are_said(text_file, tmp_path, flags, message):
     from arguments import UserError

@@ -451,6 +451,35 @@ def test_wrong_input_is_told_in_one_line(case, run_glue):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_evaluation_counts_classes_as_the_model_does(run_glue):
+    """Trained where "no" comes before "yes", evaluated on data in which the classes are found in another order."""
+    from arguments import UserError
+
+    flags = ["--disable_tqdm=true", "--use_cpu=true", "--do_train=false", "--model_name_or_path=model"]
+    rows = "".join(f"good {i},yes\nbad {i},no\n" for i in range(15))
+    write("train.csv", "text,label\n" + rows)
+    run_glue(["--output_dir=model", "--train_file=train.csv", "--validation_file=train.csv", *ONE_STEP])
+    metrics = run_glue(["--output_dir=out", "--train_file=train.csv", "--validation_file=train.csv", *flags])
+    model = AutoModelForSequenceClassification.from_pretrained("model")
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    turned = {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}}
+    for name, value in turned.items():
+        setattr(model.config, name, value)
+    for parameter in (model.classifier.weight, model.classifier.bias):
+        parameter.data = parameter.data.flip(0)
+    model.save_pretrained("model")
+    same = run_glue(["--output_dir=out", "--train_file=train.csv", "--validation_file=train.csv", *flags])
+    assert same["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert same["eval_accuracy"] == metrics["eval_accuracy"]
+    for content, message in (
+        ("a,yes\nb,no\nc,maybe\n" * 5, "the class 'maybe', which the model does not know; it knows yes, no"),
+        ("a,0.5\nb,1.5\nc,2.5\n" * 5, "numbers to predict, but the model has 2 classes"),
+    ):
+        write("other.csv", "text,label\n" + content)
+        with pytest.raises(UserError, match=message):
+            run_glue(["--output_dir=out", "--train_file=other.csv", "--validation_file=other.csv", *flags])
+
+
 # ----------------------------------------------------------------------------------------------------------- suite
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image, ImageEnhance, ImageOps
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
 import lion_hf
 
@@ -667,6 +668,56 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
     assert_same_run(whole, stopped)
 
 
+def test_a_run_resumed_at_the_end_of_an_epoch_needs_no_evaluation_made_before(tmp_path):
+    """A checkpoint by steps is written before the evaluation of its epoch, which the resumed run does not make."""
+    flags = ["--max_train_samples=40", "--max_eval_samples=12", "--num_train_epochs=2", "--logging_steps=1"]
+    flags += ["--hidden_dropout_prob=0.1", "--eval_strategy=epoch", "--save_strategy=steps", "--save_steps=5"]
+    flags += ["--ema_decay=0.9"]
+    one = train(tmp_path / "one", *flags)
+    shutil.copytree(tmp_path / "one" / "checkpoint-5", tmp_path / "two" / "checkpoint-5")
+    other = train(tmp_path / "two", *flags)
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-6)
+
+
+def save_classifier(folder, names):
+    """A classifier of images of 16 pixels with classes of these names, and its processor."""
+    classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    config = lion_hf.LionVisionConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4, **classes
+    )
+    lion_hf.LionForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return f"--model_name_or_path={folder}"
+
+
+def test_evaluation_counts_classes_as_the_model_does(tmp_path, folder):
+    """The same weights under turned class names: what is right turns with them, and foreign classes are refused."""
+    from arguments import UserError
+    from datasets import load_dataset
+
+    names = load_dataset("imagefolder", data_dir=str(folder), split="train").features["label"].names
+    data = [f"--train_dir={folder}", f"--validation_dir={folder}", "--do_train=false"]
+    model = save_classifier(tmp_path / "model", names)
+    known = train(tmp_path / "out", model, *data)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    turned = [*names[1:], names[0]]
+    for name, values in (("id2label", dict(enumerate(turned))), ("label2id", {n: i for i, n in enumerate(turned)})):
+        config[name] = values
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    for part in ("weight", "bias"):  # the rows of the head turn with the names
+        weights[f"classifier.{part}"] = weights[f"classifier.{part}"].roll(-1, 0)
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    same = train(tmp_path / "out", model, *data)
+    assert same["eval_loss"] == pytest.approx(known["eval_loss"], rel=1e-5)
+    assert same["eval_accuracy"] == known["eval_accuracy"]
+
+    foreign = save_classifier(tmp_path / "foreign", ["rose", "tulip", "lily"])
+    with pytest.raises(UserError, match="which the model does not know; it knows rose, tulip, lily"):
+        train(tmp_path / "out", foreign, *data)
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path):
     """kill -9 while it trains; images are decoded and changed in two worker processes."""
@@ -973,6 +1024,17 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
         (["--train_dir=absent"], "image folder 'absent' does not exist"),
         (["--train_file=table.csv"], "column 'image' holds no images"),
         (["--image_size=10", "--patch_size=4"], "not divisible by patch_size 4"),
+        (["--patch_size=0"], "--patch_size is 0; it must be at least 1"),
+        (["--distillation=soft"], "--distillation needs a --teacher"),
+        (["--validation_dir=images"], "--validation_dir needs --train_dir too"),
+        (["--train_dir=images", "--validation_file=table.csv"], "three kinds of data; give one"),
+        (["--train_dir=images"], "'images' has no classes: it must hold a folder of images for each"),
+        (["--train_dir=table.csv"], "'table.csv' is a file"),
+        (["--train_file=same.csv"], "the same value 1 in every row"),
+        (["--train_file=gap.csv"], "has rows without a label"),
+        (["--train_file=table.csv", "--label_column=class"], "the columns are image, label (set --label_column)"),
+        (["--preset=lion-s-base"], "allowed are lion-lit-tiny-patch16-224"),
+        (["--lr_scheduler_type=cosin"], "argument --lr_scheduler_type"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -981,6 +1043,10 @@ def test_wrong_input_is_a_message_of_one_line(flags, message, tmp_path, monkeypa
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").write_text("image,label\nred,1\nblue,2\ngreen,1\n")
+    (tmp_path / "same.csv").write_text("image,label\nred,1\nblue,1\ngreen,1\n")
+    (tmp_path / "gap.csv").write_text("image,label\nred,1\nblue,\ngreen,2\n" * 9)
+    (tmp_path / "images").mkdir()
+    picture().save(tmp_path / "images" / "one.png")
     with pytest.raises(UserError) as error:
         train(tmp_path / "out", *DIGITS, "--max_steps=1", *flags)
     assert message in str(error.value) and "\n" not in str(error.value)
