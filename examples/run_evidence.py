@@ -2,7 +2,7 @@
 
     python examples/run_evidence.py text   --data DATA   # encyclopedia text: a learning-rate sweep, then more seeds
     python examples/run_evidence.py images --data DATA   # Fashion-MNIST: several seeds
-    python examples/run_evidence.py sentiment --data DATA   # review sentiment, fine-tuned from the models of `text`
+    python examples/run_evidence.py sentiment --data DATA   # review sentiment, from the models of `text`: sweep, seeds
 
 DATA holds wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet and
 reviews/{train,validation}.csv. Every run is a command of the training scripts, on one CPU thread; runs that are done are
@@ -15,6 +15,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -28,6 +29,7 @@ from matplotlib import pyplot as plt
 EXAMPLES = Path(__file__).parent
 SEEDS = (17, 18, 19)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+SENTIMENT_RATES = (1e-4, 3e-4, 1e-3)
 TEXT_MODELS = {
     "LION-LIT": "--mask_type lit",
     "LION-D": "--mask_type decay",
@@ -55,7 +57,7 @@ IMAGE_RECIPE = (
 )
 SENTIMENT_RECIPE = (
     "--task custom --sentence1_column sentence --max_length 64 --num_train_epochs 1 --per_device_train_batch_size 16 "
-    "--learning_rate 3e-4 --eval_strategy no --save_strategy no --disable_tqdm true --use_cpu true"
+    "--eval_strategy no --save_strategy no --disable_tqdm true --use_cpu true"
 )
 
 
@@ -80,25 +82,30 @@ def summary(values: list[float], factor: float = 1, digits: int = 2) -> str:
     return f"{factor * mean(values):.{digits}f}{spread}"
 
 
+def swept(train: Callable[[float, int], dict[str, float]], rates: Sequence[float]) -> tuple[dict, list[dict]]:
+    """Trains with each learning rate and the first seed, then with the best rate (of the lowest evaluation loss) and the
+    other seeds. Returns what the sweep says for the table, and the metrics of every seed."""
+    sweep = {rate: train(rate, SEEDS[0]) for rate in rates}
+    best = min(rates, key=lambda rate: sweep[rate]["eval_loss"])
+    runs = [sweep[best], *(train(best, seed) for seed in SEEDS[1:])]
+    losses = {f"{rate:g}": metrics["eval_loss"] for rate, metrics in sweep.items()}
+    return {"learning_rate": best, "sweep": losses, "seeds": list(SEEDS)}, runs
+
+
 def text(data: Path, work: Path, results: Path) -> dict:
     files = f"--train_file {data}/wiki/train.txt --validation_file {data}/wiki/validation.txt"
     rows = {}
     for name, model in TEXT_MODELS.items():
         flags = f"{files} {model} {TEXT_RECIPE}"
-        sweep = {}
-        for rate in RATES:
-            folder = work / f"text/{name}-{rate:g}-{SEEDS[0]}"
-            sweep[rate] = run("run_mlm.py", f"{flags} --learning_rate {rate:g} --seed {SEEDS[0]}", folder)
-        best = min(sweep, key=lambda rate: sweep[rate]["eval_loss"])
-        runs = [sweep[best]] + [
-            run("run_mlm.py", f"{flags} --learning_rate {best:g} --seed {s}", work / f"text/{name}-{best:g}-{s}")
-            for s in SEEDS[1:]
-        ]
-        rows[name] = {
+
+        def train(rate: float, seed: int, name=name, flags=flags) -> dict[str, float]:
+            folder = work / f"text/{name}-{rate:g}-{seed}"
+            return run("run_mlm.py", f"{flags} --learning_rate {rate:g} --seed {seed}", folder)
+
+        found, runs = swept(train, RATES)
+        best = found["learning_rate"]
+        rows[name] = found | {
             "command": f"python examples/run_mlm.py {flags} --learning_rate {best:g}",
-            "learning_rate": best,
-            "sweep": {f"{rate:g}": metrics["eval_loss"] for rate, metrics in sweep.items()},
-            "seeds": list(SEEDS),
             "loss": [r["eval_loss"] for r in runs],
             "accuracy": [r["eval_masked_accuracy"] for r in runs],
             "unigram_entropy": runs[0]["eval_unigram_entropy"],
@@ -134,17 +141,17 @@ def sentiment(data: Path, work: Path, results: Path) -> dict:
     rows = {}
     for name, row in pretrained.items():
         flags = f"{files} {SENTIMENT_RECIPE}"
-        runs = [
-            run(
-                "run_glue.py",
-                f"--model_name_or_path {shlex.quote(folder)} {flags} --seed {seed}",
-                work / f"sentiment/{name}-{seed}",
-            )
-            for seed, folder in zip(SEEDS, row["folders"], strict=True)
-        ]
-        rows[name] = {
-            "command": f"python examples/run_glue.py --model_name_or_path FOLDER {flags}",
-            "seeds": list(SEEDS),
+        folders = dict(zip(SEEDS, row["folders"], strict=True))
+
+        def train(rate: float, seed: int, name=name, flags=flags, folders=folders) -> dict[str, float]:
+            start = f"--model_name_or_path {shlex.quote(folders[seed])}"
+            folder = work / f"sentiment/{name}-{rate:g}-{seed}"
+            return run("run_glue.py", f"{start} {flags} --learning_rate {rate:g} --seed {seed}", folder)
+
+        found, runs = swept(train, SENTIMENT_RATES)
+        best = found["learning_rate"]
+        rows[name] = found | {
+            "command": f"python examples/run_glue.py --model_name_or_path FOLDER {flags} --learning_rate {best:g}",
             "accuracy": [r["eval_accuracy"] for r in runs],
             "loss": [r["eval_loss"] for r in runs],
             "train_runtime": [r["train_runtime"] for r in runs],
@@ -169,11 +176,12 @@ def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
             f"| {name} | {summary(row['accuracy'], 100)} | {summary(row['loss'], 1, 3)} | "
             f"{len(row['seeds'])} | {rate} | {mean(minutes):.1f} |"
         )
-    if kind == "text":
-        entropy = next(iter(rows.values()))["unigram_entropy"]
-        lines += ["", f"Unigram entropy of the masked tokens: {entropy:.3f} nats.", ""]
-        lines += ["| evaluation loss by learning rate | " + " | ".join(f"{r:g}" for r in RATES) + " |"]
-        lines += ["|---" * (len(RATES) + 1) + "|"]
+    first = next(iter(rows.values()))
+    if "unigram_entropy" in first:
+        lines += ["", f"Unigram entropy of the masked tokens: {first['unigram_entropy']:.3f} nats."]
+    if "sweep" in first:
+        lines += ["", "| evaluation loss by learning rate, one seed | " + " | ".join(first["sweep"]) + " |"]
+        lines += ["|---" * (len(first["sweep"]) + 1) + "|"]
         lines += [f"| {n} | " + " | ".join(f"{v:.3f}" for v in row["sweep"].values()) + " |" for n, row in rows.items()]
     lines += ["", "Mean and standard deviation over seeds; one CPU thread per run. Commands:", ""]
     lines += [f"- {name}: `{row['command']}`" for name, row in rows.items()]
