@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .configuration_lion import PRESETS, LionConfig, LionVisionConfig
-from .convert_lion_checkpoint import convert_text_state_dict, convert_vision_state_dict
+from .convert_names import convert_text_state_dict, convert_vision_state_dict
 from .lion_ops import bidirectional_linear_attention
 from .modeling_lion import (
     LionForMaskedLM,

@@ -1,103 +1,397 @@
-"""Names of the authors' checkpoints to names of this package.
+"""The authors' checkpoints to folders of this package, and back; also the command `lion-convert`.
 
-Both converters are linear maps of names and slices: they serve for gradients as well as for weights, and keys may be
-missing. Tables that the configuration does not use are dropped.
+    lion-convert vision_checkpoint.pth lion-s-tiny
+    lion-convert latest-rank0.pt lion-d-base --dry-run
+    lion-convert --reverse lion-s-tiny back.pth
+
+`python -m lion_hf.convert_lion_checkpoint` is the same. A checkpoint is read without running anything in it
+(convert_source), its configuration is inferred (convert_config), its tensors get our names (convert_names), and all is
+verified before anything is written.
 """
 
-import re
+import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .configuration_lion import LionConfig, LionVisionConfig
+from .convert_companions import image_processor, load_tokenizer, model_card
+from .convert_config import infer_config
+from .convert_names import convert_text_state_dict, convert_vision_state_dict
+from .convert_reverse import authors_checkpoint, read_folder, require_same_meaning
+from .convert_source import ConversionError, Source, first_line, interpret, read_source
+from .modeling_lion import LionForMaskedLM
+from .save_with_code import save_with_code
 
 
-_VISION_NAMES = [
-    (r"^cls_token$", "lion_vision.embeddings.cls_token"),
-    (r"^pos_embed$", "lion_vision.embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "lion_vision.embeddings.patch_embeddings.projection."),
-    (r"^norm\.", "lion_vision.norm."),
-    (r"^head\.", "classifier."),
-    (r"^blocks\.(\d+)\.norm1\.", r"lion_vision.layers.\1.mixer_norm."),
-    (r"^blocks\.(\d+)\.norm2\.", r"lion_vision.layers.\1.mlp_norm."),
-    (r"^blocks\.(\d+)\.attn\.proj\.", r"lion_vision.layers.\1.mixer.o_proj."),
-    (r"^blocks\.(\d+)\.attn\.a_i$", r"lion_vision.layers.\1.mixer.decay_logit"),
-    (r"^blocks\.(\d+)\.attn\.a2_i$", r"lion_vision.layers.\1.mixer.decay_logit_2"),
-    (r"^blocks\.(\d+)\.attn\.a_i\.", r"lion_vision.layers.\1.mixer.decay_proj."),
-    (r"^blocks\.(\d+)\.attn\.a2_i\.", r"lion_vision.layers.\1.mixer.decay_proj_2."),
-    (r"^blocks\.(\d+)\.mlp\.fc1\.", r"lion_vision.layers.\1.mlp.up_proj."),
-    (r"^blocks\.(\d+)\.mlp\.fc2\.", r"lion_vision.layers.\1.mlp.down_proj."),
-]
-_VISION_QKV = re.compile(r"^blocks\.(\d+)\.attn\.qkv\.(weight|bias)$")
+@dataclass
+class Plan:
+    """A conversion that is verified and not yet written.
 
-_TEXT_LAYER = r"^bert\.encoder\.layer\.(\d+)\."
-_TEXT_NAMES = [
-    (r"^bert\.embeddings\.LayerNorm\.", "lion.embeddings.norm."),
-    (r"^bert\.embeddings\.(word|position|token_type)_embeddings\.", r"lion.embeddings.\1_embeddings."),
-    (_TEXT_LAYER + r"attention\.self\.query\.", r"lion.layers.\1.mixer.q_proj."),
-    (_TEXT_LAYER + r"attention\.self\.key\.", r"lion.layers.\1.mixer.k_proj."),
-    (_TEXT_LAYER + r"attention\.self\.value\.", r"lion.layers.\1.mixer.v_proj."),
-    (_TEXT_LAYER + r"attention\.self\.ai$", r"lion.layers.\1.mixer.decay_logit"),
-    (_TEXT_LAYER + r"attention\.self\.Wa_i\.", r"lion.layers.\1.mixer.decay_proj."),
-    (_TEXT_LAYER + r"attention\.self\.layer_norm\.", r"lion.layers.\1.mixer.norm."),
-    (_TEXT_LAYER + r"attention\.output\.dense\.", r"lion.layers.\1.mixer.o_proj."),
-    (_TEXT_LAYER + r"attention\.output\.LayerNorm\.", r"lion.layers.\1.mixer_norm."),
-    (_TEXT_LAYER + r"intermediate\.dense\.", r"lion.layers.\1.mlp.up_proj."),
-    (_TEXT_LAYER + r"output\.dense\.", r"lion.layers.\1.mlp.down_proj."),
-    (_TEXT_LAYER + r"output\.LayerNorm\.", r"lion.layers.\1.mlp_norm."),
-    (r"^bert\.pooler\.", "lion.pooler."),
-    (r"^cls\.predictions\.transform\.dense\.", "head.dense."),
-    (r"^cls\.predictions\.transform\.LayerNorm\.", "head.norm."),
-    (r"^cls\.predictions\.decoder\.", "head.decoder."),
-    (r"^cls\.predictions\.bias$", "head.decoder.bias"),
-    (r"^classifier\.", "classifier."),
-]
-# Never used by a LION model: buffers, relative distance tables, and the head of a task this package does not have.
-_TEXT_UNUSED = re.compile(r"(^|\.)(position_ids|distance_embedding\.weight)$")
+    Args:
+        source: the authors' checkpoint.
+        model: our model with its weights, in the dtype of the file.
+        origins: where each option of the configuration comes from.
+        renamed: our names and tensors, by the authors' names.
+        dropped: why a tensor of the authors is not carried over, by its name.
+    """
+
+    source: Source
+    model: PreTrainedModel
+    origins: dict[str, str]
+    renamed: dict[str, dict[str, Tensor]]
+    dropped: dict[str, str]
 
 
-def convert_vision_state_dict(official: dict[str, Tensor], config: LionVisionConfig) -> dict[str, Tensor]:
-    """The authors' image state dict (DeiT names) with the keys of [`LionForImageClassification`].
+def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan:
+    """Converts a checkpoint in memory and verifies the result: every tensor is used or listed as dropped, none is missing
+    or of another shape, parameters are as many as before, all are finite, and so is a forward.
 
-    The stacked query-key-value projection becomes three; a position table is dropped when `config.pos_emb` is False.
+    Args:
+        source: from [`read_source`].
+        flags: options that the file does not tell; see `QUESTIONS` in convert_config.
 
     Raises:
-        ValueError: for a name that no LION image model has.
+        ConversionError: where the configuration stays open or the verification fails.
     """
-    converted = {}
-    for name, tensor in official.items():
-        if qkv := _VISION_QKV.match(name):
-            layer, kind = qkv.groups()
-            for short, part in zip("qkv", tensor.chunk(3), strict=True):
-                converted[f"lion_vision.layers.{layer}.mixer.{short}_proj.{kind}"] = part.clone()
-        elif name != "pos_embed" or config.pos_emb:
-            converted[_renamed(name, _VISION_NAMES, "image")] = tensor
-    return converted
-
-
-def convert_text_state_dict(official: dict[str, Tensor], config: LionConfig) -> dict[str, Tensor]:
-    """The authors' text state dict (BERT names) with the keys of [`LionForMaskedLM`], or of
-    [`LionForSequenceClassification`] when it holds a classifier.
-
-    The position table is dropped when `config.pos_emb` is False (the authors keep it unused in LION-D and LION-S).
-    A tied decoder keeps both names, as in the state dict of the model.
-
-    Raises:
-        ValueError: for a name that no LION text model has.
-    """
-    converted = {}
-    for name, tensor in official.items():
-        if _TEXT_UNUSED.search(name) or ("position_embeddings" in name and not config.pos_emb):
+    config, origins, head = infer_config(source, flags or {})
+    convert = convert_vision_state_dict if source.kind == "image" else convert_text_state_dict
+    renamed, dropped = {}, {}
+    for name, tensor in source.weights.items():
+        if reason := _reason_to_drop(name, source, config, head):
+            dropped[name] = reason
             continue
-        converted[_renamed(name, _TEXT_NAMES, "text")] = tensor
-    return converted
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise ConversionError(f"{source.path}: {name} holds something other than finite real numbers.")
+        try:
+            renamed[name] = convert({name: tensor}, config)
+        except ValueError as error:
+            raise ConversionError(f"{source.path}: {first_line(error)}.") from error
+    state = {name: tensor for parts in renamed.values() for name, tensor in parts.items()}
+    model = _loaded(head, config, state, source)
+    kept = sum(source.weights[name].numel() for name in renamed)
+    if kept != model.num_parameters():
+        raise ConversionError(
+            f"{source.path} holds {kept:,} parameters, but the model has {model.num_parameters():,}: some are twice there."
+        )
+    _check_forward(model, source)
+    return Plan(source, model, origins, renamed, dropped)
 
 
-def _renamed(name: str, table: list[tuple[str, str]], kind: str) -> str:
-    for pattern, replacement in table:
-        new, hits = re.subn(pattern, replacement, name)
-        if hits:
-            return new
-    raise ValueError(
-        f"{name!r} is not a name of the authors' {kind} models. Pass their bare state dict, without prefixes such as "
-        "'model.' or 'module.'."
+def _reason_to_drop(name: str, source: Source, config: LionConfig | LionVisionConfig, head: type) -> str | None:
+    if name.endswith("position_ids"):
+        return "numbers of positions, no weights"
+    if name.endswith("distance_embedding.weight"):
+        return "a table of relative positions, which no LION model reads"
+    if ("position_embeddings" in name or name == "pos_embed") and not config.pos_emb:
+        return "a position table that this model does not read"
+    if name.startswith("bert.pooler.") and head is LionForMaskedLM:
+        return "a pooler, which a masked language model does not have"
+    if name == "cls.predictions.decoder.weight" and config.tie_word_embeddings:
+        return "the same tensor as the word embeddings"
+    twin = source.weights.get("cls.predictions.decoder.bias")
+    if name == "cls.predictions.bias" and twin is not None:
+        if not twin.equal(source.weights[name]):
+            raise ConversionError(f"{source.path}: cls.predictions.bias and cls.predictions.decoder.bias differ.")
+        return "the same tensor as cls.predictions.decoder.bias"
+    return None
+
+
+def _loaded(
+    head: type[PreTrainedModel], config: LionConfig | LionVisionConfig, state: dict[str, Tensor], source: Source
+) -> PreTrainedModel:
+    """The model with exactly these weights, in their dtypes."""
+    with torch.device("meta"):
+        model = head(config)
+    expected = model.state_dict()
+    if source.kind == "text" and config.tie_word_embeddings:
+        for tied in model._tied_weights_keys or ():
+            expected.pop(tied)
+    for problem, names in (
+        ("lacks", expected.keys() - state.keys()),
+        ("has no use for", state.keys() - expected.keys()),
+    ):
+        if names:
+            raise ConversionError(
+                f"{source.path} {problem} {len(names)} tensor(s) of {head.__name__}: {', '.join(sorted(names)[:3])}"
+                + (", ..." if len(names) > 3 else ".")
+            )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ConversionError(
+                f"{source.path}: {name} has the shape {tuple(tensor.shape)}, but the configuration gives "
+                f"{tuple(expected[name].shape)}."
+            )
+    owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    model.load_state_dict(owned, strict=False, assign=True)  # strict but for the tied decoder, which follows
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def _check_forward(model: PreTrainedModel, source: Source) -> None:
+    config = model.config
+    if source.kind == "image":
+        inputs = {"pixel_values": torch.zeros(1, config.num_channels, config.image_size, config.image_size)}
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    else:
+        inputs = {"input_ids": torch.arange(min(16, config.vocab_size, config.max_position_embeddings))[None]}
+    try:
+        logits = model(**inputs).logits
+    except (RuntimeError, ValueError) as error:
+        raise ConversionError(f"{source.path}: the converted model does not run: {first_line(error)}.") from error
+    if not logits.isfinite().all():
+        raise ConversionError(f"{source.path}: the outputs of the converted model are not finite.")
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+@contextmanager
+def _published(out: Path) -> Iterator[Path]:
+    """A path beside `out` to write to. It becomes `out` when the block ends, in one step, and is gone if the block fails;
+    only then is what was at `out` removed."""
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
+        new, old = Path(work, "new"), Path(work, "old")
+        yield new
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
+
+
+def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> None:
+    """Raises ConversionError unless `out` can be made, or holds a checkpoint that `force` may replace."""
+    if not out.parent.is_dir():
+        raise ConversionError(f"{out.parent} is not a folder; make it first.")
+    if not out.exists():
+        return
+    if out.is_dir() != folder:
+        raise ConversionError(f"{out} is a {'file' if folder else 'folder'}; give a {'folder' if folder else 'file'}.")
+    if not force:
+        raise ConversionError(f"{out} exists; give another place, or --force to replace it.")
+    if out == source or out in source.parents:
+        raise ConversionError(f"{out} holds the source; give another place.")
+    if folder and any(out.iterdir()) and not _is_checkpoint(out):
+        raise ConversionError(f"{out} holds something other than a LION checkpoint; empty it, or give another place.")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") in (LionConfig.model_type, LionVisionConfig.model_type)
+
+
+def write_folder(plan: Plan, out: Path, tokenizer: PreTrainedTokenizerBase | None, with_code: bool) -> None:
+    """Writes model, configuration, tokenizer or image processor and model card; see [`save_with_code`] for the code."""
+    if with_code:
+        save_with_code(plan.model, out)
+    else:
+        plan.model.save_pretrained(out)
+    processor = image_processor(plan.model.config) if plan.source.kind == "image" else None
+    for companion in (tokenizer, processor):
+        if companion is not None:
+            companion.save_pretrained(out)
+    model_card(plan.model, plan.source, plan.dropped, with_code).save(out / "README.md")
+
+
+def convert_checkpoint(
+    path: str | Path,
+    out: str | Path | None,
+    *,
+    ema: bool = False,
+    tokenizer: str | None = None,
+    with_code: bool = False,
+    force: bool = False,
+    **flags: Any,
+) -> Plan:
+    """Converts a checkpoint of the authors to a folder that `AutoModelForX.from_pretrained` loads.
+
+    Args:
+        path: the checkpoint; see [`read_source`] for the kinds.
+        out: the folder to write; it appears complete or not at all. None writes nothing.
+        ema: take the averaged weights (model_ema).
+        tokenizer: name or folder of the tokenizer of a text model; by default the one inside the checkpoint, if any.
+        with_code: add the modelling code, see [`save_with_code`].
+        force: replace `out` if it holds a LION checkpoint.
+        flags: options of the configuration that the file does not tell: mask_type, num_attention_heads, cls_tok, order,
+            pos_emb, image_size.
+
+    Returns:
+        What was converted, and how.
+
+    Raises:
+        ConversionError: for a source, an option or a place that does not fit; nothing is written then.
+    """
+    if out is not None:
+        out = Path(out).resolve()
+        _require_writable(out, Path(path).resolve(), force, folder=True)
+    plan = plan_conversion(read_source(path, ema=ema), flags)
+    loaded = load_tokenizer(tokenizer, plan.source, getattr(plan.model.config, "vocab_size", 0))
+    if out is not None:
+        with _published(out) as new:
+            write_folder(plan, new, loaded, with_code)
+    return plan
+
+
+def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: bool = False) -> Plan:
+    """Writes the model of a save_pretrained folder as a checkpoint that the authors' code can load: DeiT's layout
+    (model, args) for images, Composer's (state.model and the configuration) for text.
+
+    Args:
+        folder: the folder.
+        out: the file to write; it appears complete or not at all. None writes nothing.
+        force: replace `out` if it is a file.
+
+    Returns:
+        The conversion of what was written, which gives the weights of the folder bit by bit.
+
+    Raises:
+        ConversionError: for another kind of folder, and for a model that the authors' layout cannot express.
+    """
+    folder = Path(folder)
+    if out is not None:
+        out = Path(out).resolve()
+        _require_writable(out, folder.resolve(), force, folder=False)
+    config, state = read_folder(folder)
+    content = authors_checkpoint(config, state)
+    plan = plan_conversion(interpret(content, folder))
+    require_same_meaning(config, plan.model.config)
+    back = plan.model.state_dict()
+    if not all(tensor.dtype == back[name].dtype and tensor.equal(back[name]) for name, tensor in state.items()):
+        raise ConversionError(f"{folder}: the weights do not survive the way to the authors' layout and back.")
+    if out is not None:
+        with _published(out) as new:
+            torch.save(content, new)
+    return plan
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def _table(*rows: tuple[Any, ...]) -> str:
+    cells = [tuple(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return "\n".join(lines) + "\n"
+
+
+def describe(plan: Plan) -> str:
+    """The plan as tables: what the source is, the configuration, the names of the weights, what is dropped."""
+    model = plan.model
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.state_dict().values()})
+    summary = [
+        ("source", f"{plan.source.path}: {plan.source.layout}"),
+        ("model", type(model).__name__),
+        ("parameters", f"{model.num_parameters():,}"),
+        ("dtype", ", ".join(dtypes)),
+    ]
+    options = [(name, getattr(model.config, name), origin) for name, origin in plan.origins.items()]
+    names = [
+        (old, tuple(plan.source.weights[old].shape), new, tuple(tensor.shape))
+        for old, parts in plan.renamed.items()
+        for new, tensor in parts.items()
+    ]
+    tables = [
+        _table(*summary),
+        _table(("option", "value", "known from"), *options),
+        _table(("the authors' name", "shape", "name here", "shape"), *names),
+    ]
+    if plan.dropped:
+        tables.append(_table(("dropped", "why"), *plan.dropped.items()))
+    return "\n".join(tables)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lion-convert", description="Converts checkpoints of the LION authors' code to Transformers, and back."
     )
+    add, choice = parser.add_argument, {"type": str.lower}
+    add("source", help="the authors' checkpoint (.pth, .pt, .safetensors); with --reverse a folder of save_pretrained")
+    add("out", nargs="?", help="folder to write (with --reverse: file); not needed with --dry-run")
+    add("--reverse", action="store_true", help="write a folder's model as a checkpoint for the authors' code")
+    add("--dry-run", action="store_true", help="verify, show the plan as a table, write nothing")
+    add("--force", action="store_true", help="replace OUT")
+    add("--ema", action="store_true", default=None, help="take the averaged weights (model_ema) of an image checkpoint")
+    add("--with-code", action="store_true", default=None, help="add the modelling code, for users without lion_hf")
+    add("--tokenizer", metavar="NAME_OR_PATH", help="tokenizer to save beside a text model")
+    unknown = parser.add_argument_group("what a bare state dict does not tell")
+    add = unknown.add_argument
+    add("--mask-type", **choice, choices=("lit", "decay", "selective"), help="the variant; shown by the decays if any")
+    add("--num-heads", type=int, dest="num_attention_heads", metavar="N", help="heads of a LION-LIT model")
+    add("--cls-tok", **choice, choices=("true", "false"), help="images: classify from the class token")
+    add("--order", **choice, choices=("normal", "s"), help="images: the scan of a LION-LIT model")
+    add("--pos-emb", **choice, choices=("true", "false"), help="whether the position table is in use")
+    add("--image-size", type=int, metavar="N", help="images: side in pixels of a model without position table")
+    return parser
+
+
+def _run(source: str, out: str | None, reverse: bool, dry_run: bool, force: bool, **options: Any) -> str:
+    """Does what the command line says; returns what to tell the user."""
+    options = {name: value for name, value in options.items() if value is not None}
+    if out is None and not dry_run:
+        raise ConversionError("OUT is missing: say where to write, or --dry-run.")
+    if reverse and options:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise ConversionError(f"--reverse reads all it needs from the folder; leave out {given}.")
+    for name in ("cls_tok", "pos_emb"):
+        if name in options:
+            options[name] = options[name] == "true"
+    work = reverse_checkpoint if reverse else convert_checkpoint
+    plan = work(source, None if dry_run else out, force=force, **options)
+    if dry_run:
+        return describe(plan)
+    lines = [f"wrote {out}: {type(plan.model).__name__} with {plan.model.num_parameters():,} parameters"]
+    if not reverse:
+        lines += [f"dropped {name}: {reason}" for name, reason in plan.dropped.items()]
+        lines += _missing_companions(Path(out), plan.source.kind)
+    return "\n".join(lines)
+
+
+def _missing_companions(out: Path, kind: str) -> list[str]:
+    if kind == "text" and not (out / "tokenizer_config.json").exists():
+        return ["no tokenizer was written: the checkpoint holds none; give one with --tokenizer"]
+    if kind == "image" and not (out / "preprocessor_config.json").exists():
+        return ["no image processor was written: install Pillow"]
+    return []
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns 0, 2 after an error that the user can mend (one line), or 130 after an interruption."""
+    options = vars(_parser().parse_args(arguments))
+    # A terminated process removes what is half-written, as an interrupted one does.
+    handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    logging.disable_progress_bar()
+    try:
+        print(_run(**options))
+    except (ConversionError, OSError, SafetensorError) as error:
+        print(f"lion-convert: error: {first_line(error)}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lion-convert: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

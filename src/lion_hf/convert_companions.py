@@ -1,0 +1,128 @@
+"""What lies beside converted weights: tokenizer or image processor, and the model card."""
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .configuration_lion import LionVisionConfig
+from .convert_source import ConversionError, Source, first_line
+
+
+# DeiT's evaluation: the shorter side to 256 pixels, of which the centre 224 are kept.
+_CROP_RATIO = 0.875
+
+_PAPER = "https://arxiv.org/abs/2502.16249"
+_AUTHORS_CODE = "https://github.com/LIONS-EPFL/LION"
+_VARIANT_NAMES = {"lit": "LION-LIT", "decay": "LION-D", "selective": "LION-S"}
+# By class: the pipeline, and the Auto class that loads it.
+_USES = {
+    "LionForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
+    "LionForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
+    "LionForImageClassification": ("image-classification", "AutoModelForImageClassification"),
+}
+
+_TEXT = """# {title}
+
+{variant} with {parameters:,} parameters, a linear attention encoder of the paper
+[Linear Attention for Efficient Bidirectional Sequence Modeling]({paper}) (NeurIPS 2025), converted to Transformers.
+
+## Origin
+
+The weights were trained with [the paper authors' code]({code}) and converted by lion_hf from `{file}`
+({layout}). Names of tensors changed, values did not.{dropped}
+
+## Licence of the weights
+
+The authors publish their code and weights under a **non-commercial licence**, and converted weights keep it: read the
+licence in [their repository]({code}) before you use or share them. The Apache-2.0 licence of lion_hf covers its code, not
+these weights.
+
+## Use
+
+```python
+{imports}from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/folder"{trust})
+```
+"""
+
+
+def load_tokenizer(name: str | None, source: Source, vocab_size: int) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of that name or folder; without a name, the one inside the checkpoint, or None.
+
+    Raises:
+        ConversionError: for a tokenizer that does not load, has more tokens than the model, or is given for images.
+    """
+    if name is not None and source.kind == "image":
+        raise ConversionError("--tokenizer is for text, but the checkpoint is of an image model; leave it out.")
+    if name is None and source.tokenizer is None:
+        return None
+    origin = f"The tokenizer {name!r}" if name else "The tokenizer inside the checkpoint"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name) if name else BertTokenizer(**source.tokenizer)
+    except Exception as error:  # the readers of many kinds of files raise errors of many kinds
+        raise ConversionError(
+            f"{origin} does not load ({first_line(error)}); give another with --tokenizer."
+        ) from error
+    if len(tokenizer) > vocab_size:
+        raise ConversionError(
+            f"{origin} has {len(tokenizer):,} tokens, but the model only {vocab_size:,}; give the one it was trained with."
+        )
+    return tokenizer
+
+
+def image_processor(config: LionVisionConfig):
+    """What the authors' evaluation does: bicubic resize of the shorter side (256 for 224), centre crop, ImageNet's mean
+    and standard deviation. None where Transformers has no processor for lack of Pillow."""
+    side = config.image_size
+    options = {
+        "size": {"shortest_edge": round(side / _CROP_RATIO)},
+        "crop_size": {"height": side, "width": side},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "resample": 3,  # bicubic
+        "image_mean": IMAGENET_DEFAULT_MEAN,
+        "image_std": IMAGENET_DEFAULT_STD,
+    }
+    try:
+        from transformers import ViTImageProcessorPil
+
+        return ViTImageProcessorPil(**options)
+    except ImportError:
+        return None
+
+
+def model_card(model: PreTrainedModel, source: Source, dropped: dict[str, str], with_code: bool) -> ModelCard:
+    """The card (README.md) of a converted checkpoint, valid on the Hub.
+
+    Args:
+        model: the converted model.
+        source: what it was converted from.
+        dropped: tensors that were not carried over, and why.
+        with_code: whether the folder holds the modelling code.
+    """
+    pipeline, auto = _USES[type(model).__name__]
+    variant = _VARIANT_NAMES[model.config.mask_type] + " (snake)" * (getattr(model.config, "order", "") == "s")
+    data = ModelCardData(
+        license="other",
+        license_name="lion-authors-non-commercial",
+        license_link=_AUTHORS_CODE,
+        library_name="transformers",
+        pipeline_tag=pipeline,
+        tags=["lion", "linear-attention", "arxiv:2502.16249", *(["custom_code"] if with_code else [])],
+    )
+    reasons = "".join(f"\n- `{name}`: {reason}" for name, reason in dropped.items())
+    text = _TEXT.format(
+        title=f"{variant} from {source.path.name}",
+        variant=variant,
+        parameters=model.num_parameters(),
+        paper=_PAPER,
+        code=_AUTHORS_CODE,
+        file=source.path.name,
+        layout=source.layout,
+        dropped=f" Left out:\n{reasons}" if dropped else "",
+        imports="" if with_code else "import lion_hf  # makes the Auto classes know LION\n",
+        auto=auto,
+        trust=", trust_remote_code=True" if with_code else "",
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

@@ -1,0 +1,260 @@
+"""Configurations of the authors' checkpoints: from their shapes, from what the file says, and from the user."""
+
+import math
+import re
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .configuration_lion import LionConfig, LionVisionConfig
+from .convert_source import ConversionError, Source, first_line
+from .modeling_lion import LionForMaskedLM, LionForSequenceClassification
+from .modeling_lion_vision import LionForImageClassification
+
+
+# Every name that the authors give a variant, in lower case; the last three are internal ones.
+_VARIANTS = {
+    "lit": "lit",
+    "decay": "decay",
+    "selective": "selective",
+    "lion-lit": "lit",
+    "lion-d": "decay",
+    "lion-s": "selective",
+    "linear_attention": "lit",
+    "nova": "decay",
+    "nova-inputdep": "selective",
+}
+# Heads of the sizes that the authors' image models are named after.
+_HEADS_OF_SIZE = {"tiny": 3, "small": 6, "base": 12}
+
+# Options that a flag can settle: the flag, and why the file may not tell.
+QUESTIONS = {
+    "mask_type": ("--mask-type lit", "weights without decays are of LION-LIT, or of a plain BERT or ViT"),
+    "num_attention_heads": ("--num-heads N", "the weights of LION-LIT do not show its heads"),
+    "cls_tok": ("--cls-tok true|false", "whether images are classified from the class token is not in the weights"),
+    "order": ("--order normal|s", "the scan of LION-LIT is not in the weights"),
+    "image_size": ("--image-size N", "models without positions take any size"),
+    "pos_emb": ("--pos-emb true|false", "a position table in the weights may be unused"),
+}
+# Options of a text configuration that keep their names and that no tensor shows.
+_TEXT_STATED = (
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "classifier_dropout",
+    "initializer_range",
+    "layer_norm_eps",
+    "pad_token_id",
+    "problem_type",
+    "id2label",
+    "label2id",
+)
+
+
+class Options:
+    """The options of a configuration and where each comes from. Sources that contradict each other are an error.
+
+    Args:
+        source: the checkpoint.
+        flags: what the user says about the options of `QUESTIONS`; None where nothing is said.
+        description: what the file's own description is called.
+    """
+
+    def __init__(self, source: Source, flags: dict[str, Any], description: str):
+        self.source = source
+        self.flags = {name: value for name, value in flags.items() if value is not None}
+        self.description = description
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        self.open: list[str] = []
+
+    def settle(self, name: str, *, weights: Any = None, stated: Any = None, default: Any = None) -> Any:
+        """The value that all who know it agree on, else the default; without one, the question stays open (None)."""
+        answers = {"flag": self.flags.pop(name, None), self.description: stated, "weights": weights}
+        answers = {origin: value for origin, value in answers.items() if value is not None}
+        if not answers and default is not None:
+            answers = {"default": default}
+        if not answers:
+            self.open.append(name)
+            return None
+        origin, value = next(iter(answers.items()))
+        for other, contradiction in answers.items():
+            if contradiction != value:
+                remedy = "leave out the flag" if origin == "flag" else "the file contradicts itself"
+                raise ConversionError(
+                    f"{name} is {value!r} according to the {origin}, but {contradiction!r} according to the {other}: "
+                    f"{remedy}."
+                )
+        self.values[name], self.origins[name] = value, origin
+        return value
+
+    def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """The shape of a tensor that every model of the kind has, or that is known to be there."""
+        tensor = self.source.weights.get(name)
+        if tensor is None or tensor.dim() != dimensions:
+            found = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
+            raise ConversionError(f"{self.source.path}: {name} {found}; it must have {dimensions} dimension(s).")
+        return tuple(tensor.shape)
+
+    def depth(self, pattern: str) -> int:
+        """Number of layers; one that is missing in between shows when names are compared."""
+        return len({match[1] for name in self.source.weights if (match := re.match(pattern, name))})
+
+    def build(self, config_class: type) -> LionConfig | LionVisionConfig:
+        """The configuration; raises ConversionError for open questions, flags of no use and impossible values."""
+        if self.open:
+            needed = "; ".join("{} ({})".format(*QUESTIONS[name]) for name in self.open)
+            raise ConversionError(f"{self.source.path} does not say everything. Give {needed}.")
+        if self.flags:
+            useless = ", ".join(QUESTIONS[name][0].split()[0] for name in self.flags)
+            raise ConversionError(
+                f"{useless}: {self.source.path} holds a model of {self.source.kind}, which has no such option."
+            )
+        try:
+            return config_class(**self.values)
+        except Exception as error:  # what a file states can be anything
+            raise ConversionError(
+                f"{self.source.path} gives no possible configuration: {first_line(error.__cause__ or error)}."
+            ) from error
+
+
+def infer_config(
+    source: Source, flags: dict[str, Any]
+) -> tuple[LionConfig | LionVisionConfig, dict[str, str], type[PreTrainedModel]]:
+    """The configuration of a checkpoint.
+
+    Args:
+        source: the checkpoint.
+        flags: what the user says about the options of `QUESTIONS`; None where nothing is said.
+
+    Returns:
+        The configuration, the origin of each option ("flag", "args" or "configuration" of the file, "weights",
+        "default"), and the class of the model.
+
+    Raises:
+        ConversionError: where something cannot be known, sources contradict each other, or a tensor is missing.
+    """
+    if source.kind == "image":
+        options = _image_options(source, flags)
+        return options.build(LionVisionConfig), options.origins, LionForImageClassification
+    options = _text_options(source, flags)
+    return options.build(LionConfig), options.origins, _text_head(source)
+
+
+def _image_options(source: Source, flags: dict[str, Any]) -> Options:
+    weights, args = source.weights, source.stated
+    options = Options(source, flags, "args")
+    size, channels, patch_size, _ = options.shape("patch_embed.proj.weight", 4)
+    mixer = "blocks.0.attn."
+    _, heads = _variant(options, args.get("mask_type"), mixer + "a_i", mixer + "a_i.weight")
+    options.settle("hidden_size", weights=size)
+    options.settle("num_hidden_layers", weights=options.depth(r"blocks\.(\d+)\."))
+    name = str(args.get("model")).lower()
+    by_name = next((n for size, n in _HEADS_OF_SIZE.items() if size in name), None) if heads is None else None
+    options.settle("num_attention_heads", stated=args.get("num_heads", by_name), weights=heads)
+    options.settle("intermediate_size", weights=options.shape("blocks.0.mlp.fc1.weight", 2)[0])
+    options.settle("qkv_bias", weights=mixer + "qkv.bias" in weights)
+    options.settle("num_channels", weights=channels)
+    options.settle("patch_size", weights=patch_size)
+    snake = any(name.startswith(mixer + "a2_i") for name in weights)
+    order = None if heads is None else "s" if snake else "normal"
+    options.settle("order", stated=_lower(args.get("order")), weights=order)
+    has_table = "pos_embed" in weights
+    _settle_positions(options, has_table, args.get("pos_emb"), default=has_table)
+    side = math.isqrt(max(options.shape("pos_embed", 3)[1] - 1, 0)) * patch_size if has_table else None
+    options.settle("image_size", stated=args.get("input_size"), weights=side)
+    options.settle("cls_tok", stated=args.get("cls_tok"))
+    labels = options.shape("head.weight", 2)[0] if "head.weight" in weights else 0
+    options.settle("num_labels", stated=args.get("nb_classes"), weights=labels)
+    options.settle("hidden_dropout_prob", stated=args.get("drop"), default=0.0)
+    options.settle("drop_path_rate", stated=args.get("drop_path"), default=0.0)
+    return options
+
+
+def _text_options(source: Source, flags: dict[str, Any]) -> Options:
+    weights, stated = source.weights, source.stated
+    options = Options(source, flags, "configuration")
+    embeddings, layer = "bert.embeddings.", "bert.encoder.layer.0."
+    mixer = layer + "attention.self."
+    norm = mixer + "layer_norm.weight"
+    mask_type, heads = _variant(options, stated.get("arch_type"), mixer + "ai", mixer + "Wa_i.weight", norm)
+    vocabulary, size = options.shape(embeddings + "word_embeddings.weight", 2)
+    options.settle("vocab_size", weights=vocabulary)  # with its padding, whatever the file states
+    known = {
+        "hidden_size": size,
+        "num_hidden_layers": options.depth(r"bert\.encoder\.layer\.(\d+)\."),
+        "num_attention_heads": heads,
+        "intermediate_size": options.shape(layer + "intermediate.dense.weight", 2)[0],
+        "type_vocab_size": options.shape(embeddings + "token_type_embeddings.weight", 2)[0],
+        "layer_norm_after": norm in weights,
+    }
+    for name, value in known.items():
+        options.settle(name, stated=stated.get(name), weights=value)
+    positions = stated.get("position_embedding_type")
+    has_table = embeddings + "position_embeddings.weight" in weights
+    _settle_positions(
+        options, has_table, None if positions is None else positions == "absolute", default=mask_type == "lit"
+    )
+    length = None
+    if has_table:
+        length = options.shape(embeddings + "position_embeddings.weight", 2)[0]
+    elif embeddings + "position_ids" in weights:
+        length = options.shape(embeddings + "position_ids", 2)[1]
+    options.settle("max_position_embeddings", stated=stated.get("max_position_embeddings"), weights=length, default=512)
+    for name in _TEXT_STATED:
+        if stated.get(name) is not None:
+            options.settle(name, stated=stated[name])
+    if "classifier.weight" in weights:
+        options.settle("num_labels", weights=options.shape("classifier.weight", 2)[0])
+    if "cls.predictions.decoder.weight" in weights:
+        tied = weights["cls.predictions.decoder.weight"].equal(weights[embeddings + "word_embeddings.weight"])
+        options.settle("tie_word_embeddings", weights=tied)
+    return options
+
+
+def _variant(
+    options: Options, stated: Any, decay: str, selective: str, lit: str | None = None
+) -> tuple[str | None, int | None]:
+    """mask_type and, where its decays show them, the number of heads. `decay`, `selective` and `lit` name parameters of
+    the first layer that only this variant has; without any, the file or the user must say that it is LION-LIT."""
+    weights = options.source.weights
+    if stated is not None and _lower(stated) not in _VARIANTS:
+        raise ConversionError(
+            f"{options.source.path} names the variant {stated!r}; known are {', '.join(map(repr, _VARIANTS))}."
+        )
+    heads = None
+    if decay in weights:
+        found, heads = "decay", options.shape(decay, 1)[0]
+    elif selective in weights:
+        found, heads = "selective", options.shape(selective, 2)[0]
+    else:
+        found = "lit" if lit in weights else None
+    mask_type = options.settle("mask_type", stated=_VARIANTS.get(_lower(stated)), weights=found)
+    if heads is None and mask_type not in ("lit", None):
+        raise ConversionError(
+            f"mask_type is {mask_type!r} according to the {options.origins['mask_type']}, but the weights hold no decay "
+            f"({decay} or {selective})."
+        )
+    return mask_type, heads
+
+
+def _settle_positions(options: Options, has_table: bool, stated: bool | None, default: bool) -> None:
+    if options.settle("pos_emb", stated=stated, default=default) and not has_table:
+        raise ConversionError(
+            f"pos_emb is true according to the {options.origins['pos_emb']}, but the weights hold no position table."
+        )
+
+
+def _text_head(source: Source) -> type[PreTrainedModel]:
+    if any(name.startswith("cls.predictions.") for name in source.weights):
+        return LionForMaskedLM
+    if "classifier.weight" in source.weights:
+        return LionForSequenceClassification
+    raise ConversionError(
+        f"{source.path} has neither a masked language head (cls.predictions) nor a classifier; convert the checkpoint "
+        "with its head."
+    )
+
+
+def _lower(value: Any) -> str | None:
+    return None if value is None else str(value).lower()

@@ -1,0 +1,185 @@
+"""Reading runs nothing, refuses what the authors' checkpoints never hold, and finds the weights in every layout."""
+
+import argparse
+import datetime
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import IMAGE, TEXT, bare_image, bare_text, save
+from safetensors.torch import save_file
+
+from lion_hf.convert_source import ConversionError, read_source
+
+
+class Hostile:
+    """Creates a file when it is unpickled by a reader that is not careful."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def raw_pickle(content, path):
+    path.write_bytes(pickle.dumps(content))
+
+
+WRITERS = {
+    "zip": torch.save,
+    "legacy": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+    "protocol 4": lambda content, path: torch.save(content, path, pickle_protocol=4),
+    "pickle": raw_pickle,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("place", ["all", "weights", "args"])
+def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(tmp_path, writer, place):
+    hostile = Hostile(tmp_path / "marker")
+    content = {
+        "all": hostile,
+        "weights": {"model": {"cls_token": hostile}},
+        "args": {"args": argparse.Namespace(x=hostile)},
+    }
+    WRITERS[writer](content[place], tmp_path / "source.pth")
+    with pytest.raises(ConversionError, match="Nothing in it was run") as error:
+        read_source(tmp_path / "source.pth")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "marker").exists()
+    with pytest.raises(Exception, match="."):  # the file is hostile indeed: a careless reader runs it
+        torch.load(tmp_path / "source.pth", weights_only=False)["x"]
+    assert (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    "foreign, name",
+    [
+        (datetime.datetime(2025, 1, 1), "datetime.datetime"),
+        (np.float64(1), "scalar"),
+        (np.arange(3.0), None),
+        (np.array([None]), None),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (os.path.join, "posixpath.join"),
+    ],
+    ids=["datetime", "numpy scalar", "numpy float64", "numpy objects", "module", "function"],
+)
+def test_only_the_types_of_the_authors_are_allowed(tmp_path, foreign, name):
+    source = save({"model": {}, "args": argparse.Namespace(x=foreign)}, tmp_path / "source.pth")
+    with pytest.raises(ConversionError, match=name or "safe reader refuses"):
+        read_source(source)
+
+
+def test_namespace_timedelta_and_random_states_are_allowed_and_only_while_reading(tmp_path):
+    weights, _ = bare_image("decay")
+    state = np.random.RandomState(0).get_state()
+    extra = {"args": argparse.Namespace(drop=0.1), "rng": [{"numpy": state}], "time": datetime.timedelta(seconds=3)}
+    source = save({"model": weights, **extra}, tmp_path / "source.pth")
+    allowed = torch.serialization.get_safe_globals()
+    assert read_source(source).stated == {"drop": 0.1}
+    assert torch.serialization.get_safe_globals() == allowed
+
+
+@pytest.mark.parametrize("module", [b"numpy.core.multiarray", b"numpy._core.multiarray"])
+def test_arrays_of_both_numpy_generations_are_read(tmp_path, module):
+    with zipfile.ZipFile(TEXT) as old, zipfile.ZipFile(tmp_path / "source.pt", "w") as new:
+        for entry in old.namelist():
+            data = old.read(entry)
+            if entry.endswith("data.pkl"):
+                assert b"numpy._core.multiarray\n" in data or b"numpy.core.multiarray\n" in data
+                data = data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+                data = data.replace(b"numpy.core.multiarray", module)
+            new.writestr(entry, data)
+    assert read_source(tmp_path / "source.pt").kind == "text"
+
+
+def truncated(path, part):
+    data = IMAGE.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+
+
+BROKEN = {
+    "missing": (lambda path: None, "does not exist"),
+    "folder": (lambda path: path.mkdir(), "is a folder"),
+    "empty": (lambda path: path.touch(), "is empty"),
+    "text": (lambda path: path.write_text("weights\n" * 9), "not a whole PyTorch checkpoint"),
+    "almost whole": (lambda path: truncated(path, 0.999), "not a whole PyTorch checkpoint"),
+    "half": (lambda path: truncated(path, 0.5), "not a whole PyTorch checkpoint"),
+    "beginning": (lambda path: truncated(path, 0.0001), "not a whole PyTorch checkpoint"),
+    "list": (lambda path: torch.save([1], path), "holds list"),
+    "nothing": (lambda path: torch.save({}, path), "holds nothing"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_file_that_is_no_checkpoint_is_an_error_of_one_line(tmp_path, kind):
+    make, message = BROKEN[kind]
+    make(tmp_path / "source.pth")
+    with pytest.raises(ConversionError, match=message) as error:
+        read_source(tmp_path / "source.pth")
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_safetensors_file_is_an_error_of_one_line(tmp_path):
+    weights, _ = bare_image()
+    save_file(weights, tmp_path / "whole.safetensors")
+    (tmp_path / "half.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:5000])
+    assert read_source(tmp_path / "whole.safetensors").kind == "image"
+    with pytest.raises(ConversionError, match="not a whole safetensors file") as error:
+        read_source(tmp_path / "half.safetensors")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "names", [("conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "fc.weight"), ("encoder.block.0.weight",), (1, 2)]
+)
+def test_another_architecture_is_refused_by_its_names(tmp_path, names):
+    source = save({name: torch.zeros(2) for name in names}, tmp_path / "source.pth")
+    with pytest.raises(ConversionError, match=f"not one of the authors' models: it holds {names[0]!r}"):
+        read_source(source)
+
+
+@pytest.mark.parametrize(
+    "value", [3, torch.zeros(1, device="meta"), torch.eye(2).to_sparse()], ids=["int", "meta", "sparse"]
+)
+def test_anything_but_dense_tensors_is_refused(tmp_path, value):
+    weights, _ = bare_image()
+    source = save(weights | {"norm.weight": value}, tmp_path / "source.pth")
+    with pytest.raises(ConversionError, match=r"dense tensor under 'norm.weight'|refuses"):
+        read_source(source)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
+@pytest.mark.parametrize("make, kind", [(bare_image, "image"), (bare_text, "text")])
+def test_prefixes_of_wrappers_are_removed(tmp_path, prefix, make, kind):
+    weights, _ = make()
+    source = read_source(save({prefix + name: x for name, x in weights.items()}, tmp_path / "source.pth"))
+    assert (source.kind, source.layout) == (kind, "bare state dict")
+    assert source.weights.keys() == weights.keys()
+
+
+def test_layouts_are_told_apart():
+    image, text = read_source(IMAGE), read_source(TEXT)
+    assert (image.kind, image.layout, image.stated["mask_type"]) == ("image", "DeiT image checkpoint", "Selective")
+    assert (text.kind, text.layout, text.stated["arch_type"]) == ("text", "Composer text checkpoint", "lion-d")
+    assert text.tokenizer["vocab"]["[MASK]"] == 4
+
+
+def test_averaged_weights_are_taken_on_demand_and_their_absence_is_an_error(tmp_path):
+    plain, averaged = read_source(IMAGE), read_source(IMAGE, ema=True)
+    assert plain.weights.keys() == averaged.weights.keys()
+    assert not torch.equal(plain.weights["head.weight"], averaged.weights["head.weight"])
+    weights, _ = bare_image()
+    for content in ({"model": weights}, {"model": weights, "model_ema": None}, weights):
+        with pytest.raises(ConversionError, match="leave out --ema"):
+            read_source(save(content, tmp_path / "source.pth"), ema=True)
+
+
+def test_a_checkpoint_in_the_old_format_of_pytorch_is_read(tmp_path):
+    weights, _ = bare_image()
+    torch.save({"model": weights}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert read_source(tmp_path / "old.pth").weights.keys() == weights.keys()
