@@ -6,7 +6,7 @@
 
 `python -m lion_hf.convert_lion_checkpoint` is the same. A checkpoint is read without running anything in it
 (convert_source), its configuration is inferred (convert_config), its tensors get our names (convert_names), and all is
-verified before anything is written.
+verified (convert_plan) before anything is written.
 """
 
 import argparse
@@ -16,144 +16,21 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_lion import LionConfig, LionVisionConfig
 from .convert_companions import image_processor, load_tokenizer, model_card
-from .convert_config import infer_config
 from .convert_names import convert_text_state_dict, convert_vision_state_dict
+from .convert_plan import Plan, plan_conversion
 from .convert_reverse import authors_checkpoint, read_folder, require_same_meaning
-from .convert_source import ConversionError, Source, first_line, interpret, read_source
-from .modeling_lion import LionForMaskedLM
+from .convert_source import ConversionError, first_line, interpret, read_source
 from .save_with_code import save_with_code
-
-
-@dataclass
-class Plan:
-    """A conversion that is verified and not yet written.
-
-    Args:
-        source: the authors' checkpoint.
-        model: our model with its weights, in the dtype of the file.
-        origins: where each option of the configuration comes from.
-        renamed: our names and tensors, by the authors' names.
-        dropped: why a tensor of the authors is not carried over, by its name.
-    """
-
-    source: Source
-    model: PreTrainedModel
-    origins: dict[str, str]
-    renamed: dict[str, dict[str, Tensor]]
-    dropped: dict[str, str]
-
-
-def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan:
-    """Converts a checkpoint in memory and verifies the result: every tensor is used or listed as dropped, none is missing
-    or of another shape, parameters are as many as before, all are finite, and so is a forward.
-
-    Args:
-        source: from [`read_source`].
-        flags: options that the file does not tell; see `QUESTIONS` in convert_config.
-
-    Raises:
-        ConversionError: where the configuration stays open or the verification fails.
-    """
-    config, origins, head = infer_config(source, flags or {})
-    convert = convert_vision_state_dict if source.kind == "image" else convert_text_state_dict
-    renamed, dropped = {}, {}
-    for name, tensor in source.weights.items():
-        if reason := _reason_to_drop(name, source, config, head):
-            dropped[name] = reason
-            continue
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise ConversionError(f"{source.path}: {name} holds something other than finite real numbers.")
-        try:
-            renamed[name] = convert({name: tensor}, config)
-        except ValueError as error:
-            raise ConversionError(f"{source.path}: {first_line(error)}.") from error
-    state = {name: tensor for parts in renamed.values() for name, tensor in parts.items()}
-    model = _loaded(head, config, state, source)
-    kept = sum(source.weights[name].numel() for name in renamed)
-    if kept != model.num_parameters():
-        raise ConversionError(
-            f"{source.path} holds {kept:,} parameters, but the model has {model.num_parameters():,}: some are twice there."
-        )
-    _check_forward(model, source)
-    return Plan(source, model, origins, renamed, dropped)
-
-
-def _reason_to_drop(name: str, source: Source, config: LionConfig | LionVisionConfig, head: type) -> str | None:
-    if name.endswith("position_ids"):
-        return "numbers of positions, no weights"
-    if name.endswith("distance_embedding.weight"):
-        return "a table of relative positions, which no LION model reads"
-    if ("position_embeddings" in name or name == "pos_embed") and not config.pos_emb:
-        return "a position table that this model does not read"
-    if name.startswith("bert.pooler.") and head is LionForMaskedLM:
-        return "a pooler, which a masked language model does not have"
-    if name == "cls.predictions.decoder.weight" and config.tie_word_embeddings:
-        return "the same tensor as the word embeddings"
-    twin = source.weights.get("cls.predictions.decoder.bias")
-    if name == "cls.predictions.bias" and twin is not None:
-        if not twin.equal(source.weights[name]):
-            raise ConversionError(f"{source.path}: cls.predictions.bias and cls.predictions.decoder.bias differ.")
-        return "the same tensor as cls.predictions.decoder.bias"
-    return None
-
-
-def _loaded(
-    head: type[PreTrainedModel], config: LionConfig | LionVisionConfig, state: dict[str, Tensor], source: Source
-) -> PreTrainedModel:
-    """The model with exactly these weights, in their dtypes."""
-    with torch.device("meta"):
-        model = head(config)
-    expected = model.state_dict()
-    if source.kind == "text" and config.tie_word_embeddings:
-        for tied in model._tied_weights_keys or ():
-            expected.pop(tied)
-    for problem, names in (
-        ("lacks", expected.keys() - state.keys()),
-        ("has no use for", state.keys() - expected.keys()),
-    ):
-        if names:
-            raise ConversionError(
-                f"{source.path} {problem} {len(names)} tensor(s) of {head.__name__}: {', '.join(sorted(names)[:3])}"
-                + (", ..." if len(names) > 3 else ".")
-            )
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise ConversionError(
-                f"{source.path}: {name} has the shape {tuple(tensor.shape)}, but the configuration gives "
-                f"{tuple(expected[name].shape)}."
-            )
-    owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    model.load_state_dict(owned, strict=False, assign=True)  # strict but for the tied decoder, which follows
-    model.tie_weights()
-    return model.eval()
-
-
-@torch.no_grad()
-def _check_forward(model: PreTrainedModel, source: Source) -> None:
-    config = model.config
-    if source.kind == "image":
-        inputs = {"pixel_values": torch.zeros(1, config.num_channels, config.image_size, config.image_size)}
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    else:
-        inputs = {"input_ids": torch.arange(min(16, config.vocab_size, config.max_position_embeddings))[None]}
-    try:
-        logits = model(**inputs).logits
-    except (RuntimeError, ValueError) as error:
-        raise ConversionError(f"{source.path}: the converted model does not run: {first_line(error)}.") from error
-    if not logits.isfinite().all():
-        raise ConversionError(f"{source.path}: the outputs of the converted model are not finite.")
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -392,6 +269,14 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, handler)
     return 0
 
+
+__all__ = [
+    "convert_checkpoint",
+    "convert_text_state_dict",
+    "convert_vision_state_dict",
+    "main",
+    "reverse_checkpoint",
+]
 
 if __name__ == "__main__":
     sys.exit(main())
