@@ -190,20 +190,19 @@ def test_a_subclass_from_elsewhere_never_leaves_a_folder_that_cannot_load(tmp_pa
         assert (tmp_path / f"{target.split('.')[0]}.py").exists(), f"auto_map names {target}"
 
 
-def test_push_to_hub_uploads_the_whole_folder(tmp_path, monkeypatch):
+def test_push_to_hub_uploads_the_files_of_the_folder(tmp_path, monkeypatch):
     calls = []
 
     class Hub:
         def __init__(self, token=None):
             calls.append(("token", token))
 
-        def create_repo(self, repo_id, exist_ok):
+        def create_repo(self, repo_id, private, exist_ok):
             calls.append(("create", repo_id, exist_ok))
             return type("Repo", (), {"repo_id": f"me/{repo_id}"})
 
-        def upload_folder(self, repo_id, folder_path):
-            files = {file.name for file in folder_path.iterdir()}
-            calls.append(("upload", repo_id, {"config.json", "model.safetensors", "modeling_lion.py"} <= files))
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            calls.append(("upload", repo_id, set(allow_patterns) == {file.name for file in folder_path.iterdir()}))
 
     monkeypatch.setattr(sys.modules["lion_hf.save_with_code"], "HfApi", Hub)
     save_with_code(lion_hf.LionModel(text_config()), tmp_path / "tiny")

@@ -29,6 +29,7 @@ from .modeling_lion import (
     LionPreTrainedModel,
 )
 from .modeling_lion_vision import LionForImageClassification, LionVisionModel, LionVisionPreTrainedModel
+from .push import push
 from .save_with_code import save_with_code
 
 
@@ -70,5 +71,6 @@ __all__ = [
     "bidirectional_linear_attention",
     "convert_text_state_dict",
     "convert_vision_state_dict",
+    "push",
     "save_with_code",
 ]

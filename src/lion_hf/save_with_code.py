@@ -1,9 +1,11 @@
 """Checkpoints that carry their code, for users who have Transformers but not this package."""
 
+import glob
 import json
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
@@ -40,7 +42,8 @@ def save_with_code(
     Args:
         model: any LION model of this package.
         folder: where to write; made if absent.
-        push_to_hub: upload the whole folder to `repo_id` afterwards (the repository is made if absent).
+        push_to_hub: upload the files of the folder to `repo_id` afterwards (the repository is made if absent).
+            [`push`] adds a card and shows beforehand what it would upload.
         repo_id: "user/name" on the Hub; the folder's name by default.
         kwargs: passed to `save_pretrained`.
 
@@ -73,7 +76,29 @@ def save_with_code(
     config["auto_map"] = _AUTO_MAPS[kind]
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if push_to_hub:
-        api = HfApi(token=kwargs.get("token"))
-        repo_id = api.create_repo(repo_id or folder.name, exist_ok=True).repo_id
-        api.upload_folder(repo_id=repo_id, folder_path=folder)
+        upload(folder, repo_id or folder.name, token=kwargs.get("token"))
     return folder
+
+
+class UploadFile(NamedTuple):
+    """A file that an upload takes: its name in the repository, and its size in bytes."""
+
+    path: str
+    size: int
+
+
+def files_to_upload(folder: Path) -> list[UploadFile]:
+    """The files that lie in the folder itself, by name: a model, its code, tokenizer or processor, and card are flat.
+
+    Folders (checkpoints of a training run, logs) and hidden files stay here.
+    """
+    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
+    return [UploadFile(file.name, file.stat().st_size) for file in files]
+
+
+def upload(folder: Path, repo_id: str, token: str | bool | None = None, private: bool | None = None) -> None:
+    """Uploads [`files_to_upload`] to a model repository of the Hub, which is made if absent."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    names = [glob.escape(file.path) for file in files_to_upload(folder)]
+    api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=names)

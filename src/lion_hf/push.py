@@ -1,0 +1,74 @@
+"""A trained model to the Hub in one call: weights, code, tokenizer or image processor, and card."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
+
+from .save_with_code import UploadFile, files_to_upload, save_with_code, upload
+
+
+def push(
+    model: PreTrainedModel,
+    folder: str | Path,
+    repo_id: str,
+    *,
+    card: ModelCard | str | Path | None = None,
+    processor: Any = None,
+    dry_run: bool = False,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> list[UploadFile]:
+    """Saves a model with its code and card into a folder, and uploads the files of that folder.
+
+    Only files that lie in the folder itself are uploaded, not its sub-folders. Use a new folder, or look at a dry run
+    first: other files that lie there are uploaded too.
+
+    Args:
+        model: any LION model of this package.
+        folder: where to write; made if absent.
+        repo_id: "user/name" on the Hub; the repository is made if absent.
+        card: a card, or the path of one, to become README.md; by default the README.md that is already in the folder.
+        processor: the tokenizer or image processor of the model, saved beside it.
+        dry_run: write the folder, upload nothing. Needs no network and no token.
+        private: whether a new repository is private; by default the account's choice.
+        token: of the Hub; by default the one of `hf auth login`.
+
+    Returns:
+        Path and size in bytes of every file that was uploaded, or would be.
+
+    Raises:
+        ValueError: for a model that is not from this package, or a card that is missing or has no metadata. Nothing is
+            written then.
+
+    ```python
+    >>> for file in lion_hf.push(model, "to-upload", "user/lion", card="card.md", dry_run=True):
+    ...     print(f"{file.size:>12,} {file.path}")
+    ```"""
+    folder = Path(folder)
+    card = _load_card(folder / "README.md" if card is None else card)
+    save_with_code(model, folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    card.save(folder / "README.md")
+    if not dry_run:
+        upload(folder, repo_id, token=token, private=private)
+    return files_to_upload(folder)
+
+
+def _load_card(card: ModelCard | str | Path) -> ModelCard:
+    if not isinstance(card, ModelCard):
+        path = Path(card)
+        if not path.is_file():
+            raise ValueError(
+                f"There is no card at {str(path)!r}. Give card=, a ModelCard or the path of a Markdown file that starts "
+                "with metadata between two lines '---'."
+            )
+        card = ModelCard.load(path)
+    if not card.data.to_dict():
+        raise ValueError(
+            "The card has no metadata, without which the Hub knows neither licence nor task. Start it with lines such as "
+            "'license: apache-2.0' and 'library_name: transformers' between two lines '---'."
+        )
+    return card

@@ -1,0 +1,111 @@
+"""One call saves and uploads a model; a dry run says exactly what would go up, without a network."""
+
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import filter_repo_objects
+from models import text_config, vision_config
+from transformers import AutoModelForMaskedLM, BertConfig, BertModel, BertTokenizer
+
+import lion_hf
+
+
+CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# A lion\n"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hub that keeps what it is sent: name of the repository -> contents by path."""
+    repositories = {}
+
+    class Hub:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert exist_ok
+            repositories[repo_id] = {"private": private, "token": self.token}
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            files = {
+                file.relative_to(folder_path).as_posix(): file for file in folder_path.rglob("*") if file.is_file()
+            }
+            taken = filter_repo_objects(files, allow_patterns=allow_patterns)
+            repositories[repo_id]["files"] = {name: files[name].read_bytes() for name in taken}
+
+    monkeypatch.setattr(sys.modules["lion_hf.save_with_code"], "HfApi", Hub)
+    return repositories
+
+
+def leftovers(folder):
+    """What else may lie in the output folder of a training run."""
+    for name in ("checkpoint-5/optimizer.pt", ".cache/huggingface/x", ".hidden", "curves [1].png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("left")
+
+
+def test_a_dry_run_names_exactly_what_the_upload_takes_and_uploads_nothing(tmp_path, hub):
+    model, card = lion_hf.LionForMaskedLM(text_config()), ModelCard(CARD)
+    leftovers(tmp_path)
+    planned = lion_hf.push(model, tmp_path, "me/lion", card=card, dry_run=True)
+    assert not hub
+    assert lion_hf.push(model, tmp_path, "me/lion", card=card, private=True, token="secret") == planned
+    assert (hub["me/lion"]["private"], hub["me/lion"]["token"]) == (True, "secret")
+    assert {name: len(content) for name, content in hub["me/lion"]["files"].items()} == dict(planned)
+    names = [file.path for file in planned]
+    assert names == sorted(names)
+    assert {"README.md", "config.json", "model.safetensors", "modeling_lion.py", "curves [1].png"} <= set(names)
+    assert not any("/" in name or name.startswith(".") for name in names)
+
+
+def test_what_was_uploaded_is_the_model_with_card_and_tokenizer(tmp_path, hub):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "lion"]))
+    tokenizer = BertTokenizer.from_pretrained(tmp_path)
+    model = lion_hf.LionForMaskedLM(text_config())
+    (tmp_path / "card.md").write_text(CARD, encoding="utf-8")
+    lion_hf.push(model, tmp_path / "out", "me/lion", card=tmp_path / "card.md", processor=tokenizer)
+    for name, content in hub["me/lion"]["files"].items():
+        (tmp_path / "downloaded").mkdir(exist_ok=True)
+        (tmp_path / "downloaded" / name).write_bytes(content)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "downloaded")
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in model.state_dict().items())
+    assert BertTokenizer.from_pretrained(tmp_path / "downloaded").get_vocab() == tokenizer.get_vocab()
+    assert hub["me/lion"]["files"]["README.md"].decode() == CARD
+
+
+def test_a_trained_folder_is_pushed_from_where_it_lies_with_its_own_card(tmp_path, hub):
+    lion_hf.LionForImageClassification(vision_config()).save_pretrained(tmp_path)
+    card = str(
+        ModelCard.from_template(ModelCardData(license="mit"), template_str="---\n{{ card_data }}\n---\n\nHello\n")
+    )
+    (tmp_path / "README.md").write_text(card, encoding="utf-8")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    lion_hf.push(lion_hf.LionForImageClassification.from_pretrained(tmp_path), tmp_path, "me/lion")
+    files = hub["me/lion"]["files"]
+    assert files["model.safetensors"] == before and "modeling_lion_vision.py" in files
+    assert files["README.md"].decode() == card
+
+
+@pytest.mark.parametrize(
+    "card, message",
+    [
+        (None, r"There is no card at '.*README.md'\. Give card="),
+        ("absent.md", r"There is no card at 'absent.md'"),
+        (ModelCard("# No metadata"), "The card has no metadata"),
+    ],
+    ids=["no README", "no file", "no metadata"],
+)
+def test_without_a_proper_card_nothing_is_written(tmp_path, hub, card, message):
+    with pytest.raises(ValueError, match=message):
+        lion_hf.push(lion_hf.LionModel(text_config()), tmp_path / "out", "me/lion", card=card)
+    assert not (tmp_path / "out").exists() and not hub
+
+
+def test_a_model_that_is_not_lion_is_not_uploaded(tmp_path, hub):
+    bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    with pytest.raises(ValueError, match="is not a LION model"):
+        lion_hf.push(bert, tmp_path / "out", "me/bert", card=ModelCard(CARD))
+    assert not (tmp_path / "out").exists() and not hub
