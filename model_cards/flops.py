@@ -1,0 +1,69 @@
+"""Floating-point operations of one forward of a LION model, as stated in the cards."""
+
+from lion_hf import LionConfig, LionVisionConfig
+
+
+# The chunk form links up to this many chunks by one product, more of them group by group (lion_ops).
+_SCAN_GROUP = 64
+
+
+def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int | None = None) -> int:
+    """Operations of one forward at batch 1, a multiply-add counted as 2: all matrix products of the model with its head
+    (masked LM on every token, or classifier on the pooled image). Elementwise work is left out, as is usual.
+
+    With N tokens, width C, I features in the MLP and H heads, a layer costs N (4 C^2 + 2 C I) multiply-adds for its
+    projections and MLP, N C H for the gate of LION-S, and the operator (see [`operator_multiply_adds`]) per head. Snake
+    order runs gate and operator twice.
+
+    Args:
+        config: of the model.
+        form: "attention" or "chunk".
+        tokens: length of a text; images of the configured size have one token per patch and the class token.
+
+    Raises:
+        ValueError: for another form, or a text without a length.
+    """
+    if form not in ("attention", "chunk"):
+        raise ValueError(f"form is {form!r}; operations are counted for 'attention' and 'chunk'.")
+    is_image = config.model_type == "lion_vision"
+    if is_image:
+        patches = config.grid_size[0] * config.grid_size[1]
+        tokens = patches + 1
+    elif tokens is None:
+        raise ValueError("tokens is missing; the operations of a text model depend on the length of its input.")
+    width, heads = config.hidden_size, config.num_attention_heads
+    scans = 2 if config.mask_type != "lit" and getattr(config, "order", "normal") == "s" else 1
+    gated = 0 if config.mask_type != "selective" else patches if is_image else tokens  # the class token has no gate
+    head_dim = width // heads
+    operator = operator_multiply_adds(
+        tokens, head_dim, head_dim + is_image, form, config.mask_type != "lit", config.chunk_size
+    )
+    layer = tokens * (4 * width**2 + 2 * width * config.intermediate_size)
+    layer += scans * heads * (gated * width + operator)
+    if is_image:
+        outside = patches * config.num_channels * config.patch_size**2 * width + width * config.num_labels
+    else:
+        outside = tokens * (width**2 + width * config.vocab_size)
+    return 2 * (config.num_hidden_layers * layer + outside)
+
+
+def operator_multiply_adds(length: int, d: int, e: int, form: str, decays: bool, chunk_size: int) -> int:
+    """Multiply-adds of the operator for one head: query and key of width `d`, value of width `e` (one more than the
+    head's where a denominator is wanted).
+
+    attention   L^2 (D + E)
+    chunk       L (K (D + E) + 4 D E) for n chunks of K tokens, and 2 n^2 D E to link them; L a multiple of K
+    no decay    2 L D E instead of chunks
+    """
+    if form == "attention":
+        return length**2 * (d + e)
+    if not decays:
+        return 2 * length * d * e
+    chunks = -(-length // chunk_size)
+    size = -(-length // chunks)  # chunks are made equally long
+    inside = chunks * size**2 * (d + e)
+    if chunks == 1:
+        return inside
+    groups = [min(_SCAN_GROUP, chunks - start) for start in range(0, chunks, _SCAN_GROUP)]
+    links = 2 * sum(group**2 for group in groups) + (2 * chunks if len(groups) > 1 else 0)
+    return inside + (4 * chunks * size + links) * d * e
