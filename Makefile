@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench cards docs clean
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python " + sys.version.split()[0] + " found, but constraints.txt needs 3.11 or newer. Use: make PYTHON=python3.11 (or newer). Python 3.10 works with constraints-oldest.txt.")'
@@ -31,6 +31,14 @@ format: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/bench_ops.py
 	$(BIN)/python benchmarks/bench_models.py
+
+# One card per preset; `python model_cards/generate.py --check` says which are out of date.
+cards: .venv/installed
+	$(BIN)/python model_cards/generate.py
+
+# The API page, from the docstrings: open build/api/index.html
+docs: .venv/installed
+	$(BIN)/python -m pdoc --docformat google --output-directory build/api lion_hf
 
 clean:
 	rm -rf .venv build dist outputs .pytest_cache .ruff_cache .hypothesis src/*.egg-info
