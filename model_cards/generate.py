@@ -210,7 +210,10 @@ def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; name the files that are not up to date")
     check = parser.parse_args(arguments).check
-    files = generate()
+    try:
+        files = generate()
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     names = differing(files, folder)
     for name in names:
         path = folder / name

@@ -110,10 +110,12 @@ def test_links_lead_somewhere_and_the_recipe_trains_this_model(preset):
     assert yaml.safe_load(recipes[0].read_text())["preset"] == preset
 
 
-def test_a_preset_without_a_recipe_gets_no_card(scripts, monkeypatch):
+def test_a_preset_without_a_recipe_is_one_line_and_exit_code_2(tmp_path, scripts, monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "lion-d-huge", PRESETS["lion-d-base"])
-    with pytest.raises(ValueError, match="No file in examples/recipes/mlm has `preset: lion-d-huge`"):
-        scripts[0].facts("lion-d-huge")
+    with pytest.raises(SystemExit) as stopped:
+        scripts[0].main([], tmp_path)
+    assert stopped.value.code == 2 and not any(tmp_path.iterdir())
+    assert "No file in examples/recipes/mlm has `preset: lion-d-huge`" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_reported_numbers_are_quoted_as_the_paper_prints_them():
