@@ -40,11 +40,12 @@ class Report:
 
 
 def model_name(config) -> str:
-    """ "LION-D", "LION-S, snake" or the kind of a baseline, for titles."""
+    """ "LION-D", "LION-S, snake", "LION-S, hybrid" or the kind of a baseline, for titles."""
     if not config.model_type.startswith("lion"):
         return config.model_type
     name = {"lit": "LION-LIT", "decay": "LION-D", "selective": "LION-S"}[config.mask_type]
-    return f"{name}, snake" if getattr(config, "order", "normal") == "s" else name
+    name += ", snake" if getattr(config, "order", "normal") == "s" else ""
+    return f"{name}, hybrid" if config.softmax_layers else name
 
 
 def command_line(script: str, argv: Sequence[str]) -> str:

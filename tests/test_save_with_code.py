@@ -80,7 +80,11 @@ def test_folders_load_without_the_package_and_outputs_are_bit_equal(tmp_path, on
     choices = {k: v[:, None].repeat(1, 2, 1) for k, v in text.items()}
     cases = [  # in one process: starting it takes longer than everything else
         (lion_hf.LionForMaskedLM(text_config("selective", format="chunk")), text, ["", "ForTokenClassification"]),
-        (lion_hf.LionForSequenceClassification(text_config("lit")), text, ["", "ForQuestionAnswering"]),
+        (
+            lion_hf.LionForSequenceClassification(text_config("lit", softmax_layers=[1])),
+            text,
+            ["", "ForQuestionAnswering"],
+        ),
         (lion_hf.LionForMultipleChoice(text_config("decay", format="rnn")), choices, []),
         (lion_hf.LionForImageClassification(vision_config(order="s", format="chunk")), image, [""]),
     ]

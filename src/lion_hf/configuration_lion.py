@@ -36,7 +36,7 @@ _COUNTS = (
 )
 
 # Options that decide which parameters a model has, or what they mean.
-_STRUCTURAL = ("mask_type", "order", "pos_emb", "layer_norm_after")
+_STRUCTURAL = ("mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers")
 
 
 class _LionOptions:
@@ -70,7 +70,7 @@ class _LionOptions:
     @classmethod
     def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
         """Raises ValueError where `wanted` (options by name, or a configuration) contradicts a stored configuration in
-        what decides the parameters of a model: mask_type, order, pos_emb, layer_norm_after."""
+        what decides the parameters of a model: mask_type, order, pos_emb, layer_norm_after, softmax_layers."""
         if isinstance(wanted, PreTrainedConfig):
             wanted = {name: getattr(wanted, name) for name in _STRUCTURAL if hasattr(wanted, name)}
         wanted = {name: value for name, value in wanted.items() if name in cls.__dataclass_fields__}
@@ -108,6 +108,11 @@ class _LionOptions:
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
                 "each head needs the same whole number of features."
             )
+        if self.softmax_layers and self.softmax_layers[-1] >= self.num_hidden_layers:
+            raise ValueError(
+                f"softmax_layers is {self.softmax_layers}; with num_hidden_layers {self.num_hidden_layers} its numbers must "
+                f"be from 0 to {self.num_hidden_layers - 1}."
+            )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act is {self.hidden_act!r}; allowed are {', '.join(sorted(ACT2FN))}.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
@@ -117,6 +122,8 @@ class _LionOptions:
 
 
 def _normalised(name: str, value: Any, owner: type) -> Any:
+    if name == "softmax_layers":
+        return _sorted_layers(value)
     if name not in _SPELLINGS or not isinstance(value, str):
         return value
     allowed = _SPELLINGS[name]
@@ -128,6 +135,17 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
     if name == "order" and value == "s" and "order" not in owner.__dataclass_fields__:
         raise ValueError(f"order is 's' in {owner.__name__}; text is one-dimensional, so only 'normal' is allowed.")
     return value
+
+
+def _sorted_layers(value: Any) -> list[int]:
+    if not isinstance(value, (list, tuple)) or any(type(layer) is not int or layer < 0 for layer in value):
+        raise ValueError(
+            f"softmax_layers is {value!r}; it must be a list of layer numbers, whole and counted from 0 at the embeddings "
+            "([0, 1] are the first two; negative numbers are not taken)."
+        )
+    if len(set(value)) < len(value):
+        raise ValueError(f"softmax_layers is {value!r}; it must name each layer once.")
+    return sorted(value)
 
 
 @strict
@@ -151,7 +169,10 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
             Dropout on the attention matrix in training. Only the attention form has that matrix: with `format="auto"`
-            it is chosen, with `"rnn"` or `"chunk"` training raises an error.
+            it is chosen, with `"rnn"` or `"chunk"` training raises an error. Softmax layers apply it in every format.
+        softmax_layers (`list[int]`, defaults to none):
+            Layers, counted from 0, that keep softmax attention: a hybrid encoder. They have no decay, no
+            `layer_norm_after` and quadratic time, whatever the format.
         classifier_dropout (`float`, *optional*):
             Dropout before the classification heads; `hidden_dropout_prob` by default.
 
@@ -188,6 +209,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     chunk_size: int = 64
     pos_emb: bool | None = None
     layer_norm_after: bool | None = None
+    softmax_layers: Any = ()  # a list of int, checked at every assignment
 
     def __post_init__(self, **kwargs):
         order = kwargs.pop("order", None)  # refused unless it means nothing here
@@ -216,7 +238,7 @@ class LionVisionConfig(_LionOptions, PreTrainedConfig):
     The defaults are the base size (patch 16, 224 pixels) with LION-S. Besides the options of `ViTConfig`:
 
     Args:
-        mask_type, format, chunk_size:
+        mask_type, format, chunk_size, softmax_layers:
             As in [`LionConfig`].
         order (`str`, defaults to `"normal"`):
             `"normal"` reads patches row by row; `"s"` averages two snake scans, along rows and along columns (the
@@ -228,7 +250,7 @@ class LionVisionConfig(_LionOptions, PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0.0):
             Stochastic depth of the last block; earlier blocks have linearly less.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
-            Accepted and never applied: the image models of the paper have no attention dropout.
+            Applied in softmax layers only: the image models of the paper have no attention dropout.
 
     ```python
     >>> from lion_hf import LionForImageClassification, LionVisionConfig
@@ -259,6 +281,7 @@ class LionVisionConfig(_LionOptions, PreTrainedConfig):
     order: str = "normal"
     pos_emb: bool = False
     cls_tok: bool = False
+    softmax_layers: Any = ()  # a list of int, checked at every assignment
 
     @property
     def grid_size(self) -> tuple[int, int]:

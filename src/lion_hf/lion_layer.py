@@ -11,7 +11,65 @@ from transformers import initialization as init
 from .lion_ops import attention_scores, bidirectional_linear_attention
 
 
-class LionMixer(nn.Module):
+class TokenMixer(nn.Module):
+    """What the layers of an encoder have in common that let tokens read each other: heads and their projections."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        width, bias = config.hidden_size, getattr(config, "qkv_bias", True)
+        self.q_proj = nn.Linear(width, width, bias=bias)
+        self.k_proj = nn.Linear(width, width, bias=bias)
+        self.v_proj = nn.Linear(width, width, bias=bias)
+        self.o_proj = nn.Linear(width, width)
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, (batch, heads, length, head_dim), of (batch, length, hidden_size)."""
+        heads = (self.num_heads, self.head_dim)
+        return tuple(
+            proj(hidden_states).unflatten(-1, heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+
+
+class SoftmaxMixer(TokenMixer):
+    """Softmax attention, for the `softmax_layers` of a hybrid encoder. It knows no order: tokens come as a set."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_mask: Tensor | None = None,
+        orders: list[tuple[Tensor, Tensor]] | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As [`LionMixer`]; `orders` and `config.format` change nothing, and the matrix is there in every format. Rows
+        whose keys are all masked read 0."""
+        query, key, value = self.project(hidden_states)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        visible = masked = weights = None
+        if key_mask is not None:
+            masked = ~key_mask[:, None, None, :]
+            # Where every key is masked all are let in, so that the softmax is finite, and count 0 below.
+            visible = ~masked | masked.all(-1, keepdim=True)
+        if output_attentions:
+            weights = self._attention_matrix(query, key, visible, masked)
+            weights = F.dropout(weights, dropout).to(value.dtype)
+            mixed = torch.matmul(weights, value)
+        else:
+            value = value if masked is None else value.masked_fill(masked.transpose(2, 3), 0)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights
+
+    def _attention_matrix(self, query, key, visible, masked) -> Tensor:
+        scores = torch.matmul(query * self.head_dim**-0.5, key.transpose(2, 3))
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -torch.inf)
+        weights = _at_least_float32(scores).softmax(-1)
+        return weights if masked is None else weights.masked_fill(masked, 0)
+
+
+class LionMixer(TokenMixer):
     """Projections, feature map, decay and the operator; takes the place of self-attention (arXiv 2502.16249).
 
     Text encoders (`config.model_type == "lion"`) use query and key as they are, do not normalise, and may add a
@@ -24,18 +82,11 @@ class LionMixer(nn.Module):
     """
 
     def __init__(self, config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.is_image = config.model_type == "lion_vision"
         # Decides the parameters below, so a later change of the config is not followed.
         self.mask_type = config.mask_type
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        width, bias = config.hidden_size, getattr(config, "qkv_bias", True)
-        self.q_proj = nn.Linear(width, width, bias=bias)
-        self.k_proj = nn.Linear(width, width, bias=bias)
-        self.v_proj = nn.Linear(width, width, bias=bias)
-        self.o_proj = nn.Linear(width, width)
+        width = config.hidden_size
         self.decay_names = decay_names(config)  # one per scan
         for name in self.decay_names:
             if config.mask_type == "decay":
@@ -66,13 +117,9 @@ class LionMixer(nn.Module):
             ValueError: when the matrix is needed (`output_attentions`, or attention dropout in training) and
                 `config.format` is "rnn" or "chunk".
         """
-        query, key, value = (
-            proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = self.project(hidden_states)
         if self.is_image:
             query, key = self._feature_map(query), self._feature_map(key)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         dropout = 0.0 if self.is_image or not self.training else self.config.attention_probs_dropout_prob
         weights = None
         if output_attentions or dropout:
@@ -156,6 +203,11 @@ class LionMixer(nn.Module):
         return (torch.sigmoid(-logits) + 1e-7).log().clamp(max=0).transpose(1, 2)
 
 
+def make_mixer(config, layer: int) -> TokenMixer:
+    """What mixes the tokens in layer number `layer`, counted from 0."""
+    return (SoftmaxMixer if layer in config.softmax_layers else LionMixer)(config)
+
+
 def decay_names(config) -> list[str]:
     """Names of the decay parameters or modules of a mixer, one per scan; none for LION-LIT."""
     stem = {"lit": None, "decay": "decay_logit", "selective": "decay_proj"}[config.mask_type]
@@ -191,7 +243,7 @@ class LionPreTrainedMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """As in Transformers. A configuration object that contradicts the checkpoint's own in what decides the
-        parameters (mask_type, order, pos_emb, layer_norm_after) raises ValueError, as such an option does."""
+        parameters (mask_type, order, pos_emb, layer_norm_after, softmax_layers) raises ValueError, as such an option does."""
         if isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(config)
         if isinstance(config, PreTrainedConfig) and config.model_type == cls.config_class.model_type:
@@ -209,7 +261,7 @@ class LionPreTrainedMixin:
             return "eager"
         raise ValueError(
             f"attn_implementation is {attn_implementation!r}, but LION has no softmax attention to replace. Choose how it "
-            "is computed by config.format: 'attention', 'rnn', 'chunk' or 'auto'."
+            "is computed by config.format: 'attention', 'rnn', 'chunk' or 'auto'. (softmax_layers always use SDPA.)"
         )
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):

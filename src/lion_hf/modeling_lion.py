@@ -20,7 +20,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_lion import LionConfig
-from .lion_layer import LionMixer, LionPreTrainedMixin, init_mixer, sequence_classification_loss
+from .lion_layer import LionMixer, LionPreTrainedMixin, TokenMixer, init_mixer, make_mixer, sequence_classification_loss
 from .lion_ops import is_binary, values_can_be_read
 
 
@@ -91,9 +91,9 @@ class LionMLP(nn.Module):
 class LionLayer(GradientCheckpointingLayer):
     """Post-norm block: x = LN(x + mixer(x)), x = LN(x + mlp(x))."""
 
-    def __init__(self, config: LionConfig):
+    def __init__(self, config: LionConfig, layer: int):
         super().__init__()
-        self.mixer = LionMixer(config)
+        self.mixer = make_mixer(config, layer)
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = LionMLP(config)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -140,7 +140,7 @@ class LionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     config: LionConfig
     base_model_prefix = "lion"
     _no_split_modules = ["LionEmbeddings", "LionLayer"]
-    _can_record_outputs = {"hidden_states": LionLayer, "attentions": LionMixer}
+    _can_record_outputs = {"hidden_states": LionLayer, "attentions": TokenMixer}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -159,7 +159,7 @@ class LionModel(LionPreTrainedModel):
         """
         super().__init__(config)
         self.embeddings = LionEmbeddings(config)
-        self.layers = nn.ModuleList([LionLayer(config) for _ in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([LionLayer(config, i) for i in range(config.num_hidden_layers)])
         self.pooler = LionPooler(config) if add_pooling_layer else None
         self.post_init()
 

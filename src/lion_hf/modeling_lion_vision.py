@@ -14,7 +14,15 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_lion import LionVisionConfig
-from .lion_layer import LionMixer, LionPreTrainedMixin, decay_names, init_mixer, sequence_classification_loss
+from .lion_layer import (
+    LionMixer,
+    LionPreTrainedMixin,
+    TokenMixer,
+    decay_names,
+    init_mixer,
+    make_mixer,
+    sequence_classification_loss,
+)
 from .lion_scan_order import snake_orders
 
 
@@ -111,10 +119,10 @@ class LionVisionDropPath(nn.Module):
 class LionVisionLayer(GradientCheckpointingLayer):
     """Pre-norm block: x += drop_path(mixer(LN x)), x += drop_path(mlp(LN x))."""
 
-    def __init__(self, config: LionVisionConfig, drop_path_rate: float):
+    def __init__(self, config: LionVisionConfig, layer: int, drop_path_rate: float):
         super().__init__()
         self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = LionMixer(config)
+        self.mixer = make_mixer(config, layer)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = LionVisionMLP(config)
@@ -136,7 +144,7 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     input_modalities = ("image",)
     _input_embed_layer = "patch_embeddings"
     _no_split_modules = ["LionVisionEmbeddings", "LionVisionLayer"]
-    _can_record_outputs = {"hidden_states": LionVisionLayer, "attentions": LionMixer}
+    _can_record_outputs = {"hidden_states": LionVisionLayer, "attentions": TokenMixer}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -161,7 +169,7 @@ class LionVisionModel(LionVisionPreTrainedModel):
         self.embeddings = LionVisionEmbeddings(config)
         depth = config.num_hidden_layers
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.layers = nn.ModuleList([LionVisionLayer(config, rate) for rate in rates])
+        self.layers = nn.ModuleList([LionVisionLayer(config, i, rate) for i, rate in enumerate(rates)])
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
