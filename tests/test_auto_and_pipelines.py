@@ -19,6 +19,7 @@ TEXT_AUTO[lion_hf.LionModel] = "AutoModel"
 IMAGE_AUTO = {
     lion_hf.LionVisionModel: "AutoModel",
     lion_hf.LionForImageClassification: "AutoModelForImageClassification",
+    lion_hf.LionForMaskedImageModeling: "AutoModelForMaskedImageModeling",
 }
 ALL_AUTO = [*TEXT_AUTO.items(), *IMAGE_AUTO.items()]
 IDS = [head.__name__ for head, _ in ALL_AUTO]

@@ -3,10 +3,12 @@
 import contextlib
 
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForMaskedImageModeling,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -28,7 +30,13 @@ from .modeling_lion import (
     LionModel,
     LionPreTrainedModel,
 )
-from .modeling_lion_vision import LionForImageClassification, LionVisionModel, LionVisionPreTrainedModel
+from .modeling_lion_vision import (
+    LionBackbone,
+    LionForImageClassification,
+    LionForMaskedImageModeling,
+    LionVisionModel,
+    LionVisionPreTrainedModel,
+)
 from .push import push
 from .save_with_code import save_with_code
 
@@ -45,6 +53,8 @@ AutoModelForTokenClassification.register(LionConfig, LionForTokenClassification,
 AutoModelForQuestionAnswering.register(LionConfig, LionForQuestionAnswering, exist_ok=True)
 AutoModelForMultipleChoice.register(LionConfig, LionForMultipleChoice, exist_ok=True)
 AutoModelForImageClassification.register(LionVisionConfig, LionForImageClassification, exist_ok=True)
+AutoModelForMaskedImageModeling.register(LionVisionConfig, LionForMaskedImageModeling, exist_ok=True)
+AutoBackbone.register(LionVisionConfig, LionBackbone, exist_ok=True)
 AutoTokenizer.register(LionConfig, fast_tokenizer_class=BertTokenizer, exist_ok=True)
 
 # Without Pillow, or on Transformers 5.10 without torchvision, there is no image processor to register: images must then
@@ -56,8 +66,10 @@ with contextlib.suppress(ImportError):
 
 __all__ = [
     "PRESETS",
+    "LionBackbone",
     "LionConfig",
     "LionForImageClassification",
+    "LionForMaskedImageModeling",
     "LionForMaskedLM",
     "LionForMultipleChoice",
     "LionForQuestionAnswering",

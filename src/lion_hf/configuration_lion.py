@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 
 
 # Every accepted spelling, in lower case, of the options that the authors spell in several ways.
@@ -231,9 +232,13 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             )
 
 
+# Options of `LionBackbone` alone: config.json names them only where they differ from this.
+_BACKBONE_DEFAULTS = {"out_features": None, "out_indices": None, "apply_layernorm": True}
+
+
 @strict
-class LionVisionConfig(_LionOptions, PreTrainedConfig):
-    r"""Configuration of [`LionVisionModel`] and [`LionForImageClassification`] (arXiv 2502.16249).
+class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
+    r"""Configuration of [`LionVisionModel`], its heads and [`LionBackbone`] (arXiv 2502.16249).
 
     The defaults are the base size (patch 16, 224 pixels) with LION-S. Besides the options of `ViTConfig`:
 
@@ -251,6 +256,13 @@ class LionVisionConfig(_LionOptions, PreTrainedConfig):
             Stochastic depth of the last block; earlier blocks have linearly less.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
             Applied in softmax layers only: the image models of the paper have no attention dropout.
+        out_features (`list[str]`, *optional*):
+            [`LionBackbone`] returns the feature maps of these stages, in ascending order: `"stem"` (the embeddings),
+            `"stage1"`, ... `"stageN"` (the output of each layer). The last stage by default.
+        out_indices (`list[int]`, *optional*):
+            The same by number: 0 is the stem, negative numbers count from the end.
+        apply_layernorm (`bool`, defaults to `True`):
+            Whether [`LionBackbone`] passes the feature maps through the final LayerNorm.
 
     ```python
     >>> from lion_hf import LionForImageClassification, LionVisionConfig
@@ -282,6 +294,38 @@ class LionVisionConfig(_LionOptions, PreTrainedConfig):
     pos_emb: bool = False
     cls_tok: bool = False
     softmax_layers: Any = ()  # a list of int, checked at every assignment
+    apply_layernorm: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        super().__post_init__(**kwargs)
+        if out_features is not None or out_indices is not None:
+            self.set_output_features_output_indices(out_features, out_indices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; options of backbones are left out where nobody chose them."""
+        output = super().to_dict()
+        return {k: v for k, v in output.items() if k not in _BACKBONE_DEFAULTS or v != _BACKBONE_DEFAULTS[k]}
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of what [`LionBackbone`] can return: the embeddings, then each layer's output."""
+        return ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
+
+    @property
+    def encoder_stride(self) -> int:
+        """Pixels in a side of what the decoder of [`LionForMaskedImageModeling`] makes of one token: `patch_size`."""
+        return self.patch_size
+
+    @encoder_stride.setter
+    def encoder_stride(self, value: int) -> None:
+        if value != self.patch_size:
+            raise ValueError(
+                f"encoder_stride is {value}, but patch_size is {self.patch_size}; the reconstruction has the size of the "
+                "image only if they are equal. Leave encoder_stride out: it follows patch_size."
+            )
 
     @property
     def grid_size(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""LION image encoder and classifier: a pre-norm ViT with attention replaced by LION (arXiv 2502.16249)."""
+"""LION image encoder and its heads: a pre-norm ViT with attention replaced by LION (arXiv 2502.16249)."""
 
 import torch
 from torch import Tensor, nn
@@ -6,8 +6,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -53,27 +59,49 @@ class LionVisionPatchEmbeddings(nn.Module):
 
 
 class LionVisionEmbeddings(nn.Module):
-    """Class token before the patches, and a learned position table if `config.pos_emb`."""
+    """Class token before the patches, a learned position table if `config.pos_emb`, a mask token on request."""
 
-    def __init__(self, config: LionVisionConfig):
+    def __init__(self, config: LionVisionConfig, use_mask_token: bool = False):
         super().__init__()
         self.grid_size = config.grid_size
         self.patch_size = config.patch_size
         self.patch_embeddings = LionVisionPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if use_mask_token else None
         positions = 1 + self.grid_size[0] * self.grid_size[1]
         self.position_embeddings = (
             nn.Parameter(torch.empty(1, positions, config.hidden_size)) if config.pos_emb else None
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = False,
+        bool_masked_pos: Tensor | None = None,
+    ) -> Tensor:
         patches = self.patch_embeddings(pixel_values)
+        if bool_masked_pos is not None:
+            patches = self._masked(patches, bool_masked_pos)
         embeddings = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1)
         if self.position_embeddings is None:
             return embeddings
         grid = tuple(side // self.patch_size for side in pixel_values.shape[2:])
         return self.dropout(embeddings + self._positions(grid, interpolate_pos_encoding))
+
+    def _masked(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError(
+                "bool_masked_pos was given, but this model has no mask token. Use LionForMaskedImageModeling, or "
+                "LionVisionModel(config, use_mask_token=True)."
+            )
+        mask = bool_masked_pos.flatten(1)
+        if mask.shape != patches.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; it must be (batch, patches) = "
+                f"{tuple(patches.shape[:2])} or (batch, rows, columns), with 1 for masked patches and 0 for others."
+            )
+        return torch.where(mask.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
     def _positions(self, grid: tuple[int, int], interpolate: bool) -> Tensor:
         if grid == self.grid_size:
@@ -148,13 +176,15 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Linear layers, class token and positions truncated N(0, initializer_range), biases 0, LION-D logits N(0, 1)."""
+        """Linear layers, special tokens and positions truncated N(0, initializer_range), biases 0, LION-D logits N(0, 1)."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
         elif isinstance(module, LionVisionEmbeddings):
             init.trunc_normal_(module.cls_token, std=std)
+            if module.mask_token is not None:
+                init.trunc_normal_(module.mask_token, std=std)
             if module.position_embeddings is not None:
                 init.trunc_normal_(module.position_embeddings, std=std)
         elif isinstance(module, LionMixer):
@@ -163,10 +193,14 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
 
 @auto_docstring(custom_intro="The bare LION image encoder: tokens after the final LayerNorm, and the pooled image.")
 class LionVisionModel(LionVisionPreTrainedModel):
-    def __init__(self, config: LionVisionConfig):
+    def __init__(self, config: LionVisionConfig, use_mask_token: bool = False):
+        r"""
+        use_mask_token (`bool`, *optional*, defaults to `False`):
+            Whether to add the learned token that stands for masked patches, see `bool_masked_pos`.
+        """
         super().__init__(config)
         self.snake = len(decay_names(config)) == 2
-        self.embeddings = LionVisionEmbeddings(config)
+        self.embeddings = LionVisionEmbeddings(config, use_mask_token)
         depth = config.num_hidden_layers
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.layers = nn.ModuleList([LionVisionLayer(config, i, rate) for i, rate in enumerate(rates)])
@@ -180,11 +214,14 @@ class LionVisionModel(LionVisionPreTrainedModel):
         self,
         pixel_values: Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        bool_masked_pos: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | BaseModelOutputWithPooling:
         r"""
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
             Resize the position table (bicubic) to images of another size. Models without one take any size as it is.
+        bool_masked_pos (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
+            True or 1 for patches, counted row by row, to be replaced by the mask token. Needs `use_mask_token=True`.
 
         Returns `pooler_output` (batch, hidden_size): the class token if `config.cls_tok`, otherwise the mean over all
         tokens, class token included.
@@ -192,7 +229,7 @@ class LionVisionModel(LionVisionPreTrainedModel):
         if pixel_values is None:
             raise ValueError("pixel_values is missing; pass a tensor (batch, channels, height, width).")
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, bool_masked_pos)
         orders = None
         if self.snake:
             height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
@@ -236,4 +273,121 @@ class LionForImageClassification(LionVisionPreTrainedModel):
         )
 
 
-__all__ = ["LionForImageClassification", "LionVisionModel", "LionVisionPreTrainedModel"]
+@auto_docstring(
+    custom_intro="LION image encoder with a decoder that paints masked patches: one convolution and a pixel shuffle."
+)
+class LionForMaskedImageModeling(LionVisionPreTrainedModel):
+    # The loss is a mean over the batch at hand: Trainer shall average it over accumulated batches, not count labels.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: LionVisionConfig):
+        super().__init__(config)
+        self.lion_vision = LionVisionModel(config, use_mask_token=True)
+        patch_size = config.patch_size
+        self.decoder = nn.Sequential(
+            nn.Conv2d(config.hidden_size, patch_size**2 * config.num_channels, kernel_size=1),
+            nn.PixelShuffle(patch_size),
+        )
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | MaskedImageModelingOutput:
+        r"""
+        bool_masked_pos (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
+            True or 1 for masked patches, counted row by row; `(batch_size, rows, columns)` is accepted too. The loss is
+            the mean absolute error over their pixels and channels, in float32, and 0 where no patch is masked. For
+            `Trainer.evaluate` name it: `TrainingArguments(label_names=["bool_masked_pos"])`.
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
+            See [`LionVisionModel`].
+
+        Returns `reconstruction`, all patches in the shape of `pixel_values`.
+        """
+        outputs = self.lion_vision(pixel_values, interpolate_pos_encoding, bool_masked_pos, return_dict=True, **kwargs)
+        features = _feature_map(outputs.last_hidden_state, pixel_values, self.config.patch_size)
+        reconstruction = self.decoder(features)
+        loss = None
+        if bool_masked_pos is not None:
+            loss = _masked_l1_loss(reconstruction, pixel_values, bool_masked_pos, self.config.patch_size)
+        return MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _feature_map(hidden_states: Tensor, pixel_values: Tensor, patch_size: int) -> Tensor:
+    """Tokens (batch, 1 + rows * columns, channels) as a map (batch, channels, rows, columns), without the class token."""
+    grid = tuple(side // patch_size for side in pixel_values.shape[2:])
+    return hidden_states[:, 1:].transpose(1, 2).unflatten(2, grid)
+
+
+def _masked_l1_loss(reconstruction: Tensor, pixel_values: Tensor, mask: Tensor, patch_size: int) -> Tensor:
+    dtype = torch.promote_types(reconstruction.dtype, torch.float32)
+    error = (reconstruction.to(dtype) - pixel_values.to(dtype)).abs().mean(1)
+    by_patch = F.avg_pool2d(error, patch_size)
+    mask = mask.reshape(by_patch.shape).to(dtype)
+    return (by_patch * mask).sum() / mask.sum().clamp(min=1)
+
+
+@auto_docstring(
+    custom_intro="LION image encoder as a backbone: feature maps of chosen stages, for detectors and the like."
+)
+class LionBackbone(BackboneMixin, LionVisionPreTrainedModel):
+    def __init__(self, config: LionVisionConfig):
+        super().__init__(config)
+        # Settles the last stage where none was chosen, and names and numbers of stages where only one was.
+        config.set_output_features_output_indices(config.out_features, config.out_indices)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+        self.lion_vision = LionVisionModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: Tensor,
+        interpolate_pos_encoding: bool = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[Tensor] | BackboneOutput:
+        r"""
+        interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
+            See [`LionVisionModel`]. A backbone meets images of any size, so here it is the default.
+
+        Returns `feature_maps`, one `(batch_size, hidden_size, height / patch_size, width / patch_size)` for each of
+        `config.out_features`, through the final LayerNorm if `config.apply_layernorm`.
+
+        ```python
+        >>> from lion_hf import LionBackbone, LionVisionConfig
+
+        >>> config = LionVisionConfig(num_hidden_layers=4, out_features=["stage2", "stage4"])
+        >>> backbone = LionBackbone(config)
+        ```"""
+        kwargs["output_hidden_states"] = True
+        outputs = self.lion_vision(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+        stages = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
+        chosen = [stages[name] for name in self.out_features]
+        if self.config.apply_layernorm:
+            chosen = [self.lion_vision.norm(tokens) for tokens in chosen]
+        return BackboneOutput(
+            feature_maps=tuple(_feature_map(tokens, pixel_values, self.config.patch_size) for tokens in chosen),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "LionBackbone",
+    "LionForImageClassification",
+    "LionForMaskedImageModeling",
+    "LionVisionModel",
+    "LionVisionPreTrainedModel",
+]

@@ -27,6 +27,8 @@ _AUTO_MAPS = {
         "AutoConfig": "configuration_lion.LionVisionConfig",
         "AutoModel": "modeling_lion_vision.LionVisionModel",
         "AutoModelForImageClassification": "modeling_lion_vision.LionForImageClassification",
+        "AutoModelForMaskedImageModeling": "modeling_lion_vision.LionForMaskedImageModeling",
+        "AutoBackbone": "modeling_lion_vision.LionBackbone",
     },
 }
 
