@@ -1,13 +1,20 @@
 """LION in graphs: torch.compile, torch.export and ONNX."""
 
 import logging
+import subprocess
+import sys
 
 import models
+import numpy as np
 import pytest
 import torch
 from models import FORMS, TEXT_HEADS, VARIANTS, spread_decays, text_inputs
 
 import lion_hf
+
+
+ANY_BATCH, ANY_LENGTH = torch.export.Dim("batch"), torch.export.Dim("length")
+ANY_IMAGE = {0: ANY_BATCH, 2: 4 * torch.export.Dim("rows", min=2), 3: 4 * torch.export.Dim("columns", min=2)}
 
 
 def text_config(*args, **options):
@@ -52,6 +59,18 @@ def test_image_heads_compile_into_one_graph(head, mask_type, order, form):
     pixels = torch.randn(2, 3, 16, 16)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(first(compiled(pixels)), first(model(pixels)))
+
+
+@pytest.mark.parametrize("head", [lion_hf.LionForMaskedImageModeling, lion_hf.LionBackbone])
+def test_further_image_heads_compile_and_export(head):
+    model = spread_decays(head(vision_config(order="s", format="chunk"))).eval()
+    pixels = torch.randn(5, 3, 16, 16)
+    expected = first(model(pixels))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(first(compiled(pixels)), expected)
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.export.export(model, (), {"pixel_values": pixels[:2]}, dynamic_shapes=shapes)
+    torch.testing.assert_close(first(program.module()(pixel_values=pixels)), expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -118,6 +137,17 @@ def test_image_export_takes_any_batch(order, form):
     torch.testing.assert_close(program.module()(pixel_values=pixels).logits, model(pixels).logits)
 
 
+@pytest.mark.parametrize("order", ["normal", "s"])
+def test_image_export_takes_any_size_from_two_patches_in_the_attention_form(order):
+    model = spread_decays(lion_hf.LionForImageClassification(vision_config(order=order, format="attention"))).eval()
+    shapes = {"pixel_values": ANY_IMAGE}
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 24)}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes)
+    for size in ((2, 16, 24), (5, 32, 20), (1, 8, 8)):
+        pixels = torch.randn(size[0], 3, *size[1:])
+        torch.testing.assert_close(program.module()(pixel_values=pixels).logits, model(pixels).logits)
+
+
 def test_auto_is_exported_as_the_attention_form_and_says_so(caplog):
     from transformers.utils import logging as hf_logging
 
@@ -137,22 +167,51 @@ def test_auto_is_exported_as_the_attention_form_and_says_so(caplog):
     torch.testing.assert_close(program.module()(input_ids=long)[0], model(long)[0])
 
 
+# Runs a file on arrays of inputs where neither this package nor PyTorch is at hand.
+ONNX_PROCESS = """
+import sys
+import numpy, onnxruntime
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+for inputs, outputs in zip(sys.argv[2::2], sys.argv[3::2]):
+    numpy.save(outputs, session.run(None, dict(numpy.load(inputs)))[0])
+assert not {"lion_hf", "torch", "transformers"} & sys.modules.keys()
+"""
+
+
+def run_onnx(file, batches):
+    names = []
+    for number, inputs in enumerate(batches):
+        names += [file.parent / f"inputs{number}.npz", file.parent / f"outputs{number}.npy"]
+        np.savez(names[-2], **{name: x.numpy() for name, x in inputs.items()})
+    subprocess.run([sys.executable, "-I", "-c", ONNX_PROCESS, file, *names], check=True)
+    return [torch.from_numpy(np.load(name)) for name in names[1::2]]
+
+
+ONNX_CASES = {  # options, what is dynamic, sizes to run: the first is the one that is exported
+    "text-attention": ({"format": "attention"}, {0: ANY_BATCH, 1: ANY_LENGTH}, [(2, 9), (5, 40), (1, 1)]),
+    "text-chunk": ({"format": "chunk"}, {0: ANY_BATCH}, [(2, 11), (5, 11), (1, 11)]),
+    "image-attention": ({"format": "attention"}, ANY_IMAGE, [(2, 16, 24), (5, 32, 20), (1, 8, 8)]),
+    "snake-attention": ({"format": "attention", "order": "s"}, ANY_IMAGE, [(2, 16, 24), (5, 32, 20), (1, 8, 8)]),
+    "snake-chunk": ({"format": "chunk", "order": "s"}, {0: ANY_BATCH}, [(2, 16, 24), (5, 16, 24), (1, 16, 24)]),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["attention", "chunk"])
-@pytest.mark.parametrize("kind", ["text", "image"])
-def test_onnx_runs_and_agrees(tmp_path, kind, form):
-    onnxruntime = pytest.importorskip("onnxruntime")
+@pytest.mark.parametrize("case", ONNX_CASES)
+def test_onnx_runs_without_the_package_and_agrees_at_every_size(tmp_path, case):
+    pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    if kind == "text":
-        model = lion_hf.LionForMaskedLM(text_config(format=form)).eval()
-        inputs = text_inputs(2, 11)
+    options, dynamic, sizes = ONNX_CASES[case]
+    if case.startswith("text"):
+        model = lion_hf.LionForMaskedLM(text_config(**options))
+        batches = [text_inputs(*size) for size in sizes]
     else:
-        model = lion_hf.LionForImageClassification(vision_config(order="s", format=form)).eval()
-        inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
-    spread_decays(model)
+        model = lion_hf.LionForImageClassification(vision_config(**options))
+        batches = [{"pixel_values": torch.randn(size[0], 3, *size[1:])} for size in sizes]
+    spread_decays(model).eval()
     file = tmp_path / "lion.onnx"
-    torch.onnx.export(model, (), str(file), kwargs=inputs, dynamo=True)
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    names = [x.name for x in session.get_inputs()]
-    (logits, *_) = session.run(None, {n: x.numpy() for n, x in inputs.items() if n in names})
-    torch.testing.assert_close(torch.from_numpy(logits), model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    shapes = dict.fromkeys(batches[0], dynamic)
+    torch.onnx.export(model, (), str(file), kwargs=batches[0], dynamic_shapes=shapes, dynamo=True)
+    for inputs, logits in zip(batches, run_onnx(file, batches), strict=True):
+        torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
