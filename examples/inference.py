@@ -35,7 +35,7 @@ def embed(folder: Path, sentences: tuple[str, ...]) -> torch.Tensor:
 
     `sentence_transformers.SentenceTransformer(folder)` computes the same, after `import lion_hf`.
     """
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, add_pooling_layer=False)
     inputs = tokenizer(list(sentences), padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         hidden_states = model(**inputs).last_hidden_state

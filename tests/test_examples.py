@@ -6,7 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForMaskedLM, AutoTokenizer
+import torch
+from models import text_config, vision_config
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertTokenizer,
+    ViTImageProcessorPil,
+)
+
+import lion_hf
 
 
 pytestmark = pytest.mark.usefixtures("examples")
@@ -107,3 +118,77 @@ def test_the_script_itself_ends_so(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: data file 'absent.txt' does not exist" in result.stderr
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Folders of a text model and a digits classifier, as the training scripts leave them but untrained."""
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "the",
+        "a",
+        "an",
+        "of",
+        "to",
+        "in",
+        "and",
+        "is",
+        "return",
+        "file",
+        "string",
+        "if",
+        "list",
+    ]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    text, digits = tmp_path / "text", tmp_path / "digits"
+    BertTokenizer.from_pretrained(tmp_path).save_pretrained(text)
+    lion_hf.LionForMaskedLM(text_config(vocab_size=len(words))).save_pretrained(text)
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(digits)
+    lion_hf.LionForImageClassification(vision_config("decay", image_size=8, patch_size=2)).save_pretrained(digits)
+    return text, digits
+
+
+@pytest.mark.slow
+def test_inference_shows_every_use_of_trained_models(tmp_path, trained, capsys):
+    import inference
+
+    text, digits = trained
+    inference.main([f"--output_dir={tmp_path}", f"--text_model={text}", f"--image_model={digits}"])
+    shown = capsys.readouterr().out
+    for part in ("truth:", "Each sentence and the one nearest to it", "The image is, by the pipeline:\n   "):
+        assert part in shown
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("attention.png", "decays.png"))
+    assert not (tmp_path / "mlm").exists()  # nothing is trained where models are given
+
+
+def test_inference_embeddings_have_length_1_and_do_not_depend_on_company(trained):
+    import inference
+
+    together = inference.embed(trained[0], ("return the file", "a list of the string in the file"))
+    torch.testing.assert_close(together.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(inference.embed(trained[0], ("return the file",))[0], together[0])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--image=absent.png", "--image 'absent.png' cannot be read"),
+        ("--text_model=absent", "'absent'"),
+        ("--text_model={1}", "--text_model '{1}' is no 'lion' model"),
+        ("--image_model={0}", "--image_model '{0}' is no 'lion_vision' model"),
+    ],
+    ids=lambda x: x.split("=")[0],
+)
+def test_inference_refuses_what_does_not_fit_in_one_line(tmp_path, trained, flags, message, capsys, monkeypatch):
+    import inference
+    from arguments import run
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: inference.main([flags.format(*trained), f"--output_dir={tmp_path}"]))
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and last.startswith("error:") and message.format(*trained) in last
