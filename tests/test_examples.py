@@ -1,6 +1,7 @@
 """The example scripts on tiny data: what they write, that they resume, and what they say of wrong input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,26 +124,7 @@ def test_the_script_itself_ends_so(tmp_path):
 @pytest.fixture
 def trained(tmp_path):
     """Folders of a text model and a digits classifier, as the training scripts leave them but untrained."""
-    words = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        "the",
-        "a",
-        "an",
-        "of",
-        "to",
-        "in",
-        "and",
-        "is",
-        "return",
-        "file",
-        "string",
-        "if",
-        "list",
-    ]
+    words = re.findall(r"\S+", "[PAD] [UNK] [CLS] [SEP] [MASK] the a an of to in and is return file string if list")
     (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     text, digits = tmp_path / "text", tmp_path / "digits"
     BertTokenizer.from_pretrained(tmp_path).save_pretrained(text)
