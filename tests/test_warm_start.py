@@ -254,6 +254,24 @@ def test_text_mixes_by_the_expansion_of_softmax(mask_type):
     torch.testing.assert_close(mixed[0], expected, rtol=1e-5, atol=1e-6)  # the text gate's 1e-7
 
 
+def test_of_queries_and_keys_one_direction_is_given_up_the_least_used():
+    source = bert(dtype=torch.float64)
+    attention = source.bert.encoder.layer[0].attention.self
+    with torch.no_grad():
+        for proj in (attention.query, attention.key):
+            proj.weight[5::8] *= 1e-3
+            proj.bias[5::8] *= 1e-3
+    mixer = from_bert(source, "lit").lion.layers[0].mixer
+    hidden = torch.randn(1, 30, 24, dtype=torch.float64)
+    query, key, _ = mixer.project(hidden)
+    logits = query @ key.transpose(2, 3) / 8**0.5 - 1
+    assert (torch.linalg.matrix_rank(logits, rtol=1e-9) == 7).all(), (
+        "seven of eight directions, and no product with the constant"
+    )
+    query, key = (p(hidden).unflatten(-1, (3, 8)).transpose(1, 2) for p in (attention.query, attention.key))
+    torch.testing.assert_close(logits, query @ key.transpose(2, 3) / 8**0.5 / 4, rtol=0, atol=1e-2)
+
+
 def test_the_norm_after_mixing_starts_with_the_size_of_mixed_values():
     source = bert(hidden_size=96, num_attention_heads=4)
     model = from_bert(source, "lit")
