@@ -55,9 +55,13 @@ def user_errors(prefix: str, *kinds: type[Exception]):
         raise UserError(f"{prefix}: {' '.join(lines[:3]) or type(cause).__name__}") from error
 
 
+# Model arguments that are no options of a configuration, or are passed on their own.
+_NO_OPTIONS = ("model_name_or_path", "model_type", "warm_start", "warm_start_distillation", "preset", "format")
+
+
 @dataclass
 class ModelArguments:
-    """A new model by preset or by flags, or an existing one."""
+    """A new model by preset or by flags, one with the weights of a BERT or ViT, or an existing one."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Hub name or folder of a model to go on with."}
@@ -65,6 +69,13 @@ class ModelArguments:
     model_type: str | None = field(
         default=None,
         metadata={"help": "Kind of a new model: LION by default; bert, modernbert or vit are the baselines."},
+    )
+    warm_start: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of a BERT or ViT whose weights a new LION starts with."}
+    )
+    warm_start_distillation: float = field(
+        default=0.0,
+        metadata={"help": "Weight, in the loss, of the distance to the hidden states of the --warm_start model."},
     )
     preset: str | None = field(default=None, metadata={"help": "Named size of the paper, such as lion-s-base."})
     mask_type: str | None = field(
@@ -82,15 +93,27 @@ class ModelArguments:
         metadata={"help": "Deviation of the initial weights."},
     )
     pos_emb: bool | None = field(default=None, metadata={"help": "Learned positions."})
+    softmax_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers, counted from 0, that keep softmax attention (a hybrid)."}
+    )
     format: str = field(default="auto", metadata={"help": "How LION is computed: auto, attention, rnn or chunk."})
 
     def __post_init__(self):
         require_at_least(self, 1, *(name for name, value in dataclasses.asdict(self).items() if type(value) is int))
+        if self.warm_start_distillation < 0:
+            raise ValueError(f"--warm_start_distillation is {self.warm_start_distillation}; it must not be negative")
+        if self.warm_start_distillation and not self.warm_start:
+            raise ValueError("--warm_start_distillation needs --warm_start, whose hidden states it learns")
+
+    @property
+    def source(self) -> str | None:
+        """The existing model that the weights, and the tokenizer or image processor, come from."""
+        return self.model_name_or_path or self.warm_start
 
     def overrides(self) -> dict[str, Any]:
         """The options of the configuration that were given, by name."""
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return {k: v for k, v in given.items() if k not in ("model_name_or_path", "model_type", "preset", "format")}
+        return {k: v for k, v in given.items() if k not in _NO_OPTIONS}
 
 
 @dataclass

@@ -53,6 +53,12 @@ def token_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor
     return torch.stack([torch.stack(scans).mean(0) for scans in layers.values()])
 
 
+def decaying_layers(model: PreTrainedModel) -> list[int]:
+    """Numbers, from 1, of the layers with decays: all but the softmax layers of a hybrid."""
+    config = model.config
+    return [i + 1 for i in range(config.num_hidden_layers) if i not in config.softmax_layers]
+
+
 def draw_decays(folders: list[Path], path: Path, text: str | None = None, image: Image.Image | None = None) -> None:
     """One row of the picture per model.
 
@@ -67,10 +73,13 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
         kind = "image" if is_image else "text"
         if model.config.mask_type == "lit":
             raise UserError(f"{str(folder)!r} is a LION-LIT model, which has no decays to draw")
+        layers = decaying_layers(model)
+        if not layers:
+            raise UserError(f"{str(folder)!r} has softmax attention in every layer, and no decays to draw")
         if model.config.mask_type == "decay":
             row.suptitle(f"LION-D, {kind}: decay of each layer and head", fontsize=10)
             values = head_decays(model)
-            axis = heat_map(row.subplots(), values)
+            axis = heat_map(row.subplots(), values, layers)
             axis.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
             axis.set_xlabel(
                 "head" + (" (first scan, then second)" if getattr(model.config, "order", "") == "s" else "")
@@ -85,7 +94,7 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
                 raise UserError(f"{str(folder)!r} decides its decays by the text: give one with --text")
             row.suptitle("LION-S, text: mean decay of each token, by layer", fontsize=10)
             inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", truncation=True)
-            axis = heat_map(row.subplots(), token_decays(model, **inputs))
+            axis = heat_map(row.subplots(), token_decays(model, **inputs), layers)
             tokens = inputs.tokens()
             axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
         shown = plt.cm.ScalarMappable(cmap="viridis", norm=plt.Normalize(0, 1))
@@ -96,14 +105,14 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
     plt.close(figure)
 
 
-def heat_map(axis, values: torch.Tensor):
+def heat_map(axis, values: torch.Tensor, layers: list[int]):
     """Layers downwards; numbers in the cells where there is room."""
     axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     if values.shape[1] <= 16:
         for layer, line in enumerate(values.tolist()):
             for i, value in enumerate(line):
                 axis.text(i, layer, f"{value:.2f}", ha="center", va="center", color="k" if value > 0.5 else "w")
-    axis.set_yticks(range(len(values)), range(1, len(values) + 1))
+    axis.set_yticks(range(len(values)), layers)
     axis.set_ylabel("layer")
     return axis
 
@@ -115,7 +124,7 @@ def draw_image(row, model: PreTrainedModel, processor, image: Image.Image) -> No
     axes = row.subplots(1, len(values) + 1)
     axes[0].imshow(image, cmap="gray")
     axes[0].set_title("input", fontsize=9)
-    for layer, (axis, line) in enumerate(zip(axes[1:], values, strict=True), 1):
+    for layer, axis, line in zip(decaying_layers(model), axes[1:], values, strict=True):
         axis.imshow(line.reshape(height, width), cmap="viridis", vmin=0, vmax=1)
         axis.set_title(f"layer {layer}", fontsize=9)
     for axis in axes:

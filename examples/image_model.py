@@ -59,7 +59,7 @@ class ImageModelArguments(ModelArguments):
 
 def image_options(model: ImageModelArguments, first_side: int) -> None:
     """Fills in image and patch size where neither a preset, a model nor the flags decide them."""
-    if model.model_name_or_path or model.preset:
+    if model.source or model.preset:
         return
     if model.patch_size is None:
         side = model.image_size or first_side
@@ -80,10 +80,10 @@ def check_model(arguments: ImageModelArguments) -> PreTrainedConfig:
 def get_model(arguments: ImageModelArguments, labels: dict[str, Any]) -> PreTrainedModel:
     """The model to train; an existing one is changed to `image_size`, if that is given."""
     side = arguments.image_size
-    if arguments.model_name_or_path:
+    if arguments.source:
         arguments = dataclasses.replace(arguments, image_size=None)
     model = build_model(AutoModelForImageClassification, LionVisionConfig.model_type, arguments, SMALL_MODEL, labels)
-    return at_image_size(model, side) if arguments.model_name_or_path and side else model
+    return at_image_size(model, side) if arguments.source and side else model
 
 
 def at_image_size(model: PreTrainedModel, side: int) -> PreTrainedModel:
@@ -125,8 +125,8 @@ def make_processor(config: PreTrainedConfig, model: ImageModelArguments, data: I
     """The processor of the model to go on with, or a new one, changed as the arguments say. It does what evaluation
     does: it is the one that evaluation uses."""
     options: dict[str, Any] = {}
-    if model.model_name_or_path:
-        name = model.model_name_or_path
+    if model.source:
+        name = model.source
         with user_errors(f"{name!r} has no image processor", OSError, ValueError):
             processor = AutoImageProcessor.from_pretrained(name, backend="pil")
         height, width = (model.image_size,) * 2 if model.image_size else target_size(processor)
@@ -137,7 +137,7 @@ def make_processor(config: PreTrainedConfig, model: ImageModelArguments, data: I
         height, width = _sides(config)
         options |= {"resample": Image.Resampling.BILINEAR}
         options["image_mean"], options["image_std"] = NORMALIZATIONS["half"]
-    if not model.model_name_or_path or model.image_size or data.eval_crop_ratio:
+    if not model.source or model.image_size or data.eval_crop_ratio:
         options |= _sizes(height, width, data.eval_crop_ratio or ratio)
     if data.interpolation:
         options["resample"] = Image.Resampling[data.interpolation.upper()]

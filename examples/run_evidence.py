@@ -3,9 +3,11 @@
     python examples/run_evidence.py text   --data DATA   # encyclopedia text: a learning-rate sweep, then more seeds
     python examples/run_evidence.py images --data DATA   # Fashion-MNIST: several seeds
     python examples/run_evidence.py sentiment --data DATA   # review sentiment, from the models of `text`: sweep, seeds
+    python examples/run_evidence.py warm_start --data DATA   # the same, started from a BERT's weights, and from scratch
+    python examples/run_evidence.py warm_start_mlm --data DATA   # masked language modelling after a warm and a cold start
 
-DATA holds wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet and
-reviews/{train,validation}.csv. Every run is a command of the training scripts, on one CPU thread; runs that are done are
+DATA holds wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet,
+reviews/{train,validation}.csv and, with a BERT encoder and its tokenizer, minilm. Every run is a command of the training scripts, on one CPU thread; runs that are done are
 not repeated. Tables (JSON and Markdown) and plots go to examples/results.
 """
 
@@ -15,7 +17,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -59,6 +61,36 @@ SENTIMENT_RECIPE = (
     "--task custom --sentence1_column sentence --max_length 64 --num_train_epochs 1 --per_device_train_batch_size 16 "
     "--eval_strategy no --save_strategy no --disable_tqdm true --use_cpu true"
 )
+# The sentiment recipe for the 22 M parameters of the encoder, each model at the better of two rates.
+WARM_RATES = (1e-4, 3e-4)
+WARM_RECIPE = (
+    "--task custom --sentence1_column sentence --max_length 48 --max_train_samples 4800 --num_train_epochs 1 "
+    "--per_device_train_batch_size 16 --eval_strategy no --save_strategy no --disable_tqdm true --use_cpu true"
+)
+ADAPTATION_RECIPE = (
+    "--max_length 64 --per_device_train_batch_size 8 --max_steps 300 --learning_rate 5e-4 --max_eval_samples 60 "
+    "--eval_strategy steps --eval_steps 25 --logging_steps 25 --save_strategy no --disable_tqdm true --use_cpu true"
+)
+
+
+def warm_models(encoder: Path) -> dict[str, str]:
+    """The source, LION started from its weights, and LION of its shape from scratch."""
+    start = f"--warm_start {shlex.quote(str(encoder))}"
+    config = json.loads((encoder / "config.json").read_text())
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    shape = " ".join(f"--{name} {config[name]}" for name in names)
+    half = " ".join(map(str, range(1, config["num_hidden_layers"], 2)))
+    variants = {"LION-LIT": "lit", "LION-D": "decay", "LION-S": "selective"}
+    return {
+        "BERT, the source": f"--model_name_or_path {shlex.quote(str(encoder))}",
+        **{f"{name}, warm": f"{start} --mask_type {kind}" for name, kind in variants.items()},
+        "LION-S, warm, distilled": f"{start} --mask_type selective --warm_start_distillation 1",
+        "LION-S, warm, every second layer softmax": f"{start} --mask_type selective --softmax_layers {half}",
+        **{
+            f"{name}, from scratch": f"--tokenizer_name {shlex.quote(str(encoder))} {shape} --pos_emb true --mask_type {kind}"
+            for name, kind in variants.items()
+        },
+    }
 
 
 def run(script: str, flags: str, folder: Path) -> dict[str, float]:
@@ -82,35 +114,42 @@ def summary(values: list[float], factor: float = 1, digits: int = 2) -> str:
     return f"{factor * mean(values):.{digits}f}{spread}"
 
 
-def swept(train: Callable[[float, int], dict[str, float]], rates: Sequence[float]) -> tuple[dict, list[dict]]:
-    """Trains with each learning rate and the first seed, then with the best rate (of the lowest evaluation loss) and the
-    other seeds. Returns what the sweep says for the table, and the metrics of every seed."""
+def at_best_rate(
+    script: str, flags: str, rates: Sequence[float], folder: str, starts: dict[int, str] | None = None
+) -> tuple[dict, list[dict], list[str]]:
+    """A run with each learning rate and the first seed, then the best rate (of the lowest evaluation loss) with the other
+    seeds; `starts` are flags by seed that come first. Returns part of a row of the table, and metrics and folders by seed."""
+
+    def place(rate: float, seed: int) -> str:
+        return f"{folder}-{rate:g}-{seed}"
+
+    def train(rate: float, seed: int) -> dict[str, float]:
+        start = f"{starts[seed]} " if starts else ""
+        return run(script, f"{start}{flags} --learning_rate {rate:g} --seed {seed}", Path(place(rate, seed)))
+
     sweep = {rate: train(rate, SEEDS[0]) for rate in rates}
     best = min(rates, key=lambda rate: sweep[rate]["eval_loss"])
     runs = [sweep[best], *(train(best, seed) for seed in SEEDS[1:])]
-    losses = {f"{rate:g}": metrics["eval_loss"] for rate, metrics in sweep.items()}
-    return {"learning_rate": best, "sweep": losses, "seeds": list(SEEDS)}, runs
+    row = {
+        "command": f"python examples/{script} {flags} --learning_rate {best:g}",
+        "learning_rate": best,
+        "sweep": {f"{rate:g}": metrics["eval_loss"] for rate, metrics in sweep.items()},
+        "seeds": list(SEEDS),
+        "loss": [r["eval_loss"] for r in runs],
+        "train_runtime": [r["train_runtime"] for r in runs],
+    }
+    return row, runs, [place(best, seed) for seed in SEEDS]
 
 
 def text(data: Path, work: Path, results: Path) -> dict:
     files = f"--train_file {data}/wiki/train.txt --validation_file {data}/wiki/validation.txt"
     rows = {}
     for name, model in TEXT_MODELS.items():
-        flags = f"{files} {model} {TEXT_RECIPE}"
-
-        def train(rate: float, seed: int, name=name, flags=flags) -> dict[str, float]:
-            folder = work / f"text/{name}-{rate:g}-{seed}"
-            return run("run_mlm.py", f"{flags} --learning_rate {rate:g} --seed {seed}", folder)
-
-        found, runs = swept(train, RATES)
-        best = found["learning_rate"]
-        rows[name] = found | {
-            "command": f"python examples/run_mlm.py {flags} --learning_rate {best:g}",
-            "loss": [r["eval_loss"] for r in runs],
+        row, runs, folders = at_best_rate("run_mlm.py", f"{files} {model} {TEXT_RECIPE}", RATES, f"{work}/text/{name}")
+        rows[name] = row | {
             "accuracy": [r["eval_masked_accuracy"] for r in runs],
             "unigram_entropy": runs[0]["eval_unigram_entropy"],
-            "train_runtime": [r["train_runtime"] for r in runs],
-            "folders": [str(work / f"text/{name}-{best:g}-{s}") for s in SEEDS],
+            "folders": folders,
         }
     return rows
 
@@ -140,27 +179,49 @@ def sentiment(data: Path, work: Path, results: Path) -> dict:
     pretrained = json.loads((results / "text.json").read_text())
     rows = {}
     for name, row in pretrained.items():
-        flags = f"{files} {SENTIMENT_RECIPE}"
-        folders = dict(zip(SEEDS, row["folders"], strict=True))
-
-        def train(rate: float, seed: int, name=name, flags=flags, folders=folders) -> dict[str, float]:
-            start = f"--model_name_or_path {shlex.quote(folders[seed])}"
-            folder = work / f"sentiment/{name}-{rate:g}-{seed}"
-            return run("run_glue.py", f"{start} {flags} --learning_rate {rate:g} --seed {seed}", folder)
-
-        found, runs = swept(train, SENTIMENT_RATES)
-        best = found["learning_rate"]
+        starts = {
+            seed: f"--model_name_or_path {shlex.quote(folder)}"
+            for seed, folder in zip(SEEDS, row["folders"], strict=True)
+        }
+        flags, place = f"{files} {SENTIMENT_RECIPE}", f"{work}/sentiment/{name}"
+        found, runs, _ = at_best_rate("run_glue.py", flags, SENTIMENT_RATES, place, starts)
         rows[name] = found | {
-            "command": f"python examples/run_glue.py --model_name_or_path FOLDER {flags} --learning_rate {best:g}",
+            "command": found["command"].replace("run_glue.py", "run_glue.py --model_name_or_path FOLDER"),
             "accuracy": [r["eval_accuracy"] for r in runs],
-            "loss": [r["eval_loss"] for r in runs],
-            "train_runtime": [r["train_runtime"] for r in runs],
+        }
+    return rows
+
+
+def warm_start(data: Path, work: Path, results: Path) -> dict:
+    files = f"--train_file {data}/reviews/train.csv --validation_file {data}/reviews/validation.csv"
+    rows = {}
+    for name, model in warm_models(data / "minilm").items():
+        flags = f"{files} {model} {WARM_RECIPE}"
+        row, runs, _ = at_best_rate("run_glue.py", flags, WARM_RATES, f"{work}/warm_start/{name}")
+        rows[name] = row | {"accuracy": [r["eval_accuracy"] for r in runs]}
+    return rows
+
+
+def warm_start_mlm(data: Path, work: Path, results: Path) -> dict:
+    files = f"--train_file {data}/wiki/train.txt --validation_file {data}/wiki/validation.txt"
+    rows = {}
+    for name, model in warm_models(data / "minilm").items():
+        flags, folder = f"{files} {model} {ADAPTATION_RECIPE} --seed {SEEDS[0]}", work / "warm_start_mlm" / name
+        metrics = run("run_mlm.py", flags, folder)
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        rows[name] = {
+            "command": f"python examples/run_mlm.py {flags}",
+            "seeds": [SEEDS[0]],
+            "accuracy": [metrics["eval_masked_accuracy"]],
+            "loss": [metrics["eval_loss"]],
+            "train_runtime": [metrics["train_runtime"]],
+            "curve": [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         }
     return rows
 
 
 def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
-    """The table as JSON and Markdown, and a picture of accuracies with deviations."""
+    """The table as JSON and Markdown, and a picture: of losses by step, or of accuracies with deviations."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows.values():
         row["command"] = row["command"].replace(str(data), "DATA")
@@ -179,35 +240,58 @@ def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
     first = next(iter(rows.values()))
     if "unigram_entropy" in first:
         lines += ["", f"Unigram entropy of the masked tokens: {first['unigram_entropy']:.3f} nats."]
-    if "sweep" in first:
-        lines += ["", "| evaluation loss by learning rate, one seed | " + " | ".join(first["sweep"]) + " |"]
-        lines += ["|---" * (len(first["sweep"]) + 1) + "|"]
-        lines += [f"| {n} | " + " | ".join(f"{v:.3f}" for v in row["sweep"].values()) + " |" for n, row in rows.items()]
+    sweeps = {name: row["sweep"] for name, row in rows.items() if "sweep" in row}
+    if sweeps:
+        rates = next(iter(sweeps.values()))
+        lines += ["", "| evaluation loss by learning rate, one seed | " + " | ".join(rates) + " |"]
+        lines += ["|---" * (len(rates) + 1) + "|"]
+        lines += [f"| {n} | " + " | ".join(f"{v:.3f}" for v in sweep.values()) + " |" for n, sweep in sweeps.items()]
     lines += ["", "Mean and standard deviation over seeds; one CPU thread per run. Commands:", ""]
     lines += [f"- {name}: `{row['command']}`" for name, row in rows.items()]
     (folder / f"{kind}.md").write_text("\n".join(lines) + "\n")
+    draw = draw_curves if all("curve" in row for row in rows.values()) else draw_accuracies
     figure, axis = plt.subplots(figsize=(6.5, 3.2), constrained_layout=True)
-    heights = [100 * mean(row["accuracy"]) for row in rows.values()]
-    spread = [100 * stdev(row["accuracy"]) if len(row["accuracy"]) > 1 else 0 for row in rows.values()]
-    axis.errorbar(range(len(rows)), heights, yerr=spread, fmt="o", capsize=4)
-    axis.set_xticks(range(len(rows)), rows, rotation=20)
-    axis.set_ylabel("accuracy (%)")
+    draw(axis, rows)
     axis.grid(alpha=0.3)
     figure.savefig(folder / f"{kind}.png", dpi=120)
     plt.close(figure)
 
 
+def draw_accuracies(axis, rows: dict) -> None:
+    heights = [100 * mean(row["accuracy"]) for row in rows.values()]
+    spread = [100 * stdev(row["accuracy"]) if len(row["accuracy"]) > 1 else 0 for row in rows.values()]
+    axis.errorbar(range(len(rows)), heights, yerr=spread, fmt="o", capsize=4)
+    axis.set_xticks(range(len(rows)), rows, rotation=20, ha="right")
+    axis.set_ylabel("accuracy (%)")
+
+
+def draw_curves(axis, rows: dict) -> None:
+    for name, row in rows.items():
+        axis.plot(*zip(*row["curve"], strict=True), label=name, linestyle="--" if "scratch" in name else "-")
+    axis.set_xlabel("optimizer steps")
+    axis.set_ylabel("evaluation loss (nats)")
+    axis.legend(fontsize=6)
+
+
+KINDS = {
+    "text": text,
+    "images": images,
+    "sentiment": sentiment,
+    "warm_start": warm_start,
+    "warm_start_mlm": warm_start_mlm,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("text", "images", "sentiment"))
+    parser.add_argument("kind", choices=KINDS)
     parser.add_argument("--data", type=lambda path: Path(path).resolve(), required=True)
     parser.add_argument("--work", type=Path, default=Path("outputs/evidence"), help="the runs, below the repository")
     parser.add_argument("--results", type=Path, default=Path("examples/results"), help="the tables, the same")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    kinds = {"text": text, "images": images, "sentiment": sentiment}
     os.chdir(EXAMPLES.parent)
-    rows = kinds[arguments.kind](arguments.data, arguments.work, arguments.results)
+    rows = KINDS[arguments.kind](arguments.data, arguments.work, arguments.results)
     write(arguments.kind, rows, arguments.data, arguments.results)
     print((arguments.results / f"{arguments.kind}.md").read_text())
 

@@ -37,6 +37,7 @@ from glue_sources import GlueArguments, normal_name
 from glue_suite import plan_runs, run_suite, write_json
 from glue_summary import RESULT
 from glue_tasks import CUSTOM, TASKS, GlueTask
+from hidden_teacher import HiddenStateTeacher
 from text_data import get_tokenizer, model_options, require_room
 from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
@@ -58,6 +59,8 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     gone = (
         "model_name_or_path",
+        "warm_start",
+        "warm_start_distillation",
         "tokenizer_name",
         "dataset_name",
         "dataset_config_name",
@@ -186,6 +189,7 @@ def run_task(
         train_dataset=train,
         eval_dataset=validation.get("", validation),
         processing_class=tokenizer,
+        hidden_teacher=HiddenStateTeacher.of(model_args, training.device),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=metrics_by(load_metric(task, data)),
         preprocess_logits_for_metrics=predictions_and_losses,

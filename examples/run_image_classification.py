@@ -19,6 +19,7 @@ import torch
 from arguments import LionTrainingArguments, UserError, parse_arguments, run
 from distillation import DistillationArguments, Teacher
 from ema import Ema
+from hidden_teacher import HiddenStateTeacher
 from image_augmentation import AugmentationArguments
 from image_data import ImageArguments, ImageCollator, first_image, load_images
 from image_model import ImageModelArguments, check_model, get_model, image_options, make_processor
@@ -32,6 +33,8 @@ from transformers.trainer_utils import EvalPrediction, SchedulerType
 SMOKE = {
     "dataset_name": None,
     "model_name_or_path": None,
+    "warm_start": None,
+    "warm_start_distillation": None,
     "teacher": None,
     "train_file": None,
     "validation_file": None,
@@ -106,7 +109,8 @@ class ImageTrainer(LionTrainer):
         """Cross entropy with the classes or the mixed "soft_labels", and the teacher's part; images labelled -100 count
         nothing. In training a sum over the batch divided by the number of images in an optimizer step."""
         labels = inputs["labels"]
-        outputs = model(pixel_values=inputs["pixel_values"])
+        taught = self.hidden_teacher is not None and model.training
+        outputs = model(pixel_values=inputs["pixel_values"], output_hidden_states=taught)
         logits = outputs.logits.float()
         if not model.training:
             loss = F.cross_entropy(logits, labels)
@@ -120,8 +124,9 @@ class ImageTrainer(LionTrainer):
         counted = labels != -100
         images = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = (losses * counted).sum() / images.to(losses.device).clamp(min=1)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # gradients are averaged over the processes
+        if taught:
+            loss = loss + self.hidden_teacher.loss(outputs.hidden_states, inputs, num_items_in_batch)
+        loss = self.summed_over_devices(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
@@ -223,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         preprocess_logits_for_metrics=scores,
         repeats=augmentation.repeated_augmentation,
         teacher=teacher,
+        hidden_teacher=HiddenStateTeacher.of(model_args, training.device),
         ema=Ema(training.ema_decay, checkpoint) if training.ema_decay else None,
     )
 

@@ -17,6 +17,7 @@ import reporting
 import torch
 from arguments import LionTrainingArguments, ModelArguments, UserError, parse_arguments, run
 from datasets import Dataset
+from hidden_teacher import HiddenStateTeacher
 from text_data import (
     MaskingCollator,
     TextArguments,
@@ -39,6 +40,8 @@ SMALL_MODEL = {"mask_type": "selective", "hidden_size": 128, "num_hidden_layers"
 # What --smoke makes of any recipe.
 SMOKE = {
     "model_name_or_path": None,
+    "warm_start": None,
+    "warm_start_distillation": None,
     "train_file": None,
     "validation_file": None,
     "dataset_name": None,
@@ -117,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=train,
         eval_dataset=validation,
         processing_class=tokenizer,
+        hidden_teacher=HiddenStateTeacher.of(model_args, training.device),
         data_collator=MaskingCollator(tokenizer, data.mlm_probability, training.seed, data.max_length),
         compute_metrics=masked_metrics,
         preprocess_logits_for_metrics=hits_and_losses,

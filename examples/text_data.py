@@ -190,7 +190,7 @@ def get_tokenizer(
 ):
     """The tokenizer of the checkpoint or model to go on with, one by name, or one trained on the training text (in a
     stream, on its first 100,000 texts)."""
-    name = checkpoint or (None if data.train_tokenizer else data.tokenizer_name or model.model_name_or_path)
+    name = checkpoint or (None if data.train_tokenizer else data.tokenizer_name or model.source)
     if name is None:
         name = training.output_dir
         if training.local_process_index == 0:  # the others read it

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from arguments import LionTrainingArguments, ModelArguments, UserError, require_disk, require_path, user_errors
 from data_loading import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
+from hidden_teacher import HiddenStateTeacher
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
@@ -20,7 +21,8 @@ from transformers.models.auto import CONFIG_MAPPING
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from lion_hf import PRESETS
+from lion_hf import PRESETS, LionConfig, LionVisionConfig
+from lion_hf.warm_start import from_bert, from_vit
 
 
 logger = logging.get_logger(__name__)
@@ -35,8 +37,9 @@ PURPOSES = {
     "AutoModelForSequenceClassification": "a text model",
     "AutoModelForImageClassification": "an image model",
 }
+LABEL_OPTIONS = ("id2label", "label2id", "problem_type", "num_labels")
 # Options that only LION has; new models of other kinds are built without their defaults.
-LION_OPTIONS = ("mask_type", "order", "pos_emb", "cls_tok", "drop_path_rate")
+LION_OPTIONS = ("mask_type", "order", "pos_emb", "cls_tok", "drop_path_rate", "softmax_layers")
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -61,7 +64,8 @@ def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
 def build_model(
     auto_class, model_type: str, model: ModelArguments, defaults: dict[str, Any], fixed: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model to train: an existing one, a preset, or one of the sizes given by flags.
+    """The model to train: an existing one, one with the weights of a BERT or ViT, a preset, or one of the sizes given by
+    flags.
 
     Args:
         auto_class: such as `AutoModelForMaskedLM`.
@@ -71,10 +75,12 @@ def build_model(
         fixed: options that the data decides, such as the size of the vocabulary.
     """
     config = known_config(auto_class, model_type, model, defaults, fixed)
+    if model.warm_start:
+        return _warm_started(auto_class, model_type, model, fixed)
     if not model.model_name_or_path:
         with user_errors("wrong model options", ValueError):
             return auto_class.from_config(config)
-    options = {k: v for k, v in fixed.items() if k in ("id2label", "label2id", "problem_type", "num_labels")}
+    options = {k: v for k, v in fixed.items() if k in LABEL_OPTIONS}
     options |= {k: v for k, v in fixed.items() if k == "attention_probs_dropout_prob" and hasattr(config, k)}
     if config.model_type in LION_TYPES:
         options["format"] = model.format
@@ -94,9 +100,13 @@ def known_config(
         UserError: for options that do not fit together, and a checkpoint that does not fit the script.
     """
     overrides = model.overrides()
+    if model.warm_start and (model.preset or model.model_type):
+        first = "preset" if model.preset else "model_type"
+        raise UserError(f"--warm_start says what size and kind the model is; it cannot be combined with --{first}")
     if model.model_name_or_path:
-        if model.preset or model.model_type or overrides:
-            first = "preset" if model.preset else "model_type" if model.model_type else next(iter(overrides))
+        others = {"warm_start": model.warm_start, "preset": model.preset, "model_type": model.model_type} | overrides
+        first = next((name for name, value in others.items() if value is not None), None)
+        if first:
             raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
         config = existing_config(model.model_name_or_path, auto_class)
         if config.model_type not in LION_TYPES and model.format != "auto":
@@ -104,6 +114,8 @@ def known_config(
                 f"--format is an option of LION; {model.model_name_or_path!r} is a {config.model_type!r} model"
             )
         return config
+    if model.warm_start:
+        return existing_config(model.warm_start, auto_class)
     allowed = (model_type, *BASELINES[model_type])
     model_type = model.model_type or model_type
     if model_type not in allowed:
@@ -134,6 +146,14 @@ def known_config(
     return config
 
 
+def _warm_started(auto_class, model_type: str, model: ModelArguments, fixed: dict[str, Any]) -> PreTrainedModel:
+    """A LION with the weights of `--warm_start`, in float32, in which it is trained."""
+    start, config_class = {"lion": (from_bert, LionConfig), "lion_vision": (from_vit, LionVisionConfig)}[model_type]
+    options = model.overrides() | {k: v for k, v in fixed.items() if k in LABEL_OPTIONS} | {"format": model.format}
+    with user_errors(f"cannot start from {model.warm_start!r}", OSError, ValueError, StrictDataclassError):
+        return start(model.warm_start, model_class=auto_class._model_mapping[config_class], **options).float()
+
+
 # --------------------------------------------------------------------------------------------------------- trainer
 
 
@@ -145,13 +165,15 @@ class LionTrainer(Trainer):
         repeats: readings of every training row side by side (repeated augmentation).
         kwargs: as for `Trainer`. A data collator with the attribute `uses_keys = True` finds each training row's `Key`
             as "key" and draws all its random numbers from it.
+        hidden_teacher: see `HiddenStateTeacher`.
     """
 
-    def __init__(self, *args, repeats: int = 1, **kwargs):
+    def __init__(self, *args, repeats: int = 1, hidden_teacher: HiddenStateTeacher | None = None, **kwargs):
         smoothing = kwargs["args"].label_smoothing_factor
         kwargs.setdefault("compute_loss_func", partial(summed_loss, label_smoothing=smoothing))
         super().__init__(*args, **kwargs)
         self.repeats = repeats
+        self.hidden_teacher = hidden_teacher
         self._last_log, self._evaluation_time = None, 0.0
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -203,6 +225,21 @@ class LionTrainer(Trainer):
             persistent_workers=args.dataloader_persistent_workers,
             pin_memory=args.dataloader_pin_memory,
         )
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """As in Trainer, and the distance to the teacher's hidden states in training."""
+        if self.hidden_teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        asked = {**inputs, "output_hidden_states": True}
+        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        taught = self.hidden_teacher.loss(outputs.hidden_states, inputs, num_items_in_batch)
+        loss = loss + self.summed_over_devices(taught, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def summed_over_devices(self, loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """A loss that was divided by the labels of all processes, whose gradients are then averaged over them."""
+        averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return loss * self.accelerator.num_processes if averaged else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput of training since the last logged loss."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -48,6 +49,24 @@ def bert_command(folder: Path, *flags: str) -> list[str]:
     return mlm_command(folder, "--model_type=bert", *flags)
 
 
+def warm_command(folder: Path, *flags: str) -> list[str]:
+    """Starts from a BERT and stays near its hidden states."""
+    source = folder.parent / "bert"
+    if not source.exists():
+        mlm_command(folder)  # writes the text
+        words = sorted(set((folder.parent / "text.txt").read_text().split()))
+        vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+        tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(vocabulary)})
+        tokenizer.save_pretrained(source)
+        shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        BertForMaskedLM(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **shape)).save_pretrained(
+            source
+        )
+    sizes = ("--hidden_size", "--num_hidden_layers", "--num_attention_heads", "--vocab_size")
+    command = [flag for flag in mlm_command(folder, *flags) if not flag.startswith(sizes)]
+    return [*command, f"--warm_start={source}", "--warm_start_distillation=1"]
+
+
 COMMANDS = {"text": mlm_command, "image": image_command}
 
 
@@ -75,7 +94,7 @@ def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     "command, accumulation",
-    [(mlm_command, 1), (mlm_command, 2), (image_command, 1), (image_command, 2), (bert_command, 2)],
+    [(mlm_command, 1), (mlm_command, 2), (image_command, 1), (image_command, 2), (bert_command, 2), (warm_command, 2)],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_two_processes_train_as_one(tmp_path, command, accumulation):

@@ -163,6 +163,19 @@ def test_another_head_is_new_and_said_to_be(tmp_path, warnings_of, given):
     assert torch.equal(model.lion.pooler.dense.weight, source.bert.pooler.dense.weight)
 
 
+@pytest.mark.parametrize(
+    "options", [{"num_labels": 2}, {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}]
+)
+def test_names_of_classes_are_the_sources_unless_given(options):
+    names = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    source = bert("BertForSequenceClassification", **names)
+    config = from_bert(source).config
+    assert (config.id2label, config.label2id) == (names["id2label"], names["label2id"])
+    config = from_bert(source, **options).config
+    assert "bad" not in {**config.label2id, **{name: i for i, name in config.id2label.items()}}
+    assert config.num_labels == 2
+
+
 def test_a_head_of_another_task_is_not_taken_over():
     source = bert("BertForTokenClassification", num_labels=2)
     model = from_bert(source, model_class=lion_hf.LionForSequenceClassification)

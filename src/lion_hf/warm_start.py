@@ -306,7 +306,7 @@ def _options(
             f"{decided[0]}={overrides[decided[0]]!r} cannot be chosen: the copied weights decide it "
             f"({decided[0]}={getattr(source, decided[0])!r})."
         )
-    if "num_labels" in overrides:  # names of the source's classes would contradict it
+    if not {"num_labels", "id2label", "label2id"}.isdisjoint(overrides):  # the source's classes would contradict them
         shared = [name for name in shared if name not in ("id2label", "label2id")]
     return {name: getattr(source, name) for name in (*sizes, *shared)} | overrides
 
