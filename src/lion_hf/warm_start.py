@@ -115,7 +115,8 @@ def from_bert(
             (`BertForMaskedLM` becomes `LionForMaskedLM`). A head that the source lacks is newly initialised.
         softmax_layers: layers, counted from 0, that stay as they are. With all of them and `pos_emb`, the result
             computes what the source does.
-        pos_emb: keep the source's position table. Without it any length is taken, at the price of a worse start.
+        pos_emb: keep the source's position table. Without it any length is taken; LION layers miss it little at the
+            start, softmax layers, which know no order, miss it.
         windows: tokens that a head reads at the start, more than 1: (smallest, largest), spread geometrically over the
             heads, or one number per head. (16, 512) by default. LION-LIT has none.
         length: typical number of tokens of a text, for the scale of what is mixed.
@@ -235,8 +236,8 @@ def hidden_state_distillation_loss(
         theirs = theirs.detach().to(dtype)
         squares = (ours.to(dtype) - theirs).square().sum(-1)
         error = error + squares / theirs.square().sum(-1).clamp(min=torch.finfo(dtype).tiny) / len(student)
-    real = torch.ones_like(error) if attention_mask is None else attention_mask.to(dtype)
-    return (error * real).sum(1) / real.sum(1).clamp(min=1)
+    real = torch.ones_like(error) if attention_mask is None else attention_mask
+    return error.masked_fill(real == 0, 0).sum(1) / real.to(dtype).sum(1).clamp(min=1)
 
 
 # --------------------------------------------------------------------------------------------------------- source
