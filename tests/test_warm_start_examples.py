@@ -156,7 +156,7 @@ def test_the_distance_of_parts_adds_up_and_fillers_do_not_count(bert):
         (["--softmax_layers", "2"], "cannot start from .*softmax_layers is .2.; .*from 0 to 1"),
         (["--warm_start_distillation=-1"], "--warm_start_distillation is -1.0; it must not be negative"),
         (["--warm_start=nowhere/at/all"], "model folder 'nowhere/at/all' does not exist"),
-        (["--warm_start={gpt2}"], "is a 'gpt2' model, which is none for AutoModelForMaskedLM"),
+        (["--warm_start={gpt2}"], "is a 'gpt2' model, which AutoModelForMaskedLM does not know"),
     ],
 )
 def test_wrong_options_are_said_in_one_line(tmp_path, bert, flags, message):

@@ -39,7 +39,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_lion import LionConfig, LionVisionConfig
-from .convert_lion_checkpoint import convert_text_state_dict
+from .convert_names import convert_text_state_dict
 from .lion_layer import LionMixer
 from .modeling_lion import (
     LionForMaskedLM,
