@@ -152,3 +152,16 @@ def test_another_folder_is_an_error(tmp_path, content):
     with pytest.raises(ConversionError, match="is not a LION folder|holds no model.safetensors") as error:
         reverse_checkpoint(tmp_path / "ours", tmp_path / "back.pth")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_hybrids_have_no_place_in_the_authors_layout(tmp_path, kind):
+    model = (
+        lion_hf.LionForMaskedLM(text_config(softmax_layers=[0]))
+        if kind == "text"
+        else lion_hf.LionForImageClassification(vision_config(softmax_layers=[0]))
+    )
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ConversionError):
+        reverse_checkpoint(tmp_path / "ours", tmp_path / "theirs.pt")
+    assert not (tmp_path / "theirs.pt").exists()
