@@ -162,6 +162,6 @@ def test_hybrids_have_no_place_in_the_authors_layout(tmp_path, kind):
         else lion_hf.LionForImageClassification(vision_config(softmax_layers=[0]))
     )
     model.save_pretrained(tmp_path / "ours")
-    with pytest.raises(ConversionError):
+    with pytest.raises(ConversionError, match="have no softmax layers"):
         reverse_checkpoint(tmp_path / "ours", tmp_path / "theirs.pt")
     assert not (tmp_path / "theirs.pt").exists()

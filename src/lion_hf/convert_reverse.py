@@ -55,6 +55,11 @@ def authors_checkpoint(config: LionConfig | LionVisionConfig, state: dict[str, T
     Raises:
         ConversionError: for a tensor that has no counterpart.
     """
+    if config.softmax_layers:
+        raise ConversionError(
+            f"softmax_layers is {config.softmax_layers}, but the authors' models have no softmax layers: only a model without "
+            "any has a place in their layout."
+        )
     try:
         if isinstance(config, LionVisionConfig):
             return {"model": revert_vision_state_dict(state), "args": _args(config)}
