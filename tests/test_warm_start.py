@@ -285,9 +285,10 @@ def test_of_queries_and_keys_one_direction_is_given_up_the_least_used():
     torch.testing.assert_close(logits, query @ key.transpose(2, 3) / 8**0.5 / 4, rtol=0, atol=1e-2)
 
 
-def test_the_norm_after_mixing_starts_with_the_size_of_mixed_values():
+@pytest.mark.parametrize("mask_type", ["lit", "decay", "selective"])
+def test_the_norm_after_mixing_starts_with_the_size_of_mixed_values(mask_type):
     source = bert(hidden_size=96, num_attention_heads=4)
-    model = from_bert(source, "lit")
+    model = from_bert(source, mask_type)
     norms = [source.bert.embeddings.LayerNorm, source.bert.encoder.layer[0].output.LayerNorm]
     for layer, before, theirs in zip(model.lion.layers, norms, source.bert.encoder.layer, strict=True):
         values = theirs.attention.self.value(before(torch.randn(500, 96)))

@@ -25,8 +25,9 @@ with what it was. So text starts from the first-order expansion of softmax at a 
 
 where N is the sum of a row of M in a text of `length` tokens. Both lie in the copied weights: in each head one
 direction, the one that queries and keys use least, is given up and holds the constant 1, and query, key and value are
-each multiplied by N^(-1/3), evenly, so that no projection becomes so small that an optimizer step overwrites it. A
-LayerNorm after mixing (`layer_norm_after`) starts with the size that the mixed values had.
+each multiplied by N^(-1/3), evenly, so that no projection becomes so small that an optimizer step overwrites it. The
+LayerNorm after mixing (`layer_norm_after`), on by default here for every variant, starts with the size that the mixed
+values had: the start is no nearer with it, but training bears larger learning rates, since sums can no longer grow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -121,8 +122,8 @@ def from_bert(
             heads, or one number per head. (16, 512) by default. LION-LIT has none.
         length: typical number of tokens of a text, for the scale of what is mixed.
         config_overrides: further options of [`LionConfig`] that the weights do not decide, such as `format`,
-            `num_labels` or `layer_norm_after`. Attention dropout is 0 unless given, since only the attention form
-            has it.
+            `num_labels` or `layer_norm_after` (True unless given). Attention dropout is 0 unless given, since only the
+            attention form has it.
 
     Returns:
         The model, in evaluation mode, with the source's dtype and device. Decays are float32 at least.
@@ -138,7 +139,7 @@ def from_bert(
         mask_type=mask_type,
         softmax_layers=softmax_layers,
         pos_emb=pos_emb,
-        **_options(source.config, _BERT_SIZES, _BERT_SHARED, config_overrides),
+        **_options(source.config, _BERT_SIZES, _BERT_SHARED, {"layer_norm_after": True, **config_overrides}),
     )
     windows = head_windows(windows or (16, 512), config.num_attention_heads)
     if length < 1:
