@@ -117,6 +117,13 @@ class ModelArguments:
 
 
 @dataclass
+class TextModelArguments(ModelArguments):
+    layer_norm_after: bool | None = field(
+        default=None, metadata={"help": "LayerNorm over all heads after mixing; default: LION-LIT and warm starts."}
+    )
+
+
+@dataclass
 class DataArguments:
     """A data set of the Hub by name, or files; with neither, a built-in data set that needs no network."""
 

@@ -19,7 +19,7 @@ from shutil import rmtree
 from typing import Any, NamedTuple
 
 import torch
-from arguments import ModelArguments, UserError, make_output_dir, run
+from arguments import TextModelArguments, UserError, make_output_dir, run
 from glue_summary import RESULT, read_results, run_score, to_markdown, write_summary
 from glue_tasks import AFTER_MNLI
 from transformers import TrainingArguments
@@ -73,7 +73,7 @@ def plan_runs(tasks: Sequence, num_seeds: int | None, seed: int, folder: str, fr
 def run_arguments(run: Run, given: dict[str, Any]) -> dict[str, Any]:
     """What a run is called with: everything that was given, with the one task, seed and folder."""
     if run.first is not None:  # that model says what it is
-        model = {field.name for field in dataclasses.fields(ModelArguments)} | {"tokenizer_name", "train_tokenizer"}
+        model = {field.name for field in dataclasses.fields(TextModelArguments)} | {"tokenizer_name", "train_tokenizer"}
         given = {name: value for name, value in given.items() if name not in model - {"format"}}
         given["model_name_or_path"] = str(run.first)
     own = {"task": [run.task], "seed": run.seed, "num_seeds": 1, "from_mnli": False, "output_dir": str(run.folder)}

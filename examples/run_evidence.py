@@ -87,7 +87,7 @@ def warm_models(encoder: Path) -> dict[str, str]:
         "LION-S, warm, distilled": f"{start} --mask_type selective --warm_start_distillation 1",
         "LION-S, warm, every second layer softmax": f"{start} --mask_type selective --softmax_layers {half}",
         **{
-            f"{name}, from scratch": f"--tokenizer_name {shlex.quote(str(encoder))} {shape} --pos_emb true --mask_type {kind}"
+            f"{name}, from scratch": f"--tokenizer_name {shlex.quote(str(encoder))} {shape} --pos_emb true --layer_norm_after true --mask_type {kind}"
             for name, kind in variants.items()
         },
     }

@@ -24,7 +24,7 @@ from typing import Any
 import reporting
 from arguments import (
     LionTrainingArguments,
-    ModelArguments,
+    TextModelArguments,
     UserError,
     given_values,
     parse_arguments,
@@ -95,7 +95,7 @@ class GlueTrainingArguments(LionTrainingArguments):
         super().__post_init__()
 
 
-CLASSES = (ModelArguments, GlueArguments, GlueTrainingArguments)
+CLASSES = (TextModelArguments, GlueArguments, GlueTrainingArguments)
 
 
 def chosen_tasks(data: GlueArguments) -> list[GlueTask]:
@@ -148,7 +148,7 @@ def label_options(task: GlueTask) -> dict[str, Any]:
     }
 
 
-def make_model(task: GlueTask, model_args: ModelArguments, tokenizer, max_length: int):
+def make_model(task: GlueTask, model_args: TextModelArguments, tokenizer, max_length: int):
     """The model to train. Attention dropout is 0 in the recipe, for BERT too (ModernBERT has none of its own accord)."""
     fixed = model_options(tokenizer, max_length) | label_options(task)
     if model_args.model_type != "modernbert":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import reporting
 import torch
-from arguments import LionTrainingArguments, ModelArguments, UserError, parse_arguments, run
+from arguments import LionTrainingArguments, TextModelArguments, UserError, parse_arguments, run
 from datasets import Dataset
 from hidden_teacher import HiddenStateTeacher
 from text_data import (
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Trains and evaluates; returns the metrics, which are also in `all_results.json`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     model_args, data, training = parse_arguments(
-        (ModelArguments, TextArguments, MlmTrainingArguments), argv, description=__doc__, smoke=SMOKE
+        (TextModelArguments, TextArguments, MlmTrainingArguments), argv, description=__doc__, smoke=SMOKE
     )
     if not data.max_length >= 3 or not 0 < data.mlm_probability < 1 or not 0 < data.eval_mlm_probability < 1:
         raise UserError("--max_length must be at least 3, and masking probabilities between 0 and 1")

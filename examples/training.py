@@ -39,7 +39,7 @@ PURPOSES = {
 }
 LABEL_OPTIONS = ("id2label", "label2id", "problem_type", "num_labels")
 # Options that only LION has; new models of other kinds are built without their defaults.
-LION_OPTIONS = ("mask_type", "order", "pos_emb", "cls_tok", "drop_path_rate", "softmax_layers")
+LION_OPTIONS = ("mask_type", "order", "pos_emb", "cls_tok", "drop_path_rate", "softmax_layers", "layer_norm_after")
 
 
 # ----------------------------------------------------------------------------------------------------------- model

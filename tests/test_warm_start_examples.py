@@ -183,6 +183,7 @@ def test_evidence_compares_the_source_warm_starts_and_cold_ones(bert, tmp_path):
     models = warm_models(bert)
     assert models["BERT, the source"] == f"--model_name_or_path {bert}"
     assert "--softmax_layers 1" in models["LION-S, warm, every second layer softmax"]
+    assert "--layer_norm_after true" in models["LION-D, from scratch"], "as the warm start has it"
     assert "--hidden_size 16 --num_hidden_layers 2" in models["LION-D, from scratch"]
     row = {"command": "python", "seeds": [1], "accuracy": [0.2], "loss": [2.0], "train_runtime": [60.0]}
     curves = {name: row | {"curve": [(25, 5.0 + i), (50, 4.0 + i)]} for i, name in enumerate(models)}
