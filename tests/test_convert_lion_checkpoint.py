@@ -210,7 +210,9 @@ def test_the_module_runs_as_a_command_and_refuses_a_hostile_pickle_in_one_line(t
     module = [sys.executable, "-m", "lion_hf.convert_lion_checkpoint"]
     done = subprocess.run([*module, source, out], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"lion-convert: error: .* asks for \w+\.mkdir.*\n", done.stderr), done.stderr
+    *others, last = done.stderr.splitlines()  # other libraries may greet the import of Transformers
+    assert re.fullmatch(r"lion-convert: error: .* asks for \w+\.mkdir.*", last), done.stderr
+    assert not any("Traceback" in line for line in others), done.stderr
     assert not (tmp_path / "marker").exists() and not os.listdir(out.parent)
 
 
