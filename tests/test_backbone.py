@@ -195,3 +195,10 @@ def test_a_segmentation_model_of_transformers_learns_on_it(order):
     gradients = {name: p.grad for name, p in model.backbone.named_parameters()}
     assert all(g is not None and g.isfinite().all() for g in gradients.values())
     assert gradients["lion_vision.layers.0.mixer.q_proj.weight"].abs().max() > 0
+
+
+def test_the_configuration_that_a_backbone_was_built_from_stays_as_it_is():
+    config = vision_config("decay")
+    before = config.to_dict()
+    lion_hf.LionBackbone(config)
+    assert config.to_dict() == before

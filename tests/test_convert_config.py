@@ -143,7 +143,7 @@ CONTRADICTIONS = {
     "missing table": ({"pos_emb": True}, {}, "hold no position table"),
     "unknown variant": ({"mask_type": "Mamba"}, {}, "names the variant 'Mamba'; known are 'lit'"),
     "odd size": ({"img_size": 15}, {}, "no possible configuration: .*not divisible"),
-    "odd type": ({"cls_tok": "maybe"}, {}, "no possible configuration"),
+    "odd type": ({"cls_tok": "maybe"}, {}, "states cls_tok='maybe'; it must be true or false"),
 }
 
 
@@ -189,3 +189,10 @@ def test_stated_values_of_any_type_are_no_crash():
     content["args"].mask_type = {"a": 1}
     with pytest.raises(ConversionError, match="names the variant"):
         infer(content)
+
+
+@pytest.mark.parametrize("stated, expected", [("True", True), ("false", False), (1, True), (0, False)])
+def test_truths_are_understood_as_files_write_them(stated, expected):
+    weights, _ = bare_image("decay", order="s")
+    config, *_ = infer(deit(weights, image_description(cls_tok=stated)))
+    assert config.cls_tok is expected

@@ -242,7 +242,14 @@ WRONG = {
     "layer": (lambda w: [w.pop(n) for n in list(w) if ".layer.0.output" in n], "lacks 4 tensor.*, ..."),
     "shape": (lambda w: w.update({FIRST + "output.dense.bias": torch.zeros(7)}), r"has the shape \(7,\), .*\(24,\)"),
     "nan": (lambda w: w[FIRST + "attention.self.query.weight"].fill_(torch.nan), "query.weight holds .* finite"),
-    "integers": (lambda w: w.update({FIRST + "output.dense.bias": torch.zeros(24, dtype=int)}), "finite real numbers"),
+    "integers": (
+        lambda w: w.update({FIRST + "output.dense.bias": torch.zeros(24, dtype=int)}),
+        "of torch.int64; weights must be",
+    ),
+    "endless": (
+        lambda w: w.update({FIRST + "output.dense.bias": torch.zeros(1).expand(10**14)}),
+        "output.dense.bias cannot be read: .*memory",
+    ),
     "overflow": (
         lambda w: w[FIRST + "output.dense.weight"].fill_(3e38),
         "outputs of the converted model are not finite",
@@ -307,10 +314,9 @@ def test_wrong_arguments_are_refused(arguments, match, out, capfd):
 def test_what_exists_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(out, tmp_path, capfd):
     assert run(TEXT, out) == 0
     assert_refused(capfd, out, IMAGE, out, match="exists; give another place, or --force")
-    (out / "leftover.txt").touch()
     assert run(IMAGE, out, "--force") == 0
     assert "LionForImageClassification" in (out / "config.json").read_text()
-    assert not (out / "leftover.txt").exists() and not (out / "tokenizer.json").exists()
+    assert not (out / "tokenizer.json").exists()
     assert os.listdir(out.parent) == ["out"]
     (out / "config.json").write_text('{"model_type": "bert"}')
     assert_refused(capfd, out, IMAGE, out, "--force", match="something other than a LION checkpoint")
@@ -325,12 +331,28 @@ def test_files_and_folders_do_not_replace_each_other_nor_the_source(out, tmp_pat
     assert run(IMAGE, out) == 0
     assert_refused(capfd, out, "--reverse", out, out.parent, "--force", match="is a folder; give a file")
     (out / "source.pth").write_bytes(IMAGE.read_bytes())
-    assert_refused(capfd, out, out / "source.pth", out, "--force", match="holds the source")
+    assert_refused(capfd, out, out / "source.pth", out, "--force", match="is where the source is")
     back = out.parent / "back.pth"
     assert run("--reverse", out, back) == 0
     assert_refused(capfd, out, "--reverse", out, back, match="exists")
     before = back.stat().st_mtime_ns
     assert run("--reverse", out, back, "--force") == 0 and back.stat().st_mtime_ns > before
+
+
+def test_force_loses_nothing_but_a_conversion(out, tmp_path, capfd):
+    assert run(IMAGE, out) == 0
+    kept = (out / "model.safetensors").read_bytes()
+    (out / "checkpoint-2").mkdir()
+    assert_refused(capfd, out, IMAGE, out, "--force", match="also holds checkpoint-2, which would be lost")
+    (out / "checkpoint-2").rmdir()
+    (out / "notes.txt").write_text("mine")
+    assert_refused(capfd, out, IMAGE, out, "--force", match="also holds notes.txt, which would be lost")
+    weights = out / "model.safetensors"
+    assert_refused(capfd, out, "--reverse", out, weights, "--force", match="is where the source is")
+    mine = tmp_path / "precious.py"
+    mine.write_text("mine")
+    assert_refused(capfd, out, "--reverse", out, mine, "--force", match="something other than a checkpoint")
+    assert weights.read_bytes() == kept and mine.read_text() == "mine"
 
 
 def test_an_empty_folder_and_a_link_are_filled_by_force(out, tmp_path):

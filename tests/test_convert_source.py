@@ -61,17 +61,41 @@ def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(tmp_path, writer, pl
     [
         (datetime.datetime(2025, 1, 1), "datetime.datetime"),
         (np.float64(1), "scalar"),
-        (np.arange(3.0), None),
-        (np.array([None]), None),
+        (np.array([os.path.join]), "posixpath.join"),
         (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
         (os.path.join, "posixpath.join"),
     ],
-    ids=["datetime", "numpy scalar", "numpy float64", "numpy objects", "module", "function"],
+    ids=["datetime", "numpy scalar", "function in an array", "module", "function"],
 )
 def test_only_the_types_of_the_authors_are_allowed(tmp_path, foreign, name):
     source = save({"model": {}, "args": argparse.Namespace(x=foreign)}, tmp_path / "source.pth")
-    with pytest.raises(ConversionError, match=name or "safe reader refuses"):
+    with pytest.raises(ConversionError, match=name):
         read_source(source)
+
+
+class Forged:
+    """An array of objects at addresses that the file chooses, which NumPy would follow."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return np.ndarray, self.arguments
+
+
+def test_no_code_of_numpy_runs_on_what_a_file_says(tmp_path, monkeypatch):
+    weights, _ = bare_image("decay")
+    forged = Forged(Forged((2,), "O", b"A" * 16))
+    with monkeypatch.context() as context:
+        context.setattr(np, "empty", lambda *args, **kwargs: pytest.fail("an array was made"))
+        source = read_source(save({"model": weights, "rng": forged}, tmp_path / "source.pth"))
+    assert source.weights.keys() == weights.keys()
+
+
+def test_a_name_that_is_none_is_refused(tmp_path):
+    weights, _ = bare_image("decay")
+    with pytest.raises(ConversionError, match="3, which is no name of a weight"):
+        read_source(save({**weights, 3: torch.zeros(1)}, tmp_path / "source.pth"))
 
 
 def test_namespace_timedelta_and_random_states_are_allowed_and_only_while_reading(tmp_path):

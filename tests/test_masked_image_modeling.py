@@ -236,3 +236,14 @@ def test_encoder_stride_is_the_patch_size_and_nothing_else():
     for wrong in (lambda: vision_config(encoder_stride=16), lambda: config.update({"encoder_stride": 4})):
         with pytest.raises(ValueError, match=r"encoder_stride is \d+, but patch_size is \d+"):
             wrong()
+
+
+def test_a_mask_of_another_grid_is_refused_and_values_count_as_yes_or_no():
+    model = lion_hf.LionForMaskedImageModeling(vision_config("decay")).eval()
+    side = model.config.patch_size
+    pixels = torch.randn(1, model.config.num_channels, 2 * side, 4 * side)
+    mask = torch.tensor([[1, 0, 0, 1, 0, 1, 0, 0]])
+    loss = model(pixels, bool_masked_pos=mask).loss
+    torch.testing.assert_close(model(pixels, bool_masked_pos=-3 * mask.view(1, 2, 4)).loss, loss)
+    with pytest.raises(ValueError, match="rows, columns"):
+        model(pixels, bool_masked_pos=mask.view(1, 4, 2))

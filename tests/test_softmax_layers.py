@@ -263,3 +263,10 @@ def test_onnx_runs_and_agrees(tmp_path, kind):
     names = [x.name for x in session.get_inputs()]
     (logits, *_) = session.run(None, {n: x.numpy() for n, x in inputs.items() if n in names})
     torch.testing.assert_close(torch.from_numpy(logits), model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_of_layers_that_leaves_a_softmax_layer_out_is_refused_at_load(tmp_path):
+    lion_hf.LionForMaskedLM(text_config(num_hidden_layers=3, softmax_layers=[1])).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="with num_hidden_layers 1 its numbers must be from 0 to 0"):
+        lion_hf.LionForMaskedLM.from_pretrained(tmp_path, num_hidden_layers=1)
+    assert lion_hf.LionConfig.from_pretrained(tmp_path, num_hidden_layers=2).softmax_layers == [1]

@@ -66,7 +66,11 @@ class _LionOptions:
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
         cls.require_structure(config_dict, {name: kwargs[name] for name in _STRUCTURAL if name in kwargs})
-        return super().from_dict(config_dict, **kwargs)
+        result = super().from_dict(config_dict, **kwargs)
+        (
+            result[0] if isinstance(result, tuple) else result
+        ).validate()  # overrides are set one by one, after the checks
+        return result
 
     @classmethod
     def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
@@ -139,6 +143,7 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
 
 
 def _sorted_layers(value: Any) -> list[int]:
+    value = [] if value is None else value
     if not isinstance(value, (list, tuple)) or any(type(layer) is not int or layer < 0 for layer in value):
         raise ValueError(
             f"softmax_layers is {value!r}; it must be a list of layer numbers, whole and counted from 0 at the embeddings "

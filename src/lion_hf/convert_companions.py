@@ -71,12 +71,23 @@ def load_tokenizer(name: str | None, source: Source, vocab_size: int) -> PreTrai
     return tokenizer
 
 
-def image_processor(config: LionVisionConfig):
+def image_processor(config: LionVisionConfig, crop_ratio: float | None = None):
     """What the authors' evaluation does: bicubic resize of the shorter side (256 for 224), centre crop, ImageNet's mean
-    and standard deviation. None where Transformers has no processor for lack of Pillow."""
-    side = config.image_size
+    and standard deviation. None where Transformers has no processor for lack of Pillow.
+
+    Args:
+        config: the model's.
+        crop_ratio: side of the crop over the shorter side that is resized to, as the checkpoint states it; 0.875 where
+            it states none.
+
+    Raises:
+        ConversionError: for a ratio that is none.
+    """
+    side, ratio = config.image_size, _CROP_RATIO if crop_ratio is None else crop_ratio
+    if isinstance(ratio, str) or not 0 < ratio <= 1:
+        raise ConversionError(f"eval_crop_ratio is {ratio!r} in the checkpoint; it must be above 0 and at most 1.")
     options = {
-        "size": {"shortest_edge": round(side / _CROP_RATIO)},
+        "size": {"shortest_edge": int(side / ratio)},
         "crop_size": {"height": side, "width": side},
         "do_center_crop": True,
         "do_convert_rgb": True,

@@ -36,6 +36,8 @@ QUESTIONS = {
     "image_size": ("--image-size N", "models without positions take any size"),
     "pos_emb": ("--pos-emb true|false", "a position table in the weights may be unused"),
 }
+# Options that are true or false.
+_TRUTHS = ("cls_tok", "pos_emb", "layer_norm_after")
 # Options of a text configuration that keep their names and that no tensor shows.
 _TEXT_STATED = (
     "hidden_act",
@@ -70,6 +72,10 @@ class Options:
 
     def settle(self, name: str, *, weights: Any = None, stated: Any = None, default: Any = None) -> Any:
         """The value that all who know it agree on, else the default; without one, the question stays open (None)."""
+        if name in _TRUTHS and stated is not None:
+            stated = self._truth(name, stated)
+        elif isinstance(weights, int) and isinstance(stated, str) and stated.isdigit():
+            stated = int(stated)
         answers = {"flag": self.flags.pop(name, None), self.description: stated, "weights": weights}
         answers = {origin: value for origin, value in answers.items() if value is not None}
         if not answers and default is not None:
@@ -87,6 +93,13 @@ class Options:
                 )
         self.values[name], self.origins[name] = value, origin
         return value
+
+    def _truth(self, name: str, stated: Any) -> bool:
+        """True or False as files write them."""
+        truths = {"true": True, "1": True, "false": False, "0": False}
+        if str(stated).lower() not in truths:
+            raise ConversionError(f"{self.source.path} states {name}={stated!r}; it must be true or false.")
+        return truths[str(stated).lower()]
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         """The shape of a tensor that every model of the kind has, or that is known to be there."""

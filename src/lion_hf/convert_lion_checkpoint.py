@@ -14,6 +14,7 @@ import json
 import signal
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,11 @@ from .save_with_code import save_with_code
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
+# What a converted folder can hold.
+_WRITTEN = ("config.json", "README.md", "*.safetensors", "*.safetensors.index.json", "*.py", "preprocessor_config.json")
+_WRITTEN += ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json")
+
+
 @contextmanager
 def _published(out: Path) -> Iterator[Path]:
     """A path beside `out` to write to. It becomes `out` when the block ends, in one step, and is gone if the block fails;
@@ -43,12 +49,12 @@ def _published(out: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         new, old = Path(work, "new"), Path(work, "old")
         yield new
-        if out.exists():
-            out.rename(old)
         try:
+            if out.exists():
+                out.rename(old)
             new.rename(out)
         except BaseException:
-            if old.exists():
+            if old.exists() and not out.exists():
                 old.rename(out)
             raise
 
@@ -63,10 +69,20 @@ def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> Non
         raise ConversionError(f"{out} is a {'file' if folder else 'folder'}; give a {'folder' if folder else 'file'}.")
     if not force:
         raise ConversionError(f"{out} exists; give another place, or --force to replace it.")
-    if out == source or out in source.parents:
-        raise ConversionError(f"{out} holds the source; give another place.")
+    if out == source or out in source.parents or source in out.parents:
+        raise ConversionError(f"{out} is where the source is; give another place.")
     if folder and any(out.iterdir()) and not _is_checkpoint(out):
         raise ConversionError(f"{out} holds something other than a LION checkpoint; empty it, or give another place.")
+    foreign = next((x.name for x in sorted(out.iterdir()) if x.is_dir() or not _is_ours(x)), None) if folder else None
+    if foreign:
+        raise ConversionError(f"{out} also holds {foreign}, which would be lost; move it, or give another place.")
+    if not folder and not zipfile.is_zipfile(out):
+        raise ConversionError(f"{out} is something other than a checkpoint; remove it, or give another place.")
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file has a name that a conversion writes."""
+    return any(file.match(pattern) for pattern in _WRITTEN)
 
 
 def _is_checkpoint(folder: Path) -> bool:
@@ -83,7 +99,8 @@ def write_folder(plan: Plan, out: Path, tokenizer: PreTrainedTokenizerBase | Non
         save_with_code(plan.model, out)
     else:
         plan.model.save_pretrained(out)
-    processor = image_processor(plan.model.config) if plan.source.kind == "image" else None
+    ratio = plan.source.stated.get("eval_crop_ratio")
+    processor = image_processor(plan.model.config, ratio) if plan.source.kind == "image" else None
     for companion in (tokenizer, processor):
         if companion is not None:
             companion.save_pretrained(out)

@@ -14,6 +14,9 @@ from .convert_source import ConversionError, Source, first_line
 from .modeling_lion import LionForMaskedLM
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
 @dataclass
 class Plan:
     """A conversion that is verified and not yet written.
@@ -51,7 +54,15 @@ def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan
         if reason := _reason_to_drop(name, source, config, head):
             dropped[name] = reason
             continue
-        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+        if tensor.dtype not in _DTYPES:
+            raise ConversionError(
+                f"{source.path}: {name} is of {tensor.dtype}; weights must be of float16, bfloat16, float32 or float64."
+            )
+        try:
+            finite = bool(tensor.isfinite().all())
+        except RuntimeError as error:  # a small file can claim a tensor that no memory holds
+            raise ConversionError(f"{source.path}: {name} cannot be read: {first_line(error)}.") from error
+        if not finite:
             raise ConversionError(f"{source.path}: {name} holds something other than finite real numbers.")
         try:
             renamed[name] = convert({name: tensor}, config)
@@ -121,12 +132,12 @@ def _loaded(
 @torch.no_grad()
 def _check_forward(model: PreTrainedModel, source: Source) -> None:
     config = model.config
-    if source.kind == "image":
-        inputs = {"pixel_values": torch.zeros(1, config.num_channels, config.image_size, config.image_size)}
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    else:
-        inputs = {"input_ids": torch.arange(min(16, config.vocab_size, config.max_position_embeddings))[None]}
     try:
+        if source.kind == "image":
+            side = config.image_size
+            inputs = {"pixel_values": torch.zeros(1, config.num_channels, side, side, dtype=model.dtype)}
+        else:
+            inputs = {"input_ids": torch.arange(min(16, config.vocab_size, config.max_position_embeddings))[None]}
         logits = model(**inputs).logits
     except (RuntimeError, ValueError) as error:
         raise ConversionError(f"{source.path}: the converted model does not run: {first_line(error)}.") from error

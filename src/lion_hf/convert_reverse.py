@@ -23,7 +23,8 @@ _HEADS = {
     "LionForSequenceClassification": "BertForSequenceClassification",
 }
 # Options that do not change what a trained model computes, or that say how it is computed: they need no counterpart.
-_FREE = {"format", "chunk_size", "initializer_range", "attention_probs_dropout_prob", "bos_token_id", "eos_token_id"}
+_FREE = {"_out_features", "_out_indices", "apply_layernorm"}  # a backbone's
+_FREE |= {"format", "chunk_size", "initializer_range", "attention_probs_dropout_prob", "bos_token_id", "eos_token_id"}
 
 
 def read_folder(folder: Path) -> tuple[LionConfig | LionVisionConfig, dict[str, Tensor]]:

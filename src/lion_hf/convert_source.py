@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -47,17 +46,26 @@ _PREFIXES = ("model.", "module.", "_orig_mod.")
 # A key that every model of the kind has.
 _KINDS = {"image": "patch_embed.proj.weight", "text": "bert.embeddings.word_embeddings.weight"}
 
-# The random state in a Composer checkpoint is a NumPy array of uint32. Its constructor is private and has moved
-# between NumPy 1 and 2; files of both name it.
-_reconstruct = np.empty(0).__reduce__()[0]
+
+class _Unread:
+    """Stands for NumPy's objects, of which the random state in a Composer checkpoint is made. It is not needed, and NumPy's
+    own constructors would follow pointers that a forged file holds."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# The constructor of arrays has moved between NumPy 1 and 2; files of both name it.
 _ALLOWED = [
     argparse.Namespace,
     datetime.timedelta,
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.uint32)),
-    (_reconstruct, "numpy.core.multiarray._reconstruct"),
-    (_reconstruct, "numpy._core.multiarray._reconstruct"),
+    (_Unread, "numpy.ndarray"),
+    (_Unread, "numpy.dtype"),
+    (_Unread, "numpy.core.multiarray._reconstruct"),
+    (_Unread, "numpy._core.multiarray._reconstruct"),
 ]
 
 
@@ -70,7 +78,7 @@ def read_source(path: str | Path, *, ema: bool = False) -> Source:
 
     Raises:
         ConversionError: as [`interpret`], and for a file that is missing, truncated, of another kind, or that holds
-            objects other than tensors, plain Python, argparse.Namespace, datetime.timedelta and NumPy arrays of uint32.
+            objects other than tensors, plain Python, argparse.Namespace, datetime.timedelta and NumPy arrays, which are not read.
     """
     return interpret(_load(Path(path)), Path(path), ema=ema)
 
@@ -183,6 +191,8 @@ def _kind(weights: dict[str, Any], path: Path) -> str:
             f"{_KINDS['image']!r} (images) nor {_KINDS['text']!r} (text)."
         )
     for name, value in weights.items():
+        if not isinstance(name, str):
+            raise ConversionError(f"{path} holds a tensor under {name!r}, which is no name of a weight.")
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise ConversionError(f"{path} holds something other than a dense tensor under {name!r}.")
     return kind

@@ -1,5 +1,7 @@
 """LION image encoder and its heads: a pre-norm ViT with attention replaced by LION (arXiv 2502.16249)."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -81,25 +83,25 @@ class LionVisionEmbeddings(nn.Module):
         bool_masked_pos: Tensor | None = None,
     ) -> Tensor:
         patches = self.patch_embeddings(pixel_values)
+        grid = tuple(side // self.patch_size for side in pixel_values.shape[2:])
         if bool_masked_pos is not None:
-            patches = self._masked(patches, bool_masked_pos)
+            patches = self._masked(patches, bool_masked_pos, grid)
         embeddings = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1)
         if self.position_embeddings is None:
             return embeddings
-        grid = tuple(side // self.patch_size for side in pixel_values.shape[2:])
         return self.dropout(embeddings + self._positions(grid, interpolate_pos_encoding))
 
-    def _masked(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
+    def _masked(self, patches: Tensor, bool_masked_pos: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.mask_token is None:
             raise ValueError(
                 "bool_masked_pos was given, but this model has no mask token. Use LionForMaskedImageModeling, or "
                 "LionVisionModel(config, use_mask_token=True)."
             )
-        mask = bool_masked_pos.flatten(1)
-        if mask.shape != patches.shape[:2]:
+        mask, shapes = bool_masked_pos.flatten(1), (tuple(patches.shape[:2]), (patches.shape[0], *grid))
+        if tuple(bool_masked_pos.shape) not in shapes:
             raise ValueError(
                 f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}; it must be (batch, patches) = "
-                f"{tuple(patches.shape[:2])} or (batch, rows, columns), with 1 for masked patches and 0 for others."
+                f"{shapes[0]} or (batch, rows, columns) = {shapes[1]}, with 1 for masked patches and 0 for others."
             )
         return torch.where(mask.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
@@ -333,7 +335,7 @@ def _masked_l1_loss(reconstruction: Tensor, pixel_values: Tensor, mask: Tensor, 
     dtype = torch.promote_types(reconstruction.dtype, torch.float32)
     error = (reconstruction.to(dtype) - pixel_values.to(dtype)).abs().mean(1)
     by_patch = F.avg_pool2d(error, patch_size)
-    mask = mask.reshape(by_patch.shape).to(dtype)
+    mask = mask.reshape(by_patch.shape).bool().to(dtype)
     return (by_patch * mask).sum() / mask.sum().clamp(min=1)
 
 
@@ -342,6 +344,7 @@ def _masked_l1_loss(reconstruction: Tensor, pixel_values: Tensor, mask: Tensor, 
 )
 class LionBackbone(BackboneMixin, LionVisionPreTrainedModel):
     def __init__(self, config: LionVisionConfig):
+        config = copy.deepcopy(config)  # the caller may build other heads from it
         super().__init__(config)
         # Settles the last stage where none was chosen, and names and numbers of stages where only one was.
         config.set_output_features_output_indices(config.out_features, config.out_indices)
