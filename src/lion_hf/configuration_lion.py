@@ -10,7 +10,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 
 # Every accepted spelling, in lower case, of the options that the authors spell in several ways.
-_SPELLINGS = {
+SPELLINGS = {
     "mask_type": {
         "lit": "lit",
         "decay": "decay",
@@ -129,9 +129,9 @@ class _LionOptions:
 def _normalised(name: str, value: Any, owner: type) -> Any:
     if name == "softmax_layers":
         return _sorted_layers(value)
-    if name not in _SPELLINGS or not isinstance(value, str):
+    if name not in SPELLINGS or not isinstance(value, str):
         return value
-    allowed = _SPELLINGS[name]
+    allowed = SPELLINGS[name]
     if value.lower() not in allowed:
         raise ValueError(
             f"{name} is {value!r} in {owner.__name__}; allowed are {', '.join(map(repr, allowed))}, in any case."

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .configuration_lion import LionConfig, LionVisionConfig
+from .configuration_lion import SPELLINGS, LionConfig, LionVisionConfig
 from .convert_source import ConversionError, Source, first_line
 from .modeling_lion import LionForMaskedLM, LionForSequenceClassification
 from .modeling_lion_vision import LionForImageClassification
@@ -14,12 +14,7 @@ from .modeling_lion_vision import LionForImageClassification
 
 # Every name that the authors give a variant, in lower case; the last three are internal ones.
 _VARIANTS = {
-    "lit": "lit",
-    "decay": "decay",
-    "selective": "selective",
-    "lion-lit": "lit",
-    "lion-d": "decay",
-    "lion-s": "selective",
+    **SPELLINGS["mask_type"],
     "linear_attention": "lit",
     "nova": "decay",
     "nova-inputdep": "selective",

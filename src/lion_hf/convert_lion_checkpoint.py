@@ -275,12 +275,12 @@ def main(arguments: list[str] | None = None) -> int:
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     logging.disable_progress_bar()
     try:
-        print(_run(**options))
+        sys.stdout.write(f"{_run(**options)}\n")
     except (ConversionError, OSError, SafetensorError) as error:
-        print(f"lion-convert: error: {first_line(error)}.", file=sys.stderr)
+        sys.stderr.write(f"lion-convert: error: {first_line(error)}.\n")
         return 2
     except KeyboardInterrupt:
-        print("lion-convert: interrupted, nothing was written", file=sys.stderr)
+        sys.stderr.write("lion-convert: interrupted, nothing was written\n")
         return 130
     finally:
         signal.signal(signal.SIGTERM, handler)
