@@ -1,9 +1,10 @@
 import json
+import re
 
 import pytest
 import torch
 from models import VARIANTS, text_config, vision_config
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 import lion_hf
 from lion_hf import PRESETS, LionConfig, LionVisionConfig
@@ -329,6 +330,46 @@ def test_image_structure_cannot_be_overridden_at_load(tmp_path, stored, option, 
             load(tmp_path, **{option: value})
     with pytest.raises(ValueError, match=f"{option}=.* contradicts the checkpoint"):
         lion_hf.LionForImageClassification.from_pretrained(tmp_path, config=vision_config(**stored | {option: value}))
+
+
+@pytest.mark.parametrize(
+    "built, option, value",
+    [
+        (text_config("decay"), "mask_type", "lit"),
+        (text_config("lit", pos_emb=False), "pos_emb", True),
+        (text_config("selective"), "layer_norm_after", True),
+        (text_config("decay"), "softmax_layers", [1]),
+        (text_config("decay", softmax_layers=[0, 1]), "softmax_layers", [0]),
+        (vision_config("decay"), "mask_type", "selective"),
+        (vision_config("decay"), "order", "s"),
+        (vision_config("selective", order="s"), "order", "normal"),
+        (vision_config("lit", pos_emb=True), "pos_emb", False),
+        (vision_config("lit"), "softmax_layers", [1]),  # the same names of weights: no load would notice
+    ],
+    ids=lambda x: x.model_type if isinstance(x, PreTrainedConfig) else str(x),
+)
+def test_a_model_whose_configuration_describes_another_is_not_saved(tmp_path, built, option, value):
+    model = (lion_hf.LionModel if built.model_type == "lion" else lion_hf.LionForImageClassification)(built)
+    before = getattr(built, option)
+    setattr(model.config, option, value)
+    message = f"config.{option} is {value!r}, but the model was built with {option}={before!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    setattr(model.config, option, before)
+    model.save_pretrained(tmp_path / "model")
+
+
+def test_what_fits_the_modules_is_saved(tmp_path):
+    model = lion_hf.LionForMaskedLM(text_config("decay", num_hidden_layers=3, softmax_layers=[0, 2]))
+    del model.lion.layers[0]
+    model.config.update({"format": "chunk", "softmax_layers": [1], "num_hidden_layers": 2})
+    model.save_pretrained(tmp_path / "pruned")
+    again = lion_hf.LionForMaskedLM.from_pretrained(tmp_path / "pruned")
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+    unmarked = lion_hf.LionVisionModel(vision_config("lit"))
+    unmarked.config.order = "s"  # without decay it changes nothing
+    unmarked.save_pretrained(tmp_path / "lit")
 
 
 def test_a_configuration_object_may_change_what_is_not_structure(tmp_path):

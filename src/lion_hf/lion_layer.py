@@ -256,6 +256,18 @@ class LionPreTrainedMixin:
                 cls.config_class.require_structure(stored, config)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in Transformers, but a configuration that was changed after the model was built, and describes other modules
+        now (mask_type, order, pos_emb, layer_norm_after, softmax_layers), raises ValueError: the weights would not fit it."""
+        for name, built in _built_options(self.base_model).items():
+            stated = getattr(self.config, name)
+            if stated != built:
+                raise ValueError(
+                    f"config.{name} is {stated!r}, but the model was built with {name}={built!r}, which decides its modules. Set "
+                    "it back to save this model, or build a new one from the changed configuration."
+                )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         if attn_implementation in (None, "eager"):
             return "eager"
@@ -267,6 +279,23 @@ class LionPreTrainedMixin:
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         """LION has no softmax attention: anything but "eager" raises ValueError and names `config.format`."""
         self._check_and_adjust_attn_implementation(attn_implementation)
+
+
+def _built_options(encoder: nn.Module) -> dict[str, object]:
+    """The options of a configuration that decide modules, as the modules of an encoder show them. One that shows nowhere,
+    such as the order of a model without decay, is absent."""
+    mixers = [layer.mixer for layer in encoder.layers]
+    built = {
+        "pos_emb": encoder.embeddings.position_embeddings is not None,
+        "softmax_layers": [i for i, mixer in enumerate(mixers) if isinstance(mixer, SoftmaxMixer)],
+    }
+    for mixer in (mixer for mixer in mixers if isinstance(mixer, LionMixer)):
+        built["mask_type"] = mixer.mask_type
+        if not mixer.is_image:
+            built["layer_norm_after"] = mixer.norm is not None
+        elif mixer.decay_names:
+            built["order"] = "s" if len(mixer.decay_names) == 2 else "normal"
+    return built
 
 
 def init_mixer(module: LionMixer) -> None:
