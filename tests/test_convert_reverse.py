@@ -10,7 +10,7 @@ from models import VARIANTS, text_config, vision_config
 from safetensors.torch import load_file, save_file
 
 import lion_hf
-from lion_hf.convert_lion_checkpoint import convert_checkpoint, reverse_checkpoint
+from lion_hf.convert_lion_checkpoint import convert_checkpoint, main, reverse_checkpoint
 from lion_hf.convert_source import ConversionError, read_source
 
 
@@ -119,6 +119,24 @@ def test_weights_without_a_decay_for_every_layer_are_an_error(tmp_path, make):
     with pytest.raises(ConversionError, match="lacks 1 tensor"):
         reverse_checkpoint(tmp_path / "ours", tmp_path / "back.pt")
     assert not (tmp_path / "back.pt").exists()
+
+
+@pytest.mark.parametrize("dry_run", [False, True], ids=["written", "dry run"])
+@pytest.mark.parametrize("names, said", [(None, False), (["cat", "dog", "owl"], True)], ids=["LABEL_n", "chosen"])
+def test_names_of_image_classes_are_not_dropped_without_a_word(tmp_path, capsys, names, said, dry_run):
+    labels = {"id2label": dict(enumerate(names)), "label2id": {x: i for i, x in enumerate(names)}} if names else {}
+    image(**({"num_labels": 3} | labels)).save_pretrained(tmp_path / "ours")
+    arguments = ["--reverse", str(tmp_path / "ours"), str(tmp_path / "back.pth"), *["--dry-run"] * dry_run]
+    assert main(arguments) == 0
+    assert ("dropped id2label: 3 names of classes ('cat', ...)" in capsys.readouterr().out) == said
+
+
+def test_names_of_text_classes_come_back_and_nothing_is_said(tmp_path, capsys):
+    labels = {"id2label": {0: "calm", 1: "wild"}, "label2id": {"calm": 0, "wild": 1}}
+    lion_hf.LionForSequenceClassification(text_config("decay", **labels)).save_pretrained(tmp_path / "ours")
+    assert main(["--reverse", str(tmp_path / "ours"), str(tmp_path / "back.pt")]) == 0
+    assert "id2label" not in capsys.readouterr().out
+    assert read_source(tmp_path / "back.pt").stated["id2label"] == labels["id2label"]
 
 
 INEXPRESSIBLE = {

@@ -29,7 +29,7 @@ from .configuration_lion import LionConfig, LionVisionConfig
 from .convert_companions import image_processor, load_tokenizer, model_card
 from .convert_names import convert_text_state_dict, convert_vision_state_dict
 from .convert_plan import Plan, plan_conversion
-from .convert_reverse import authors_checkpoint, read_folder, require_same_meaning
+from .convert_reverse import authors_checkpoint, lost_names, read_folder, require_same_meaning
 from .convert_source import ConversionError, first_line, interpret, read_source
 from .save_with_code import save_with_code
 
@@ -156,7 +156,8 @@ def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: boo
         force: replace `out` if it is a file.
 
     Returns:
-        The conversion of what was written, which gives the weights of the folder bit by bit.
+        The conversion of what was written, which gives the weights of the folder bit by bit. Its notes name what the
+        authors' layout has no place for.
 
     Raises:
         ConversionError: for another kind of folder, and for a model that the authors' layout cannot express.
@@ -169,6 +170,7 @@ def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: boo
     content = authors_checkpoint(config, state)
     plan = plan_conversion(interpret(content, folder))
     require_same_meaning(config, plan.model.config)
+    plan.notes += lost_names(config, plan.model.config)
     back = plan.model.state_dict()
     if not all(tensor.dtype == back[name].dtype and tensor.equal(back[name]) for name, tensor in state.items()):
         raise ConversionError(f"{folder}: the weights do not survive the way to the authors' layout and back.")
@@ -189,7 +191,7 @@ def _table(*rows: tuple[Any, ...]) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as tables: what the source is, the configuration, the names of the weights, what is dropped."""
+    """The plan as tables: what the source is, the configuration, the names of the weights, what is dropped; and its notes."""
     model = plan.model
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.state_dict().values()})
     summary = [
@@ -211,6 +213,8 @@ def describe(plan: Plan) -> str:
     ]
     if plan.dropped:
         tables.append(_table(("dropped", "why"), *plan.dropped.items()))
+    if plan.notes:
+        tables.append("\n".join(plan.notes) + "\n")
     return "\n".join(tables)
 
 
@@ -257,6 +261,7 @@ def _run(source: str, out: str | None, reverse: bool, dry_run: bool, force: bool
     if not reverse:
         lines += [f"dropped {name}: {reason}" for name, reason in plan.dropped.items()]
         lines += _missing_companions(Path(out), plan.source.kind)
+    lines += plan.notes
     return "\n".join(lines)
 
 

@@ -1,6 +1,6 @@
 """Converting the authors' weights in memory, and verifying the result before anything is written."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class Plan:
         origins: where each option of the configuration comes from.
         renamed: our names and tensors, by the authors' names.
         dropped: why a tensor of the authors is not carried over, by its name.
+        notes: what else the user should know, one line each.
     """
 
     source: Source
@@ -34,6 +35,7 @@ class Plan:
     origins: dict[str, str]
     renamed: dict[str, dict[str, Tensor]]
     dropped: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
 
 def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan:

@@ -84,6 +84,17 @@ def require_same_meaning(ours: LionConfig | LionVisionConfig, read_back: LionCon
             )
 
 
+def lost_names(ours: LionConfig | LionVisionConfig, read_back: LionConfig | LionVisionConfig) -> list[str]:
+    """A line that names of classes have no place in the authors' layout, where they were chosen and are lost."""
+    if ours.id2label == read_back.id2label:
+        return []
+    first = next(iter(ours.id2label.values()))
+    return [
+        f"dropped id2label: {ours.num_labels} names of classes ({first!r}, ...), for which the authors' layout of image models "
+        "has no place; keep the folder's config.json"
+    ]
+
+
 def _args(config: LionVisionConfig) -> argparse.Namespace:
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
     if height != width:
