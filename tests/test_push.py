@@ -89,23 +89,60 @@ def test_a_trained_folder_is_pushed_from_where_it_lies_with_its_own_card(tmp_pat
     assert files["README.md"].decode() == card
 
 
-@pytest.mark.parametrize(
-    "card, message",
-    [
-        (None, r"There is no card at '.*README.md'\. Give card="),
-        ("absent.md", r"There is no card at 'absent.md'"),
-        (ModelCard("# No metadata"), "The card has no metadata"),
-    ],
-    ids=["no README", "no file", "no metadata"],
-)
-def test_without_a_proper_card_nothing_is_written(tmp_path, hub, card, message):
-    with pytest.raises(ValueError, match=message):
+NO_CARDS = {
+    "no README": (None, r"There is no card at '.*README.md'\. Give card="),
+    "no file": ("absent.md", r"There is no card at 'absent.md'"),
+    "text": (CARD * 99, "There is no card at '---"),
+    "no metadata": (ModelCard("# No metadata"), "The card has no metadata"),
+    "bad YAML": (b"---\nlicense: [mit\ntags: : x\n---\n", "The card '.*bad.md' is malformed; .* line 1"),
+    "a list": (b"---\n- license\n---\n", "is malformed; .*should be a dict"),
+    "a wrong type": (b"---\nlicense: mit\ntags: 5\n---\n", "is malformed; .*'int' object"),
+    "not UTF-8": (b"---\nlicense: \xff\n---\n", "is malformed; .* in UTF-8: .*0xff"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_CARDS)
+def test_without_a_proper_card_nothing_is_written(tmp_path, hub, kind):
+    card, message = NO_CARDS[kind]
+    if isinstance(card, bytes):
+        (tmp_path / "bad.md").write_bytes(card)
+        card = tmp_path / "bad.md"
+    with pytest.raises(ValueError, match=message) as error:
         lion_hf.push(lion_hf.LionModel(text_config()), tmp_path / "out", "me/lion", card=card)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists() and not hub
 
 
-def test_a_model_that_is_not_lion_is_not_uploaded(tmp_path, hub):
-    bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("repo_id", ["me/my/lion", "me/my lion", "me/", "", "a..b", None])
+def test_a_name_that_the_hub_does_not_take_is_refused_before_anything_is_written(tmp_path, hub, repo_id, dry_run):
+    model, card = lion_hf.LionModel(text_config()), ModelCard(CARD)
+    with pytest.raises(ValueError, match=f"repo_id is {repo_id!r}; it must be 'user/name'"):
+        lion_hf.push(model, tmp_path / "out", repo_id, card=card, dry_run=dry_run)
+    assert not (tmp_path / "out").exists() and not hub
+
+
+@pytest.mark.parametrize("card", [None, ModelCard(CARD)], ids=["no card", "card"])
+@pytest.mark.parametrize("place", ["file", "file/out"])
+def test_a_file_is_no_place_for_a_model(tmp_path, hub, place, card):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="folder cannot be '.*file.*: '.*file' is a file. Give another place"):
+        lion_hf.push(lion_hf.LionModel(text_config()), tmp_path / place, "me/lion", card=card)
+    assert (tmp_path / "file").read_text() == "mine" and not hub
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "bert"}', '{"model_type": ["lion"]}', "[]", "{"])
+def test_another_model_in_the_folder_is_not_overwritten(tmp_path, hub, config):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="other than a LION model, which would be overwritten"):
+        lion_hf.push(lion_hf.LionModel(text_config()), tmp_path, "me/lion", card=ModelCard(CARD))
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("config.json", config)] and not hub
+
+
+@pytest.mark.parametrize("kind", ["BERT", "folder"])
+def test_what_is_no_lion_model_is_not_uploaded(tmp_path, hub, kind):
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    given = BertModel(BertConfig(**shape)) if kind == "BERT" else str(tmp_path)
     with pytest.raises(ValueError, match="is not a LION model"):
-        lion_hf.push(bert, tmp_path / "out", "me/bert", card=ModelCard(CARD))
+        lion_hf.push(given, tmp_path / "out", "me/bert", card=ModelCard(CARD))
     assert not (tmp_path / "out").exists() and not hub

@@ -10,7 +10,6 @@ verified (convert_plan) before anything is written.
 """
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
@@ -25,13 +24,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .configuration_lion import LionConfig, LionVisionConfig
 from .convert_companions import image_processor, load_tokenizer, model_card
 from .convert_names import convert_text_state_dict, convert_vision_state_dict
 from .convert_plan import Plan, plan_conversion
 from .convert_reverse import authors_checkpoint, lost_names, read_folder, require_same_meaning
 from .convert_source import ConversionError, first_line, interpret, read_source
-from .save_with_code import save_with_code
+from .save_with_code import holds_lion, save_with_code
 
 
 # ------------------------------------------------------------------------------------------------------------ writing
@@ -71,7 +69,7 @@ def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> Non
         raise ConversionError(f"{out} exists; give another place, or --force to replace it.")
     if out == source or out in source.parents or source in out.parents:
         raise ConversionError(f"{out} is where the source is; give another place.")
-    if folder and any(out.iterdir()) and not _is_checkpoint(out):
+    if folder and any(out.iterdir()) and not holds_lion(out):
         raise ConversionError(f"{out} holds something other than a LION checkpoint; empty it, or give another place.")
     foreign = next((x.name for x in sorted(out.iterdir()) if x.is_dir() or not _is_ours(x)), None) if folder else None
     if foreign:
@@ -83,14 +81,6 @@ def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> Non
 def _is_ours(file: Path) -> bool:
     """Whether a file has a name that a conversion writes."""
     return any(file.match(pattern) for pattern in _WRITTEN)
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") in (LionConfig.model_type, LionVisionConfig.model_type)
 
 
 def write_folder(plan: Plan, out: Path, tokenizer: PreTrainedTokenizerBase | None, with_code: bool) -> None:

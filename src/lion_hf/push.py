@@ -1,12 +1,14 @@
 """A trained model to the Hub in one call: weights, code, tokenizer or image processor, and card."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 
-from .save_with_code import UploadFile, files_to_upload, save_with_code, upload
+from .save_with_code import UploadFile, files_to_upload, holds_lion, save_with_code, upload
 
 
 def push(
@@ -39,7 +41,8 @@ def push(
         Path and size in bytes of every file that was uploaded, or would be.
 
     Raises:
-        ValueError: for a model that is not from this package, or a card that is missing or has no metadata. Nothing is
+        ValueError: for a model that is not from this package, a place that is no folder or holds another kind of model, a
+            repo_id that the Hub does not take, or a card that is missing, malformed or without metadata. Nothing is
             written then.
 
     ```python
@@ -47,6 +50,8 @@ def push(
     ...     print(f"{file.size:>12,} {file.path}")
     ```"""
     folder = Path(folder)
+    _require_place(folder)
+    _require_repo_id(repo_id)
     card = _load_card(folder / "README.md" if card is None else card)
     save_with_code(model, folder)
     if processor is not None:
@@ -57,15 +62,39 @@ def push(
     return files_to_upload(folder)
 
 
+def _require_place(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"The folder cannot be {str(folder)!r}: {str(existing)!r} is a file. Give another place.")
+    if (folder / "config.json").exists() and not holds_lion(folder):
+        raise ValueError(
+            f"{str(folder)!r} holds the config.json of something other than a LION model, which would be overwritten. Give a "
+            "new folder, or that of a LION model."
+        )
+
+
+def _require_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id or "")  # it lets None pass
+    except HFValidationError as error:
+        raise ValueError(f"repo_id is {repo_id!r}; it must be 'user/name'. {error}") from error
+
+
 def _load_card(card: ModelCard | str | Path) -> ModelCard:
     if not isinstance(card, ModelCard):
         path = Path(card)
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file() raises where the text of a card is given, too long for a name
             raise ValueError(
                 f"There is no card at {str(path)!r}. Give card=, a ModelCard or the path of a Markdown file that starts "
                 "with metadata between two lines '---'."
             )
-        card = ModelCard.load(path)
+        try:
+            card = ModelCard.load(path)
+        except Exception as error:  # of YAML, of the encoding, or of the type of a field
+            raise ValueError(
+                f"The card {str(path)!r} is malformed; mend the metadata between its first two lines '---', which must be "
+                f"YAML such as 'license: apache-2.0', in UTF-8: {' '.join(str(error).split())}"
+            ) from error
     if not card.data.to_dict():
         raise ValueError(
             "The card has no metadata, without which the Hub knows neither licence nor task. Start it with lines such as "

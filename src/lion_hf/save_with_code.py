@@ -55,7 +55,7 @@ def save_with_code(
     Raises:
         ValueError: for a model that is not from this package.
     """
-    kind = getattr(model.config, "model_type", None)
+    kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in _AUTO_MAPS:
         raise ValueError(
             f"{type(model).__name__} (model_type {kind!r}) is not a LION model; allowed are {', '.join(_AUTO_MAPS)}. Use "
@@ -80,6 +80,15 @@ def save_with_code(
     if push_to_hub:
         upload(folder, repo_id or folder.name, token=kwargs.get("token"))
     return folder
+
+
+def holds_lion(folder: Path) -> bool:
+    """Whether the config.json of a folder is a LION model's."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and str(config.get("model_type")) in _AUTO_MAPS
 
 
 class UploadFile(NamedTuple):
