@@ -137,6 +137,7 @@ BROKEN = {
     "beginning": (lambda path: truncated(path, 0.0001), "not a whole PyTorch checkpoint"),
     "list": (lambda path: torch.save([1], path), "holds list"),
     "nothing": (lambda path: torch.save({}, path), "holds nothing"),
+    "nothing wrapped": (lambda path: torch.save({"state_dict": {}}, path), "holds 'state_dict', but neither"),
 }
 
 
@@ -185,6 +186,18 @@ def test_prefixes_of_wrappers_are_removed(tmp_path, prefix, make, kind):
     source = read_source(save({prefix + name: x for name, x in weights.items()}, tmp_path / "source.pth"))
     assert (source.kind, source.layout) == (kind, "bare state dict")
     assert source.weights.keys() == weights.keys()
+
+
+@pytest.mark.parametrize("make, kind", [(bare_image, "image"), (bare_text, "text")])
+@pytest.mark.parametrize("prefix", ["", "model.", "module."])
+def test_a_state_dict_under_its_common_name_is_found(tmp_path, prefix, make, kind):
+    weights, _ = make()
+    content = {"epoch": 3, "state_dict": {prefix + name: x for name, x in weights.items()}}
+    source = read_source(save(content, tmp_path / "source.ckpt"))
+    assert (source.kind, source.layout, source.stated) == (kind, "wrapped state dict", {})
+    assert source.weights.keys() == weights.keys()
+    source = read_source(save(content | {"args": argparse.Namespace(cls_tok=True)}, tmp_path / "source.ckpt"))
+    assert source.stated == {"cls_tok": True}
 
 
 def test_layouts_are_told_apart():

@@ -43,6 +43,8 @@ class Source:
 
 # Wrappers that put their name before every key: Composer, DistributedDataParallel, torch.compile.
 _PREFIXES = ("model.", "module.", "_orig_mod.")
+# Keys that hold the weights, and what a file with such a key is.
+_WRAPPERS = {"model": "DeiT image checkpoint", "state_dict": "wrapped state dict"}
 # A key that every model of the kind has.
 _KINDS = {"image": "patch_embed.proj.weight", "text": "bert.embeddings.word_embeddings.weight"}
 
@@ -87,7 +89,7 @@ def interpret(content: Mapping, path: Path, *, ema: bool = False) -> Source:
     """The weights in the content of a checkpoint, without prefixes of wrappers, and what it says about them.
 
     The kinds: DeiT's image checkpoint (model, model_ema, args), Composer's text checkpoint (state.model and the
-    configuration), and a bare state dict.
+    configuration), and a state dict, bare or under "state_dict" (beside which args are read, too).
 
     Raises:
         ConversionError: for another architecture, something other than tensors, or absent averaged weights.
@@ -98,8 +100,8 @@ def interpret(content: Mapping, path: Path, *, ema: bool = False) -> Source:
         hugging_face = _nested(content, "state", "integrations", "huggingface")
         stated = _nested(hugging_face, "model", "config", "content")
         tokenizer = _tokenizer(_nested(hugging_face, "tokenizer"))
-    elif _nested(content, "model"):
-        layout, weights = "DeiT image checkpoint", content["model"]
+    elif wrapper := next((name for name in _WRAPPERS if _nested(content, name)), None):
+        layout, weights = _WRAPPERS[wrapper], content[wrapper]
         args = content.get("args")
         stated = vars(args) if isinstance(args, argparse.Namespace) else _nested(content, "args")
     else:
