@@ -109,6 +109,21 @@ def test_the_position_table_of_text_without_description_is_dead_unless_the_user_
         infer(weights, pos_emb=True)
 
 
+@pytest.mark.parametrize(
+    "stated, reads", [("absolute", True), ("relative_key", False), ("relative_key_query", False), (None, False)]
+)
+def test_the_type_of_positions_says_whether_the_table_is_read(stated, reads):
+    weights, _, config = golden("text_d_yaml")
+    assert infer(composer(weights, config, position_embedding_type=stated))[0].pos_emb is reads
+
+
+@pytest.mark.parametrize("stated", ["alibi", "rotary", "Absolute", "", 1, {"type": "absolute"}], ids=str)
+def test_unknown_types_of_positions_are_refused_by_name(stated):
+    weights, _, config = golden("text_d_yaml")
+    with pytest.raises(ConversionError, match=f"has position_embedding_type={stated!r}, .*known are 'absolute'"):
+        infer(composer(weights, config, position_embedding_type=stated))
+
+
 def test_the_padded_vocabulary_is_kept_whatever_the_file_states():
     weights, _, config = golden("text_d_yaml")
     assert infer(composer(weights, config, vocab_size=97))[0].vocab_size == 101

@@ -19,6 +19,8 @@ _VARIANTS = {
     "nova": "decay",
     "nova-inputdep": "selective",
 }
+# Whether the authors' text models read their position table, by position_embedding_type. The names are BERT's.
+_READS_TABLE = {"absolute": True, "relative_key": False, "relative_key_query": False}
 # Heads of the sizes that the authors' image models are named after.
 _HEADS_OF_SIZE = {"tiny": 3, "small": 6, "base": 12}
 
@@ -198,11 +200,8 @@ def _text_options(source: Source, flags: dict[str, Any]) -> Options:
     }
     for name, value in known.items():
         options.settle(name, stated=stated.get(name), weights=value)
-    positions = stated.get("position_embedding_type")
     has_table = embeddings + "position_embeddings.weight" in weights
-    _settle_positions(
-        options, has_table, None if positions is None else positions == "absolute", default=mask_type == "lit"
-    )
+    _settle_positions(options, has_table, _reads_table(source), default=mask_type == "lit")
     length = None
     if has_table:
         length = options.shape(embeddings + "position_embeddings.weight", 2)[0]
@@ -251,6 +250,17 @@ def _settle_positions(options: Options, has_table: bool, stated: bool | None, de
         raise ConversionError(
             f"pos_emb is true according to the {options.origins['pos_emb']}, but the weights hold no position table."
         )
+
+
+def _reads_table(source: Source) -> bool | None:
+    """What a text checkpoint states about its position table."""
+    stated = source.stated.get("position_embedding_type")
+    if stated is not None and str(stated) not in _READS_TABLE:
+        raise ConversionError(
+            f"{source.path} has position_embedding_type={stated!r}, which no LION model has; known are "
+            f"{', '.join(map(repr, _READS_TABLE))}."
+        )
+    return None if stated is None else _READS_TABLE[stated]
 
 
 def _text_head(source: Source) -> type[PreTrainedModel]:
