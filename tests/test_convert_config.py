@@ -65,6 +65,7 @@ def test_bare_image_weights_ask_for_what_they_do_not_tell_and_for_nothing_else(m
     with pytest.raises(ConversionError) as error:
         infer(weights)
     assert {name for name, flag in flags.items() if flag in str(error.value)} == needed.keys()
+    assert "--image-size N (without a position table the weights do not show the size" in str(error.value)
     config, *_ = infer(weights, **needed)
     assert config.to_dict() == model.config.to_dict()
 

@@ -30,7 +30,10 @@ QUESTIONS = {
     "num_attention_heads": ("--num-heads N", "the weights of LION-LIT do not show its heads"),
     "cls_tok": ("--cls-tok true|false", "whether images are classified from the class token is not in the weights"),
     "order": ("--order normal|s", "the scan of LION-LIT is not in the weights"),
-    "image_size": ("--image-size N", "models without positions take any size"),
+    "image_size": (
+        "--image-size N",
+        "without a position table the weights do not show the size of the images, in pixels",
+    ),
     "pos_emb": ("--pos-emb true|false", "a position table in the weights may be unused"),
 }
 # Options that are true or false.
