@@ -31,7 +31,9 @@ def inputs_for(kind, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("given, kept", [([], []), ((), []), ([1, 0], [0, 1]), ((1,), [1])], ids=str)
+@pytest.mark.parametrize(
+    "given, kept", [([], []), ((), []), ([1, 0], [0, 1]), ((1,), [1]), (range(2), [0, 1])], ids=str
+)
 def test_layers_are_a_sorted_list_in_every_spelling(tmp_path, kind, given, kept):
     config = CONFIGS[kind](softmax_layers=given)
     assert config.softmax_layers == kept

@@ -333,13 +333,30 @@ def test_the_norm_after_mixing_starts_with_the_size_of_mixed_values(mask_type):
         (from_bert, bert, {"windows": (1, 9)}, r"windows is \(1, 9\); it must be \(smallest, largest\) or 3 numbers"),
         (from_bert, bert, {"windows": (2, 3, 4, 5)}, "windows is .*3 numbers"),
         (from_bert, bert, {"windows": (2, float("inf"))}, "windows is .*finite"),
+        (from_bert, bert, {"windows": "ab"}, "windows is 'ab'; it must be .*3 numbers"),
+        (from_bert, bert, {"windows": 5}, "windows is 5; it must be"),
+        (from_bert, bert, {"windows": ()}, r"windows is \(\); it must be"),
+        (from_vit, vit, {"windows": (2, None)}, r"windows is \(2, None\); it must be"),
+        (from_vit, vit, {"windows": ((2, 3), (4, 5))}, "windows is .*3 numbers"),
         (from_bert, bert, {"length": 0}, "length is 0; it must be at least 1"),
-        (from_bert, bert, {"softmax_layers": [2]}, r"softmax_layers is \[2\]; .*from 0 to 1"),
+        (from_bert, bert, {"softmax_layers": [2]}, r"^softmax_layers is \[2\]; .*from 0 to 1"),
+        (from_vit, vit, {"softmax_layers": range(3)}, r"^softmax_layers is \[0, 1, 2\]; .*from 0 to 1"),
+        (from_bert, bert, {"format": 3}, "^Field 'format' expected str, got int"),
     ],
 )
 def test_what_cannot_be_carried_over_is_refused(start, source, options, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         start(source(), **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("start, source", [(from_bert, bert), (from_vit, vit)])
+def test_layers_are_taken_as_a_range_and_windows_as_a_tensor(start, source):
+    model = start(source(), softmax_layers=range(1), windows=torch.tensor([3.0, 48]))
+    assert model.config.softmax_layers == [0]
+    again = start(source(), softmax_layers=[0], windows=(3, 48))
+    bias = [x.base_model.layers[1].mixer.decay_proj.bias for x in (model, again)]
+    assert torch.equal(*bias)
 
 
 def test_paths_without_a_fitting_model_are_refused(tmp_path):

@@ -144,7 +144,7 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
 
 def _sorted_layers(value: Any) -> list[int]:
     value = [] if value is None else value
-    if not isinstance(value, (list, tuple)) or any(type(layer) is not int or layer < 0 for layer in value):
+    if not isinstance(value, (list, tuple, range)) or any(type(layer) is not int or layer < 0 for layer in value):
         raise ValueError(
             f"softmax_layers is {value!r}; it must be a list of layer numbers, whole and counted from 0 at the embeddings "
             "([0, 1] are the first two; negative numbers are not taken)."

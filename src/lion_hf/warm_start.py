@@ -35,6 +35,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -129,19 +130,20 @@ def from_bert(
         The model, in evaluation mode, with the source's dtype and device. Decays are float32 at least.
 
     Raises:
-        ValueError: for another architecture, a decoder, relative positions, wrong windows, and options that the weights
-            decide.
+        ValueError: for another architecture, a decoder, relative positions, wrong windows, options that the weights
+            decide, and those that [`LionConfig`] refuses.
         OSError: for a path where there is no model.
     """
     source = _load_source(model_or_path, "bert", _BERT_CLASSES, model_class)
     _require_encoder(source.config)
-    config = LionConfig(
+    config = _config(
+        LionConfig,
         mask_type=mask_type,
         softmax_layers=softmax_layers,
         pos_emb=pos_emb,
         **_options(source.config, _BERT_SIZES, _BERT_SHARED, {"layer_norm_after": True, **config_overrides}),
     )
-    windows = head_windows(windows or (16, 512), config.num_attention_heads)
+    windows = head_windows((16, 512) if windows is None else windows, config.num_attention_heads)
     if length < 1:
         raise ValueError(f"length is {length}; it must be at least 1 token.")
     model_class = model_class or _counterpart(source, _BERT_CLASSES)
@@ -176,9 +178,9 @@ def from_vit(
     source = _load_source(model_or_path, "vit", _VIT_CLASSES, model_class)
     options = _options(source.config, _VIT_SIZES, _SHARED, {"cls_tok": True, **config_overrides})
     options["patch_size"] = _square(options["patch_size"])
-    config = LionVisionConfig(mask_type=mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
+    config = _config(LionVisionConfig, mask_type=mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
     patches = config.grid_size[0] * config.grid_size[1]
-    windows = head_windows(windows or (3, max(4, patches)), config.num_attention_heads)
+    windows = head_windows((3, max(4, patches)) if windows is None else windows, config.num_attention_heads)
     model_class = model_class or _counterpart(source, _VIT_CLASSES)
     model = _filled(model_class(config), source, _vit_weights(source, config))
     for layer in model.base_model.layers:
@@ -192,10 +194,13 @@ def head_windows(windows: Sequence[float], heads: int) -> Tensor:
     largest where it holds these two.
 
     Raises:
-        ValueError: for any other number of windows, and for windows that are not finite and above 1.
+        ValueError: for any other number of windows, and for windows that are not finite numbers above 1.
     """
-    given = torch.tensor(list(windows), dtype=torch.float64)
-    if len(given) not in (2, heads) or not bool(((given > 1) & given.isfinite()).all()):
+    try:
+        given = torch.tensor(list(windows), dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError):  # no sequence, or none of numbers
+        given = torch.empty(0)
+    if given.shape not in ((2,), (heads,)) or not bool(((given > 1) & given.isfinite()).all()):
         raise ValueError(
             f"windows is {windows!r}; it must be (smallest, largest) or {heads} numbers, one per head, each a finite "
             "number of tokens above 1."
@@ -311,6 +316,13 @@ def _options(
     if not {"num_labels", "id2label", "label2id"}.isdisjoint(overrides):  # the source's classes would contradict them
         shared = [name for name in shared if name not in ("id2label", "label2id")]
     return {name: getattr(source, name) for name in (*sizes, *shared)} | overrides
+
+
+def _config(config_class: type, **options: object) -> LionConfig | LionVisionConfig:
+    try:
+        return config_class(**options)
+    except StrictDataclassError as error:  # what is wrong stands in its cause
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def _square(patch_size: int | Sequence[int]) -> int:
