@@ -102,16 +102,20 @@ def test_heads_that_text_does_not_have_are_refused(tmp_path, auto):
         getattr(transformers, auto).from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, "bfloat16", "auto"], ids=str)
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, "bfloat16", "auto"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head, auto", ALL_AUTO, ids=IDS)
-def test_half_precision_load(tmp_path, head, auto, dtype):
+def test_every_head_loads_and_runs_in_every_dtype(tmp_path, head, auto, dtype):
     model, inputs = build(head), inputs_for(head)
     (model.to(torch.bfloat16) if dtype == "auto" else model).save_pretrained(tmp_path)
     loaded = getattr(transformers, auto).from_pretrained(tmp_path, dtype=dtype).eval()
     expected = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     assert loaded.dtype == expected
     for name, p in loaded.named_parameters():
-        assert p.dtype == (torch.float32 if "decay_" in name else expected), name
+        wider = torch.promote_types(expected, torch.float32)  # decays are never narrower
+        assert p.dtype == (wider if "decay_" in name else expected), name
     assert all(x.dtype == expected and x.isfinite().all() for x in loaded(**inputs).values())
 
 
