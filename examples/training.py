@@ -115,7 +115,13 @@ def known_config(
             )
         return config
     if model.warm_start:
-        return existing_config(model.warm_start, auto_class)
+        config, source = existing_config(model.warm_start, auto_class), BASELINES[model_type][0]
+        if config.model_type != source:
+            raise UserError(
+                f"--warm_start takes a {source!r} model, but {model.warm_start!r} is a {config.model_type!r} model; a LION "
+                "goes on with --model_name_or_path"
+            )
+        return config
     allowed = (model_type, *BASELINES[model_type])
     model_type = model.model_type or model_type
     if model_type not in allowed:

@@ -157,13 +157,15 @@ def test_the_distance_of_parts_adds_up_and_fillers_do_not_count(bert):
         (["--warm_start_distillation=-1"], "--warm_start_distillation is -1.0; it must not be negative"),
         (["--warm_start=nowhere/at/all"], "model folder 'nowhere/at/all' does not exist"),
         (["--warm_start={gpt2}"], "is a 'gpt2' model, which AutoModelForMaskedLM does not know"),
+        (["--warm_start={lion}", "--train_file=not_read"], "takes a 'bert' model, but .* is a 'lion' model"),
     ],
 )
 def test_wrong_options_are_said_in_one_line(tmp_path, bert, flags, message):
     from arguments import UserError
 
     GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)).save_pretrained(tmp_path / "gpt2")
-    flags = [flag.format(bert=bert, gpt2=tmp_path / "gpt2") for flag in flags]
+    lion_hf.LionForMaskedLM(lion_hf.LionConfig(**SHAPE, vocab_size=9)).save_pretrained(tmp_path / "lion")
+    flags = [flag.format(bert=bert, gpt2=tmp_path / "gpt2", lion=tmp_path / "lion") for flag in flags]
     with pytest.raises(UserError, match=message) as error:
         mlm(tmp_path, bert, *flags)
     assert "\n" not in str(error.value)
