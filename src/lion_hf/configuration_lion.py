@@ -179,6 +179,12 @@ class LionConfig(_LionOptions, PreTrainedConfig):
         softmax_layers (`list[int]`, defaults to none):
             Layers, counted from 0, that keep softmax attention: a hybrid encoder. They have no decay, no
             `layer_norm_after` and quadratic time, whatever the format.
+        unpad (`bool`, *optional*):
+            Take the padding at the left and right ends of rows out before the first layer and put zeros in its place
+            after the last. Real tokens and their gradients are the same; only outputs at padded positions differ. By
+            default in training on a CPU, in batches at least a tenth padding, outside `torch.compile`; `True`: in every
+            batch, `False`: in none. Never where all hidden states, attentions or attention dropout are asked for, which
+            need the batch as it is. Can be changed at any time.
         classifier_dropout (`float`, *optional*):
             Dropout before the classification heads; `hidden_dropout_prob` by default.
 
@@ -216,6 +222,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     pos_emb: bool | None = None
     layer_norm_after: bool | None = None
     softmax_layers: Any = ()  # a list of int, checked at every assignment
+    unpad: bool | None = None
 
     def __post_init__(self, **kwargs):
         order = kwargs.pop("order", None)  # refused unless it means nothing here

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .lion_ops import attention_scores, bidirectional_linear_attention
+from .lion_ops import attention_scores, bidirectional_linear_attention, map_sequences
 
 
 class TokenMixer(nn.Module):
@@ -42,31 +42,46 @@ class SoftmaxMixer(TokenMixer):
         key_mask: Tensor | None = None,
         orders: list[tuple[Tensor, Tensor]] | None = None,
         output_attentions: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As [`LionMixer`]; `orders` and `config.format` change nothing, and the matrix is there in every format. Rows
         whose keys are all masked read 0."""
         query, key, value = self.project(hidden_states)
-        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-        visible = masked = weights = None
-        if key_mask is not None:
-            masked = ~key_mask[:, None, None, :]
-            # Where every key is masked all are let in, so that the softmax is finite, and count 0 below.
-            visible = ~masked | masked.all(-1, keepdim=True)
+        weights = None
         if output_attentions:
-            weights = self._attention_matrix(query, key, visible, masked)
-            weights = F.dropout(weights, dropout).to(value.dtype)
+            weights = F.dropout(self._attention_matrix(query, key, key_mask), self._dropout()).to(value.dtype)
             mixed = torch.matmul(weights, value)
+        elif cu_seqlens is None:
+            mixed = self._attend(query, key, value, key_mask)
         else:
-            value = value if masked is None else value.masked_fill(masked.transpose(2, 3), 0)
-            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+            mixed = map_sequences(self._attend, cu_seqlens, key_mask, query, key, value)
         return self.o_proj(mixed.transpose(1, 2).flatten(2)), weights
 
-    def _attention_matrix(self, query, key, visible, masked) -> Tensor:
+    def _attend(self, query, key, value, key_mask) -> Tensor:
+        masked, visible = _masked_and_visible(key_mask)
+        value = value if masked is None else value.masked_fill(masked.transpose(2, 3), 0)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=self._dropout())
+
+    def _attention_matrix(self, query, key, key_mask) -> Tensor:
+        masked, visible = _masked_and_visible(key_mask)
         scores = torch.matmul(query * self.head_dim**-0.5, key.transpose(2, 3))
         if visible is not None:
             scores = scores.masked_fill(~visible, -torch.inf)
         weights = _at_least_float32(scores).softmax(-1)
         return weights if masked is None else weights.masked_fill(masked, 0)
+
+    def _dropout(self) -> float:
+        return self.config.attention_probs_dropout_prob if self.training else 0.0
+
+
+def _masked_and_visible(key_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Keys that count 0, and keys that the softmax runs over, (batch, 1, 1, length) each.
+
+    Where every key is masked all are let in, so that the softmax is finite."""
+    if key_mask is None:
+        return None, None
+    masked = ~key_mask[:, None, None, :]
+    return masked, ~masked | masked.all(-1, keepdim=True)
 
 
 class LionMixer(TokenMixer):
@@ -101,6 +116,7 @@ class LionMixer(TokenMixer):
         key_mask: Tensor | None = None,
         orders: list[tuple[Tensor, Tensor]] | None = None,
         output_attentions: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """
         Args:
@@ -108,6 +124,8 @@ class LionMixer(TokenMixer):
             key_mask: (batch, length), True for real tokens.
             orders: the two scans of an image in snake order, see [`snake_orders`].
             output_attentions: also return the attention matrix, which only the attention form has.
+            cu_seqlens: (sequences + 1,), the bounds of the sequences in a packed row, see
+                [`bidirectional_linear_attention`]; not together with what needs the matrix.
 
         Returns:
             (batch, length, hidden_size), and None or the matrix (batch, heads, length, length), normalised where the
@@ -131,13 +149,14 @@ class LionMixer(TokenMixer):
         elif len(self.decay_names) == 2:
             mixed = self._scan_twice(hidden_states, query, key, value, orders)
         else:
-            mixed = self._operator(query, key, value, self._log_decay(hidden_states), key_mask, self.is_image)
+            log_decay = self._log_decay(hidden_states)
+            mixed = self._operator(query, key, value, log_decay, key_mask, cu_seqlens, normalize=self.is_image)
         mixed = mixed.transpose(1, 2).flatten(2)
         if self.norm is not None:
             mixed = self.norm(mixed)
         return self.o_proj(mixed), weights
 
-    def _operator(self, query, key, value, log_decay, key_mask=None, normalize=False, return_denominator=False):
+    def _operator(self, query, key, value, log_decay, key_mask=None, cu_seqlens=None, **result):
         return bidirectional_linear_attention(
             query,
             key,
@@ -145,9 +164,9 @@ class LionMixer(TokenMixer):
             log_decay,
             format=self.config.format,
             chunk_size=self.config.chunk_size,
-            normalize=normalize,
-            return_denominator=return_denominator,
             key_mask=key_mask,
+            cu_seqlens=cu_seqlens,
+            **result,
         )
 
     def _scan_twice(self, hidden_states, query, key, value, orders) -> Tensor:

@@ -26,6 +26,8 @@ of its forward. Second derivatives are not implemented and raise.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -70,6 +72,7 @@ def bidirectional_linear_attention(
     key_mask: Tensor | None = None,
     scale: float | None = None,
     eps: float = 1e-6,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Bidirectional linear attention with a decay mask (arXiv 2502.16249, sections 3 and 4).
 
@@ -94,6 +97,10 @@ def bidirectional_linear_attention(
             numerator nor denominator; its decay still acts on what passes through it. Rows that see no key are 0.
         scale: s, positive; `head_dim ** -0.5` by default.
         eps: added to `s c` before the division.
+        cu_seqlens: (sequences + 1,), for several sequences packed into one row (batch 1): integers from 0 to length
+            that never decrease; tokens `cu_seqlens[n]` up to `cu_seqlens[n + 1]` are sequence n and read no other.
+            Each is computed on its own, in the form that "auto" picks for its length. Best on the CPU, where reading
+            it waits for no accelerator. `torch.compile` breaks its graph here; results are the same.
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of `value`. float64 is computed in float64, anything else in
@@ -101,10 +108,17 @@ def bidirectional_linear_attention(
 
     Raises:
         ValueError: for shapes that do not fit, an unknown format, chunk_size < 1, scale <= 0, a mask that holds
-            anything but 0 and 1, or a positive log_decay. The last two look at values: they are checked on the CPU
-            outside compiled graphs only, since on an accelerator they would wait for the device.
+            anything but 0 and 1, a positive log_decay, or a `cu_seqlens` that does not divide the row. The last three
+            look at values: they are checked on the CPU outside compiled graphs only, since on an accelerator they
+            would wait for the device.
     """
     form = _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, *query.shape[0:3:2])
+        options = {"format": form, "chunk_size": chunk_size, "scale": scale, "eps": eps}
+        options |= {"normalize": normalize, "return_denominator": return_denominator}
+        alone = partial(bidirectional_linear_attention, **options)
+        return map_sequences(alone, cu_seqlens, key_mask, query, key, value, log_decay)
     length, head_dim = query.shape[2:]
     scale = head_dim**-0.5 if scale is None else float(scale)
     if form == "auto":
@@ -166,6 +180,51 @@ def attention_scores(
         if key_mask is not None:
             scores = torch.where(key_mask.to(torch.bool)[:, None, None, :], scores, 0)
         return scores
+
+
+# ------------------------------------------------------------------------------------------------ packed rows
+
+
+@torch.compiler.disable  # the bounds are numbers of each batch, which a graph would be compiled for again and again
+def map_sequences(
+    function: Callable, cu_seqlens: Tensor, key_mask: Tensor | None, *tensors: Tensor | None
+) -> Tensor | tuple[Tensor, ...]:
+    """`function(*tensors, key_mask=key_mask)` of each sequence of a packed row, outputs joined along the tokens.
+
+    Tokens are dimension 2 of `tensors` and outputs, and dimension 1 of `key_mask`; a tensor without this dimension
+    (None, a decay per head) goes to every sequence as it is. No sequence can reach another: it is never given it.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    sequences = zip(*(_split_row(x, lengths, 2) for x in tensors), _split_row(key_mask, lengths, 1), strict=True)
+    outputs = [function(*parts, key_mask=mask) for *parts, mask in sequences]
+    if isinstance(outputs[0], tuple):
+        return tuple(torch.cat(parts, 2) for parts in zip(*outputs, strict=True))
+    return torch.cat(outputs, 2)
+
+
+def _split_row(x: Tensor | None, lengths: list[int], dim: int) -> list[Tensor | None]:
+    return [x] * len(lengths) if x is None or x.dim() <= dim else x.split(lengths, dim)
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
+    """Raises ValueError unless `cu_seqlens` divides a single row of `length` tokens into sequences."""
+    if batch != 1:
+        raise ValueError(
+            f"cu_seqlens was given with a batch of {batch}; sequences are packed into a single row, so the batch must be "
+            "1. Join the rows along their tokens."
+        )
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be int32 or int64 of "
+            "shape (sequences + 1,), with the bounds of at least one sequence."
+        )
+    if values_can_be_read(cu_seqlens):
+        first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())
+        if first != 0 or last != length or shortest < 0:
+            raise ValueError(
+                f"cu_seqlens runs from {first} to {last} and its shortest sequence has {shortest} tokens; it must run "
+                f"from 0 to the {length} tokens of the row and never decrease."
+            )
 
 
 # ------------------------------------------------------------------------------------------------ reading tokens

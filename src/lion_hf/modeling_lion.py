@@ -22,6 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_lion import LionConfig
 from .lion_layer import LionMixer, LionPreTrainedMixin, TokenMixer, init_mixer, make_mixer, sequence_classification_loss
 from .lion_ops import is_binary, values_can_be_read
+from .lion_packing import LEAST_PADDING, UnpaddedRow, packed_bounds, packed_positions, unpad
 
 
 logger = logging.get_logger(__name__)
@@ -99,21 +100,38 @@ class LionLayer(GradientCheckpointingLayer):
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, key_mask: Tensor | None = None, output_attentions: bool = False) -> Tensor:
-        mixed, _ = self.mixer(hidden_states, key_mask, output_attentions=output_attentions)
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        mixed, _ = self.mixer(hidden_states, key_mask, output_attentions=output_attentions, cu_seqlens=cu_seqlens)
         hidden_states = self.mixer_norm(hidden_states + self.dropout(mixed))
         return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
 
 
 class LionPooler(nn.Module):
-    """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left)."""
+    """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left), (batch, hidden).
+
+    Of a packed row, the first token of every sequence, (sequences, hidden)."""
 
     def __init__(self, config: LionConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: Tensor, key_mask: Tensor | None) -> Tensor:
-        if key_mask is None:
+    def forward(
+        self, hidden_states: Tensor, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        if cu_seqlens is not None:
+            if int(cu_seqlens.diff().min()) == 0:
+                raise ValueError(
+                    "A sequence of this packed row is empty and has no first token to pool. Leave empty sequences out, or "
+                    "build the model with add_pooling_layer=False."
+                )
+            first = hidden_states[0, cu_seqlens[:-1].to(hidden_states.device)]
+        elif key_mask is None:
             first = hidden_states[:, 0]
         else:
             index = key_mask.int().argmax(1)
@@ -185,17 +203,61 @@ class LionModel(LionPreTrainedModel):
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` is accepted too.
             A mask over pairs of tokens or an additive mask raises ValueError: LION masks keys only.
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Rows of the position table, where the model has one. In a batch of one row without attention_mask, positions
+            that start again at 0 (every entry 0 or one more than the entry before it) tell that the row holds several
+            sequences, as `DataCollatorWithFlattening` packs them; so do its `cu_seq_lens_q` and `seq_idx`, which take an
+            attention_mask as well. No sequence reads another, and the pooler returns the first token of each.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds; both or neither were given.")
-        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        batch, length = inputs.shape[:2]
         key_mask = _key_mask(attention_mask, batch, length)
-        output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
+        output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
+        needs_matrix = output_attentions or (self.training and self.config.attention_probs_dropout_prob > 0)
+        cu_seqlens = packed_bounds(
+            batch, length, position_ids, attention_mask, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+        )
+        if cu_seqlens is not None:
+            if needs_matrix:
+                raise ValueError(_NO_MATRIX_OF_PACKED_ROWS)
+            if self.embeddings.position_embeddings is None:
+                position_ids = None  # they have told where the sequences begin
+            elif position_ids is None:
+                position_ids = packed_positions(cu_seqlens).to(inputs.device)
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, key_mask, bool(output_attentions))
-        pooled = self.pooler(hidden_states, key_mask) if self.pooler is not None else None
+        unpadded = None
+        keeps_shape = needs_matrix or kwargs.get("output_hidden_states", self.config.output_hidden_states)
+        if key_mask is not None and cu_seqlens is None and not keeps_shape:
+            unpadded = self._unpad(key_mask)
+        if unpadded is None:
+            hidden_states = self._run_layers(hidden_states, key_mask, output_attentions, cu_seqlens)
+        else:
+            row = unpadded.join(hidden_states)
+            row = self._run_layers(row, unpadded.key_mask, False, unpadded.cu_seqlens)
+            hidden_states = unpadded.restore(row, batch, length)
+        pooled = self.pooler(hidden_states, key_mask, cu_seqlens) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+    def _run_layers(self, hidden_states: Tensor, *arguments) -> Tensor:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, *arguments)
+        return hidden_states
+
+    def _unpad(self, key_mask: Tensor) -> UnpaddedRow | None:
+        if self.config.unpad is not None:
+            return unpad(key_mask) if self.config.unpad else None
+        # An accelerator is faster on a padded batch than on one sequence after another.
+        worthwhile = self.training and key_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        return unpad(key_mask, LEAST_PADDING) if worthwhile else None
+
+
+_NO_MATRIX_OF_PACKED_ROWS = (
+    "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
+    "attention_probs_dropout_prob > 0 in training needs one. Give every sequence a row of its own, or set "
+    "output_attentions to False and attention_probs_dropout_prob to 0."
+)
 
 
 def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:

@@ -1,0 +1,94 @@
+"""Rows without padding: sequences that a caller packed into one row, and padded batches turned into such a row and back."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .lion_ops import check_cu_seqlens, is_exporting
+
+
+# unpad=None removes padding where it is at least this share of a batch. With less, taking it out and putting it back
+# costs about what it saves (`python benchmarks/bench_packing.py`).
+LEAST_PADDING = 0.1
+
+
+def packed_bounds(
+    batch: int,
+    length: int,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> Tensor | None:
+    """Bounds of the sequences that a caller packed into one row, (sequences + 1,) on the CPU; None if it holds just one.
+
+    They are told by the first of these that is given, as Transformers' `DataCollatorWithFlattening` makes them:
+
+    - `cu_seqlens`, the bounds themselves (its `cu_seq_lens_q`);
+    - `seq_idx` (1, length), a number that changes from one sequence to the next;
+    - `position_ids` (1, length) that start again at 0: where the batch is 1 and there is no attention_mask, every entry
+      is 0 or one more than the entry before it, the first is 0, and a later one too. Not in a graph that is exported.
+
+    Raises:
+        ValueError: where `cu_seqlens` or `seq_idx` does not fit a single row of this length.
+    """
+    if cu_seqlens is None:
+        starts = None
+        if seq_idx is not None:
+            starts = F.pad(seq_idx.flatten().diff() != 0, (1, 0), value=True)
+        elif position_ids is not None and attention_mask is None and batch == 1 and not is_exporting():
+            starts = _restarts(position_ids.flatten().cpu())
+        if starts is None:
+            return None
+        cu_seqlens = F.pad(starts.nonzero().squeeze(1), (0, 1), value=len(starts))
+    cu_seqlens = cu_seqlens.cpu()
+    check_cu_seqlens(cu_seqlens, batch, length)
+    return cu_seqlens
+
+
+def _restarts(positions: Tensor) -> Tensor | None:
+    """Where positions (length,) start again at 0; None unless they count from 0 several times and do nothing else."""
+    starts = positions == 0
+    counted = torch.cat([starts[:1], starts[1:] | (positions.diff() == 1)])
+    return starts if bool(counted.all()) and int(starts.sum()) > 1 else None
+
+
+def packed_positions(cu_seqlens: Tensor) -> Tensor:
+    """(1, length): the tokens of every sequence, counted from 0."""
+    starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    return (torch.arange(len(starts)) - starts)[None]
+
+
+class UnpaddedRow(NamedTuple):
+    """A batch whose rows stand in one row, one after the other, without the padding at their ends."""
+
+    index: Tensor  # (tokens,)     where each token stands in the flattened batch
+    cu_seqlens: Tensor  # (batch + 1,)  bounds of the rows, on the CPU
+    key_mask: Tensor | None  # (1, tokens)   False for what is masked inside a row; None where nothing is
+
+    def join(self, hidden_states: Tensor) -> Tensor:
+        """(batch, length, hidden) -> (1, tokens, hidden)."""
+        return hidden_states.flatten(0, 1).index_select(0, self.index)[None]
+
+    def restore(self, hidden_states: Tensor, batch: int, length: int) -> Tensor:
+        """(1, tokens, hidden) -> (batch, length, hidden), 0 where there was padding."""
+        rows = hidden_states.new_zeros(batch * length, hidden_states.shape[-1])
+        return rows.index_copy(0, self.index, hidden_states[0]).unflatten(0, (batch, length))
+
+
+def unpad(key_mask: Tensor, least_padding: float = 0.0) -> UnpaddedRow | None:
+    """Joins the rows of a key mask (batch, length) without the False at their left and right ends.
+
+    None where there is no such padding, or less than the share `least_padding` of all positions.
+    """
+    begun, to_come = key_mask.cumsum(1) > 0, key_mask.flip(1).cumsum(1).flip(1) > 0
+    kept = begun & to_come
+    lengths = kept.sum(1).cpu()
+    padding = kept.numel() - int(lengths.sum())
+    if padding == 0 or padding < least_padding * kept.numel():
+        return None
+    index = kept.flatten().nonzero().squeeze(1)
+    inside = key_mask.flatten()[index]
+    return UnpaddedRow(index, F.pad(lengths.cumsum(0), (1, 0)), None if bool(inside.all()) else inside[None])
