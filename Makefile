@@ -31,6 +31,7 @@ format: .venv/installed
 bench: .venv/installed
 	$(BIN)/python benchmarks/bench_ops.py
 	$(BIN)/python benchmarks/bench_models.py
+	$(BIN)/python benchmarks/bench_packing.py
 
 # One card per preset; `python model_cards/generate.py --check` says which are out of date.
 cards: .venv/installed

@@ -101,6 +101,19 @@ def test_one_sequence_and_no_token_are_rows_as_any(dtype):
     assert bidirectional_linear_attention(*inputs, cu_seqlens=bounds([0, 0], dtype)).shape == (1, 2, 0, 3)
 
 
+def test_compiled_code_takes_any_bounds():
+    inputs, _ = operands("token", 9)
+
+    def function(cu_seqlens):
+        return 2 * bidirectional_linear_attention(*inputs, cu_seqlens=cu_seqlens)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend="eager")
+    for lengths in ([4, 5], [2, 7], [3, 3, 3]):
+        assert torch.equal(compiled(bounds(lengths)), function(bounds(lengths)))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     "cu_seqlens, message",
     [
@@ -274,13 +287,16 @@ def test_attention_dropout_in_training_refuses_packed_rows():
         model.train()(**flattened(texts()))
 
 
-def test_compiled_packed_rows_equal_eager_ones():
+@pytest.mark.slow
+def test_compiled_models_equal_eager_ones():
     torch.compiler.reset()
-    model = build(num_hidden_layers=1)
-    compiled = torch.compile(model, backend="eager")
-    for lengths in ((5, 1, 4), (3, 6)):
+    model = build(lion_hf.LionForSequenceClassification, softmax_layers=[0])
+    compiled = torch.compile(model, backend="aot_eager")
+    for lengths in ((5, 1, 9, 4), (3, 6)):
         batch = flattened(texts(lengths))
-        torch.testing.assert_close(compiled(**batch).pooler_output, model(**batch).pooler_output)
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+    model.config.unpad, inputs = True, padded_batch("holes")
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
     torch.compiler.reset()
 
 
@@ -365,11 +381,12 @@ def test_by_default_evaluation_computes_every_position(mask_type):
 
 
 def test_by_default_padding_goes_in_training_where_there_is_enough(monkeypatch):
-    model, inputs = build(), padded_batch("right")  # 8 of 18 positions are padding
+    model, inputs = build(), padded_batch("right")  # 8 padded positions in 3 rows, 24 features wide
     padded, unpadded = {(3, 6)}, {(1, 10)}
     assert recorded_shapes(model, inputs)[0] == padded
-    for share, expected in ((8 / 18, unpadded), (0.45, padded)):
-        monkeypatch.setattr(modeling_lion, "LEAST_PADDING", share)
+    assert recorded_shapes(model.train(), inputs)[0] == padded, "too little padding for so narrow a model"
+    for features, expected in ((8 / 3 * 24, unpadded), (8 / 3 * 24 + 1, padded)):
+        monkeypatch.setattr(modeling_lion, "LEAST_PADDING", features)
         assert recorded_shapes(model.train(), inputs)[0] == expected
     model.config.unpad = True
     assert recorded_shapes(model.train(), inputs)[0] == recorded_shapes(model.eval(), inputs)[0] == unpadded
@@ -409,16 +426,15 @@ def test_gradient_checkpointing_changes_no_gradient(options):
     assert_all_close(gradients(model, model(**inputs, labels=labels).loss), expected)
 
 
-def test_compiled_batches_keep_their_padding_unless_asked():
+def test_compiled_batches_keep_their_padding(monkeypatch):
+    monkeypatch.setattr(modeling_lion, "LEAST_PADDING", 0)
     torch.compiler.reset()
-    model, inputs = build(num_hidden_layers=1).train(), padded_batch("holes")
+    model, inputs = build(num_hidden_layers=1, format="attention").train(), padded_batch("holes")
     expected = model(**inputs).last_hidden_state
     compiled = torch.compile(model, backend="eager", fullgraph=True)(**inputs).last_hidden_state
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(compiled[real], expected[real], rtol=1e-9, atol=1e-12)
     assert (compiled[~real] != 0).all() and (expected[ends(real)] == 0).all()
-    model.config.unpad = True
-    torch.testing.assert_close(torch.compile(model, backend="eager")(**inputs).last_hidden_state, expected)
     torch.compiler.reset()
 
 

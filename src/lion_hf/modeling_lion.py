@@ -250,7 +250,7 @@ class LionModel(LionPreTrainedModel):
             return unpad(key_mask) if self.config.unpad else None
         # An accelerator is faster on a padded batch than on one sequence after another.
         worthwhile = self.training and key_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        return unpad(key_mask, LEAST_PADDING) if worthwhile else None
+        return unpad(key_mask, LEAST_PADDING * len(key_mask) / self.config.hidden_size) if worthwhile else None
 
 
 _NO_MATRIX_OF_PACKED_ROWS = (

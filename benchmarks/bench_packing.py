@@ -1,0 +1,136 @@
+"""Training steps on texts of very different lengths: padded against unpadded against packed.
+
+    python benchmarks/bench_packing.py --data FOLDER       # documents of the .txt files in FOLDER
+    python benchmarks/bench_packing.py                     # lengths drawn log-uniformly
+
+The same documents, batch by batch, in three ways, timed in turn in one process: padded to the longest of the batch, as a
+tokenizer does (unpad=False); the same with the padding taken out by the model (unpad=True); and packed into one row, as
+DataCollatorWithFlattening does. A ratio below 1 is faster than padded. Documents are separated by empty lines, or are the
+lines of a file that has none; one shorter than --shortest words is joined with the next, and --longest cuts. Only their
+lengths count: token ids are random. A training step is forward and backward of the mean output of a bare encoder of base
+width, without dropout, weights random, float32.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from bench_models import SHAPE, train_step
+from common import alternate, print_table, save
+from transformers import DataCollatorWithFlattening
+
+from lion_hf import LionConfig, LionModel
+
+
+VOCABULARY = 30522
+
+
+def document_lengths(folder, shortest):
+    lengths, words = [], 0
+    for file in sorted(Path(folder).glob("*.txt")):
+        text = file.read_text(encoding="utf-8")
+        for document in text.split("\n\n" if "\n\n" in text else "\n"):
+            words += len(document.split())
+            if words >= shortest:
+                lengths.append(words)
+                words = 0
+    return lengths
+
+
+def draw_lengths(arguments, parser):
+    count = arguments.batches * arguments.rows
+    if arguments.data is None:
+        shortest, longest = (torch.tensor(float(x)).log() for x in (arguments.shortest, arguments.longest))
+        return (shortest + torch.rand(count) * (longest - shortest)).exp().long()
+    lengths = torch.tensor(document_lengths(arguments.data, arguments.shortest))
+    if len(lengths) < count:
+        parser.error(
+            f"--data {arguments.data}: {len(lengths)} documents of at least {arguments.shortest} words in its .txt files, "
+            f"but {arguments.batches} batches of {arguments.rows} need {count}; lower one of these."
+        )
+    return lengths[torch.randperm(len(lengths))[:count]].clamp(max=arguments.longest)
+
+
+def padded_and_packed(lengths):
+    """One batch as a tokenizer and as a flattening collator give it."""
+    texts = [torch.randint(1, VOCABULARY, (int(length),)) for length in lengths]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": text} for text in texts])
+    packed.pop("labels")
+    return {"input_ids": ids, "attention_mask": (ids > 0).long()}, packed
+
+
+def steps(model, batches, unpad):
+    runs = [train_step(model, batch) for batch in batches]
+
+    def run():
+        model.config.unpad = unpad
+        for step in runs:
+            step()
+
+    return run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with .txt files; lengths are drawn log-uniformly without it")
+    parser.add_argument("--variants", nargs="+", default=["lit", "decay", "selective"])
+    parser.add_argument("--shortest", type=int, default=128)
+    parser.add_argument("--longest", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=8, help="documents in a batch")
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each variant, at least")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", default="benchmarks/results")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    lengths = draw_lengths(arguments, parser)
+    padded, packed = zip(*map(padded_and_packed, lengths.view(arguments.batches, arguments.rows)), strict=True)
+    tokens, positions = int(lengths.sum()), sum(batch["input_ids"].numel() for batch in padded)
+    share = 1 - tokens / positions
+    print(
+        f"{len(lengths)} documents of {lengths.min()} to {lengths.max()} tokens; {share:.0%} of the batches is padding"
+    )
+    rows = []
+    for variant in arguments.variants:
+        config = LionConfig(
+            mask_type=variant,
+            vocab_size=VOCABULARY,
+            num_hidden_layers=arguments.layers,
+            max_position_embeddings=arguments.longest,
+            **SHAPE,
+        )
+        model = LionModel(config, add_pooling_layer=False).train()
+        candidates = {
+            "padded": steps(model, padded, False),
+            "unpadded": steps(model, padded, True),
+            "packed": steps(model, packed, False),
+        }
+        times = alternate(candidates, arguments.seconds, arguments.rounds)
+        for way, seconds in times.items():
+            rows.append(
+                {
+                    "model": variant,
+                    "batch": way,
+                    "padding": share,
+                    "tokens/s": tokens / seconds,
+                    "ratio": seconds / times["padded"],
+                }
+            )
+        print_table(rows[-len(times) :])
+
+    def picture(axis):
+        for i, way in enumerate(("unpadded", "packed")):
+            ratios = [row["ratio"] for row in rows if row["batch"] == way]
+            axis.bar([x + 0.4 * i - 0.2 for x in range(len(ratios))], ratios, 0.38, label=way)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set_xticks(range(len(arguments.variants)), arguments.variants)
+        axis.set(ylabel="training step / padded", title=f"below 1 is faster; {share:.0%} padding")
+        axis.legend()
+
+    save("bench_packing", arguments.output, rows, picture)
+
+
+if __name__ == "__main__":
+    main()
