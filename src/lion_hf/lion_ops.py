@@ -26,8 +26,10 @@ of its forward. Second derivatives are not implemented and raise.
 """
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -39,6 +41,9 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 FORMATS = ("attention", "rnn", "chunk", "auto")
+
+# "torch" or "triton" forces the forms of this file or the kernels of lion_triton; read once, at import.
+_BACKEND = os.environ.get("LION_BACKEND", "").lower()
 
 # format="auto" uses the attention form up to this many tokens and the chunk form beyond, by device and kind of
 # decay. Measured on 2 CPU cores by `python benchmarks/bench_ops.py --crossover` (forward + backward, head width 64).
@@ -113,17 +118,24 @@ def bidirectional_linear_attention(
             would wait for the device.
     """
     form = _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, *query.shape[0:3:2])
-        options = {"format": form, "chunk_size": chunk_size, "scale": scale, "eps": eps}
-        options |= {"normalize": normalize, "return_denominator": return_denominator}
-        alone = partial(bidirectional_linear_attention, **options)
-        return map_sequences(alone, cu_seqlens, key_mask, query, key, value, log_decay)
     length, head_dim = query.shape[2:]
+    kernels = _kernels(query, key, value, form)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, len(query), length)
+        if kernels is None:
+            options = {"format": form, "chunk_size": chunk_size, "scale": scale, "eps": eps}
+            options |= {"normalize": normalize, "return_denominator": return_denominator}
+            alone = partial(bidirectional_linear_attention, **options)
+            return map_sequences(alone, cu_seqlens, key_mask, query, key, value, log_decay)
     scale = head_dim**-0.5 if scale is None else float(scale)
+    result = "both" if return_denominator else "normalized" if normalize else "numerator"
     if form == "auto":
         form = resolve_format(form, length, query.device, log_decay)
-
+    if kernels is not None:
+        with torch.autocast(query.device.type, enabled=False):
+            return kernels.fused_linear_attention(
+                query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result, full=form == "attention"
+            )
     if log_decay is None and form != "attention":  # both scans end in the same state, sum_j k_j v_j^T
         walk = form == "rnn" or _walks_chunks(query)
         form, chunk_size = "global", chunk_size if walk else max(1, length)
@@ -131,11 +143,33 @@ def bidirectional_linear_attention(
         form = "attention"
     elif form == "chunk" and _walks_chunks(query):
         form = "rnn"
-    result = "both" if return_denominator else "normalized" if normalize else "numerator"
     options = form, chunk_size, scale, result, eps
     with torch.autocast(query.device.type, enabled=False):
         output = _LionFunction.apply(query, key, value, log_decay, key_mask, options)
         return output if return_denominator else output.to(value.dtype)
+
+
+def _kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> ModuleType | None:
+    """lion_triton where it is wanted and takes these inputs. A GPU that has to do without is told why, once."""
+    if _BACKEND not in ("", "torch", "triton"):
+        raise ValueError(f"LION_BACKEND is {_BACKEND!r}; allowed are 'torch' and 'triton', or leave it unset.")
+    # The rnn form promises memory independent of the length, which states of chunks are not.
+    if _BACKEND == "torch" or not (_BACKEND or query.is_cuda) or form == "rnn" or is_exporting():
+        return None
+    try:
+        from . import lion_triton
+    except ImportError as error:
+        reason = str(error)
+    else:
+        reason = lion_triton.unsupported(query, key, value)
+        if reason is None:
+            return lion_triton
+    if _BACKEND == "triton":
+        raise ValueError(
+            f"LION_BACKEND=triton, but the fused kernels cannot be used: {reason}. Unset it to go without."
+        )
+    logger.warning_once(f"LION runs without its fused GPU kernels: {reason}. LION_BACKEND=torch silences this warning.")
+    return None
 
 
 def resolve_format(format: str, length: int, device: torch.device, log_decay: Tensor | None) -> str:

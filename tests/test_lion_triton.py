@@ -1,0 +1,191 @@
+"""The fused kernels against the textbook in float64: in Triton's interpreter on a CPU (float32), compiled on a GPU."""
+
+import pytest
+import torch
+
+from lion_hf import lion_ops
+from lion_hf.lion_ops import bidirectional_linear_attention
+
+
+lion_triton = pytest.importorskip("lion_hf.lion_triton", reason="Triton is not installed", exc_type=ImportError)
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
+# Relative error of the whole tensor; bfloat16 rounds scores and states to 8 bits.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+DECAYS = ["none", "head", "token", "saturated"]
+RESULTS = {"numerator": {}, "normalized": {"normalize": True}, "both": {"return_denominator": True}}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Forces the kernels; without a GPU with small tiles, so that few tokens make several tiles and chunks. Memory that
+    no kernel writes to reads as NaN."""
+    monkeypatch.setattr(lion_ops, "_BACKEND", "triton")
+    if not ON_GPU:
+        monkeypatch.setattr(lion_triton, "_TILE", 16)
+        monkeypatch.setattr(lion_triton, "_CHUNK", 32)
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *shape, **options):
+        made = new_empty(self, *shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def inputs(length, decay, *, batch=1, heads=2, head_dim=16, value_dim=24, dtype=torch.float32, seed=0):
+    """Leaves as a layer gives them, views of (batch, length, heads, width), and a mask with holes."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = head_dim, head_dim, value_dim
+    leaves = [torch.randn(batch, length, heads, w, generator=generator).to(dtype).transpose(1, 2) for w in widths]
+    gates = -0.5 * torch.rand(batch, length, heads, generator=generator)
+    if decay == "head":
+        leaves.append(-0.5 * torch.rand(heads, generator=generator))
+    elif decay != "none":
+        if decay == "saturated":
+            gates[torch.rand(gates.shape, generator=generator) < 0.2] = -1e4
+            gates[:, -1] = -torch.inf
+        leaves.append(gates.transpose(1, 2))
+    mask = torch.rand(batch, length, generator=generator) < 0.8
+    return [x.to(DEVICE).requires_grad_() for x in leaves], mask.to(DEVICE)
+
+
+def run(leaves, **options):
+    """Outputs and gradients of a fixed, uneven sum of them."""
+    query, key, value, *decay = leaves
+    out = bidirectional_linear_attention(query, key, value, *decay, **options)
+    out = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    total = sum(
+        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.double).to(x.device)).sum() for x in out
+    )
+    return [*out, *torch.autograd.grad(total, leaves)]
+
+
+def textbook(leaves, monkeypatch, **options):
+    """The same from the attention form in float64."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lion_ops, "_BACKEND", "torch")
+        return run([x.detach().double().requires_grad_() for x in leaves], **options | {"format": "attention"})
+
+
+def assert_close(results, expected, dtype=torch.float32):
+    for result, want in zip(results, expected, strict=True):
+        assert result.isfinite().all()
+        error = (result.double() - want).norm() / want.norm().clamp(min=1e-6)
+        assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("form", ["attention", "chunk"])
+@pytest.mark.parametrize("result", RESULTS)
+def test_equals_the_textbook(decay, form, result, dtype, monkeypatch):
+    leaves, mask = inputs(70 if form == "chunk" else 34, decay, dtype=dtype)  # 3 chunks of 2 tiles, or 3 tiles
+    if result == "normalized":  # positive features, as image encoders have
+        leaves[:2] = [x.detach().abs().requires_grad_() for x in leaves[:2]]
+    options = {"format": form, "key_mask": mask, **RESULTS[result]}
+    assert_close(run(leaves, **options), textbook(leaves, monkeypatch, **options), dtype)
+
+
+LENGTHS = [1, 15, 16, 17, 33] + [63, 64, 65, 197, 1000, 16384] * ON_GPU
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_any_length(length, monkeypatch):
+    leaves, _ = inputs(length, "token", batch=2, heads=1)
+    assert_close(run(leaves, format="chunk"), textbook(leaves, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    "head_dim, value_dim", [(16, 16), (20, 40), (33, 7)] + [(64, 64), (60, 128), (128, 128)] * ON_GPU
+)
+def test_any_width(head_dim, value_dim, monkeypatch):
+    leaves, _ = inputs(20, "head", head_dim=head_dim, value_dim=value_dim)
+    assert_close(run(leaves, format="attention"), textbook(leaves, monkeypatch))
+
+
+def test_padding_may_hold_anything():
+    leaves, mask = inputs(34, "token")
+    spoiled = [x.detach().clone() for x in leaves]
+    for x in spoiled[1:3]:
+        x.masked_fill_(~mask[:, None, :, None], torch.nan)
+    options = {"format": "chunk", "key_mask": mask, "normalize": True}
+    for result, want in zip(run([x.requires_grad_() for x in spoiled], **options), run(leaves, **options), strict=True):
+        assert torch.equal(result, want)
+
+
+def test_rows_without_keys_are_zero():
+    leaves, mask = inputs(34, "token")
+    results = run(leaves, format="chunk", key_mask=torch.zeros_like(mask), normalize=True)
+    assert all((x == 0).all() for x in results)
+
+
+def test_every_run_gives_the_same_bits():
+    leaves, mask = inputs(34, "token")
+    first, second = (run(leaves, format="chunk", key_mask=mask, normalize=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_inputs_are_read_where_they_lie(monkeypatch):
+    """Views of (batch, length, heads, width) are not copied, and outputs lie as the next layer reads them."""
+    leaves, _ = inputs(20, "none")
+    copies = []
+    contiguous = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x, **kwargs: copies.append(x) or contiguous(x, **kwargs))
+    out = bidirectional_linear_attention(*leaves)
+    assert not copies
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_empty_inputs():
+    for length, width in ((0, 16), (5, 0)):
+        leaves, _ = inputs(length, "head", value_dim=width)
+        out, *gradients = run(leaves)
+        assert out.shape == (1, 2, length, width)
+        assert all((x == 0).all() for x in gradients)
+
+
+def test_stays_in_a_compiled_graph():
+    leaves, mask = inputs(20, "token")
+    compiled = torch.compile(
+        bidirectional_linear_attention, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager"
+    )
+    options = {"format": "chunk", "key_mask": mask, "normalize": True}
+    out = compiled(*leaves, **options)
+    want = bidirectional_linear_attention(*leaves, **options)
+    assert torch.equal(out, want)
+    for a, b in zip(torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("result", [0, 1, 2])
+def test_fake_kernels_describe_the_real_ones(result):
+    (query, key, value, decay), mask = inputs(20, "token")
+    arguments = query.detach(), key, value, decay, mask, None, 0.25, 1e-6, result, False
+    torch.library.opcheck(lion_triton._mix, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_backend_is_chosen_and_explained(monkeypatch):
+    leaves, _ = inputs(5, "none")
+    doubles = [x.detach().double() for x in leaves]
+    with pytest.raises(ValueError, match="LION_BACKEND=triton, but .* not torch.float64"):
+        bidirectional_linear_attention(*doubles)
+    wide, _ = inputs(5, "none", head_dim=130)
+    with pytest.raises(ValueError, match="at most 128 features, not 130"):
+        bidirectional_linear_attention(*wide)
+    monkeypatch.setattr(lion_ops, "_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="LION_BACKEND is 'cuda'; allowed are 'torch' and 'triton'"):
+        bidirectional_linear_attention(*leaves)
+    monkeypatch.setattr(lion_ops, "_BACKEND", "")
+    monkeypatch.setattr(lion_triton, "_mix", None)  # not called for tensors on a CPU
+    if not ON_GPU:
+        bidirectional_linear_attention(*leaves)
+
+
+def test_rnn_keeps_its_promise_of_memory(monkeypatch):
+    leaves, _ = inputs(5, "head")
+    monkeypatch.setattr(lion_triton, "_mix", None)
+    assert_close(run(leaves, format="rnn"), textbook(leaves, monkeypatch))
