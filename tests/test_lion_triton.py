@@ -107,6 +107,16 @@ def test_any_width(head_dim, value_dim, monkeypatch):
     assert_close(run(leaves, format="attention"), textbook(leaves, monkeypatch))
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("form", ["attention", "chunk"])
+def test_packed_sequences_are_separate(decay, form, monkeypatch):
+    """One row of sequences, some of them empty, against the textbook of each alone."""
+    leaves, mask = inputs(69, decay, heads=1)
+    bounds = torch.tensor([0, 1, 1, 38, 69, 69], device=DEVICE)
+    options = {"format": form, "key_mask": mask, "return_denominator": True, "cu_seqlens": bounds}
+    assert_close(run(leaves, **options), textbook(leaves, monkeypatch, **options))
+
+
 def test_padding_may_hold_anything():
     leaves, mask = inputs(34, "token")
     spoiled = [x.detach().clone() for x in leaves]

@@ -104,8 +104,8 @@ def bidirectional_linear_attention(
         eps: added to `s c` before the division.
         cu_seqlens: (sequences + 1,), for several sequences packed into one row (batch 1): integers from 0 to length
             that never decrease; tokens `cu_seqlens[n]` up to `cu_seqlens[n + 1]` are sequence n and read no other.
-            Each is computed on its own, in the form that "auto" picks for its length. Best on the CPU, where reading
-            it waits for no accelerator. `torch.compile` breaks its graph here; results are the same.
+            Each is computed on its own, in the form that "auto" picks for its length, for which the bounds are read;
+            `torch.compile` breaks its graph there. The fused kernels take all at once and read no bounds.
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of `value`. float64 is computed in float64, anything else in

@@ -277,9 +277,8 @@ def _scan_kernel(
         else:
             tl.store(place, carry, mask=inside)
             carry = carry * tl.exp(tl.load(chunk_totals + chunk * heads + head)) + sent
-    if DECAY == 0:
-        if last > first:
-            tl.store(base + first.to(tl.int64) * heads * SIZE, carry, mask=inside)
+    if DECAY == 0:  # an empty sequence has no chunk to write to
+        tl.store(base + first.to(tl.int64) * heads * SIZE, carry, mask=inside & (last - first > 0 * entry))
 
 
 @_any_length
