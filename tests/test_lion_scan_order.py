@@ -2,7 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from textbook import textbook_mask
 
+from lion_hf.lion_ops import averaged_scans
 from lion_hf.lion_scan_order import snake_orders
 
 
@@ -69,3 +71,32 @@ def test_curves_equal_the_reference(side):
     for (order, inverse), name in zip(snake_orders(side, side), names, strict=True):
         assert torch.equal(order[1:] - 1, golden[f"output.order.grid{side}.{name}"])
         assert torch.equal(inverse[1:] - 1, golden[f"output.order.grid{side}.{name}_inv"])
+
+
+@pytest.mark.parametrize("decay", ["head", "token", "saturated"])
+@pytest.mark.parametrize("form", ["attention", "chunk", "rnn"])
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 4), (5, 2)])
+def test_scans_are_averaged_as_the_mean_of_their_masks(height, width, form, decay):
+    """Against the textbook: each mask along its curve, both put back in raster order, one division; with all gradients."""
+    length, heads = 1 + height * width, 2
+    query, key = (torch.rand(2, heads, length, 3, dtype=torch.float64) for _ in range(2))
+    shape = (heads,) if decay == "head" else (2, heads, length)
+    gates = [-torch.rand(shape, dtype=torch.float64) for _ in range(2)]
+    if decay == "saturated":
+        gates = [g.masked_fill(torch.rand(shape) < 0.3, -300.0) for g in gates]
+    leaves = [x.requires_grad_() for x in (query, key, torch.randn(2, heads, length, 5, dtype=torch.float64), *gates)]
+    orders = snake_orders(height, width)
+
+    mixed = averaged_scans(*leaves[:3], leaves[3:], orders, format=form, chunk_size=3)
+
+    masks = 0
+    for gate, (order, inverse) in zip(leaves[3:], orders, strict=True):
+        along = gate[None, :, None].expand(2, -1, length) if gate.dim() == 1 else gate[:, :, order]
+        masks = masks + textbook_mask(along.exp())[:, :, inverse][..., inverse] / 2
+    scores = leaves[0] @ leaves[1].transpose(2, 3) * 3**-0.5 * masks
+    expected = scores @ leaves[2] / (scores.sum(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(mixed, expected, rtol=1e-9, atol=1e-9)
+    weights = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), leaves) for x in (mixed, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .lion_ops import attention_scores, bidirectional_linear_attention, map_sequences
+from .lion_ops import attention_scores, averaged_scans, bidirectional_linear_attention, map_sequences
 
 
 class TokenMixer(nn.Module):
@@ -139,6 +139,7 @@ class LionMixer(TokenMixer):
         if self.is_image:
             query, key = self._feature_map(query), self._feature_map(key)
         dropout = 0.0 if self.is_image or not self.training else self.config.attention_probs_dropout_prob
+        form = {"format": self.config.format, "chunk_size": self.config.chunk_size}
         weights = None
         if output_attentions or dropout:
             self._require_matrix(output_attentions)
@@ -147,39 +148,15 @@ class LionMixer(TokenMixer):
             mixed = torch.matmul(dropped, value)
             weights = dropped if output_attentions else None
         elif len(self.decay_names) == 2:
-            mixed = self._scan_twice(hidden_states, query, key, value, orders)
+            decays = [self._log_decay(hidden_states, name) for name in self.decay_names]
+            mixed = averaged_scans(query, key, value, decays, orders, **form)
         else:
-            log_decay = self._log_decay(hidden_states)
-            mixed = self._operator(query, key, value, log_decay, key_mask, cu_seqlens, normalize=self.is_image)
+            options = {"normalize": self.is_image, "key_mask": key_mask, "cu_seqlens": cu_seqlens, **form}
+            mixed = bidirectional_linear_attention(query, key, value, self._log_decay(hidden_states), **options)
         mixed = mixed.transpose(1, 2).flatten(2)
         if self.norm is not None:
             mixed = self.norm(mixed)
         return self.o_proj(mixed), weights
-
-    def _operator(self, query, key, value, log_decay, key_mask=None, cu_seqlens=None, **result):
-        return bidirectional_linear_attention(
-            query,
-            key,
-            value,
-            log_decay,
-            format=self.config.format,
-            chunk_size=self.config.chunk_size,
-            key_mask=key_mask,
-            cu_seqlens=cu_seqlens,
-            **result,
-        )
-
-    def _scan_twice(self, hidden_states, query, key, value, orders) -> Tensor:
-        """Numerators and denominators of both scans are averaged before the one division (their mean mask)."""
-        numerator = denominator = 0
-        for (order, inverse), name in zip(orders, self.decay_names, strict=True):
-            decay = self._log_decay(hidden_states, name)
-            decay = decay if decay.dim() == 1 else decay[:, :, order]
-            along = (x.index_select(2, order) for x in (query, key, value))
-            n, c = self._operator(*along, decay, return_denominator=True)
-            numerator = numerator + n.index_select(2, inverse)
-            denominator = denominator + c.index_select(2, inverse)
-        return (numerator / (denominator.unsqueeze(-1) + 2 * 1e-6)).to(value.dtype)
 
     def _attention_matrix(self, hidden_states, query, key, key_mask, orders) -> Tensor:
         if len(self.decay_names) < 2:

@@ -27,7 +27,7 @@ of its forward. Second derivatives are not implemented and raise.
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -143,10 +143,56 @@ def bidirectional_linear_attention(
         form = "attention"
     elif form == "chunk" and _walks_chunks(query):
         form = "rnn"
-    options = form, chunk_size, scale, result, eps
+    options = form, chunk_size, scale, result, eps, None
     with torch.autocast(query.device.type, enabled=False):
-        output = _LionFunction.apply(query, key, value, log_decay, key_mask, options)
+        decays = () if log_decay is None else (log_decay,)
+        output = _LionFunction.apply(query, key, value, key_mask, options, *decays)
         return output if return_denominator else output.to(value.dtype)
+
+
+def averaged_scans(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decays: Sequence[Tensor],
+    orders: Sequence[tuple[Tensor, Tensor]],
+    *,
+    format: str = "attention",
+    chunk_size: int = 64,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The normalised operator under the mean of several masks, each along an order of its own: the snake scans of images.
+
+    The attention form builds the mean mask and multiplies once; the others run one scan after the other and add
+    numerators and denominators before the one division.
+
+    Args:
+        query: (batch, heads, length, head_dim), as in [`bidirectional_linear_attention`], and so `key` and `value`.
+        log_decays: one for each scan, (heads,), or (batch, heads, length) with the tokens in the order of `query`.
+        orders: one for each scan, see [`snake_orders`].
+        format: as in [`bidirectional_linear_attention`], and so `chunk_size`.
+        eps: added to the mean row sums before the division.
+
+    Returns:
+        (batch, heads, length, value_dim) in the dtype of `value`.
+    """
+    for log_decay in log_decays:
+        form = _check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
+    form = resolve_format(form, query.shape[2], query.device, log_decays[0])
+    if form == "attention" and _kernels(query, key, value, form) is None:
+        options = form, chunk_size, query.shape[-1] ** -0.5, "normalized", eps, list(orders)
+        with torch.autocast(query.device.type, enabled=False):
+            return _LionFunction.apply(query, key, value, None, options, *log_decays).to(value.dtype)
+    numerator = denominator = 0
+    for log_decay, (order, inverse) in zip(log_decays, orders, strict=True):
+        log_decay = log_decay if log_decay.dim() == 1 else log_decay.index_select(2, order)
+        along = (x.index_select(2, order) for x in (query, key, value))
+        n, c = bidirectional_linear_attention(
+            *along, log_decay, format=form, chunk_size=chunk_size, return_denominator=True
+        )
+        numerator = numerator + n.index_select(2, inverse)
+        denominator = denominator + c.index_select(2, inverse)
+    return (numerator / (denominator.unsqueeze(-1) + len(log_decays) * eps)).to(value.dtype)
 
 
 def _kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> ModuleType | None:
@@ -376,11 +422,12 @@ def _gate_gradient(de: Tensor, df: Tensor, dtotal: Tensor) -> Tensor:
     return both.flip(-1).cumsum(-1).flip(-1) - de + dtotal
 
 
-def _split_sums(pairs: Tensor) -> tuple[Tensor, Tensor]:
+def _split_sums(pairs: Tensor, rank: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(de, df) of a tile from pairs_ij = dM_ij M_ij: e_i enters row i and leaves column i below the diagonal, f_i
-    enters column i and leaves row i above it. `pairs` is overwritten."""
+    enters column i and leaves row i above it. `rank` tells which token comes first if not by index. `pairs` is
+    overwritten."""
     rest = pairs.sum(-2) - pairs.sum(-1)
-    lower = pairs.tril_()
+    lower = pairs.tril_() if rank is None else pairs.mul_(rank.unsqueeze(-1) > rank)
     de = lower.sum(-1) - lower.sum(-2)
     return de, de + rest
 
@@ -388,35 +435,65 @@ def _split_sums(pairs: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------- attention form, O(L^2)
 
 
-def _attention_weights(log_decay: Tensor, length: int, scale: float, dtype: torch.dtype) -> Tensor:
-    return _pair_weights(*_sums(_gates(log_decay, length, dtype)), dtype).mul_(scale)
+def _attention_weights(log_decay: Tensor, order, length: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """M along an order of the tokens, times the scale, with the tokens as they lie: only the sums need to follow it."""
+    sums = _sums(_along(_gates(log_decay, length, dtype), order, 0))
+    return _pair_weights(*(_along(x, order, 1) for x in sums), dtype).mul_(scale)
 
 
-def _attention_forward(x: _Tokens, log_decay, scale, chunk_size):
+def _along(x: Tensor, order: tuple[Tensor, Tensor] | None, direction: int) -> Tensor:
+    """Numbers of tokens (..., length) brought into an order (direction 0), or back from it (1)."""
+    return x if order is None else x.index_select(-1, order[direction])
+
+
+def _mean_weights(scans, length: int, scale: float, dtype: torch.dtype) -> Tensor:
+    (first, order), *others = scans
+    scale /= len(scans)
+    weights = _attention_weights(first, order, length, scale, dtype)
+    for log_decay, order in others:
+        weights += _attention_weights(log_decay, order, length, scale, dtype)
+    return weights
+
+
+def _attention_forward(x: _Tokens, scans, scale, chunk_size):
+    """`scans` are pairs of log-decays and orders, none without decay; of several the mean mask is taken."""
     q, k, v = x.queries(), x.keys(), x.values()
     scores = torch.matmul(q, k.transpose(-1, -2))
-    if log_decay is None:
+    if not scans:
         return torch.matmul(scores, v).mul_(scale)
-    return torch.matmul(scores.mul_(_attention_weights(log_decay, q.shape[2], scale, q.dtype)), v)
+    return torch.matmul(scores.mul_(_mean_weights(scans, q.shape[2], scale, q.dtype)), v)
 
 
-def _attention_backward(x: _Tokens, log_decay, dy, scale, chunk_size):
+def _attention_backward(x: _Tokens, scans, dy, scale, chunk_size):
     q, k, v = x.queries(), x.keys(), x.values()
+    length = q.shape[2]
     scores = torch.matmul(q, k.transpose(-1, -2))
     dscores = torch.matmul(dy, v.transpose(-1, -2))
-    if log_decay is None:
+    if not scans:
         dv = torch.matmul(scores.transpose(-1, -2), dy).mul_(scale)
         dscores.mul_(scale)
-        return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv, None
-    weights = _attention_weights(log_decay, q.shape[2], scale, q.dtype)
-    dv = torch.matmul(scores.mul_(weights).transpose(-1, -2), dy)
-    pairs = scores.mul_(dscores)
+        return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv
+    weights = _mean_weights(scans, length, scale, q.dtype)
+    if len(scans) == 1:
+        dv = torch.matmul(scores.mul_(weights).transpose(-1, -2), dy)
+        pairs = [scores.mul_(dscores)]
+    else:
+        dv = torch.matmul((scores * weights).transpose(-1, -2), dy)
+        unmasked = scores.mul_(dscores)
+        pairs = (unmasked * _attention_weights(*scan, length, scale / len(scans), q.dtype) for scan in scans)
+    dgates = [_decay_gradient(p, log_decay, order) for p, (log_decay, order) in zip(pairs, scans, strict=True)]
     dscores.mul_(weights)
-    dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
+    return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv, *dgates
+
+
+def _decay_gradient(pairs: Tensor, log_decay: Tensor, order) -> Tensor:
+    """Gradient of the log-decays of one scan from all pairs dM_ij M_ij, which are overwritten."""
+    rank = None if order is None else order[1]
     if log_decay.dim() == 1:  # every decay between i and j is the same one: |i - j| of it
-        token = torch.arange(q.shape[2], dtype=q.dtype, device=q.device)
-        return dq, dk, dv, (pairs.sum(0) * (token - token.unsqueeze(-1)).abs()).sum(-1)
-    return dq, dk, dv, _gate_gradient(*_split_sums(pairs), 0)
+        token = torch.arange(pairs.shape[-1], device=pairs.device) if rank is None else rank
+        return (pairs.sum(0) * (token - token.unsqueeze(-1)).abs()).sum(-1)
+    de, df = (_along(x, order, 0) for x in _split_sums(pairs, rank))
+    return _along(_gate_gradient(de, df, 0), order, 1)
 
 
 # ------------------------------------------------------------------------------------------- chunk form, O(L)
@@ -631,7 +708,7 @@ def _global_backward(x: _Tokens, log_decay, dy, scale, block):
     dq = torch.matmul(dy, state.mul_(scale).transpose(-1, -2))
     dstate *= scale
     dk = torch.matmul(x.values(), dstate.transpose(-1, -2))
-    return dq, dk, torch.matmul(x.keys(), dstate), None
+    return dq, dk, torch.matmul(x.keys(), dstate)
 
 
 # ------------------------------------------------------------------------------------------- autograd and checks
@@ -648,17 +725,16 @@ class _LionFunction(torch.autograd.Function):
     """Keeps its inputs as they came, and a normalised output; every form recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, query, key, value, log_decay, key_mask, options):
-        form, chunk_size, scale, result, eps = options
+    def forward(ctx, query, key, value, key_mask, options, *log_decays):
+        form, chunk_size, scale, result, eps, orders = options
         ctx.options = options
         x = _tokens(query, key, value, key_mask, result)
-        out = _FORMS[form][0](x, log_decay, scale, chunk_size)
+        out = _FORMS[form][0](x, _decays(form, log_decays, orders), scale, chunk_size)
         numerator = out[..., :-1] if x.ones else out
-        normalizer = None
         if result == "normalized":
             normalizer = out[..., -1:].add_(eps)
             numerator.div_(normalizer)
-        ctx.save_for_backward(query, key, value, log_decay, key_mask, out if result == "normalized" else None)
+        ctx.save_for_backward(query, key, value, key_mask, out if result == "normalized" else None, *log_decays)
         return (numerator, out[..., -1]) if result == "both" else numerator
 
     @staticmethod
@@ -668,8 +744,8 @@ class _LionFunction(torch.autograd.Function):
                 "LION's operator has no second derivative, and backward was called with create_graph=True. Leave "
                 "create_graph out, or build the output from lion_hf.lion_ops.attention_scores, which has one."
             )
-        query, key, value, log_decay, key_mask, out = ctx.saved_tensors
-        form, chunk_size, scale, result, _ = ctx.options
+        query, key, value, key_mask, out, *log_decays = ctx.saved_tensors
+        form, chunk_size, scale, result, _, orders = ctx.options
         x = _tokens(query, key, value, key_mask, result)
         if result == "normalized":  # y = n / m, m = c + eps
             dy = dy / out[..., -1:]
@@ -677,16 +753,28 @@ class _LionFunction(torch.autograd.Function):
         if x.ones:
             dy = torch.cat([dy, dc.unsqueeze(-1)], -1)
         with torch.autocast(query.device.type, enabled=False):
-            dq, dk, dv, dgates = _FORMS[form][1](x, log_decay, dy.to(x.dtype).contiguous(), scale, chunk_size)
+            dy = dy.to(x.dtype).contiguous()
+            dq, dk, dv, *dgates = _FORMS[form][1](x, _decays(form, log_decays, orders), dy, scale, chunk_size)
         if x.ones:
             dv = dv[..., :-1]
         if key_mask is not None:
             keep = key_mask[:, None, :, None].bool()
             dk, dv = torch.where(keep, dk, 0), torch.where(keep, dv, 0)
-        if dgates is not None:
-            dgates = dgates.sum(-1) if log_decay.dim() == 1 else dgates
-            dgates = torch.where(log_decay >= _FLOOR[x.dtype], dgates, 0).to(log_decay.dtype)
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dgates, None, None
+        dgates = (_unclamped(gradient, g, x.dtype) for gradient, g in zip(dgates, log_decays, strict=True))
+        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, *dgates
+
+
+def _decays(form: str, log_decays: Sequence[Tensor], orders: Sequence | None):
+    """What a form takes: attention takes scans, pairs of log-decays and orders, the others the one log-decay."""
+    if form == "attention":
+        return list(zip(log_decays, orders or [None] * len(log_decays), strict=True))
+    return log_decays[0] if log_decays else None
+
+
+def _unclamped(gradient: Tensor, log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of log-decays from that of the clamped ones, token by token."""
+    gradient = gradient.sum(-1) if log_decay.dim() == 1 else gradient
+    return torch.where(log_decay >= _FLOOR[dtype], gradient, 0).to(log_decay.dtype)
 
 
 def _walks_chunks(query: Tensor) -> bool:

@@ -1,0 +1,124 @@
+"""Compiles the fused kernels for a GPU that need not be there, and prints what they take of it.
+
+    python benchmarks/kernel_resources.py                        # Hopper: H100, H200
+    python benchmarks/kernel_resources.py --capability 80 --widths 64 128 --dtypes bfloat16 float32
+
+Registers of a thread (255 at most; what does not fit is spilled to memory, seen as stack), shared memory of a block, and
+tensor core instructions. The launches of a forward and a backward pass are recorded, not run; Triton brings the
+compiler.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from common import print_table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lion_hf import lion_triton
+
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32"}
+OPTIONS = ("num_warps", "num_stages")
+
+
+class Recorder:
+    """Stands for a kernel and keeps what it would have been launched with."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def record(*arguments, **named):
+            options = {name: named.pop(name) for name in OPTIONS if name in named}
+            named |= dict(zip(self.kernel.arg_names, arguments, strict=False))
+            self.launches.append((self.kernel, named, options))
+
+        return record
+
+
+def record(dtype, width, decay, normalized, packed):
+    """The launches of a forward and a backward pass in chunks."""
+    launches = []
+    kernels = {name: x for name, x in vars(lion_triton).items() if name.endswith("_kernel")}
+    for name, kernel in kernels.items():
+        setattr(lion_triton, name, Recorder(kernel, launches))
+    try:
+        x = torch.zeros(2 - packed, 4, 1024, width, dtype=dtype)
+        gates = {"none": None, "head": torch.zeros(4), "token": torch.zeros(x.shape[:3])}[decay]
+        bounds = torch.tensor([0, 500, 1024]) if packed else None
+        result = lion_triton.NORMALIZED if normalized else lion_triton.NUMERATOR
+        out, sums = lion_triton._mix(x, x, x, gates, None, bounds, 0.125, 1e-6, result, False)
+        kept = (out, sums) if normalized else (None, None)
+        lion_triton._mix_backward(x, x, x, gates, None, bounds, *kept, out, None, 0.125, False)
+    finally:
+        for name, kernel in kernels.items():
+            setattr(lion_triton, name, kernel)
+    return launches
+
+
+def compile_launch(kernel, arguments, options, capability):
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            if not isinstance(value, float) and value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled):
+    """Registers and bytes of stack, from the binary."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    return {name: int(re.search(rf"\b{name}:(\d+)", text)[1]) for name in ("REG", "STACK")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--widths", type=int, nargs="+", default=[64])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--decays", nargs="+", default=["none", "head", "token"], choices=["none", "head", "token"])
+    parser.add_argument("--packed", action="store_true")
+    arguments = parser.parse_args()
+    rows = []
+    for dtype in arguments.dtypes:
+        for width in arguments.widths:
+            for decay in arguments.decays:
+                for kernel, launch, options in record(getattr(torch, dtype), width, decay, True, arguments.packed):
+                    compiled = compile_launch(kernel, launch, options, arguments.capability)
+                    used = resources(compiled)
+                    code = compiled.asm["ptx"]
+                    rows.append(
+                        {
+                            "kernel": kernel.__name__.strip("_").removesuffix("_kernel"),
+                            "dtype": dtype,
+                            "width": width,
+                            "decay": decay,
+                            "transposed": launch.get("TRANSPOSED", ""),
+                            "registers": used["REG"],
+                            "stack (bytes)": used["STACK"],
+                            "shared (KiB)": compiled.metadata.shared / 1024,
+                            "tensor core": code.count("wgmma.mma") + code.count("mma.sync"),
+                        }
+                    )
+    print_table(list({tuple(row.items()): row for row in rows}.values()))
+
+
+if __name__ == "__main__":
+    main()
