@@ -370,7 +370,8 @@ def recorded_shapes(model, inputs, **options):
 
 
 @pytest.mark.parametrize("mask_type", VARIANTS)
-def test_by_default_evaluation_computes_every_position(mask_type):
+def test_by_default_evaluation_computes_every_position(mask_type, monkeypatch):
+    monkeypatch.setattr(modeling_lion, "LEAST_PADDING", 0)
     model, inputs = build(mask_type=mask_type), padded_batch("right")
     default = model(**inputs).last_hidden_state
     model.config.unpad = False
