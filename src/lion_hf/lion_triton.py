@@ -789,6 +789,7 @@ def fused_linear_attention(
     """The operator on a GPU, in the full form or in chunks. Other arguments as in `bidirectional_linear_attention`, which
     has checked them; `result` is "numerator", "normalized" or "both"."""
     kind = ("numerator", "normalized", "both").index(result)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(query.device)
     out, row_sums = _mix(query, key, value, log_decay, key_mask, cu_seqlens, scale, float(eps), kind, full)
     return (out, row_sums) if kind == BOTH else out
 
