@@ -29,7 +29,6 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -119,10 +118,10 @@ def bidirectional_linear_attention(
     """
     form = _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
     length, head_dim = query.shape[2:]
-    kernels = _kernels(query, key, value, form)
+    fused = _fused_kernels(query, key, value, form)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, len(query), length)
-        if kernels is None:
+        if fused is None:
             options = {"format": form, "chunk_size": chunk_size, "scale": scale, "eps": eps}
             options |= {"normalize": normalize, "return_denominator": return_denominator}
             alone = partial(bidirectional_linear_attention, **options)
@@ -131,11 +130,9 @@ def bidirectional_linear_attention(
     result = "both" if return_denominator else "normalized" if normalize else "numerator"
     if form == "auto":
         form = resolve_format(form, length, query.device, log_decay)
-    if kernels is not None:
+    if fused is not None:
         with torch.autocast(query.device.type, enabled=False):
-            return kernels.fused_linear_attention(
-                query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result, full=form == "attention"
-            )
+            return fused(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result, form == "attention")
     if log_decay is None and form != "attention":  # both scans end in the same state, sum_j k_j v_j^T
         walk = form == "rnn" or _walks_chunks(query)
         form, chunk_size = "global", chunk_size if walk else max(1, length)
@@ -179,7 +176,7 @@ def averaged_scans(
     for log_decay in log_decays:
         form = _check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
     form = resolve_format(form, query.shape[2], query.device, log_decays[0])
-    if form == "attention" and _kernels(query, key, value, form) is None:
+    if form == "attention" and _fused_kernels(query, key, value, form) is None:
         options = form, chunk_size, query.shape[-1] ** -0.5, "normalized", eps, list(orders)
         with torch.autocast(query.device.type, enabled=False):
             return _LionFunction.apply(query, key, value, None, options, *log_decays).to(value.dtype)
@@ -195,21 +192,21 @@ def averaged_scans(
     return (numerator / (denominator.unsqueeze(-1) + len(log_decays) * eps)).to(value.dtype)
 
 
-def _kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> ModuleType | None:
-    """lion_triton where it is wanted and takes these inputs. A GPU that has to do without is told why, once."""
+def _fused_kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> Callable | None:
+    """The operator in lion_triton, where it is wanted and takes these inputs. A GPU without it is told why, once."""
     if _BACKEND not in ("", "torch", "triton"):
         raise ValueError(f"LION_BACKEND is {_BACKEND!r}; allowed are 'torch' and 'triton', or leave it unset.")
     # The rnn form promises memory independent of the length, which states of chunks are not.
     if _BACKEND == "torch" or not (_BACKEND or query.is_cuda) or form == "rnn" or is_exporting():
         return None
     try:
-        from . import lion_triton
+        from .lion_triton import fused_linear_attention, unsupported
     except ImportError as error:
         reason = str(error)
     else:
-        reason = lion_triton.unsupported(query, key, value)
+        reason = unsupported(query, key, value)
         if reason is None:
-            return lion_triton
+            return fused_linear_attention
     if _BACKEND == "triton":
         raise ValueError(
             f"LION_BACKEND=triton, but the fused kernels cannot be used: {reason}. Unset it to go without."

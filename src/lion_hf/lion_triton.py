@@ -46,7 +46,7 @@ try:
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
 except ImportError as error:
-    raise ImportError("LION's GPU kernels need Triton, which is not installed: pip install triton.") from error
+    raise ImportError("they need Triton, which is not installed (pip install triton)") from error
 
 
 NONE, HEAD, TOKEN = 0, 1, 2  # kinds of decay
