@@ -116,6 +116,15 @@ def test_bare_weights_give_the_authors_logits_once_the_questions_are_answered(su
     assert relative(logits(out, tensors), tensors["output.attention.logits"]) < 1e-9
 
 
+@pytest.mark.parametrize("spelling", ["LION-S", "Selective", "lion-s"])
+def test_every_spelling_of_a_variant_is_accepted(spelling, tmp_path, out, capfd):
+    source = save(bare_text("selective")[0], tmp_path / "source.pt")
+    assert run(source, out, "--mask-type", spelling) == 0
+    assert_refused(
+        capfd, out, source, "--dry-run", "--mask-type", "LION-D", match="mask_type is 'decay' .* 'selective'"
+    )
+
+
 def test_heads_of_lit_by_the_name_of_the_model_and_no_head_at_all(tmp_path, out):
     weights, model = bare_image("lit", num_attention_heads=6, num_labels=0)
     description = {"mask_type": "Lit", "order": "Normal", "pos_emb": False, "cls_tok": False, "img_size": 16}

@@ -64,7 +64,8 @@ class Options:
 
     def __init__(self, source: Source, flags: dict[str, Any], description: str):
         self.source = source
-        self.flags = {name: value for name, value in flags.items() if value is not None}
+        given = {name: value for name, value in flags.items() if value is not None}
+        self.flags = {name: SPELLINGS.get(name, {}).get(_lower(value), value) for name, value in given.items()}
         self.description = description
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
