@@ -242,11 +242,17 @@ def changed(change, make=bare_text, mask_type="decay"):
 
 FIRST = "bert.encoder.layer.0."
 WRONG = {
-    "surplus": (lambda w: w.update({"bert.encoder.layer.0.gate.weight": torch.zeros(2)}), "gate.weight' is not a name"),
-    "missing": (lambda w: w.pop(FIRST + "output.dense.weight"), "lacks 1 tensor.*layers.0.mlp.down_proj.weight"),
+    "surplus": (
+        lambda w: w.update({"bert.encoder.layer.0.gate.weight": torch.zeros(2)}),
+        "gate.weight' is not a name.*; remove",
+    ),
+    "missing": (
+        lambda w: w.pop(FIRST + "output.dense.weight"),
+        "lacks 1 tensor.*: bert.encoder.layer.0.output.dense.weight",
+    ),
     "lone gate": (
         lambda w: w.pop("bert.encoder.layer.1.attention.self.ai"),
-        "lacks 1 tensor.*layers.1.mixer.decay_logit",
+        "lacks 1 tensor.*: bert.encoder.layer.1.attention.self.ai",
     ),
     "layer": (lambda w: [w.pop(n) for n in list(w) if ".layer.0.output" in n], "lacks 4 tensor.*, ..."),
     "shape": (lambda w: w.update({FIRST + "output.dense.bias": torch.zeros(7)}), r"has the shape \(7,\), .*\(24,\)"),
@@ -266,7 +272,7 @@ WRONG = {
     "two biases": (lambda w: w.update({"cls.predictions.bias": torch.ones(61)}), "decoder.bias differ"),
     "selective too": (
         lambda w: w.update({FIRST + "attention.self.Wa_i.weight": torch.zeros(3, 24)}),
-        "has no use for 1 tensor.*decay_proj.weight",
+        "has no use for 1 tensor.*: bert.encoder.layer.0.attention.self.Wa_i.weight",
     ),
 }
 
@@ -277,6 +283,27 @@ def test_weights_that_do_not_make_a_model_are_refused(kind, tmp_path, out, capfd
     source = save(changed(change), tmp_path / "source.pt")
     assert_refused(capfd, out, source, out, match=message)
     assert_refused(capfd, out, source, "--dry-run", match=message)
+
+
+WRONG_IMAGES = {
+    "surplus": (
+        lambda w: w.update({"extra.weight": torch.zeros(2)}),
+        "'extra.weight' is not a name.*image models; remove",
+    ),
+    "missing": (lambda w: w.pop("blocks.1.mlp.fc1.weight"), "lacks 1 tensor.*: blocks.1.mlp.fc1.weight"),
+    "stacked": (lambda w: w.pop("blocks.1.attn.qkv.weight"), "lacks 1 tensor.*: blocks.1.attn.qkv.weight"),
+    "shape": (
+        lambda w: w.update({"blocks.1.attn.qkv.bias": torch.zeros(9)}),
+        r"q_proj.bias, from blocks.1.attn.qkv.bias, has the shape \(3,\), .*\(24,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_IMAGES)
+def test_image_weights_that_do_not_make_a_model_are_named_as_in_the_file(kind, tmp_path, out, capfd):
+    change, message = WRONG_IMAGES[kind]
+    source = save(changed(change, bare_image), tmp_path / "source.pth")
+    assert_refused(capfd, out, source, out, "--cls-tok", "true", "--image-size", 16, match=message)
 
 
 def test_an_image_projection_that_does_not_split_is_refused(tmp_path, out, capfd):

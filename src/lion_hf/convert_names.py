@@ -58,7 +58,10 @@ _TEXT_NAMES = {
 # Never used by a LION model: buffers, and tables of relative distances.
 _TEXT_UNUSED = re.compile(r"(^|\.)(position_ids|distance_embedding\.weight)$")
 
-_UNKNOWN = "is not a name of the authors' {} models. Pass their bare state dict, without prefixes such as 'model.' or 'module.'."
+_UNKNOWN = (
+    "is not a name of the authors' {} models; remove the tensor, or, where all names begin with a wrapper's prefix such as "
+    "'module.', the prefix."
+)
 _NO_COUNTERPART = (
     "has no counterpart in the authors' models; only their image classifier and text heads can be written."
 )
@@ -131,11 +134,10 @@ def revert_vision_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if split := _VISION_SPLIT.fullmatch(name):
             layer, short, kind = split.groups()
-            if short == "q":
-                parts = [state[f"lion_vision.layers.{layer}.mixer.{x}_proj.{kind}"] for x in "qkv"]
-                official[f"blocks.{layer}.attn.qkv.{kind}"] = torch.cat(parts)
-        else:
-            official[_renamed(name, _TO_VISION, _NO_COUNTERPART)] = tensor
+            if short != "q":
+                continue
+            tensor = torch.cat([state[f"lion_vision.layers.{layer}.mixer.{x}_proj.{kind}"] for x in "qkv"])
+        official[authors_name(name, "image")] = tensor
     return official
 
 
@@ -148,7 +150,7 @@ def revert_text_state_dict(state: dict[str, Tensor], config: LionConfig) -> dict
     Raises:
         ValueError: for a name that the authors' text models do not have.
     """
-    official = {_renamed(name, _TO_TEXT, _NO_COUNTERPART): tensor for name, tensor in state.items()}
+    official = {authors_name(name, "text"): tensor for name, tensor in state.items()}
     words = official.get("bert.embeddings.word_embeddings.weight")
     if words is not None:
         positions = config.max_position_embeddings
@@ -160,6 +162,23 @@ def revert_text_state_dict(state: dict[str, Tensor], config: LionConfig) -> dict
         official["cls.predictions.decoder.bias"] = official["cls.predictions.bias"]
         official.setdefault("cls.predictions.decoder.weight", words)
     return official
+
+
+def authors_name(name: str, kind: str) -> str:
+    """The authors' name of the tensor that one of ours comes from; the three projections of an image come from one.
+
+    Args:
+        name: in the state dict of our model.
+        kind: "image" or "text".
+
+    Raises:
+        ValueError: for a name that has no counterpart.
+    """
+    if kind == "text":
+        return _renamed(name, _TO_TEXT, _NO_COUNTERPART)
+    if split := _VISION_SPLIT.fullmatch(name):
+        return f"blocks.{split[1]}.attn.qkv.{split[3]}"
+    return _renamed(name, _TO_VISION, _NO_COUNTERPART)
 
 
 def _renamed(name: str, rules: _Rules, complaint: str) -> str:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .configuration_lion import LionConfig, LionVisionConfig
 from .convert_config import infer_config
-from .convert_names import convert_text_state_dict, convert_vision_state_dict
+from .convert_names import authors_name, convert_text_state_dict, convert_vision_state_dict
 from .convert_source import ConversionError, Source, first_line
 from .modeling_lion import LionForMaskedLM
 
@@ -115,15 +115,16 @@ def _loaded(
         ("has no use for", state.keys() - expected.keys()),
     ):
         if names:
+            names = sorted({authors_name(name, source.kind) for name in names})
             raise ConversionError(
-                f"{source.path} {problem} {len(names)} tensor(s) of {head.__name__}: {', '.join(sorted(names)[:3])}"
+                f"{source.path} {problem} {len(names)} tensor(s) of {head.__name__}: {', '.join(names[:3])}"
                 + (", ..." if len(names) > 3 else ".")
             )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ConversionError(
-                f"{source.path}: {name} has the shape {tuple(tensor.shape)}, but the configuration gives "
-                f"{tuple(expected[name].shape)}."
+                f"{source.path}: {name}, from {authors_name(name, source.kind)}, has the shape {tuple(tensor.shape)}, but "
+                f"the configuration gives {tuple(expected[name].shape)}."
             )
     owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     model.load_state_dict(owned, strict=False, assign=True)  # strict but for the tied decoder, which follows
