@@ -146,3 +146,11 @@ def test_what_is_no_lion_model_is_not_uploaded(tmp_path, hub, kind):
     with pytest.raises(ValueError, match="is not a LION model"):
         lion_hf.push(given, tmp_path / "out", "me/bert", card=ModelCard(CARD))
     assert not (tmp_path / "out").exists() and not hub
+
+
+@pytest.mark.parametrize("processor", ["my-text", BertTokenizer])
+def test_what_is_no_processor_is_refused_before_anything_is_written(tmp_path, hub, processor):
+    model, card = lion_hf.LionModel(text_config()), ModelCard(CARD)
+    with pytest.raises(ValueError, match="processor is .*; it must be a tokenizer or image processor.*from_pretrained"):
+        lion_hf.push(model, tmp_path / "out", "me/lion", card=card, processor=processor)
+    assert not (tmp_path / "out").exists() and not hub

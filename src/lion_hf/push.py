@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
+from transformers.utils import PushToHubMixin
 
 from .save_with_code import UploadFile, files_to_upload, holds_lion, save_with_code, upload
 
@@ -42,8 +43,8 @@ def push(
 
     Raises:
         ValueError: for a model that is not from this package, a place that is no folder or holds another kind of model, a
-            repo_id that the Hub does not take, or a card that is missing, malformed or without metadata. Nothing is
-            written then.
+            repo_id that the Hub does not take, a processor that is none, or a card that is missing, malformed or without
+            metadata. Nothing is written then.
 
     ```python
     >>> for file in lion_hf.push(model, "to-upload", "user/lion", card="card.md", dry_run=True):
@@ -52,6 +53,11 @@ def push(
     folder = Path(folder)
     _require_place(folder)
     _require_repo_id(repo_id)
+    if not isinstance(processor, PushToHubMixin | None):
+        raise ValueError(
+            f"processor is {processor!r}; it must be a tokenizer or image processor, such as AutoTokenizer.from_pretrained(...) "
+            "returns."
+        )
     card = _load_card(folder / "README.md" if card is None else card)
     save_with_code(model, folder)
     if processor is not None:
