@@ -163,6 +163,33 @@ def test_another_head_is_new_and_said_to_be(tmp_path, warnings_of, given):
     assert torch.equal(model.lion.pooler.dense.weight, source.bert.pooler.dense.weight)
 
 
+@pytest.mark.parametrize("num_labels", [2, 3])
+def test_a_head_that_the_checkpoint_lacks_is_said_to_be_new_once(tmp_path, warnings_of, num_labels):
+    bert().save_pretrained(tmp_path)
+    with warnings_of() as said:
+        model = from_bert(
+            str(tmp_path),
+            model_class=lion_hf.LionForSequenceClassification,
+            num_labels=num_labels,
+            initializer_range=1.0,
+        )
+    assert model.classifier.out_features == num_labels and model.classifier.weight.std() > 0.5, "not BERT's new head"
+    assert "classifier.weight" in said() and "pooler.dense.weight" in said(), "by Transformers"
+    assert "warm_start" not in said(), "and by nobody else"
+
+
+def test_a_weight_that_the_checkpoint_lacks_leaves_its_neighbours(tmp_path, warnings_of):
+    source = bert()
+    weights = source.state_dict()
+    del weights["bert.encoder.layer.1.output.dense.bias"]
+    source.save_pretrained(tmp_path, state_dict=weights)
+    with warnings_of() as said:
+        model = from_bert(tmp_path)
+    assert "layer.1.output.dense.bias" in said() and "lion.layers" not in said()
+    assert torch.equal(model.lion.layers[1].mlp.down_proj.weight, source.bert.encoder.layer[1].output.dense.weight)
+    assert (model.lion.layers[1].mlp.down_proj.bias == 0).all()
+
+
 @pytest.mark.parametrize(
     "options", [{"num_labels": 2}, {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}]
 )
@@ -338,7 +365,8 @@ def test_the_norm_after_mixing_starts_with_the_size_of_mixed_values(mask_type):
         (from_bert, bert, {"windows": ()}, r"windows is \(\); it must be"),
         (from_vit, vit, {"windows": (2, None)}, r"windows is \(2, None\); it must be"),
         (from_vit, vit, {"windows": ((2, 3), (4, 5))}, "windows is .*3 numbers"),
-        (from_bert, bert, {"length": 0}, "length is 0; it must be at least 1"),
+        (from_bert, bert, {"length": 0}, "length is 0; it must be a whole number of tokens, at least 1"),
+        (from_bert, bert, {"length": "x"}, "length is 'x'; it must be a whole number"),
         (from_bert, bert, {"softmax_layers": [2]}, r"^softmax_layers is \[2\]; .*from 0 to 1"),
         (from_vit, vit, {"softmax_layers": range(3)}, r"^softmax_layers is \[0, 1, 2\]; .*from 0 to 1"),
         (from_bert, bert, {"format": 3}, "^Field 'format' expected str, got int"),

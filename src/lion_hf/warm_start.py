@@ -144,8 +144,8 @@ def from_bert(
         **_options(source.config, _BERT_SIZES, _BERT_SHARED, {"layer_norm_after": True, **config_overrides}),
     )
     windows = head_windows((16, 512) if windows is None else windows, config.num_attention_heads)
-    if length < 1:
-        raise ValueError(f"length is {length}; it must be at least 1 token.")
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"length is {length!r}; it must be a whole number of tokens, at least 1.")
     model_class = model_class or _counterpart(source, _BERT_CLASSES)
     with_head = _counterpart(source, _BERT_CLASSES) is model_class
     model = _filled(model_class(config), source, _bert_weights(source, config, with_head))
@@ -276,7 +276,11 @@ def _load_source(
             raise ValueError(_no_counterpart(f"{name}, a {stored}", classes))
     else:
         stored = next(source for source, kind in classes.items() if kind is model_class)
-    return getattr(transformers, stored).from_pretrained(given, dtype="auto")
+    source, info = getattr(transformers, stored).from_pretrained(given, dtype="auto", output_loading_info=True)
+    # What the checkpoint lacks, such as a head, was made up, as Transformers says; without values it is not copied.
+    weights = source.state_dict()
+    source.load_state_dict({name: weights[name].to("meta") for name in info["missing_keys"]}, strict=False, assign=True)
+    return source
 
 
 def _no_counterpart(name: str, classes: Mapping[str, type]) -> str:
@@ -370,9 +374,11 @@ def _filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, 
         if "decay_" in name and source.dtype != torch.float64:  # a decay close to 1 needs the bits
             parameter.data = parameter.data.float()
     own = model.state_dict()
+    absent = {name for name, x in weights.items() if x.is_meta}
+    weights = {name: x for name, x in weights.items() if name not in absent}
     fitting = {name: x for name, x in weights.items() if name in own and own[name].shape == x.shape}
     missing = model.load_state_dict(fitting, strict=False).missing_keys
-    new = [name for name in missing if "decay_" not in name and ".mixer.norm." not in name]
+    new = [name for name in missing if "decay_" not in name and ".mixer.norm." not in name and name not in absent]
     if lost := sorted(weights.keys() - fitting.keys()):
         logger.warning(f"{type(model).__name__} has no place for these weights of {type(source).__name__}: {lost}")
     if new:
