@@ -70,9 +70,7 @@ def image_options(model: ImageModelArguments, first_side: int) -> None:
 
 def check_model(arguments: ImageModelArguments) -> PreTrainedConfig:
     """Shows what is wrong with the arguments before images are read; see `known_config`."""
-    arguments = dataclasses.replace(
-        arguments, image_size=None if arguments.model_name_or_path else arguments.image_size
-    )
+    arguments = dataclasses.replace(arguments, image_size=None if arguments.source else arguments.image_size)
     image_options(arguments, first_side=224)
     return known_config(AutoModelForImageClassification, LionVisionConfig.model_type, arguments, SMALL_MODEL)
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from lion_hf import PRESETS, LionConfig, LionVisionConfig
-from lion_hf.warm_start import from_bert, from_vit
+from lion_hf.warm_start import config_from_bert, config_from_vit, from_bert, from_vit
 
 
 logger = logging.get_logger(__name__)
@@ -121,6 +121,9 @@ def known_config(
                 f"--warm_start takes a {source!r} model, but {model.warm_start!r} is a {config.model_type!r} model; a LION "
                 "goes on with --model_name_or_path"
             )
+        derive = config_from_bert if source == "bert" else config_from_vit
+        with user_errors(f"cannot start from {model.warm_start!r}", ValueError):
+            derive(config, format=model.format, **overrides)
         return config
     allowed = (model_type, *BASELINES[model_type])
     model_type = model.model_type or model_type

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("examples")
 
 WORDS = ["red", "cat", "old", "dog", "saw", "the", "a", "big", "new", "sad"]
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+UNREAD = "--train_file=absent.txt"  # what is said before it is missed was found before data is read
 QUICK = ["--use_cpu=true", "--disable_tqdm=true", "--max_steps=2", "--eval_strategy=no", "--save_strategy=no"]
 
 
@@ -149,15 +150,16 @@ def test_the_distance_of_parts_adds_up_and_fillers_do_not_count(bert):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--hidden_size=32"], "cannot start from .*hidden_size=32 cannot be chosen"),
+        (["--hidden_size=32", UNREAD], "cannot start from .*hidden_size=32 cannot be chosen"),
+        (["--mask_type=foo", UNREAD], "cannot start from .*mask_type is 'foo'"),
         (["--preset=lion-s-base"], "cannot be combined with --preset"),
         (["--model_type=bert"], "cannot be combined with --model_type"),
         (["--model_name_or_path={bert}"], "cannot be combined with --warm_start"),
-        (["--softmax_layers", "2"], "cannot start from .*softmax_layers is .2.; .*from 0 to 1"),
+        (["--softmax_layers", "2", UNREAD], "cannot start from .*softmax_layers is .2.; .*from 0 to 1"),
         (["--warm_start_distillation=-1"], "--warm_start_distillation is -1.0; it must not be negative"),
         (["--warm_start=nowhere/at/all"], "model folder 'nowhere/at/all' does not exist"),
         (["--warm_start={gpt2}"], "is a 'gpt2' model, which AutoModelForMaskedLM does not know"),
-        (["--warm_start={lion}", "--train_file=not_read"], "takes a 'bert' model, but .* is a 'lion' model"),
+        (["--warm_start={lion}", UNREAD], "takes a 'bert' model, but .* is a 'lion' model"),
     ],
 )
 def test_wrong_options_are_said_in_one_line(tmp_path, bert, flags, message):
@@ -169,6 +171,22 @@ def test_wrong_options_are_said_in_one_line(tmp_path, bert, flags, message):
     with pytest.raises(UserError, match=message) as error:
         mlm(tmp_path, bert, *flags)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("flag", ["--hidden_size=32", "--mask_type=foo", "--softmax_layers=2", "--patch_size=2"])
+def test_wrong_options_of_images_are_said_before_images_are_read(tmp_path, vit, flag):
+    from arguments import UserError
+    from run_image_classification import main
+
+    flags = [
+        f"--output_dir={tmp_path / 'out'}",
+        f"--warm_start={vit}",
+        "--image_size=16",
+        "--dataset_name=absent",
+        *QUICK,
+    ]
+    with pytest.raises(UserError, match=f"cannot start from .*{flag[2:].partition('=')[0]}"):
+        main([*flags, flag])
 
 
 def test_distillation_needs_a_source(tmp_path):

@@ -135,13 +135,8 @@ def from_bert(
         OSError: for a path where there is no model.
     """
     source = _load_source(model_or_path, "bert", _BERT_CLASSES, model_class)
-    _require_encoder(source.config)
-    config = _config(
-        LionConfig,
-        mask_type=mask_type,
-        softmax_layers=softmax_layers,
-        pos_emb=pos_emb,
-        **_options(source.config, _BERT_SIZES, _BERT_SHARED, {"layer_norm_after": True, **config_overrides}),
+    config = config_from_bert(
+        source.config, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **config_overrides
     )
     windows = head_windows((16, 512) if windows is None else windows, config.num_attention_heads)
     if not isinstance(length, int) or length < 1:
@@ -176,9 +171,9 @@ def from_vit(
     `length`. The image processor stays the source's: `AutoImageProcessor.from_pretrained(source)`.
     """
     source = _load_source(model_or_path, "vit", _VIT_CLASSES, model_class)
-    options = _options(source.config, _VIT_SIZES, _SHARED, {"cls_tok": True, **config_overrides})
-    options["patch_size"] = _square(options["patch_size"])
-    config = _config(LionVisionConfig, mask_type=mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
+    config = config_from_vit(
+        source.config, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **config_overrides
+    )
     patches = config.grid_size[0] * config.grid_size[1]
     windows = head_windows((3, max(4, patches)) if windows is None else windows, config.num_attention_heads)
     model_class = model_class or _counterpart(source, _VIT_CLASSES)
@@ -187,6 +182,36 @@ def from_vit(
         if isinstance(layer.mixer, LionMixer):
             _set_decays(layer.mixer, windows)
     return model
+
+
+def config_from_bert(
+    source: PreTrainedConfig,
+    mask_type: str = "selective",
+    *,
+    softmax_layers: Sequence[int] = (),
+    pos_emb: bool = True,
+    **config_overrides,
+) -> LionConfig:
+    """The configuration of what [`from_bert`] makes of a source with this one. It needs no weights, so that wrong options
+    can be found early; they raise the same ValueError, and the arguments are the same.
+    """
+    _require_encoder(source)
+    options = _options(source, _BERT_SIZES, _BERT_SHARED, {"layer_norm_after": True, **config_overrides})
+    return _config(LionConfig, mask_type=mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
+
+
+def config_from_vit(
+    source: PreTrainedConfig,
+    mask_type: str = "selective",
+    *,
+    softmax_layers: Sequence[int] = (),
+    pos_emb: bool = True,
+    **config_overrides,
+) -> LionVisionConfig:
+    """As [`config_from_bert`], for [`from_vit`]."""
+    options = _options(source, _VIT_SIZES, _SHARED, {"cls_tok": True, **config_overrides})
+    options["patch_size"] = _square(options["patch_size"])
+    return _config(LionVisionConfig, mask_type=mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
 
 
 def head_windows(windows: Sequence[float], heads: int) -> Tensor:
@@ -450,4 +475,11 @@ def _value_size(v_proj: nn.Linear, norm_before: nn.LayerNorm) -> Tensor:
     return (variance + mean.square()).mean().sqrt()
 
 
-__all__ = ["from_bert", "from_vit", "head_windows", "hidden_state_distillation_loss"]
+__all__ = [
+    "config_from_bert",
+    "config_from_vit",
+    "from_bert",
+    "from_vit",
+    "head_windows",
+    "hidden_state_distillation_loss",
+]
