@@ -9,7 +9,7 @@ from data_loading import FILE_TYPES, load_file, load_named
 from datasets import Dataset
 from glue_builtin import builtin_splits
 from glue_tasks import GlueTask
-from text_data import MIN_VOCABULARY
+from text_data import MIN_VOCABULARY, VOCABULARY
 
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
@@ -38,7 +38,10 @@ class GlueArguments(DataArguments):
     )
     max_length: int = field(default=128, metadata={"help": "Tokens of a text or pair, special ones included."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Hub name or folder; default: the model's."})
-    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of a tokenizer trained here, for new models."})
+    vocab_size: int | None = field(
+        default=None,
+        metadata={"help": f"Vocabulary of a tokenizer trained here, for new models; {VOCABULARY} by default."},
+    )
     train_tokenizer: int | None = field(
         default=None, metadata={"help": "Train a tokenizer with so many tokens, whatever --tokenizer_name says."}
     )

@@ -38,7 +38,7 @@ from glue_suite import plan_runs, run_suite, write_json
 from glue_summary import RESULT
 from glue_tasks import CUSTOM, TASKS, GlueTask
 from hidden_teacher import HiddenStateTeacher
-from text_data import get_tokenizer, model_options, require_room
+from text_data import check_vocabulary, get_tokenizer, model_options, require_room
 from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.utils import is_torch_bf16_gpu_available, logging
@@ -166,6 +166,7 @@ def run_task(
     if data.max_length < 8:
         raise UserError(f"--max_length is {data.max_length}; it must be at least 8")
     apply_recipe(training, task)
+    check_vocabulary(data, model_args)
     config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)

@@ -22,6 +22,7 @@ from text_data import (
     MaskingCollator,
     TextArguments,
     baselines,
+    check_vocabulary,
     freeze_masks,
     get_tokenizer,
     load_texts,
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     )
     if not data.max_length >= 3 or not 0 < data.mlm_probability < 1 or not 0 < data.eval_mlm_probability < 1:
         raise UserError("--max_length must be at least 3, and masking probabilities between 0 and 1")
+    check_vocabulary(data, model_args)
     known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # Fewer tokens leave so few characters that hardly a word is known.
 MIN_VOCABULARY = 32
+VOCABULARY = 4096
 
 
 @dataclass
@@ -31,7 +32,9 @@ class TextArguments(DataArguments):
         default=False, metadata={"help": "Read the training data as it comes, without storing it. Needs --max_steps."}
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "Hub name or folder; else one is trained."})
-    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary of a tokenizer trained here."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": f"Vocabulary of a tokenizer trained here, {VOCABULARY} by default."}
+    )
     train_tokenizer: int | None = field(
         default=None, metadata={"help": "Train a tokenizer with so many tokens, whatever --tokenizer_name says."}
     )
@@ -181,6 +184,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
     return BertTokenizer(vocab=tokenizer.get_vocab(), model_max_length=model_max_length)
 
 
+def check_vocabulary(data: TextArguments, model: ModelArguments) -> None:
+    """Raises a `UserError` if a vocabulary is asked for where the source of the weights decides it."""
+    if model.warm_start and data.vocab_size:
+        raise UserError("--warm_start brings its tokenizer; it cannot be combined with --vocab_size")
+
+
 def get_tokenizer(
     data: TextArguments,
     model: ModelArguments,
@@ -195,7 +204,7 @@ def get_tokenizer(
         name = training.output_dir
         if training.local_process_index == 0:  # the others read it
             texts = (row["text"] for row in islice(iter(train), 100_000 if data.streaming else None))
-            size = data.train_tokenizer or data.vocab_size
+            size = data.train_tokenizer or data.vocab_size or VOCABULARY
             train_tokenizer(list(texts), size, max(512, data.max_length)).save_pretrained(name)
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
         raise UserError(f"{name!r} holds no tokenizer: it has neither tokenizer.json nor vocab.txt")

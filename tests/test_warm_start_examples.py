@@ -152,6 +152,7 @@ def test_the_distance_of_parts_adds_up_and_fillers_do_not_count(bert):
     [
         (["--hidden_size=32", UNREAD], "cannot start from .*hidden_size=32 cannot be chosen"),
         (["--mask_type=foo", UNREAD], "cannot start from .*mask_type is 'foo'"),
+        (["--vocab_size=100", UNREAD], "--warm_start brings its tokenizer; it cannot be combined with --vocab_size"),
         (["--preset=lion-s-base"], "cannot be combined with --preset"),
         (["--model_type=bert"], "cannot be combined with --model_type"),
         (["--model_name_or_path={bert}"], "cannot be combined with --warm_start"),
@@ -187,6 +188,15 @@ def test_wrong_options_of_images_are_said_before_images_are_read(tmp_path, vit, 
     ]
     with pytest.raises(UserError, match=f"cannot start from .*{flag[2:].partition('=')[0]}"):
         main([*flags, flag])
+
+
+def test_classifiers_keep_the_vocabulary_of_the_source(tmp_path, bert):
+    from arguments import UserError
+    from run_glue import main
+
+    flags = [f"--output_dir={tmp_path / 'out'}", "--task=custom", UNREAD, f"--warm_start={bert}", "--vocab_size=100"]
+    with pytest.raises(UserError, match="--warm_start brings its tokenizer; it cannot be combined with --vocab_size"):
+        main(flags)
 
 
 def test_distillation_needs_a_source(tmp_path):
