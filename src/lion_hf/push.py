@@ -32,7 +32,8 @@ def push(
         model: any LION model of this package.
         folder: where to write; made if absent.
         repo_id: "user/name" on the Hub; the repository is made if absent.
-        card: a card, or the path of one, to become README.md; by default the README.md that is already in the folder.
+        card: a card, or the path of one, to become README.md; by default the README.md that is already in the folder. It is
+            not changed: that of lion-convert tells how to load without this package only if `--with-code` was given.
         processor: the tokenizer or image processor of the model, saved beside it.
         dry_run: write the folder, upload nothing. Needs no network and no token.
         private: whether a new repository is private; by default the account's choice.
