@@ -270,7 +270,7 @@ def draw_curves(axis, rows: dict) -> None:
         axis.plot(*zip(*row["curve"], strict=True), label=name, linestyle="--" if "scratch" in name else "-")
     axis.set_xlabel("optimizer steps")
     axis.set_ylabel("evaluation loss (nats)")
-    axis.legend(fontsize=6)
+    axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 KINDS = {
