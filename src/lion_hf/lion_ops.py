@@ -313,14 +313,15 @@ class _Tokens(NamedTuple):
     """Query, key and value as the forms read them: contiguous, in the accumulation dtype, padding zeroed in key and
     value alike, and a column of ones beside the value where a denominator is wanted (c is n for v = 1).
 
-    A form that reads a few tokens at a time copies no more than those.
+    A form that reads a few tokens at a time copies no more than those. The attention form reads whole rows of the batch
+    instead, and takes sums of its scores for c.
     """
 
     query: Tensor
     key: Tensor
     value: Tensor
     key_mask: Tensor | None
-    ones: bool
+    denominator: bool
     dtype: torch.dtype
 
     def queries(self, part: slice = ALL) -> Tensor:
@@ -331,18 +332,35 @@ class _Tokens(NamedTuple):
 
     def values(self, part: slice = ALL) -> Tensor:
         value = self._unmasked(self.value[:, :, part].to(self.dtype), part)
-        return F.pad(value, (0, 1), value=1.0) if self.ones else value.contiguous()
+        return F.pad(value, (0, 1), value=1.0) if self.denominator else value.contiguous()
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of some rows of the batch; of a single one without a copy, which products do not need."""
+        row = self._replace(key_mask=None if self.key_mask is None else self.key_mask[rows])
+        key, value = (row._unmasked(t[rows].to(self.dtype), ALL) for t in (self.key, self.value))
+        tensors = self.query[rows].to(self.dtype), key, value
+        return tensors if len(key) == 1 else tuple(t.contiguous() for t in tensors)
 
     def _unmasked(self, x: Tensor, part: slice) -> Tensor:
         return x if self.key_mask is None else torch.where(self.key_mask[:, None, part, None].bool(), x, 0)
 
-    def empty_output(self) -> Tensor:
-        width = self.value.shape[-1] + self.ones
-        return self.value.new_empty(*self.value.shape[:3], width, dtype=self.dtype)
+    def empty_output(self, width: int | None = None) -> Tensor:
+        """As wide as the values, in memory (batch, length, heads, width): joining the heads needs no copy then."""
+        batch, heads, length, value_dim = self.value.shape
+        width = value_dim + self.denominator if width is None else width
+        return self.value.new_empty(batch, length, heads, width, dtype=self.dtype).transpose(1, 2)
 
     def empty_state(self) -> Tensor:
-        shape = *self.query.shape[:2], 1, self.query.shape[-1], self.value.shape[-1] + self.ones
+        shape = *self.query.shape[:2], 1, self.query.shape[-1], self.value.shape[-1] + self.denominator
         return self.query.new_zeros(shape, dtype=self.dtype)
+
+    def split(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """n and c of an output that is as wide as the values."""
+        return (y[..., :-1], y[..., -1]) if self.denominator else (y, None)
+
+    def join(self, dy: Tensor, dc: Tensor | None) -> Tensor:
+        """The opposite of `split`, for gradients."""
+        return (torch.cat([dy, dc.unsqueeze(-1)], -1) if self.denominator else dy).contiguous()
 
 
 def _parts(length: int, size: int) -> list[slice]:
@@ -371,7 +389,14 @@ def _sums(gates: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype) -> Tensor:
     """M of one tile, (..., K, K). Of the two exponents the right one is the one <= 0, hence the smaller."""
-    return _differences(exclusive, dtype).clamp_(max=_differences(-inclusive, dtype)).exp_()
+    return _exp_(_differences(exclusive, dtype).clamp_(max=_differences(-inclusive, dtype)))
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp, and 0 for what comes near the dtype's smallest normal number: exponentials and products below it are slow."""
+    smallest = math.log(torch.finfo(x.dtype).tiny) + 0.5
+    y = x.clamp_(min=smallest).exp_()
+    return F.threshold(y, 1.01 * math.exp(smallest), 0.0, inplace=not y.requires_grad)
 
 
 def _differences(sums: Tensor, dtype: torch.dtype) -> Tensor:
@@ -405,10 +430,10 @@ def _factors(gates: Tensor, scale: float, dtype: torch.dtype) -> _Factors:
     return _Factors(
         # Every factor is exp of a number <= 0.
         tile=_pair_weights(e, f, dtype).mul_(scale),
-        read_left=e.to(dtype).exp().mul_(scale).unsqueeze(-1),
-        write_right=(total - e).to(dtype).exp().unsqueeze(-1),
-        read_right=(total - f).to(dtype).exp().mul_(scale).unsqueeze(-1),
-        write_left=f.to(dtype).exp().unsqueeze(-1),
+        read_left=_exp_(e.to(dtype, copy=True)).mul_(scale).unsqueeze(-1),
+        write_right=_exp_((total - e).to(dtype)).unsqueeze(-1),
+        read_right=_exp_((total - f).to(dtype)).mul_(scale).unsqueeze(-1),
+        write_left=_exp_(f.to(dtype, copy=True)).unsqueeze(-1),
         total=total.squeeze(-1),
     )
 
@@ -443,7 +468,10 @@ def _along(x: Tensor, order: tuple[Tensor, Tensor] | None, direction: int) -> Te
     return x if order is None else x.index_select(-1, order[direction])
 
 
-def _mean_weights(scans, length: int, scale: float, dtype: torch.dtype) -> Tensor:
+def _mean_weights(scans, length: int, scale: float, dtype: torch.dtype) -> Tensor | float:
+    """The mean mask of some scans, times the scale; without decay the scale."""
+    if not scans:
+        return scale
     (first, order), *others = scans
     scale /= len(scans)
     weights = _attention_weights(first, order, length, scale, dtype)
@@ -452,35 +480,71 @@ def _mean_weights(scans, length: int, scale: float, dtype: torch.dtype) -> Tenso
     return weights
 
 
+def _row_blocks(x: _Tokens) -> list[slice]:
+    """Rows of the batch that the attention form takes at a time: on a CPU as many as stay in cache."""
+    batch, heads, length = x.query.shape[:3]
+    if x.query.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+        return [ALL]
+    return _parts(batch, max(1, _CPU_CACHE_ELEMENTS // max(1, heads * length**2)))
+
+
+def _by_rows(scans, rows: slice):
+    return [(log_decay if log_decay.dim() == 1 else log_decay[rows], order) for log_decay, order in scans]
+
+
 def _attention_forward(x: _Tokens, scans, scale, chunk_size):
     """`scans` are pairs of log-decays and orders, none without decay; of several the mean mask is taken."""
-    q, k, v = x.queries(), x.keys(), x.values()
-    scores = torch.matmul(q, k.transpose(-1, -2))
-    if not scans:
-        return torch.matmul(scores, v).mul_(scale)
-    return torch.matmul(scores.mul_(_mean_weights(scans, q.shape[2], scale, q.dtype)), v)
+    length, blocks = x.query.shape[2], _row_blocks(x)
+    numerator = x.empty_output(x.value.shape[-1])
+    denominator = x.query.new_empty(x.query.shape[:3], dtype=x.dtype) if x.denominator else None
+    by_head = all(log_decay.dim() == 1 for log_decay, _ in scans)
+    weights = _mean_weights(scans, length, scale, x.dtype) if by_head else None
+    for rows in blocks:
+        q, k, v = x.rows(rows)
+        if not by_head:
+            weights = _mean_weights(_by_rows(scans, rows), length, scale, x.dtype)
+        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(weights)
+        numerator[rows] = torch.matmul(scores, v)
+        if x.denominator:
+            torch.sum(scores, -1, out=denominator[rows])
+    return numerator, denominator
 
 
-def _attention_backward(x: _Tokens, scans, dy, scale, chunk_size):
-    q, k, v = x.queries(), x.keys(), x.values()
-    length = q.shape[2]
-    scores = torch.matmul(q, k.transpose(-1, -2))
-    dscores = torch.matmul(dy, v.transpose(-1, -2))
-    if not scans:
-        dv = torch.matmul(scores.transpose(-1, -2), dy).mul_(scale)
-        dscores.mul_(scale)
-        return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv
-    weights = _mean_weights(scans, length, scale, q.dtype)
-    if len(scans) == 1:
-        dv = torch.matmul(scores.mul_(weights).transpose(-1, -2), dy)
-        pairs = [scores.mul_(dscores)]
-    else:
-        dv = torch.matmul((scores * weights).transpose(-1, -2), dy)
-        unmasked = scores.mul_(dscores)
-        pairs = (unmasked * _attention_weights(*scan, length, scale / len(scans), q.dtype) for scan in scans)
-    dgates = [_decay_gradient(p, log_decay, order) for p, (log_decay, order) in zip(pairs, scans, strict=True)]
-    dscores.mul_(weights)
-    return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv, *dgates
+def _attention_backward(x: _Tokens, scans, dy, dc, scale, chunk_size):
+    length, widths = x.query.shape[2], (x.query.shape[-1], x.query.shape[-1], x.value.shape[-1])
+    gradients = [x.empty_output(width) for width in widths]
+    dgates = []
+    by_head = all(log_decay.dim() == 1 for log_decay, _ in scans)
+    weights = _mean_weights(scans, length, scale, x.dtype) if by_head else None
+    for rows in _row_blocks(x):
+        q, k, v = x.rows(rows)
+        dy_rows = dy[rows] if len(q) == 1 else dy[rows].contiguous()
+        scans_of_rows = _by_rows(scans, rows)
+        if not by_head:
+            weights = _mean_weights(scans_of_rows, length, scale, x.dtype)
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        dscores = torch.matmul(dy_rows, v.transpose(-1, -2))
+        if dc is not None:
+            dscores += dc[rows].unsqueeze(-1)
+        several = len(scans) > 1
+        masked = scores * weights if several else scores.mul_(weights)
+        gradients[2][rows] = torch.matmul(masked.transpose(-1, -2), dy_rows)
+        if scans:
+            pairs = scores.mul_(dscores)
+            dgates.append(
+                [
+                    _decay_gradient(
+                        pairs * _attention_weights(*scan, length, scale / len(scans), x.dtype) if several else pairs,
+                        *scan,
+                    )
+                    for scan in scans_of_rows
+                ]
+            )
+        dscores.mul_(weights)
+        gradients[0][rows] = torch.matmul(dscores, k)
+        gradients[1][rows] = torch.matmul(dscores.transpose(-1, -2), q)
+    join = sum if by_head else torch.cat
+    return *gradients, *(join(parts) for parts in zip(*dgates, strict=True))
 
 
 def _decay_gradient(pairs: Tensor, log_decay: Tensor, order) -> Tensor:
@@ -561,13 +625,13 @@ def _chunk_forward(x: _Tokens, log_decay, scale, chunk_size):
         _add_product(y, q * w.read_left, left)
         right = _scan(torch.matmul((k * w.write_left).transpose(-1, -2), v), w.total, reverse=True)
         _add_product(y, q * w.read_right, right)
-    return y.flatten(2, 3)[:, :, :length]
+    return x.split(y.flatten(2, 3)[:, :, :length])
 
 
-def _chunk_backward(x: _Tokens, log_decay, dy, scale, chunk_size):
+def _chunk_backward(x: _Tokens, log_decay, dy, dc, scale, chunk_size):
     length = x.query.shape[2]
     chunks, size = _layout(length, chunk_size)
-    q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), dy))
+    q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), x.join(dy, dc)))
     w = _factors(_chunk_gates(log_decay, length, chunks, size, q.dtype), scale, q.dtype)
     left = right = dleft = dright = None
     if chunks > 1:
@@ -638,10 +702,11 @@ def _rnn_forward(x: _Tokens, log_decay, scale, chunk_size):
         q, k, v, w = _step(x, log_decay, part, scale)
         y[:, :, part] += torch.matmul(q * w.read_right, state).squeeze(2)
         state = _next(state, w, k * w.write_left, v)
-    return y
+    return x.split(y)
 
 
-def _rnn_backward(x: _Tokens, log_decay, dy, scale, chunk_size):
+def _rnn_backward(x: _Tokens, log_decay, dy, dc, scale, chunk_size):
+    dy = x.join(dy, dc)
     length, shared = x.query.shape[2], log_decay.dim() == 1
     parts = _parts(length, _layout(length, max(chunk_size, math.isqrt(length)))[1])
     grads = [torch.empty_like(t, dtype=x.dtype) for t in (x.query, x.key)] + [x.empty_output()]
@@ -688,14 +753,15 @@ def _global_forward(x: _Tokens, log_decay, scale, block):
         state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
     state *= scale
     if len(parts) == 1:
-        return torch.matmul(x.queries(), state)
+        return x.split(torch.matmul(x.queries(), state))
     y = x.empty_output()
     for part in parts:
         y[:, :, part] = torch.matmul(x.queries(part), state)
-    return y
+    return x.split(y)
 
 
-def _global_backward(x: _Tokens, log_decay, dy, scale, block):
+def _global_backward(x: _Tokens, log_decay, dy, dc, scale, block):
+    dy = x.join(dy, dc)
     parts = _parts(x.query.shape[2], block)
     state = x.empty_state().squeeze(2)
     dstate = torch.zeros_like(state)
@@ -726,13 +792,14 @@ class _LionFunction(torch.autograd.Function):
         form, chunk_size, scale, result, eps, orders = options
         ctx.options = options
         x = _tokens(query, key, value, key_mask, result)
-        out = _FORMS[form][0](x, _decays(form, log_decays, orders), scale, chunk_size)
-        numerator = out[..., :-1] if x.ones else out
+        out, row_sums = _FORMS[form][0](x, _decays(form, log_decays, orders), scale, chunk_size)
+        normalized = None, None
         if result == "normalized":
-            normalizer = out[..., -1:].add_(eps)
-            numerator.div_(normalizer)
-        ctx.save_for_backward(query, key, value, key_mask, out if result == "normalized" else None, *log_decays)
-        return (numerator, out[..., -1]) if result == "both" else numerator
+            row_sums.add_(eps)
+            out.div_(row_sums.unsqueeze(-1))
+            normalized = out, row_sums
+        ctx.save_for_backward(query, key, value, key_mask, *normalized, *log_decays)
+        return (out, row_sums) if result == "both" else out
 
     @staticmethod
     def backward(ctx, dy, dc=None):
@@ -741,18 +808,17 @@ class _LionFunction(torch.autograd.Function):
                 "LION's operator has no second derivative, and backward was called with create_graph=True. Leave "
                 "create_graph out, or build the output from lion_hf.lion_ops.attention_scores, which has one."
             )
-        query, key, value, key_mask, out, *log_decays = ctx.saved_tensors
+        query, key, value, key_mask, out, row_sums, *log_decays = ctx.saved_tensors
         form, chunk_size, scale, result, _, orders = ctx.options
         x = _tokens(query, key, value, key_mask, result)
-        if result == "normalized":  # y = n / m, m = c + eps
-            dy = dy / out[..., -1:]
-            dc = (dy * out[..., :-1]).sum(-1).neg_()
-        if x.ones:
-            dy = torch.cat([dy, dc.unsqueeze(-1)], -1)
         with torch.autocast(query.device.type, enabled=False):
-            dy = dy.to(x.dtype).contiguous()
-            dq, dk, dv, *dgates = _FORMS[form][1](x, _decays(form, log_decays, orders), dy, scale, chunk_size)
-        if x.ones:
+            dy = dy.to(x.dtype)
+            if result == "normalized":  # y = n / m, m = c + eps
+                dy = dy / row_sums.unsqueeze(-1)
+                dc = (dy * out).sum(-1).neg_()
+            decays = _decays(form, log_decays, orders)
+            dq, dk, dv, *dgates = _FORMS[form][1](x, decays, dy, dc, scale, chunk_size)
+        if dv.shape[-1] > value.shape[-1]:  # the column of ones
             dv = dv[..., :-1]
         if key_mask is not None:
             keep = key_mask[:, None, :, None].bool()
