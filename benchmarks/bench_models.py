@@ -11,13 +11,11 @@ backward of the mean output (an optimizer step costs both the same). Images: tin
 import argparse
 
 import torch
-from common import alternate, print_table, save
-from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTForImageClassification
-
-from lion_hf import LionConfig, LionForImageClassification, LionForMaskedLM, LionModel, LionVisionConfig
+from common import alternate, image_models, print_table, save, text_models
 
 
-SHAPE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "hidden_dropout_prob": 0.0}
+BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+TINY = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_hidden_layers": 12}
 
 
 def train_step(model, inputs):
@@ -35,29 +33,6 @@ def inference(model, inputs):
             model(**inputs)
 
     return run
-
-
-def text_models(length, variants, layers, masked_lm):
-    options = {"num_hidden_layers": layers, "max_position_embeddings": max(512, length), **SHAPE}
-    bert = BertConfig(**options, attention_probs_dropout_prob=0.0)
-    bert._attn_implementation = "sdpa"
-    models = {"bert": (BertForMaskedLM(bert) if masked_lm else BertModel(bert, add_pooling_layer=False))}
-    for variant in variants:
-        config = LionConfig(mask_type=variant, **options)
-        models[variant] = LionForMaskedLM(config) if masked_lm else LionModel(config, add_pooling_layer=False)
-    return models
-
-
-def image_models(variants):
-    options = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_hidden_layers": 12}
-    vit = ViTConfig(**options, num_labels=1000)
-    vit._attn_implementation = "sdpa"
-    models = {"vit": ViTForImageClassification(vit)}
-    for variant in variants:
-        for order in ("normal", "s") if variant != "lit" else ("normal",):
-            config = LionVisionConfig(mask_type=variant, order=order, num_labels=1000, **options)
-            models[variant + ("-snake" if order == "s" else "")] = LionForImageClassification(config)
-    return models
 
 
 def compare(name, models, inputs, arguments, rows):
@@ -95,14 +70,15 @@ def main():
     torch.manual_seed(0)
     rows = []
     for length in arguments.lengths:
-        models = text_models(length, arguments.variants, arguments.layers, arguments.masked_lm)
+        shape = {**BASE, "num_hidden_layers": arguments.layers}
+        models = text_models(length, arguments.variants, shape, arguments.masked_lm)
         for name, model in models.items():
             if name != "bert":
                 model.config.format = arguments.format
         ids = torch.randint(1, 30000, (max(1, arguments.tokens // length), length))
         compare(f"text {length}", models, {"input_ids": ids}, arguments, rows)
     if not arguments.no_images:
-        models = image_models(arguments.variants)
+        models = image_models(arguments.variants, TINY)
         labels = torch.randint(0, 1000, (8,))
         compare("image 224", models, {"pixel_values": torch.randn(8, 3, 224, 224), "labels": labels}, arguments, rows)
 

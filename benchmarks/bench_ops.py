@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import alternate, peak_memory, print_table, save
+from common import alternate, draw_lines, peak_memory, print_table, save
 
 from lion_hf import bidirectional_linear_attention
 
@@ -166,12 +166,9 @@ def main():
         rows = crossover(arguments)
 
         def picture(axis):
-            for kind in KINDS:
-                chosen = [r for r in rows if r["decay"] == kind]
-                axis.plot([r["length"] for r in chosen], [r["chunk / attention"] for r in chosen], "o-", label=kind)
+            draw_lines(axis, rows, "length", "chunk / attention", "decay")
             axis.axhline(1, color="grey", linewidth=0.8)
-            axis.set(xscale="log", xlabel="tokens", ylabel="time of chunk / time of attention form")
-            axis.legend(title="decay per")
+            axis.set(xscale="log", xlabel="tokens", ylabel="time of chunk / time of attention form, by kind of decay")
 
         save("crossover", arguments.output, rows, picture)
         return
@@ -181,11 +178,8 @@ def main():
     memory_rows = memory(arguments)
 
     def picture(axis):
-        for name in dict.fromkeys(r["operator"] for r in rows):
-            chosen = [r for r in rows if r["operator"] == name]
-            axis.plot([r["length"] for r in chosen], [r["us per token"] for r in chosen], "o-", label=name)
+        draw_lines(axis, rows, "length", "us per token", "operator")
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds per token, 12 heads of 64")
-        axis.legend(fontsize=7)
 
     save("bench_ops", arguments.output, rows + memory_rows, picture)
 

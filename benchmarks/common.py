@@ -1,33 +1,104 @@
-"""What the benchmarks share: alternating timings, peak memory of a fresh process, tables, JSON and pictures."""
+"""What the benchmarks share: alternating timings, peak memory, models and their twins, tables, JSON and pictures."""
 
+import argparse
+import importlib.util
+import itertools
 import json
+import math
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 
 import torch
 import transformers
+from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTForImageClassification
+
+from lion_hf import LionConfig, LionForImageClassification, LionForMaskedLM, LionModel, LionVisionConfig
 
 
-def alternate(candidates: dict[str, Callable[[], object]], seconds: float = 4.0, rounds: int = 3) -> dict[str, float]:
+Candidate = Callable[[], object]
+CPU = torch.device("cpu")
+
+
+def wall_time(run: Candidate) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def device_timer(device: torch.device) -> Callable[[Candidate], float]:
+    """Seconds of the device for one run, from cold caches; on a CPU the wall time.
+
+    The device is first kept busy for a few milliseconds, so that it does not wait for the host between small kernels.
+    """
+    if device.type != "cuda":
+        return wall_time
+    scratch = torch.empty(2**30, dtype=torch.uint8, device=device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def time_on_device(run: Candidate) -> float:
+        for _ in range(16):
+            scratch.zero_()
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return time_on_device
+
+
+def alternate(
+    candidates: dict[Hashable, Candidate],
+    seconds: float = 4.0,
+    rounds: int = 3,
+    timer: Callable[[Candidate], float] = wall_time,
+    survive: tuple[type[Exception], ...] = (),
+) -> dict[Hashable, float]:
     """Median seconds of each candidate, all timed in turn so that a busy machine slows them alike.
 
-    At least `rounds` rounds after one for warming up, more until `seconds` have passed.
+    At least `rounds` rounds after one for warming up, more until `seconds` have passed. A candidate that raises one of
+    `survive`, for want of memory for instance, is named, left out from then on, and takes NaN seconds.
     """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
-        run()
-    start = time.perf_counter()
-    while min(map(len, times.values())) < rounds or time.perf_counter() - start < seconds:
-        for name, run in candidates.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in times.items()}
+    times: dict[Hashable, list[float]] = {name: [] for name in candidates}
+    remaining = dict(candidates)
+    start = 0.0
+    for turn in itertools.count():
+        if turn == 1:
+            start = time.perf_counter()
+        if not remaining or (turn > rounds and time.perf_counter() - start >= seconds):
+            break
+        for name, run in list(remaining.items()):
+            try:
+                times[name].append(timer(run))
+            except survive as error:
+                print(f"{name}: n/a, {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", flush=True)
+                del remaining[name]
+    return {name: statistics.median(values[1:]) if name in remaining else math.nan for name, values in times.items()}
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What one candidate on a GPU may fail with while the others go on: no memory, no kernel for this shape or device."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return (RuntimeError,)
+    return RuntimeError, TritonError
+
+
+def gpu_options(main: Callable, seconds: float, rounds: int) -> argparse.ArgumentParser:
+    """The options that all parts of bench_gpu.py have; `device` is the GPU where there is one."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.set_defaults(main=main)
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=seconds, help="time spent on each comparison, at least")
+    parser.add_argument("--rounds", type=int, default=rounds, help="repeats of each candidate, at least")
+    parser.add_argument("--output", default="benchmarks/results")
+    return parser
 
 
 def peak_memory(script: str, *arguments: str) -> float:
@@ -36,8 +107,49 @@ def peak_memory(script: str, *arguments: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def machine() -> dict[str, object]:
+def device_memory(run: Candidate, device: torch.device) -> float:
+    """MiB that one run takes at its peak beyond what the device held before; NaN on a CPU."""
+    if device.type != "cuda":
+        return math.nan
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def text_models(length: int, variants: list[str], shape: dict[str, object], masked_lm: bool = False) -> dict:
+    """BERT with SDPA and LION's variants, without dropout: with a masked-LM head, or bare encoders."""
+    options = {"hidden_dropout_prob": 0.0, "max_position_embeddings": max(512, length), **shape}
+    bert = BertConfig(**options, attention_probs_dropout_prob=0.0)
+    bert._attn_implementation = "sdpa"
+    models = {"bert": (BertForMaskedLM(bert) if masked_lm else BertModel(bert, add_pooling_layer=False))}
+    for variant in variants:
+        config = LionConfig(mask_type=variant, **options)
+        models[variant] = LionForMaskedLM(config) if masked_lm else LionModel(config, add_pooling_layer=False)
+    return models
+
+
+def image_models(variants: list[str], shape: dict[str, object], snake: bool = True, eager: bool = False) -> dict:
+    """ViT with SDPA, with eager attention on request, and LION's variants, in snake order as well: image classifiers."""
+    models = {}
+    for name, attention in (("vit", "sdpa"), ("vit-eager", "eager"))[: 1 + eager]:
+        config = ViTConfig(**shape, num_labels=1000)
+        config._attn_implementation = attention
+        models[name] = ViTForImageClassification(config)
+    for variant in variants:
+        for order in ("normal", "s") if snake and variant != "lit" else ("normal",):
+            config = LionVisionConfig(mask_type=variant, order=order, num_labels=1000, **shape)
+            models[variant + ("-snake" if order == "s" else "")] = LionForImageClassification(config)
+    return models
+
+
+def machine(device: torch.device) -> dict[str, object]:
+    on_gpu = {}
+    if device.type == "cuda":
+        triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
+        on_gpu = {"device": torch.cuda.get_device_name(device), "triton": triton}
     return {
+        **on_gpu,
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -48,14 +160,35 @@ def machine() -> dict[str, object]:
 
 def print_table(rows: list[dict[str, object]]) -> None:
     columns = list(rows[0])
-    cells = [[f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
+    cells = [[_cell(row[c]) for c in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
     for line in [columns, ["-" * w for w in widths], *cells]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |", flush=True)
 
 
-def save(name: str, output: str, rows: list[dict[str, object]], picture: Callable[[object], None]) -> None:
-    """Writes OUTPUT/name.json and OUTPUT/name.png; `picture` draws on a matplotlib axis."""
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "n/a" if math.isnan(value) else f"{value:.3g}"
+    return str(value)
+
+
+def draw_lines(axis, rows: list[dict[str, object]], x: str, y: str, name: str) -> None:
+    """One line for each value of column `name`."""
+    for label in dict.fromkeys(row[name] for row in rows):
+        chosen = [row for row in rows if row[name] == label]
+        axis.plot([row[x] for row in chosen], [row[y] for row in chosen], "o-", label=label)
+    axis.legend(fontsize=7)
+
+
+def save(
+    name: str,
+    output: str,
+    rows: list[dict[str, object]],
+    picture: Callable[..., None],
+    panels: int = 1,
+    device: torch.device = CPU,
+) -> None:
+    """Writes OUTPUT/name.json and OUTPUT/name.png; `picture` draws on as many matplotlib axes as there are panels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -63,9 +196,12 @@ def save(name: str, output: str, rows: list[dict[str, object]], picture: Callabl
 
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    picture(axis)
+    # JSON has no NaN.
+    rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
+    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=2) + "\n")
+    figure, axes = pyplot.subplots(1, panels, figsize=(7 * panels, 4.5), squeeze=False)
+    picture(*axes.flat)
     figure.tight_layout()
     figure.savefig(folder / f"{name}.png", dpi=120)
+    pyplot.close(figure)
     print(f"written: {folder / name}.json and .png")

@@ -59,6 +59,10 @@ MAX_WIDTH = 128
 _CHUNK = 256
 _TILE = 64
 
+# Warps of a program whose heads have at most 64 features, half as many as of one with more; stages of its loads.
+_WARPS = 4
+_STAGES = 3
+
 # exp(floor) is 0 in float32.
 _FLOOR = tl.constexpr(-104.0)
 # Up to 128 gates, as multiples of 1/512, add up exactly in the 24 bits of a float32.
@@ -558,6 +562,10 @@ def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
+def _resources(*blocks: int) -> dict[str, int]:
+    return {"num_warps": _WARPS if max(blocks) <= 64 else 2 * _WARPS, "num_stages": _STAGES}
+
+
 class _Operator:
     """The launches for one set of inputs; see the head of this module."""
 
@@ -608,7 +616,7 @@ class _Operator:
             self.length, self.heads, layout.chunks, layout.tiles, layout.all_chunks,
             WIDTH_Y=y.shape[-1], WIDTH_Z=z.shape[-1], BLOCK_Y=blocks[0], BLOCK_Z=blocks[1], TILE=layout.tile,
             DECAY=self.kind, TRANSPOSED=transposed, OPERAND=self.operand, PRECISION=self.precision,
-            num_warps=4 if max(blocks) <= 64 else 8,
+            **_resources(*blocks),
         )  # fmt: skip
         block = 256
         _scan_kernel[(layout.sequences * self.heads, triton.cdiv(size, block), states.shape[0])](
@@ -631,7 +639,7 @@ class _Operator:
             self.length, self.heads, layout.chunks, layout.tiles, layout.all_chunks, self.scale, eps,
             WIDTH_X=width_x, WIDTH_Z=width_z, WIDTH_VECTOR=self.head_dim, BLOCK_X=blocks[0], BLOCK_Z=blocks[1],
             TILE=layout.tile, DECAY=self.kind, TRANSPOSED=transposed, RESULT=result, OPERAND=self.operand,
-            PRECISION=self.precision, num_warps=4 if max(blocks) <= 64 else 8,
+            PRECISION=self.precision, **_resources(*blocks),
         )  # fmt: skip
 
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:

@@ -1,0 +1,149 @@
+"""LION's models on a GPU against their softmax twins, training and inference; see bench_gpu.py."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from common import (
+    alternate,
+    device_memory,
+    device_timer,
+    draw_lines,
+    failures,
+    gpu_options,
+    image_models,
+    print_table,
+    save,
+    text_models,
+)
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+VARIANTS = ["lit", "decay", "selective"]
+BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
+LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24}
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def training_step(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> Callable[[], None]:
+    """Forward and backward in bfloat16 autocast, and AdamW: of the loss, or of the mean output of a bare encoder."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def run():
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = model(**inputs)[0].mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return run
+
+
+def eager(run: Callable[[], None]) -> Callable[[], None]:
+    def run_eagerly():
+        with torch.compiler.set_stance("force_eager"):
+            run()
+
+    return run_eagerly
+
+
+def training_case(case: str, models: dict, inputs: dict[str, Tensor], timer: Callable, arguments) -> list[dict]:
+    """One row per model, eager and with every layer compiled; the first model is the peer."""
+    device, runs = arguments.device, {}
+    torch.compiler.reset()
+    for name, model in models.items():
+        step = training_step(model.train(), inputs, device)
+        runs[name, "no"] = eager(step)
+        if not arguments.no_compile:
+            for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
+                layer.compile()  # all layers share one compilation, which takes seconds and not minutes
+            runs[name, "yes"] = step
+    times = alternate(runs, arguments.seconds, arguments.rounds, timer, failures())
+    peer, rows = next(iter(models)), []
+    for (name, compiled), seconds in times.items():
+        memory = device_memory(runs[name, compiled], device) if not math.isnan(seconds) else math.nan
+        row = {"case": case, "model": name, "compiled": compiled, "ms": 1e3 * seconds}
+        rows.append({**row, "/ SDPA twin": seconds / times[peer, compiled], "peak MiB": memory})
+    print_table(rows)
+    return rows
+
+
+def training(arguments) -> None:
+    device, timer, rows = arguments.device, device_timer(arguments.device), []
+    if not arguments.no_images:
+        with device:
+            models = image_models(arguments.variants, {**BASE, "image_size": arguments.image_size}, eager=True)
+        pixels = torch.randn(arguments.image_batch, 3, arguments.image_size, arguments.image_size, device=device)
+        inputs = {"pixel_values": pixels, "labels": torch.randint(0, 1000, pixels.shape[:1], device=device)}
+        rows += training_case(f"image {arguments.image_size}", models, inputs, timer, arguments)
+    for length in arguments.lengths:
+        models = None  # the memory of the last ones, before the next are made
+        with device:
+            models = text_models(length, arguments.variants, LARGE)
+        ids = torch.randint(1, 30000, (max(1, arguments.batch_tokens // length), length), device=device)
+        rows += training_case(f"text {length}", models, {"input_ids": ids}, timer, arguments)
+
+    def picture(*axes):
+        for axis, compiled in zip(axes, ("no", "yes"), strict=False):
+            drawn = [row for row in rows if row["compiled"] == compiled]
+            draw_lines(axis, drawn, "case", "/ SDPA twin", "model")
+            axis.axhline(1, color="grey", linewidth=0.8)
+            axis.set(ylabel="training step / twin with SDPA", title="compiled" if compiled == "yes" else "eager")
+
+    save("gpu_training", arguments.output, rows, picture, panels=1 if arguments.no_compile else 2, device=device)
+
+
+# ------------------------------------------------------------------------------------------------ resolution
+
+
+def inference(model: nn.Module, pixels: Tensor, format: str | None = None) -> Callable[[], None]:
+    def run():
+        model.config.format = format  # read by LION alone
+        with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16):
+            model(pixel_values=pixels)
+
+    return run
+
+
+def resolution(arguments) -> None:
+    device, timer, rows = arguments.device, device_timer(arguments.device), []
+    for size in arguments.sizes:
+        with device:
+            models = image_models([arguments.variant], {**BASE, "image_size": size}, snake=False, eager=True)
+        pixels = torch.randn(arguments.batch, 3, size, size, device=device)
+        lion = models.pop(arguments.variant).eval()
+        runs = {name: inference(model.eval(), pixels) for name, model in models.items()}
+        runs |= {f"LION {form}": inference(lion, pixels, form) for form in ("attention", "chunk", "rnn")}
+        times = alternate(runs, arguments.seconds, arguments.rounds, timer, failures())
+        for name, seconds in times.items():
+            memory = device_memory(runs[name], device) if not math.isnan(seconds) else math.nan
+            row = {"pixels": size, "model": name, "ms": 1e3 * seconds, "/ ViT": seconds / times["vit"]}
+            rows.append({**row, "peak MiB": memory})
+        print_table(rows[-len(times) :])
+
+    def picture(*axes):
+        for axis, column in zip(axes, ("peak MiB", "ms"), strict=True):
+            draw_lines(axis, rows, "pixels", column, "model")
+            axis.set(yscale="log", xlabel="pixels on a side", ylabel=f"{column}, batch of {arguments.batch}")
+
+    save("gpu_resolution", arguments.output, rows, picture, panels=2, device=device)
+
+
+def add_parts(parts) -> None:
+    options = gpu_options(training, seconds=5.0, rounds=5)
+    parser = parts.add_parser("training", parents=[options], help="training steps and their memory")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 2048, 8192])
+    parser.add_argument("--batch_tokens", type=int, default=32768, help="tokens in a batch (at least one row)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--image_batch", type=int, default=256)
+    parser.add_argument("--no_images", action="store_true")
+    parser.add_argument("--no_compile", action="store_true")
+    options = gpu_options(resolution, seconds=3.0, rounds=3)
+    parser = parts.add_parser("resolution", parents=[options], help="image inference by resolution")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512, 768, 1024, 1536, 2048, 2496])
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--variant", choices=VARIANTS, default="selective")

@@ -1,0 +1,194 @@
+"""The operator on a GPU, by length, against what else mixes tokens; see bench_gpu.py.
+
+"distance" is the relative difference between a candidate's output and LION's. The roofline is the time that the least
+work takes at the speeds of a large copy and a large matrix product, measured in the same run: see `least_work`.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from common import alternate, device_timer, draw_lines, failures, gpu_options, print_table, save
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lion_hf import bidirectional_linear_attention, lion_ops
+
+
+HEADS, WIDTH = 12, 64
+KINDS = {"lit": "none", "decay": "head", "selective": "token"}  # of decay, by variant
+
+
+class Inputs:
+    """Leaves as a layer gives them, (batch, length, heads, width), and the decays of each variant."""
+
+    def __init__(self, batch: int, length: int, device: torch.device):
+        def normal() -> Tensor:
+            return torch.randn(batch, length, HEADS, WIDTH, dtype=torch.bfloat16, device=device)
+
+        self.leaves = [normal().requires_grad_() for _ in range(3)]
+        self.gradient = normal().transpose(1, 2)
+        self.decays = {
+            "lit": None,
+            "decay": (-torch.rand(HEADS, device=device)).requires_grad_(),
+            "selective": (-torch.rand(batch, length, HEADS, device=device)).requires_grad_(),
+        }
+
+    def runner(self, operator: Callable[..., Tensor], variant: str = "lit", backward: bool = True) -> Callable:
+        """One call of operator(query, key, value, log_decay), heads first, and the gradients of all its inputs."""
+        decay = self.decays[variant]
+        leaves = self.leaves if decay is None else [*self.leaves, decay]
+
+        def run():
+            with torch.set_grad_enabled(backward):
+                log_decay = decay.transpose(1, 2) if variant == "selective" else decay
+                out = operator(*(x.transpose(1, 2) for x in self.leaves), log_decay)
+                return torch.autograd.grad(out, leaves, self.gradient) if backward else out
+
+        return run
+
+
+# ------------------------------------------------------------------------------------------------ operators
+
+
+def lion(format: str, backend: str) -> Callable[..., Tensor]:
+    def operator(query, key, value, log_decay):
+        with mock.patch.object(lion_ops, "_BACKEND", backend):
+            return bidirectional_linear_attention(query, key, value, log_decay, format=format)
+
+    return operator
+
+
+def softmax(backend: SDPBackend) -> Callable[..., Tensor]:
+    def operator(query, key, value, _):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value)
+
+    return operator
+
+
+def two_matmuls(query, key, value, _):
+    """Non-causal linear attention without decay, as anyone would write it."""
+    return query @ (key.transpose(2, 3) @ value * WIDTH**-0.5)
+
+
+def two_causal_calls(causal: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operator from causal(query, key, value, log_decay), heads third, whose gate decays the token that is entered
+    and not the one being left: hence gates are shifted by one token."""
+
+    def shifted(gates: Tensor) -> Tensor:
+        return F.pad(gates[:, :-1], (0, 0, 1, 0))
+
+    def operator(query, key, value, log_decay):
+        tokens = query, key, value = [x.transpose(1, 2) for x in (query, key, value)]
+        gates = log_decay.transpose(1, 2) if log_decay.dim() == 3 else log_decay.expand(query.shape[:3])
+        out = causal(*tokens, shifted(gates)) + causal(*(x.flip(1) for x in tokens), shifted(gates.flip(1))).flip(1)
+        diagonal = (query * key).sum(-1, keepdim=True) * query.shape[-1] ** -0.5 * value
+        return (out - diagonal).transpose(1, 2)
+
+    return operator
+
+
+def operators(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], str]]:
+    """Each candidate and the variant that it computes; softmax attention reads no decay."""
+    on_gpu = device.type == "cuda"
+    found = {"SDPA flash": (softmax(SDPBackend.FLASH_ATTENTION), "lit")}
+    if on_gpu:
+        found["SDPA cuDNN"] = softmax(SDPBackend.CUDNN_ATTENTION), "lit"
+    for variant in KINDS:
+        # On a GPU a fallback would be timed under the wrong name.
+        found[f"LION {variant}"] = lion("auto", "triton" if on_gpu else lion_ops._BACKEND), variant
+        found[f"torch {variant}"] = lion("auto", "torch"), variant
+    found["matmuls lit"] = two_matmuls, "lit"
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        print("Two causal calls are left out: pip install flash-linear-attention")
+    else:
+        operator = two_causal_calls(lambda query, key, value, gates: chunk_simple_gla(query, key, value, gates)[0])
+        found |= {f"simple_gla {variant}": (operator, variant) for variant in ("decay", "selective") if on_gpu}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ measurement
+
+
+def least_work(variant: str, batch: int, length: int, backward: bool) -> tuple[int, float]:
+    """Bytes and FLOPs that the operator cannot do without.
+
+    Bytes: q, k, v and the output once; backward q, k, v, dy and three gradients; decays per token and their gradients in
+    float32. FLOPs of one token and head, a multiply-add being two: 2 products with a row of L pairs and 5 backward, or a
+    state written and read in each direction (one without decay) and 4 products with states backward; what is less.
+    """
+    tokens = batch * length * HEADS
+    traffic = tokens * WIDTH * 2 * (4 + 7 * backward) + tokens * 4 * (1 + 2 * backward) * (variant == "selective")
+    pairs = 2 * length * WIDTH * (2 + 5 * backward)
+    states = 2 * WIDTH**2 * (2 + 4 * backward) * (1 if variant == "lit" else 2)
+    return traffic, tokens * min(pairs, states)
+
+
+def ceilings(size: int, timer: Callable, device: torch.device) -> tuple[float, float]:
+    """Bytes per second of a large copy, read and written, and FLOPs per second of a large product in bfloat16."""
+    a, b, c = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(3))
+    source = a.repeat(8, 1)
+    target = torch.empty_like(source)
+    times = alternate({"copy": lambda: target.copy_(source), "product": lambda: torch.mm(a, b, out=c)}, 1, 10, timer)
+    return 2 * source.nbytes / times["copy"], 2 * size**3 / times["product"]
+
+
+def distance(candidate: Callable[[], Tensor], reference: Callable[[], Tensor]) -> float:
+    want = reference().float()
+    return ((candidate().float() - want).norm() / want.norm()).item()
+
+
+def compare(
+    found: dict, length: int, backward: bool, speeds: tuple[float, float], timer: Callable, arguments
+) -> list[dict]:
+    batch = max(1, arguments.batch_tokens // length)
+    inputs = Inputs(batch, length, arguments.device)
+    forward = {name: inputs.runner(*candidate, backward=False) for name, candidate in found.items()}
+    runs = {name: inputs.runner(*candidate) for name, candidate in found.items()} if backward else forward
+    times = alternate(runs, arguments.seconds, arguments.rounds, timer, failures())
+    rows = []
+    for name, seconds in times.items():
+        variant, row = found[name][1], {"length": length, "batch": batch}
+        row |= {"mode": "forward + backward" if backward else "forward", "operator": name, "ms": 1e3 * seconds}
+        row |= {"/ SDPA flash": seconds / times["SDPA flash"], "LION / it": math.nan, "roofline %": math.nan}
+        row["distance"] = math.nan
+        if "SDPA" not in name and not math.isnan(seconds + times[f"LION {variant}"]):
+            traffic, flops = least_work(variant, batch, length, backward)
+            row["LION / it"] = times[f"LION {variant}"] / seconds
+            row["roofline %"] = 100 * max(traffic / speeds[0], flops / speeds[1]) / seconds
+            row["distance"] = distance(forward[name], forward[f"LION {variant}"])
+        rows.append(row)
+    print_table(rows)
+    return rows
+
+
+def main(arguments) -> None:
+    timer, found, rows = device_timer(arguments.device), operators(arguments.device), []
+    speeds = ceilings(arguments.ceiling_size, timer, arguments.device)
+    print(f"copy {speeds[0] / 1e9:.0f} GB/s, matrix product {speeds[1] / 1e12:.1f} TFLOP/s")
+    for length, backward in itertools.product(arguments.lengths, (False, True)):
+        rows += compare(found, length, backward, speeds, timer, arguments)
+
+    def picture(axis):
+        drawn = [row for row in rows if row["mode"] != "forward" and "LION" in row["operator"]]
+        draw_lines(axis, drawn, "length", "/ SDPA flash", "operator")
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward / flash SDPA")
+
+    save("gpu_operator", arguments.output, rows, picture, device=arguments.device)
+
+
+def add_part(parts) -> None:
+    options = gpu_options(main, seconds=2.0, rounds=20)
+    parser = parts.add_parser(
+        "operator", parents=[options], help="the operator's time, ratios and share of the roofline"
+    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 197, 512, 1024, 4096, 16384, 65536])
+    parser.add_argument("--batch_tokens", type=int, default=16384, help="tokens in a batch (at least one row)")
+    parser.add_argument("--ceiling_size", type=int, default=8192, help="rows and columns of the large product")

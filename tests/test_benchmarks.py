@@ -1,0 +1,140 @@
+"""The benchmark for GPUs: what it compares computes the same, and each part runs, tried at tiny sizes on a CPU."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lion_hf import bidirectional_linear_attention
+
+
+TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """bench_gpu, gpu_operator and so on, with small shapes."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import bench_gpu
+
+    monkeypatch.setattr(bench_gpu.gpu_models, "BASE", TINY)
+    monkeypatch.setattr(bench_gpu.gpu_models, "LARGE", TINY)
+    monkeypatch.setattr(bench_gpu.gpu_operator, "HEADS", 1)
+    monkeypatch.setattr(bench_gpu.gpu_operator, "WIDTH", 16)
+    return bench_gpu
+
+
+def run(bench, part, folder, *arguments):
+    """The rows that a part writes; what fails in it has null for a time."""
+    short = "--device", "cpu", "--seconds", "0", "--rounds", "1", "--output", str(folder)
+    bench.main([part, *arguments, *short])
+    assert (folder / f"gpu_{part}.png").stat().st_size > 0
+    return json.loads((folder / f"gpu_{part}.json").read_text())["rows"]
+
+
+def test_operator(bench, tmp_path):
+    rows = run(bench, "operator", tmp_path, "--lengths", "5", "40", "--batch_tokens", "10", "--ceiling_size", "8")
+    assert {row["operator"] for row in rows} >= {"SDPA flash", "LION lit", "torch selective", "matmuls lit"}
+    assert {(row["length"], row["batch"], row["mode"]) for row in rows} == {
+        (length, batch, mode) for length, batch in ((5, 2), (40, 1)) for mode in ("forward", "forward + backward")
+    }
+    assert all(row["ms"] > 0 for row in rows)
+    assert all(row["distance"] < 2e-2 for row in rows if "SDPA" not in row["operator"])
+
+
+def test_training(bench, tmp_path):
+    sizes = "--lengths", "8", "--batch_tokens", "16", "--image_size", "32", "--image_batch", "2", "--no_compile"
+    rows = run(bench, "training", tmp_path, *sizes)
+    images = [row["model"] for row in rows if row["case"] == "image 32"]
+    assert images == ["vit", "vit-eager", "lit", "decay", "decay-snake", "selective", "selective-snake"]
+    assert [row["model"] for row in rows if row["case"] == "text 8"] == ["bert", "lit", "decay", "selective"]
+    assert all(row["ms"] > 0 for row in rows)
+
+
+def test_resolution(bench, tmp_path):
+    rows = run(bench, "resolution", tmp_path, "--sizes", "32", "48", "--batch", "1")
+    models = ["vit", "vit-eager", "LION attention", "LION chunk", "LION rnn"]
+    assert [(row["pixels"], row["model"]) for row in rows] == [(size, m) for size in (32, 48) for m in models]
+    assert all(row["ms"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_autotune(bench, tmp_path, capsys):
+    pytest.importorskip("triton")
+    sizes = (
+        "--lengths",
+        "17",
+        "--batch_tokens",
+        "17",
+        "--tiles",
+        "16",
+        "--warps",
+        "4",
+        "--stages",
+        "2",
+        "--chunks",
+        "16",
+    )
+    rows = run(bench, "autotune", tmp_path, *sizes)
+    assert rows[0]["_TILE"] == 16
+    assert all(row["full"] > 0 and row["chunk 16"] > 0 for row in rows[1:])
+    assert 'CROSSOVER["accelerator"] = {' in capsys.readouterr().out
+
+
+def test_advice_follows_the_times(bench):
+    def row(length, kind, full, small, large):
+        return {"length": length, "decay": kind, "full": full, "chunk 16": small, "chunk 32": large}
+
+    rows = []
+    for kind, last in (("none", 0), ("head", 64), ("token", 128)):
+        rows += [row(n, kind, 1.0 if n <= last else 9.0, 3.0, 2.0) for n in (128, 64, 256)]
+    assert bench.gpu_autotune.advise(rows, [16, 32]) == (32, {"none": 0, "head": 64, "token": 128})
+    failed = [r | {"chunk 16": math.nan} for r in rows]
+    assert bench.gpu_autotune.advise(failed, [16, 32])[0] == 32
+
+
+def causal(query, key, value, log_decay):
+    """Causal linear attention with a gate per token, heads third: the state decays by the gate of the token entered."""
+    sums = log_decay.cumsum(1).transpose(1, 2)
+    mask = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).exp().tril()
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return (query.shape[-1] ** -0.5 * query @ key.transpose(2, 3) * mask @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("decay", ["head", "token"])
+def test_two_causal_calls_are_the_operator(bench, decay):
+    query, key, value = torch.randn(3, 2, 3, 11, 4, dtype=torch.float64)
+    log_decay = F.logsigmoid(torch.randn((3,) if decay == "head" else (2, 3, 11), dtype=torch.float64))
+    out = bench.gpu_operator.two_causal_calls(causal)(query, key, value, log_decay)
+    torch.testing.assert_close(out, bidirectional_linear_attention(query, key, value, log_decay))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("variant", ["lit", "decay", "selective"])
+def test_least_work_is_linear_in_the_end(bench, variant, backward):
+    def work(batch, length):
+        return torch.tensor(bench.gpu_operator.least_work(variant, batch, length, backward), dtype=torch.float64)
+
+    assert torch.equal(work(1, 2048), 2 * work(1, 1024))
+    assert torch.equal(work(6, 10), 3 * work(2, 10))
+    assert work(1, 8)[1] == 4 * work(1, 4)[1]  # short texts: pairs of tokens
+
+
+def test_one_failure_leaves_the_others(bench, capsys):
+    from common import alternate
+
+    calls = iter(range(9))
+
+    def fails_late():
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("too large\nand more")
+
+    times = alternate({"a": fails_late, "b": lambda: None}, seconds=0, rounds=3, survive=(RuntimeError,))
+    assert math.isnan(times["a"]) and times["b"] >= 0
+    assert capsys.readouterr().out == "a: n/a, OutOfMemoryError: too large\n"
+    calls = iter((2,))
+    with pytest.raises(torch.OutOfMemoryError):
+        alternate({"a": fails_late}, seconds=0)
