@@ -23,7 +23,13 @@ from triton.compiler import ASTSource
 from lion_hf import lion_triton
 
 
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.uint8: "*u8", torch.int32: "*i32"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
 OPTIONS = ("num_warps", "num_stages")
 
 

@@ -1,5 +1,10 @@
 """The fused kernels against the textbook in float64: in Triton's interpreter on a CPU (float32), compiled on a GPU."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -199,3 +204,20 @@ def test_rnn_keeps_its_promise_of_memory(monkeypatch):
     leaves, _ = inputs(5, "head")
     monkeypatch.setattr(lion_triton, "_mix", None)
     assert_close(run(leaves, format="rnn"), textbook(leaves, monkeypatch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [["--decays", "none", "token"], ["--decays", "head", "--packed", "--dtypes", "float16"]]
+)
+def test_kernels_compile_for_a_gpu_that_is_not_there(options):
+    """The interpreter takes more than the compiler does. No kernel needs more registers than there are by much."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[1] / "benchmarks/kernel_resources.py"
+    command = [sys.executable, "-W", "ignore", str(script), *options]
+    table = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    rows = [dict(zip(header, row, strict=True)) for row in rows]
+    assert {row["kernel"] for row in rows} >= {"states", "scan", "mix", "delta"}
+    assert all(int(row["stack (bytes)"]) < 1024 for row in rows)
+    assert all(int(row["tensor core"]) > 0 for row in rows if row["kernel"] in ("states", "mix"))

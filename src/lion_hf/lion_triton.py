@@ -58,6 +58,8 @@ MAX_WIDTH = 128
 # Tokens in a chunk, where not the whole text is one: enough that few states reach memory. Tokens in a tile at most.
 _CHUNK = 256
 _TILE = 64
+# The same in float32 without tensor cores, whose products need the registers that larger tiles would fill.
+_EXACT_TILE = 32
 
 # Warps of a program whose heads have at most 64 features, half as many as of one with more; stages of its loads.
 _WARPS = 4
@@ -524,8 +526,8 @@ class _Layout(NamedTuple):
     borders: Tensor | None  # (sequences + 1,) int32: the sequences' first chunks
 
 
-def _layout(batch: int, length: int, cu_seqlens: Tensor | None, full: bool) -> _Layout:
-    tile = min(_TILE, max(16, triton.next_power_of_2(length)))
+def _layout(batch: int, length: int, cu_seqlens: Tensor | None, full: bool, largest: int) -> _Layout:
+    tile = min(largest, max(16, triton.next_power_of_2(length)))
     tiles = triton.cdiv(length if full else min(_CHUNK, length), tile)
     size = tiles * tile
     if cu_seqlens is None:
@@ -562,17 +564,12 @@ def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def _resources(*blocks: int) -> dict[str, int]:
-    return {"num_warps": _WARPS if max(blocks) <= 64 else 2 * _WARPS, "num_stages": _STAGES}
-
-
 class _Operator:
     """The launches for one set of inputs; see the head of this module."""
 
     def __init__(self, query, value, log_decay, key_mask, cu_seqlens, scale, full):
         self.batch, self.heads, self.length, self.head_dim = query.shape
         self.value_dim = value.shape[-1]
-        self.layout = _layout(self.batch, self.length, cu_seqlens, full)
         self.kind = NONE if log_decay is None else HEAD if log_decay.dim() == 1 else TOKEN
         self.decay = log_decay
         self.decay_strides = (0, log_decay.stride(0), 0) if self.kind == HEAD else _strides(log_decay)
@@ -583,6 +580,9 @@ class _Operator:
         self.operand = tl.bfloat16 if half else tl.float32
         exact = query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
         self.precision = "ieee" if exact else "tf32"
+        self.layout = _layout(self.batch, self.length, cu_seqlens, full, min(_TILE, _EXACT_TILE) if exact else _TILE)
+        wide = exact or max(self.head_dim, self.value_dim) > 64
+        self.resources = {"num_warps": 2 * _WARPS if wide else _WARPS, "num_stages": _STAGES}
         self.has_states = self.layout.table is not None or self.layout.chunks > 1
         self.sums = self.totals = self.chunk_totals = None
         if self.kind == TOKEN:
@@ -616,7 +616,7 @@ class _Operator:
             self.length, self.heads, layout.chunks, layout.tiles, layout.all_chunks,
             WIDTH_Y=y.shape[-1], WIDTH_Z=z.shape[-1], BLOCK_Y=blocks[0], BLOCK_Z=blocks[1], TILE=layout.tile,
             DECAY=self.kind, TRANSPOSED=transposed, OPERAND=self.operand, PRECISION=self.precision,
-            **_resources(*blocks),
+            **self.resources,
         )  # fmt: skip
         block = 256
         _scan_kernel[(layout.sequences * self.heads, triton.cdiv(size, block), states.shape[0])](
@@ -639,7 +639,7 @@ class _Operator:
             self.length, self.heads, layout.chunks, layout.tiles, layout.all_chunks, self.scale, eps,
             WIDTH_X=width_x, WIDTH_Z=width_z, WIDTH_VECTOR=self.head_dim, BLOCK_X=blocks[0], BLOCK_Z=blocks[1],
             TILE=layout.tile, DECAY=self.kind, TRANSPOSED=transposed, RESULT=result, OPERAND=self.operand,
-            PRECISION=self.precision, **_resources(*blocks),
+            PRECISION=self.precision, **self.resources,
         )  # fmt: skip
 
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:
