@@ -13,7 +13,7 @@ def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int 
 
     With N tokens, width C, I features in the MLP and H heads, a layer costs N (4 C^2 + 2 C I) multiply-adds for its
     projections and MLP, N C H for the gate of LION-S, and the operator (see [`operator_multiply_adds`]) per head. Snake
-    order runs gate and operator twice.
+    order runs the gate twice, and the chunk form of the operator.
 
     Args:
         config: of the model.
@@ -35,11 +35,12 @@ def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int 
     scans = 2 if config.mask_type != "lit" and getattr(config, "order", "normal") == "s" else 1
     gated = 0 if config.mask_type != "selective" else patches if is_image else tokens  # the class token has no gate
     head_dim = width // heads
-    operator = operator_multiply_adds(
-        tokens, head_dim, head_dim + is_image, form, config.mask_type != "lit", config.chunk_size
-    )
+    # Chunks carry the denominator as one more feature of the value; attention adds up its scores.
+    value_dim = head_dim + (is_image and form == "chunk")
+    operator = operator_multiply_adds(tokens, head_dim, value_dim, form, config.mask_type != "lit", config.chunk_size)
+    walks = scans if form == "chunk" else 1
     layer = tokens * (4 * width**2 + 2 * width * config.intermediate_size)
-    layer += scans * heads * (gated * width + operator)
+    layer += heads * (scans * gated * width + walks * operator)
     if is_image:
         outside = patches * config.num_channels * config.patch_size**2 * width + width * config.num_labels
     else:

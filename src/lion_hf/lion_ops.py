@@ -120,7 +120,7 @@ def bidirectional_linear_attention(
     length, head_dim = query.shape[2:]
     fused = _fused_kernels(query, key, value, form)
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, len(query), length)
+        check_cu_seqlens(cu_seqlens, query.shape[0], length)
         if fused is None:
             options = {"format": form, "chunk_size": chunk_size, "scale": scale, "eps": eps}
             options |= {"normalize": normalize, "return_denominator": return_denominator}
@@ -335,11 +335,10 @@ class _Tokens(NamedTuple):
         return F.pad(value, (0, 1), value=1.0) if self.denominator else value.contiguous()
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of some rows of the batch; of a single one without a copy, which products do not need."""
+        """Query, key and value of some rows of the batch."""
         row = self._replace(key_mask=None if self.key_mask is None else self.key_mask[rows])
         key, value = (row._unmasked(t[rows].to(self.dtype), ALL) for t in (self.key, self.value))
-        tensors = self.query[rows].to(self.dtype), key, value
-        return tensors if len(key) == 1 else tuple(t.contiguous() for t in tensors)
+        return tuple(_for_products(t) for t in (self.query[rows].to(self.dtype), key, value))
 
     def _unmasked(self, x: Tensor, part: slice) -> Tensor:
         return x if self.key_mask is None else torch.where(self.key_mask[:, None, part, None].bool(), x, 0)
@@ -488,63 +487,82 @@ def _row_blocks(x: _Tokens) -> list[slice]:
     return _parts(batch, max(1, _CPU_CACHE_ELEMENTS // max(1, heads * length**2)))
 
 
-def _by_rows(scans, rows: slice):
+def _for_products(x: Tensor) -> Tensor:
+    """Products read the heads of a single row where they lie, and copy those of several rows every time."""
+    return x if x.shape[0] == 1 else x.contiguous()
+
+
+def _weights_of_rows(x: _Tokens, scans, scale: float) -> Callable:
+    """The mean mask of a block of rows; one that no row changes is built once."""
+    length = x.query.shape[2]
+    if all(log_decay.dim() == 1 for log_decay, _ in scans):
+        weights = _mean_weights(scans, length, scale, x.dtype)
+        return lambda rows: weights
+    return lambda rows: _mean_weights(_scans_of_rows(scans, rows), length, scale, x.dtype)
+
+
+def _scans_of_rows(scans, rows: slice):
     return [(log_decay if log_decay.dim() == 1 else log_decay[rows], order) for log_decay, order in scans]
 
 
 def _attention_forward(x: _Tokens, scans, scale, chunk_size):
     """`scans` are pairs of log-decays and orders, none without decay; of several the mean mask is taken."""
-    length, blocks = x.query.shape[2], _row_blocks(x)
-    numerator = x.empty_output(x.value.shape[-1])
-    denominator = x.query.new_empty(x.query.shape[:3], dtype=x.dtype) if x.denominator else None
-    by_head = all(log_decay.dim() == 1 for log_decay, _ in scans)
-    weights = _mean_weights(scans, length, scale, x.dtype) if by_head else None
-    for rows in blocks:
+    weights = _weights_of_rows(x, scans, scale)
+
+    def attend(rows):
         q, k, v = x.rows(rows)
-        if not by_head:
-            weights = _mean_weights(_by_rows(scans, rows), length, scale, x.dtype)
-        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(weights)
-        numerator[rows] = torch.matmul(scores, v)
-        if x.denominator:
-            torch.sum(scores, -1, out=denominator[rows])
-    return numerator, denominator
+        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(weights(rows))
+        return torch.matmul(scores, v), scores.sum(-1) if x.denominator else None
+
+    blocks = _row_blocks(x)
+    if len(blocks) == 1:
+        return attend(ALL)
+    numerator = x.empty_output(x.value.shape[-1])
+    denominators = []
+    for rows in blocks:
+        numerator[rows], denominator = attend(rows)
+        denominators.append(denominator)
+    return numerator, torch.cat(denominators) if x.denominator else None
 
 
 def _attention_backward(x: _Tokens, scans, dy, dc, scale, chunk_size):
-    length, widths = x.query.shape[2], (x.query.shape[-1], x.query.shape[-1], x.value.shape[-1])
-    gradients = [x.empty_output(width) for width in widths]
-    dgates = []
-    by_head = all(log_decay.dim() == 1 for log_decay, _ in scans)
-    weights = _mean_weights(scans, length, scale, x.dtype) if by_head else None
-    for rows in _row_blocks(x):
+    weights = _weights_of_rows(x, scans, scale)
+
+    def gradients_of(rows):
         q, k, v = x.rows(rows)
-        dy_rows = dy[rows] if len(q) == 1 else dy[rows].contiguous()
-        scans_of_rows = _by_rows(scans, rows)
-        if not by_head:
-            weights = _mean_weights(scans_of_rows, length, scale, x.dtype)
+        dn = _for_products(dy[rows])
         scores = torch.matmul(q, k.transpose(-1, -2))
-        dscores = torch.matmul(dy_rows, v.transpose(-1, -2))
+        dscores = torch.matmul(dn, v.transpose(-1, -2))
         if dc is not None:
             dscores += dc[rows].unsqueeze(-1)
-        several = len(scans) > 1
-        masked = scores * weights if several else scores.mul_(weights)
-        gradients[2][rows] = torch.matmul(masked.transpose(-1, -2), dy_rows)
-        if scans:
-            pairs = scores.mul_(dscores)
-            dgates.append(
-                [
-                    _decay_gradient(
-                        pairs * _attention_weights(*scan, length, scale / len(scans), x.dtype) if several else pairs,
-                        *scan,
-                    )
-                    for scan in scans_of_rows
-                ]
-            )
-        dscores.mul_(weights)
-        gradients[0][rows] = torch.matmul(dscores, k)
-        gradients[1][rows] = torch.matmul(dscores.transpose(-1, -2), q)
-    join = sum if by_head else torch.cat
-    return *gradients, *(join(parts) for parts in zip(*dgates, strict=True))
+        mask = weights(rows)
+        masked = scores * mask if len(scans) > 1 else scores.mul_(mask)
+        dv = torch.matmul(masked.transpose(-1, -2), dn)
+        dgates = _decay_gradients(scores.mul_(dscores), _scans_of_rows(scans, rows), scale) if scans else []
+        dscores.mul_(mask)
+        return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv, dgates
+
+    blocks = _row_blocks(x)
+    if len(blocks) == 1:
+        *gradients, dgates = gradients_of(ALL)
+        return *gradients, *dgates
+    gradients = [x.empty_output(t.shape[-1]) for t in (x.query, x.key, x.value)]
+    dgates = []
+    for rows in blocks:
+        *parts, gates = gradients_of(rows)
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient[rows] = part
+        dgates.append(gates)
+    by_head = all(log_decay.dim() == 1 for log_decay, _ in scans)
+    return *gradients, *(sum(parts) if by_head else torch.cat(parts) for parts in zip(*dgates, strict=True))
+
+
+def _decay_gradients(pairs: Tensor, scans, scale: float) -> list[Tensor]:
+    """Gradients of the log-decays of all scans. `pairs` are dM_ij M_ij of the only mask, or dM_ij of several."""
+    if len(scans) == 1:
+        return [_decay_gradient(pairs, *scans[0])]
+    length, scale = pairs.shape[-1], scale / len(scans)
+    return [_decay_gradient(pairs * _attention_weights(*scan, length, scale, pairs.dtype), *scan) for scan in scans]
 
 
 def _decay_gradient(pairs: Tensor, log_decay: Tensor, order) -> Tensor:
