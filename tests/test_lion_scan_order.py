@@ -100,3 +100,11 @@ def test_scans_are_averaged_as_the_mean_of_their_masks(height, width, form, deca
     ours, theirs = (torch.autograd.grad((x * weights).sum(), leaves) for x in (mixed, expected))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_scans_need_log_decays_of_one_kind():
+    query = torch.rand(2, 2, 3, 4)
+    orders = snake_orders(1, 2)
+    for log_decays in ([], [-torch.rand(2), -torch.rand(2, 2, 3)]):
+        with pytest.raises(ValueError, match=r"all of them \(heads,\) or all \(batch, heads, length\)"):
+            averaged_scans(query, query, query, log_decays, orders)

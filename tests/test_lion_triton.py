@@ -188,6 +188,9 @@ def test_backend_is_chosen_and_explained(monkeypatch):
     doubles = [x.detach().double() for x in leaves]
     with pytest.raises(ValueError, match="LION_BACKEND=triton, but .* not torch.float64"):
         bidirectional_linear_attention(*doubles)
+    if not ON_GPU:
+        with pytest.raises(ValueError, match="interpreter multiplies bfloat16 wrongly"):
+            bidirectional_linear_attention(*(x.detach().bfloat16() for x in leaves))
     wide, _ = inputs(5, "none", head_dim=130)
     with pytest.raises(ValueError, match="at most 128 features, not 130"):
         bidirectional_linear_attention(*wide)

@@ -444,3 +444,29 @@ def test_unpad_is_saved_loaded_and_changed_as_any_option(tmp_path, value):
     assert lion_hf.LionConfig.from_pretrained(tmp_path, unpad=True).unpad is True
     with pytest.raises(Exception, match="unpad"):
         text_config(unpad="sometimes")
+
+
+@pytest.mark.parametrize("unpad", [None, True], ids=str)
+def test_half_precision_training_has_finite_gradients(unpad):
+    """The head, biases 0 as a new one's, reads what stands at padded positions, though no label does."""
+    model = lion_hf.LionForMaskedLM(text_config("selective", hidden_size=240, unpad=unpad)).half().train()
+    mask = torch.ones(3, 24, dtype=torch.int64)
+    mask[:, 12:] = 0
+    ids = torch.randint(1, 61, (3, 24))
+    model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_one_sequence_alone_is_no_packed_row():
+    ids = texts()[0][None]
+    outputs = build(format="attention")(ids, cu_seq_lens_q=torch.tensor([0, 5]), output_attentions=True)
+    assert outputs.attentions[0].shape[-2:] == (5, 5)
+
+
+def test_exported_graphs_keep_the_padding():
+    model, inputs = build(unpad=True), padded_batch(next(iter(MASKS)))
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        exported = torch.export.export(model, (), kwargs=inputs).module()
+        found, expected = exported(**inputs).last_hidden_state, model(**inputs).last_hidden_state
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-9, atol=1e-12)

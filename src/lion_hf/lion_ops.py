@@ -165,14 +165,22 @@ def averaged_scans(
 
     Args:
         query: (batch, heads, length, head_dim), as in [`bidirectional_linear_attention`], and so `key` and `value`.
-        log_decays: one for each scan, (heads,), or (batch, heads, length) with the tokens in the order of `query`.
+        log_decays: one for each scan, all (heads,), or all (batch, heads, length) with the tokens in the order of `query`.
         orders: one for each scan, see [`snake_orders`].
         format: as in [`bidirectional_linear_attention`], and so `chunk_size`.
         eps: added to the mean row sums before the division.
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of `value`.
+
+    Raises:
+        ValueError: as [`bidirectional_linear_attention`], and for log-decays of two kinds, or none.
     """
+    if len({log_decay.dim() for log_decay in log_decays}) != 1:
+        raise ValueError(
+            f"log_decays have the shapes {[tuple(x.shape) for x in log_decays]}; give one for each scan, all of them "
+            "(heads,) or all (batch, heads, length)."
+        )
     for log_decay in log_decays:
         form = _check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
     form = resolve_format(form, query.shape[2], query.device, log_decays[0])

@@ -46,7 +46,7 @@ def packed_bounds(
         cu_seqlens = F.pad(starts.nonzero().squeeze(1), (0, 1), value=len(starts))
     cu_seqlens = cu_seqlens.cpu()
     check_cu_seqlens(cu_seqlens, batch, length)
-    return cu_seqlens
+    return cu_seqlens if len(cu_seqlens) > 2 else None
 
 
 def _restarts(positions: Tensor) -> Tensor | None:

@@ -21,7 +21,7 @@ transposed mask), its total G and "between", the totals of the tiles between bot
 
 and every exponent is <= 0. The backward pass runs the same kernels, since the operator is closed under differentiation:
 with dP_ij = r_i (dy_i . v_j + delta_i), where r = 1 / (s c + eps) and delta_i = -dy_i . y_i if normalised (else r = 1 and
-delta the gradient of the denominator),
+delta the gradient of the denominator; y is rounded to its dtype, as in other fused kernels),
 
     dq = mix(dy, v, k; M)      dk = mix(v, dy, q; M^T)      dv = mix(k, q, dy; M^T)
 
@@ -34,6 +34,8 @@ second tiny, so exponents are exact to their rounding; one float32 would lose wh
 Tested in Triton's interpreter; not yet timed on a GPU.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -454,8 +456,8 @@ def _delta_kernel(
     TILE: tl.constexpr,
 ):
     """delta_i = -dy_i . y_i."""
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    tokens = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
     keep = tokens < length
     left = _load(y, batch, head, tokens, keep, y_b, y_h, y_l, WIDTH, BLOCK).to(tl.float32)
     right = _load(dy, batch, head, tokens, keep, dy_b, dy_h, dy_l, WIDTH, BLOCK).to(tl.float32)
@@ -645,7 +647,7 @@ class _Operator:
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:
         delta = out.new_empty(self.batch, self.heads, self.length, dtype=torch.float32)
         width, tile = self.value_dim, self.layout.tile
-        _delta_kernel[triton.cdiv(self.length, tile), self.batch * self.heads](
+        _delta_kernel[self.batch * self.heads, triton.cdiv(self.length, tile)](
             out, d_out, delta, *_strides(out), *_strides(d_out), self.length, self.heads,
             WIDTH=width, BLOCK=_block(width), TILE=tile,
         )  # fmt: skip
@@ -665,7 +667,19 @@ class _Operator:
 # ------------------------------------------------------------------------------------------------ operators of PyTorch
 
 
+def _on_its_device(launch: Callable) -> Callable:
+    """Triton launches on the current device, which may be another one."""
+
+    @functools.wraps(launch)
+    def on_device(query, *arguments):
+        with torch.cuda.device_of(query):
+            return launch(query, *arguments)
+
+    return on_device
+
+
 @torch.library.custom_op("lion_hf::mix", mutates_args=())
+@_on_its_device
 def _mix(
     query: Tensor,
     key: Tensor,
@@ -699,6 +713,7 @@ def _outputs(query: Tensor, value: Tensor, result: int) -> tuple[Tensor, Tensor]
 
 
 @torch.library.custom_op("lion_hf::mix_backward", mutates_args=())
+@_on_its_device
 def _mix_backward(
     query: Tensor,
     key: Tensor,
@@ -804,11 +819,13 @@ def fused_linear_attention(
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
     """Why the kernels cannot take these inputs, or None."""
+    dtypes = {x.dtype for x in (query, key, value)}
     if not query.is_cuda and not isinstance(_mix_kernel, InterpretedFunction):
         return f"they run on a GPU (or, with TRITON_INTERPRET=1, in Triton's interpreter), not on {query.device.type}"
+    if not query.is_cuda and torch.bfloat16 in dtypes:
+        return "Triton's interpreter multiplies bfloat16 wrongly"
     if query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
         return f"they need compute capability 8.0, and {torch.cuda.get_device_name(query.device)} has less"
-    dtypes = {x.dtype for x in (query, key, value)}
     if dtypes - {torch.float32, torch.bfloat16, torch.float16}:
         return f"they take float32, bfloat16 and float16, not {', '.join(map(str, dtypes))}"
     if max(query.shape[-1], value.shape[-1]) > MAX_WIDTH:
