@@ -23,11 +23,14 @@ KINDS = {"lit": "none", "decay": "head", "selective": "token"}  # of decay, by v
 
 
 class Inputs:
-    """Leaves as a layer gives them, (batch, length, heads, width), and the decays of each variant."""
+    """Leaves as a layer gives them, (batch, length, heads, width), and the decays of each variant. Without a GPU, where
+    Triton's interpreter cannot multiply bfloat16, they are float32."""
 
     def __init__(self, batch: int, length: int, device: torch.device):
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
         def normal() -> Tensor:
-            return torch.randn(batch, length, HEADS, WIDTH, dtype=torch.bfloat16, device=device)
+            return torch.randn(batch, length, HEADS, WIDTH, dtype=dtype, device=device)
 
         self.leaves = [normal().requires_grad_() for _ in range(3)]
         self.gradient = normal().transpose(1, 2)
