@@ -261,7 +261,7 @@ def test_sequences_are_classified_one_by_one():
         ({"cu_seq_lens_q": torch.tensor([0, 4, 5])}, "runs from 0 to 5 .* the 6 tokens"),
         ({"cu_seq_lens_q": torch.tensor([0, 0, 6])}, "is empty and has no first token"),
         ({"seq_idx": torch.tensor([[0, 0, 1]])}, "runs from 0 to 3 .* the 6 tokens"),
-        ({"cu_seq_lens_q": torch.tensor([0, 6]), "output_attentions": True}, "no attention matrix is built"),
+        ({"cu_seq_lens_q": torch.tensor([0, 2, 6]), "output_attentions": True}, "no attention matrix is built"),
     ],
     ids=lambda x: None,
 )
