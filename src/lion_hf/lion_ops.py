@@ -578,6 +578,7 @@ def _decay_gradient(pairs: Tensor, log_decay: Tensor, order) -> Tensor:
     rank = None if order is None else order[1]
     if log_decay.dim() == 1:  # every decay between i and j is the same one: |i - j| of it
         token = torch.arange(pairs.shape[-1], device=pairs.device) if rank is None else rank
+        token = token.to(pairs.dtype)
         return (pairs.sum(0) * (token - token.unsqueeze(-1)).abs()).sum(-1)
     de, df = (_along(x, order, 0) for x in _split_sums(pairs, rank))
     return _along(_gate_gradient(de, df, 0), order, 1)
