@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .lion_ops import attention_scores, averaged_scans, bidirectional_linear_attention, map_sequences
+from .lion_ops import attention_scores, averaged_scans, bidirectional_linear_attention
+from .lion_packing import map_sequences
 
 
 class TokenMixer(nn.Module):

@@ -36,10 +36,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .lion_checks import check_arguments, check_cu_seqlens, is_exporting
+from .lion_packing import map_sequences
+
 
 logger = logging.get_logger(__name__)
-
-FORMATS = ("attention", "rnn", "chunk", "auto")
 
 # "torch" or "triton" forces the forms of this file or the kernels of lion_triton; read once, at import.
 _BACKEND = os.environ.get("LION_BACKEND", "").lower()
@@ -116,7 +117,7 @@ def bidirectional_linear_attention(
             look at values: they are checked on the CPU outside compiled graphs only, since on an accelerator they
             would wait for the device.
     """
-    form = _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
+    form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
     length, head_dim = query.shape[2:]
     fused = _fused_kernels(query, key, value, form)
     if cu_seqlens is not None:
@@ -182,7 +183,7 @@ def averaged_scans(
             "(heads,) or all (batch, heads, length)."
         )
     for log_decay in log_decays:
-        form = _check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
+        form = check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
     form = resolve_format(form, query.shape[2], query.device, log_decays[0])
     if form == "attention" and _fused_kernels(query, key, value, form) is None:
         options = form, chunk_size, query.shape[-1] ** -0.5, "normalized", eps, list(orders)
@@ -254,7 +255,7 @@ def attention_scores(
     Arguments as in [`bidirectional_linear_attention`]. Returns (batch, heads, length, length) in the accumulation
     dtype (float32 or wider), not normalised. Differentiable, at O(length^2) memory.
     """
-    _check_arguments(query, key, key, log_decay, "attention", 1, key_mask, scale)
+    check_arguments(query, key, key, log_decay, "attention", 1, key_mask, scale)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with torch.autocast(query.device.type, enabled=False):
         dtype = _accumulation_dtype(query, key)
@@ -265,51 +266,6 @@ def attention_scores(
         if key_mask is not None:
             scores = torch.where(key_mask.to(torch.bool)[:, None, None, :], scores, 0)
         return scores
-
-
-# ------------------------------------------------------------------------------------------------ packed rows
-
-
-@torch.compiler.disable  # the bounds are numbers of each batch, which a graph would be compiled for again and again
-def map_sequences(
-    function: Callable, cu_seqlens: Tensor, key_mask: Tensor | None, *tensors: Tensor | None
-) -> Tensor | tuple[Tensor, ...]:
-    """`function(*tensors, key_mask=key_mask)` of each sequence of a packed row, outputs joined along the tokens.
-
-    Tokens are dimension 2 of `tensors` and outputs, and dimension 1 of `key_mask`; a tensor without this dimension
-    (None, a decay per head) goes to every sequence as it is. No sequence can reach another: it is never given it.
-    """
-    lengths = cu_seqlens.diff().tolist()
-    sequences = zip(*(_split_row(x, lengths, 2) for x in tensors), _split_row(key_mask, lengths, 1), strict=True)
-    outputs = [function(*parts, key_mask=mask) for *parts, mask in sequences]
-    if isinstance(outputs[0], tuple):
-        return tuple(torch.cat(parts, 2) for parts in zip(*outputs, strict=True))
-    return torch.cat(outputs, 2)
-
-
-def _split_row(x: Tensor | None, lengths: list[int], dim: int) -> list[Tensor | None]:
-    return [x] * len(lengths) if x is None or x.dim() <= dim else x.split(lengths, dim)
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    """Raises ValueError unless `cu_seqlens` divides a single row of `length` tokens into sequences."""
-    if batch != 1:
-        raise ValueError(
-            f"cu_seqlens was given with a batch of {batch}; sequences are packed into a single row, so the batch must be "
-            "1. Join the rows along their tokens."
-        )
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be int32 or int64 of "
-            "shape (sequences + 1,), with the bounds of at least one sequence."
-        )
-    if values_can_be_read(cu_seqlens):
-        first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())
-        if first != 0 or last != length or shortest < 0:
-            raise ValueError(
-                f"cu_seqlens runs from {first} to {last} and its shortest sequence has {shortest} tokens; it must run "
-                f"from 0 to the {length} tokens of the row and never decrease."
-            )
 
 
 # ------------------------------------------------------------------------------------------------ reading tokens
@@ -801,7 +757,7 @@ def _global_backward(x: _Tokens, log_decay, dy, dc, scale, block):
     return dq, dk, torch.matmul(x.keys(), dstate)
 
 
-# ------------------------------------------------------------------------------------------- autograd and checks
+# ------------------------------------------------------------------------------------------- autograd
 
 _FORMS = {
     "attention": (_attention_forward, _attention_backward),
@@ -877,66 +833,3 @@ def _tokens(query, key, value, key_mask, result) -> _Tokens:
 
 def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
-def is_exporting() -> bool:
-    check = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
-    return check() if check is not None else torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-
-
-def _check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale) -> str:
-    """Raises ValueError on anything that does not fit; returns the format in lower case."""
-    form = format.lower() if isinstance(format, str) else format
-    if form not in FORMATS:
-        raise ValueError(f"format is {format!r}; allowed are {', '.join(map(repr, FORMATS))}.")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1, for instance 64.")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale is {scale!r}; it must be positive. Negate the query for a negative scale.")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; it must have 4 dimensions (batch, heads, length, width). Use "
-                "view(batch, length, heads, width).transpose(1, 2) to split heads."
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be floating point. Convert it with .float().")
-    if query.shape != key.shape or query.shape[:3] != value.shape[:3]:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: query and "
-            "key need the same shape, value may differ in the last dimension only."
-        )
-    if log_decay is not None:
-        batch, heads, length, _ = query.shape
-        expected = {1: (heads,), 3: (batch, heads, length)}.get(log_decay.dim())
-        if expected is None or log_decay.shape != expected or not log_decay.is_floating_point():
-            raise ValueError(
-                f"log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; allowed are None, floating "
-                f"point (heads,) = ({heads},) and (batch, heads, length) = {(batch, heads, length)}."
-            )
-        if values_can_be_read(log_decay) and not bool((log_decay <= 0).all()):
-            raise ValueError(
-                f"log_decay has a positive or NaN entry (largest: {log_decay.max().item()}); it is the logarithm of a "
-                "decay in [0, 1], so every entry must be <= 0. Use logsigmoid, or clamp(max=0)."
-            )
-    if key_mask is not None:
-        if key_mask.shape != (query.shape[0], query.shape[2]):
-            raise ValueError(
-                f"key_mask has shape {tuple(key_mask.shape)}; it must be (batch, length) = "
-                f"{(query.shape[0], query.shape[2])} with True or 1 for real tokens."
-            )
-        if values_can_be_read(key_mask) and not is_binary(key_mask):
-            raise ValueError(
-                "key_mask holds values other than 0 and 1; it marks real tokens with True or 1. An additive mask "
-                "(0 and -inf) becomes one by `mask == 0`."
-            )
-    return form
-
-
-def values_can_be_read(x: Tensor) -> bool:
-    """Reading values must neither wait for an accelerator nor break a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def is_binary(mask: Tensor) -> bool:
-    return mask.dtype == torch.bool or bool(((mask == 0) | (mask == 1)).all())

@@ -1,12 +1,13 @@
 """Rows without padding: sequences that a caller packed into one row, and padded batches turned into such a row and back."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .lion_ops import check_cu_seqlens, is_exporting
+from .lion_checks import check_cu_seqlens, is_exporting
 
 
 # unpad=None removes padding where rows have this many features of it on average, positions times hidden_size: one row
@@ -92,3 +93,24 @@ def unpad(key_mask: Tensor, least_padding: float = 1) -> UnpaddedRow | None:
     index = kept.flatten().nonzero().squeeze(1)
     inside = key_mask.flatten()[index]
     return UnpaddedRow(index, F.pad(lengths.cumsum(0), (1, 0)), None if bool(inside.all()) else inside[None])
+
+
+@torch.compiler.disable  # the bounds are numbers of each batch, which a graph would be compiled for again and again
+def map_sequences(
+    function: Callable, cu_seqlens: Tensor, key_mask: Tensor | None, *tensors: Tensor | None
+) -> Tensor | tuple[Tensor, ...]:
+    """`function(*tensors, key_mask=key_mask)` of each sequence of a packed row, outputs joined along the tokens.
+
+    Tokens are dimension 2 of `tensors` and outputs, and dimension 1 of `key_mask`; a tensor without this dimension
+    (None, a decay per head) goes to every sequence as it is. No sequence can reach another: it is never given it.
+    """
+    lengths = cu_seqlens.diff().tolist()
+    sequences = zip(*(_split_row(x, lengths, 2) for x in tensors), _split_row(key_mask, lengths, 1), strict=True)
+    outputs = [function(*parts, key_mask=mask) for *parts, mask in sequences]
+    if isinstance(outputs[0], tuple):
+        return tuple(torch.cat(parts, 2) for parts in zip(*outputs, strict=True))
+    return torch.cat(outputs, 2)
+
+
+def _split_row(x: Tensor | None, lengths: list[int], dim: int) -> list[Tensor | None]:
+    return [x] * len(lengths) if x is None or x.dim() <= dim else x.split(lengths, dim)
