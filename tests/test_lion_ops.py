@@ -128,8 +128,9 @@ def test_long_inputs_stay_exact_in_float32(form, kind, length, chunk_size):
         assert_close(a, b, 2e-5, form)
 
 
+@pytest.mark.parametrize("cache_elements", [0, 5000], ids=["factors-one-by-one", "factors-of-three-chunks"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_in_parallel_and_one_by_one_are_the_same(kind, monkeypatch):
+def test_chunks_in_parallel_and_one_by_one_are_the_same(kind, cache_elements, monkeypatch):
     *inputs, key_mask = make_inputs(2, 3, 130, 8, 5, kind, "random", True, seed=6)
     weight = torch.randn(*inputs[2].shape, dtype=torch.float64)
 
@@ -143,7 +144,7 @@ def test_chunks_in_parallel_and_one_by_one_are_the_same(kind, monkeypatch):
         )
 
     parallel = run()
-    monkeypatch.setattr(lion_ops, "_CPU_CACHE_ELEMENTS", 0)
+    monkeypatch.setattr(lion_ops, "_CPU_CACHE_ELEMENTS", cache_elements)
     for a, b in zip(run(), parallel, strict=True):
         assert_close(a, b, 1e-9, kind)
 

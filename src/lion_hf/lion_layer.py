@@ -4,6 +4,7 @@ import os
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -182,9 +183,7 @@ class LionMixer(TokenMixer):
             )
 
     def _feature_map(self, x: Tensor) -> Tensor:
-        if self.mask_type == "lit":
-            return F.elu(x) + 1
-        return F.normalize(F.silu(x) + 0.5, dim=-1)
+        return F.elu(x).add_(1) if self.mask_type == "lit" else _UnitSiLU.apply(x)
 
     def _log_decay(self, hidden_states: Tensor, name: str | None = None) -> Tensor | None:
         """None, (heads,) or (batch, heads, length), in float32 or wider; `name` is the first scan's by default."""
@@ -199,6 +198,28 @@ class LionMixer(TokenMixer):
         logits = _at_least_float32(gate(hidden_states.to(gate.weight.dtype)))
         # The authors' text gate: log(1 - sigmoid(z)) with 1e-7 inside the logarithm, which can exceed 0 by as much.
         return (torch.sigmoid(-logits) + 1e-7).log().clamp(max=0).transpose(1, 2)
+
+
+class _UnitSiLU(torch.autograd.Function):
+    """silu(x) + 1/2, divided by its norm over the last dimension: few passes over memory, and two tensors kept.
+
+    Computed in float32 or wider. The norm is never 0, since silu(x) > -0.28."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.silu(_at_least_float32(x)).add_(0.5)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        y = y.div_(norm).to(x.dtype)
+        ctx.save_for_backward(x, y, norm)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, y, norm = ctx.saved_tensors
+        dy, y = dy.to(norm.dtype), y.to(norm.dtype)
+        dx = torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True), value=-1).div_(norm)
+        return torch.ops.aten.silu_backward(dx, x.to(norm.dtype)).to(x.dtype)
 
 
 def make_mixer(config, layer: int) -> TokenMixer:

@@ -25,10 +25,10 @@ autograd Function ties them together. The masks are closed under transposition, 
 of its forward. Second derivatives are not implemented and raise.
 """
 
+import functools
 import math
 import os
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,7 +125,7 @@ def bidirectional_linear_attention(
         if fused is None:
             options = {"format": form, "chunk_size": chunk_size, "scale": scale, "eps": eps}
             options |= {"normalize": normalize, "return_denominator": return_denominator}
-            alone = partial(bidirectional_linear_attention, **options)
+            alone = functools.partial(bidirectional_linear_attention, **options)
             return map_sequences(alone, cu_seqlens, key_mask, query, key, value, log_decay)
     scale = head_dim**-0.5 if scale is None else float(scale)
     result = "both" if return_denominator else "normalized" if normalize else "numerator"
@@ -326,8 +326,8 @@ class _Tokens(NamedTuple):
         return (torch.cat([dy, dc.unsqueeze(-1)], -1) if self.denominator else dy).contiguous()
 
 
-def _parts(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+def _parts(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 # ------------------------------------------------------------------------------------------------ decay factors
@@ -378,25 +378,30 @@ def _differences(sums: Tensor, dtype: torch.dtype) -> Tensor:
 class _Factors(NamedTuple):
     """What a chunk with K tokens and local sums e (exclusive), f (inclusive), G (total) multiplies with."""
 
-    tile: Tensor  # (b, H, n, K, K)  M inside the chunk, times the scale
+    tile: Tensor | None  # (b, H, n, K, K)  M inside the chunk, times the scale
     read_left: Tensor  # (b, H, n, K, 1)  s exp(e)      a query reads the state that comes from the left
     write_right: Tensor  # (b, H, n, K, 1)  exp(G - e)    a key enters the state that goes on to the right
     read_right: Tensor  # (b, H, n, K, 1)  s exp(G - f)  a query reads the state that comes from the right
     write_left: Tensor  # (b, H, n, K, 1)  exp(f)        a key enters the state that goes on to the left
-    total: Tensor  # (b, H, n)        G, log-decay of a state that crosses the chunk
+    cross: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk
+    total: Tensor  # (b, H, n)        G
+
+    def of_chunk(self, i: int) -> "_Factors":
+        return _Factors(*(None if t is None else t[:, :, i : i + 1] for t in self))
 
 
-def _factors(gates: Tensor, scale: float, dtype: torch.dtype) -> _Factors:
-    """Decay factors of chunks from gates (b, H, n, K); b is 1 for LION-D."""
+def _factors(gates: Tensor, scale: float, dtype: torch.dtype, tile: bool = True) -> _Factors:
+    """Decay factors of chunks from gates (b, H, n, K); b is 1 for LION-D. Without the largest if not `tile`."""
     e, f = _sums(gates)
     total = f[..., -1:]
     return _Factors(
         # Every factor is exp of a number <= 0.
-        tile=_pair_weights(e, f, dtype).mul_(scale),
+        tile=_pair_weights(e, f, dtype).mul_(scale) if tile else None,
         read_left=_exp_(e.to(dtype, copy=True)).mul_(scale).unsqueeze(-1),
         write_right=_exp_((total - e).to(dtype)).unsqueeze(-1),
         read_right=_exp_((total - f).to(dtype)).mul_(scale).unsqueeze(-1),
         write_left=_exp_(f.to(dtype, copy=True)).unsqueeze(-1),
+        cross=_exp_(total.to(dtype, copy=True)).unsqueeze(-1),
         total=total.squeeze(-1),
     )
 
@@ -431,16 +436,10 @@ def _along(x: Tensor, order: tuple[Tensor, Tensor] | None, direction: int) -> Te
     return x if order is None else x.index_select(-1, order[direction])
 
 
-def _mean_weights(scans, length: int, scale: float, dtype: torch.dtype) -> Tensor | float:
-    """The mean mask of some scans, times the scale; without decay the scale."""
-    if not scans:
-        return scale
-    (first, order), *others = scans
-    scale /= len(scans)
-    weights = _attention_weights(first, order, length, scale, dtype)
-    for log_decay, order in others:
-        weights += _attention_weights(log_decay, order, length, scale, dtype)
-    return weights
+def _masks(scans, length: int, scale: float, dtype: torch.dtype) -> tuple[Tensor | float, list[Tensor]]:
+    """The mean mask of some scans, times the scale, and the shares that it is the sum of; without decay the scale."""
+    shares = [_attention_weights(*scan, length, scale / len(scans), dtype) for scan in scans]
+    return functools.reduce(torch.add, shares) if shares else scale, shares
 
 
 def _row_blocks(x: _Tokens) -> list[slice]:
@@ -448,7 +447,7 @@ def _row_blocks(x: _Tokens) -> list[slice]:
     batch, heads, length = x.query.shape[:3]
     if x.query.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
         return [ALL]
-    return _parts(batch, max(1, _CPU_CACHE_ELEMENTS // max(1, heads * length**2)))
+    return _parts(0, batch, max(1, _CPU_CACHE_ELEMENTS // max(1, heads * length**2)))
 
 
 def _for_products(x: Tensor) -> Tensor:
@@ -456,13 +455,13 @@ def _for_products(x: Tensor) -> Tensor:
     return x if x.shape[0] == 1 else x.contiguous()
 
 
-def _weights_of_rows(x: _Tokens, scans, scale: float) -> Callable:
-    """The mean mask of a block of rows; one that no row changes is built once."""
+def _masks_of_rows(x: _Tokens, scans, scale: float) -> Callable:
+    """The masks of a block of rows; those that no row changes are built once."""
     length = x.query.shape[2]
     if all(log_decay.dim() == 1 for log_decay, _ in scans):
-        weights = _mean_weights(scans, length, scale, x.dtype)
-        return lambda rows: weights
-    return lambda rows: _mean_weights(_scans_of_rows(scans, rows), length, scale, x.dtype)
+        masks = _masks(scans, length, scale, x.dtype)
+        return lambda rows: masks
+    return lambda rows: _masks(_scans_of_rows(scans, rows), length, scale, x.dtype)
 
 
 def _scans_of_rows(scans, rows: slice):
@@ -471,11 +470,11 @@ def _scans_of_rows(scans, rows: slice):
 
 def _attention_forward(x: _Tokens, scans, scale, chunk_size):
     """`scans` are pairs of log-decays and orders, none without decay; of several the mean mask is taken."""
-    weights = _weights_of_rows(x, scans, scale)
+    masks = _masks_of_rows(x, scans, scale)
 
     def attend(rows):
         q, k, v = x.rows(rows)
-        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(weights(rows))
+        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(masks(rows)[0])
         return torch.matmul(scores, v), scores.sum(-1) if x.denominator else None
 
     blocks = _row_blocks(x)
@@ -490,7 +489,7 @@ def _attention_forward(x: _Tokens, scans, scale, chunk_size):
 
 
 def _attention_backward(x: _Tokens, scans, dy, dc, scale, chunk_size):
-    weights = _weights_of_rows(x, scans, scale)
+    masks = _masks_of_rows(x, scans, scale)
 
     def gradients_of(rows):
         q, k, v = x.rows(rows)
@@ -499,10 +498,12 @@ def _attention_backward(x: _Tokens, scans, dy, dc, scale, chunk_size):
         dscores = torch.matmul(dn, v.transpose(-1, -2))
         if dc is not None:
             dscores += dc[rows].unsqueeze(-1)
-        mask = weights(rows)
+        mask, shares = masks(rows)
         masked = scores * mask if len(scans) > 1 else scores.mul_(mask)
         dv = torch.matmul(masked.transpose(-1, -2), dn)
-        dgates = _decay_gradients(scores.mul_(dscores), _scans_of_rows(scans, rows), scale) if scans else []
+        scores.mul_(dscores)  # dM_ij of several scans, dM_ij M_ij of the only one
+        pairs = [scores] * len(scans) if len(scans) < 2 else [scores * share for share in shares]
+        dgates = list(map(_decay_gradient, pairs, _scans_of_rows(scans, rows)))
         dscores.mul_(mask)
         return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv, dgates
 
@@ -521,16 +522,9 @@ def _attention_backward(x: _Tokens, scans, dy, dc, scale, chunk_size):
     return *gradients, *(sum(parts) if by_head else torch.cat(parts) for parts in zip(*dgates, strict=True))
 
 
-def _decay_gradients(pairs: Tensor, scans, scale: float) -> list[Tensor]:
-    """Gradients of the log-decays of all scans. `pairs` are dM_ij M_ij of the only mask, or dM_ij of several."""
-    if len(scans) == 1:
-        return [_decay_gradient(pairs, *scans[0])]
-    length, scale = pairs.shape[-1], scale / len(scans)
-    return [_decay_gradient(pairs * _attention_weights(*scan, length, scale, pairs.dtype), *scan) for scan in scans]
-
-
-def _decay_gradient(pairs: Tensor, log_decay: Tensor, order) -> Tensor:
+def _decay_gradient(pairs: Tensor, scan) -> Tensor:
     """Gradient of the log-decays of one scan from all pairs dM_ij M_ij, which are overwritten."""
+    log_decay, order = scan
     rank = None if order is None else order[1]
     if log_decay.dim() == 1:  # every decay between i and j is the same one: |i - j| of it
         token = torch.arange(pairs.shape[-1], device=pairs.device) if rank is None else rank
@@ -647,7 +641,7 @@ def _chunk_gradients(q, k, v, dy, w: _Factors, shared: bool, left, right, dleft,
 
     dtotal = 0
     if left is not None:
-        crossing = w.total.to(q.dtype).exp() * ((left * dleft).sum((-1, -2)) + (right * dright).sum((-1, -2)))
+        crossing = w.cross[..., 0] * ((left * dleft).sum((-1, -2)) + (right * dright).sum((-1, -2))).unsqueeze(-1)
         read_left = torch.matmul(dy, left.transpose(-1, -2)).mul_(w.read_left)
         read_right = torch.matmul(dy, right.transpose(-1, -2)).mul_(w.read_right)
         write_right = torch.matmul(v, dleft.transpose(-1, -2)).mul_(w.write_right)
@@ -659,7 +653,7 @@ def _chunk_gradients(q, k, v, dy, w: _Factors, shared: bool, left, right, dleft,
         dq += read_left.add_(read_right)
         dk += write_right.add_(write_left)
         de, df = de + from_left - to_right, df + to_left - from_right
-        dtotal = reduce(crossing.unsqueeze(-1)) + to_right.sum(-1, keepdim=True) + from_right.sum(-1, keepdim=True)
+        dtotal = reduce(crossing) + to_right.sum(-1, keepdim=True) + from_right.sum(-1, keepdim=True)
     return dq, dk, dv, _gate_gradient(de, df, dtotal)
 
 
@@ -672,17 +666,14 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _rnn_forward(x: _Tokens, log_decay, scale, chunk_size):
-    length = x.query.shape[2]
-    parts = _parts(length, _layout(length, chunk_size)[1])
+    size = _layout(x.query.shape[2], chunk_size)[1]
     y, state = x.empty_output(), x.empty_state()
-    for part in parts:  # left to right: the chunk itself and all that lies to its left
-        q, k, v, w = _step(x, log_decay, part, scale)
+    for part, q, k, v, w in _walk(x, log_decay, size, scale):  # the chunk itself and all that lies to its left
         out = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(w.tile), v)
         y[:, :, part] = out.add_(torch.matmul(q * w.read_left, state)).squeeze(2)
         state = _next(state, w, k * w.write_right, v)
     state = x.empty_state()
-    for part in reversed(parts):  # right to left: all that lies to its right
-        q, k, v, w = _step(x, log_decay, part, scale)
+    for part, q, k, v, w in _walk(x, log_decay, size, scale, reverse=True, tile=False):  # all that lies to its right
         y[:, :, part] += torch.matmul(q * w.read_right, state).squeeze(2)
         state = _next(state, w, k * w.write_left, v)
     return x.split(y)
@@ -691,19 +682,18 @@ def _rnn_forward(x: _Tokens, log_decay, scale, chunk_size):
 def _rnn_backward(x: _Tokens, log_decay, dy, dc, scale, chunk_size):
     dy = x.join(dy, dc)
     length, shared = x.query.shape[2], log_decay.dim() == 1
-    parts = _parts(length, _layout(length, max(chunk_size, math.isqrt(length)))[1])
+    size = _layout(length, max(chunk_size, math.isqrt(length)))[1]
     grads = [torch.empty_like(t, dtype=x.dtype) for t in (x.query, x.key)] + [x.empty_output()]
     dgates = log_decay.new_empty(x.query.shape[1 if shared else 0 : 3], dtype=_sum_dtype(log_decay.device))
     left = dright = x.empty_state()
     stored = []
-    for part in parts:  # two states per chunk of at least sqrt(L) tokens are stored
-        stored.append((left, dright))
-        q, k, v, w = _step(x, log_decay, part, scale)
+    for part, q, k, v, w in _walk(x, log_decay, size, scale, tile=False):
+        stored.append((left, dright))  # two states per chunk of at least sqrt(L) tokens
         left = _next(left, w, k * w.write_right, v)
         dright = _next(dright, w, q * w.read_right, dy[:, :, None, part])
     right = dleft = x.empty_state()
-    for part, (left, dright) in zip(reversed(parts), reversed(stored), strict=True):
-        q, k, v, w = _step(x, log_decay, part, scale)
+    for part, q, k, v, w in _walk(x, log_decay, size, scale, reverse=True):
+        left, dright = stored.pop()
         dyc = dy[:, :, None, part]
         *steps, dgate = _chunk_gradients(q, k, v, dyc, w, shared, left, right, dleft, dright)
         for grad, step in zip(grads, steps, strict=True):
@@ -714,23 +704,36 @@ def _rnn_backward(x: _Tokens, log_decay, dy, dc, scale, chunk_size):
     return *grads, dgates
 
 
-def _step(x: _Tokens, log_decay: Tensor, part: slice, scale: float) -> tuple[Tensor, Tensor, Tensor, _Factors]:
-    """One chunk as (B, H, 1, K, D), and its factors."""
-    log_decay = log_decay if log_decay.dim() == 1 else log_decay[:, :, part]
-    gates = _gates(log_decay, part.stop - part.start, x.dtype).unsqueeze(2)
-    return *(t.unsqueeze(2) for t in (x.queries(part), x.keys(part), x.values(part))), _factors(gates, scale, x.dtype)
+def _walk(x: _Tokens, log_decay, size: int, scale: float, reverse: bool = False, tile: bool = True) -> Iterator:
+    """One chunk of `size` tokens after the other, as (part, q, k, v, factors): q, k and v are (B, H, 1, K, D).
+
+    Factors are made for several chunks at a time, as many as fit a cache, and once for all of one size in LION-D."""
+    length, shared = x.query.shape[2], log_decay.dim() == 1
+    whole = length - length % size  # the last chunk may be shorter
+    most = whole if shared else size
+    if not shared and not torch.compiler.is_compiling():  # a graph must not depend on the batch
+        most *= max(1, _CPU_CACHE_ELEMENTS // max(1, log_decay[:, :, 0].numel() * size**2))
+    groups = [(start, min(start + most, whole), size) for start in range(0, whole, most)]
+    groups += [(whole, length, length - whole)] if whole < length else []
+    for start, stop, size in reversed(groups) if reverse else groups:
+        gates = _gates(log_decay if shared else log_decay[:, :, start:stop], size, x.dtype)
+        factors = _factors(gates.unflatten(-1, (-1, size)), scale, x.dtype, tile)
+        parts = _parts(start, stop, size)
+        for i, part in reversed(list(enumerate(parts))) if reverse else enumerate(parts):
+            q, k, v = (t.unsqueeze(2) for t in (x.queries(part), x.keys(part), x.values(part)))
+            yield part, q, k, v, factors.of_chunk(0 if shared else i)
 
 
 def _next(state: Tensor, w: _Factors, write: Tensor, v: Tensor) -> Tensor:
     """The state after one more chunk: exp(G) state + write^T v."""
-    return torch.matmul(write.transpose(-1, -2), v).addcmul_(w.total.to(v.dtype).exp()[..., None, None], state)
+    return torch.matmul(write.transpose(-1, -2), v).addcmul_(w.cross, state)
 
 
 # ------------------------------------------------------------------------------------------- no decay: one global state
 
 
 def _global_forward(x: _Tokens, log_decay, scale, block):
-    parts = _parts(x.query.shape[2], block)
+    parts = _parts(0, x.query.shape[2], block)
     state = x.empty_state().squeeze(2)
     for part in parts:
         state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
@@ -745,7 +748,7 @@ def _global_forward(x: _Tokens, log_decay, scale, block):
 
 def _global_backward(x: _Tokens, log_decay, dy, dc, scale, block):
     dy = x.join(dy, dc)
-    parts = _parts(x.query.shape[2], block)
+    parts = _parts(0, x.query.shape[2], block)
     state = x.empty_state().squeeze(2)
     dstate = torch.zeros_like(state)
     for part in parts:
