@@ -1,5 +1,7 @@
 """Several sequences in one row: packed by the caller, or a padded batch without its padding."""
 
+import re
+
 import pytest
 import torch
 from models import FORMS, VARIANTS, spread_decays, text_config
@@ -268,6 +270,29 @@ def test_sequences_are_classified_one_by_one():
 def test_what_packed_rows_cannot_do_is_an_error(options, message):
     with pytest.raises(ValueError, match=message):
         build()(torch.ones(1, 6).long(), **options)
+
+
+@pytest.mark.parametrize("pos_emb", [False, True], ids=["no-table", "table"])
+@pytest.mark.parametrize(
+    "batch, shape", [(1, (1, 4)), (1, (4,)), (1, (2, 6)), (2, (2, 4)), (3, (2, 6)), (2, (1, 2, 6))]
+)
+def test_positions_that_do_not_fit_the_tokens_are_an_error(batch, shape, pos_emb):
+    """Those of a single row look like a packed row's, yet nobody who gives them has heard of its bounds."""
+    model, ids = build(pos_emb=pos_emb), torch.ones(batch, 6).long()
+    positions = (torch.arange(shape[-1]) % 2).expand(shape)
+    found = re.escape(str(shape))
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": model.embeddings.word_embeddings(ids)}):
+        with pytest.raises(ValueError, match=rf"position_ids has shape {found}; .* \({batch}, 6\).* or \(1, 6\)"):
+            model(**inputs, position_ids=positions)
+
+
+@pytest.mark.parametrize("pos_emb", [False, True], ids=["no-table", "table"])
+def test_positions_of_one_row_serve_every_row(pos_emb):
+    model, ids = build(pos_emb=pos_emb), torch.randint(1, 61, (2, 6))
+    positions = torch.arange(6).flip(0)
+    expected = model(ids, position_ids=positions.expand(2, -1)).last_hidden_state
+    for shared in (positions, positions[None]):
+        assert torch.equal(model(ids, position_ids=shared).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])

@@ -203,7 +203,7 @@ class LionModel(LionPreTrainedModel):
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` is accepted too.
             A mask over pairs of tokens or an additive mask raises ValueError: LION masks keys only.
-        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)` or `(1, sequence_length)`, *optional*):
             Rows of the position table, where the model has one. In a batch of one row without attention_mask, positions
             that start again at 0 (every entry 0 or one more than the entry before it) tell that the row holds several
             sequences, as `DataCollatorWithFlattening` packs them; so do its `cu_seq_lens_q` and `seq_idx`, which take an
@@ -214,6 +214,7 @@ class LionModel(LionPreTrainedModel):
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         batch, length = inputs.shape[:2]
         key_mask = _key_mask(attention_mask, batch, length)
+        _check_positions(position_ids, batch, length)
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
         needs_matrix = output_attentions or (self.training and self.config.attention_probs_dropout_prob > 0)
         cu_seqlens = packed_bounds(
@@ -261,6 +262,17 @@ _NO_MATRIX_OF_PACKED_ROWS = (
     "attention_probs_dropout_prob > 0 in training needs one. Give every sequence a row of its own, or set "
     "output_attentions to False and attention_probs_dropout_prob to 0."
 )
+
+
+def _check_positions(position_ids: Tensor | None, batch: int, length: int) -> None:
+    """Raises ValueError unless every token has one position, be it shared by all rows."""
+    if position_ids is None:
+        return
+    if position_ids.shape[-1:] != (length,) or position_ids.shape[:-1] not in ((), (1,), (batch,)):
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; it must be (batch, length) = ({batch}, {length}) as the "
+            f"tokens, or (1, {length}) for all rows. Give every token one position, or leave position_ids out to count them."
+        )
 
 
 def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
