@@ -73,8 +73,9 @@ def plan_runs(tasks: Sequence, num_seeds: int | None, seed: int, folder: str, fr
 def run_arguments(run: Run, given: dict[str, Any]) -> dict[str, Any]:
     """What a run is called with: everything that was given, with the one task, seed and folder."""
     if run.first is not None:  # that model says what it is
-        model = {field.name for field in dataclasses.fields(TextModelArguments)} | {"tokenizer_name", "train_tokenizer"}
-        given = {name: value for name, value in given.items() if name not in model - {"format"}}
+        model = {field.name for field in dataclasses.fields(TextModelArguments)} - {"format"}
+        model |= {"tokenizer_name", "train_tokenizer", "vocab_size"}
+        given = {name: value for name, value in given.items() if name not in model}
         given["model_name_or_path"] = str(run.first)
     own = {"task": [run.task], "seed": run.seed, "num_seeds": 1, "from_mnli": False, "output_dir": str(run.folder)}
     # Through JSON, so that it compares equal to what is read again.

@@ -186,8 +186,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
 def check_vocabulary(data: TextArguments, model: ModelArguments) -> None:
     """Raises a `UserError` if a vocabulary is asked for where the source of the weights decides it."""
-    if model.warm_start and data.vocab_size:
-        raise UserError("--warm_start brings its tokenizer; it cannot be combined with --vocab_size")
+    if model.source and data.vocab_size:
+        option = "model_name_or_path" if model.model_name_or_path else "warm_start"
+        raise UserError(f"--{option} brings its tokenizer; it cannot be combined with --vocab_size")
 
 
 def get_tokenizer(

@@ -495,9 +495,11 @@ def test_runs_count_seeds_and_wait_for_mnli():
     assert first == {Path("out/mnli/17")} and all(run.first is None for run in runs if run.task == "cola")
     assert len(plan_runs([TASKS["rte"]], None, 1, "out", False)) == 1
     given = {"preset": "lion-s-base", "hidden_size": 8, "format": "chunk", "learning_rate": 1e-3, "task": ["all"]}
-    arguments = run_arguments(runs[-6], given | {"tokenizer_name": "x"})
+    arguments = run_arguments(runs[-6], given | {"tokenizer_name": "x", "vocab_size": 99})
     assert arguments["task"] == ["rte"] and arguments["model_name_or_path"] == "out/mnli/17"
-    assert arguments["format"] == "chunk" and not {"preset", "hidden_size", "tokenizer_name"} & set(arguments)
+    assert arguments["format"] == "chunk" and not {"preset", "hidden_size", "tokenizer_name", "vocab_size"} & set(
+        arguments
+    )
     with pytest.raises(UserError, match="num_seeds"):
         plan_runs([TASKS["rte"]], -1, 17, "out", False)
 

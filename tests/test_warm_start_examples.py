@@ -1,5 +1,6 @@
 """--warm_start of the training scripts: weights, tokenizer or image processor, and the hidden states of the source."""
 
+import importlib
 import json
 
 import numpy as np
@@ -152,7 +153,6 @@ def test_the_distance_of_parts_adds_up_and_fillers_do_not_count(bert):
     [
         (["--hidden_size=32", UNREAD], "cannot start from .*hidden_size=32 cannot be chosen"),
         (["--mask_type=foo", UNREAD], "cannot start from .*mask_type is 'foo'"),
-        (["--vocab_size=100", UNREAD], "--warm_start brings its tokenizer; it cannot be combined with --vocab_size"),
         (["--preset=lion-s-base"], "cannot be combined with --preset"),
         (["--model_type=bert"], "cannot be combined with --model_type"),
         (["--model_name_or_path={bert}"], "cannot be combined with --warm_start"),
@@ -190,12 +190,31 @@ def test_wrong_options_of_images_are_said_before_images_are_read(tmp_path, vit, 
         main([*flags, flag])
 
 
-def test_classifiers_keep_the_vocabulary_of_the_source(tmp_path, bert):
+@pytest.mark.parametrize(
+    "script, flag",
+    [
+        ("run_mlm", "--mask_type=lit"),
+        ("run_glue", "--hidden_size=32"),
+        ("run_image_classification", "--patch_size=2"),
+    ],
+)
+def test_an_existing_model_keeps_its_structure(tmp_path, script, flag):
     from arguments import UserError
-    from run_glue import main
 
-    flags = [f"--output_dir={tmp_path / 'out'}", "--task=custom", UNREAD, f"--warm_start={bert}", "--vocab_size=100"]
-    with pytest.raises(UserError, match="--warm_start brings its tokenizer; it cannot be combined with --vocab_size"):
+    main = importlib.import_module(script).main
+    name = flag.partition("=")[0]
+    with pytest.raises(UserError, match=f"--model_name_or_path says what the model is; .* combined with {name}"):
+        main([f"--output_dir={tmp_path / 'out'}", "--model_name_or_path=unread", flag])
+
+
+@pytest.mark.parametrize("source", ["warm_start", "model_name_or_path"])
+@pytest.mark.parametrize("script, flags", [("run_mlm", []), ("run_glue", ["--task=custom"])])
+def test_models_keep_the_vocabulary_of_their_source(tmp_path, bert, script, flags, source):
+    from arguments import UserError
+
+    main = importlib.import_module(script).main
+    flags = [f"--output_dir={tmp_path / 'out'}", UNREAD, f"--{source}={bert}", "--vocab_size=100", *flags]
+    with pytest.raises(UserError, match=f"--{source} brings its tokenizer; it cannot be combined with --vocab_size"):
         main(flags)
 
 
