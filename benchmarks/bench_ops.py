@@ -105,7 +105,8 @@ def memory(arguments):
                         "mode": mode,
                         "form": form,
                         f"peak MiB at {arguments.memory_length}": mib,
-                        "ratio to attention": mib / case["attention"],
+                        # So short a call may take less than the system measures.
+                        "ratio to attention": mib / case["attention"] if case["attention"] else float("nan"),
                     }
                 )
     print_table(rows)

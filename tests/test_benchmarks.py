@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,3 +139,15 @@ def test_one_failure_leaves_the_others(bench, capsys):
     calls = iter((2,))
     with pytest.raises(torch.OutOfMemoryError):
         alternate({"a": fails_late}, seconds=0)
+
+
+def test_memory_too_small_to_measure_has_no_ratio(bench, monkeypatch):
+    import bench_ops
+
+    used = {"attention": 0.0, "rnn": 0.0, "chunk": 0.5}
+    monkeypatch.setattr(bench_ops, "peak_memory", lambda script, option, kind, form, mode, length: used[form])
+    rows = bench_ops.memory(SimpleNamespace(memory_length=32))
+    assert len(rows) == 18 and all(math.isnan(row["ratio to attention"]) for row in rows)
+    used["attention"] = 2.0
+    ratios = {row["form"]: row["ratio to attention"] for row in bench_ops.memory(SimpleNamespace(memory_length=64))}
+    assert ratios == {"attention": 1, "rnn": 0, "chunk": 0.25}
