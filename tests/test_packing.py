@@ -348,8 +348,9 @@ MASKS = {
 
 
 def ends(mask):
-    """Padding at the ends of rows, position by position."""
-    real = mask.bool()
+    """Padding at the ends of rows, position by position; a row of padding alone keeps its first token."""
+    real = mask.bool().clone()
+    real[~real.any(1), 0] = True
     return torch.tensor([[not (row[: i + 1].any() and row[i:].any()) for i in range(len(row))] for row in real])
 
 
@@ -367,12 +368,35 @@ def test_without_padding_real_tokens_and_their_gradients_are_the_same(name, mask
     for unpad in (False, True):
         model.config.unpad = unpad
         outputs = model(**inputs)
-        hidden, pooled = outputs.last_hidden_state, outputs.pooler_output[real.any(1)]
+        hidden, pooled = outputs.last_hidden_state, outputs.pooler_output
         results[unpad] = [hidden[real], pooled, *gradients(model, scalar(hidden[real]) + scalar(pooled))]
         assert bool((hidden[ends(real)] == 0).all()) == unpad
-        inside = hidden[~ends(real) & ~real]
-        assert not len(inside) or bool((inside != 0).all()), "a token masked inside its row is no padding"
+        kept = hidden[~ends(real)]
+        assert bool((kept != 0).all()), "a token masked inside its row is no padding"
     assert_all_close(results[True], results[False])
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("layers", [[], [1]], ids=["lion", "hybrid"])
+@pytest.mark.parametrize("mask_type", VARIANTS)
+def test_every_row_is_pooled_alike_with_its_padding_and_without(mask_type, layers, training, monkeypatch):
+    monkeypatch.setattr(modeling_lion, "LEAST_PADDING", 0)
+    model = build(mask_type=mask_type, softmax_layers=layers).train(training)
+    mask = torch.tensor(
+        [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]
+    )
+    inputs = {"input_ids": torch.randint(1, 61, (5, 6)), "attention_mask": mask}
+    results, whole = {}, {}
+    for unpad in (False, True, None):
+        model.config.unpad = unpad
+        outputs = model(**inputs)
+        real = outputs.last_hidden_state[mask.bool()]
+        loss = scalar(real) + scalar(outputs.pooler_output)
+        results[unpad] = [real, outputs.pooler_output, *gradients(model, loss)]
+        whole[unpad] = outputs.last_hidden_state
+    assert_all_close(results[True], results[False])
+    assert_all_close(results[None], results[False])
+    assert torch.equal(whole[None], whole[True] if training else whole[False])
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -81,12 +81,14 @@ class UnpaddedRow(NamedTuple):
 
 
 def unpad(key_mask: Tensor, least_padding: float = 1) -> UnpaddedRow | None:
-    """Joins the rows of a key mask (batch, length) without the False at their left and right ends.
+    """Joins the rows of a key mask (batch, length) without the False at their left and right ends; of a row that is False
+    throughout the first token stays, which the pooler reads.
 
     None where these are fewer than `least_padding` positions in the whole batch, or there is none.
     """
     begun, to_come = key_mask.cumsum(1) > 0, key_mask.flip(1).cumsum(1).flip(1) > 0
     kept = begun & to_come
+    kept[:, :1] |= ~key_mask.any(1, keepdim=True)
     lengths = kept.sum(1).cpu()
     if kept.numel() - int(lengths.sum()) < max(1, least_padding):
         return None
