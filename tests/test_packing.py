@@ -200,6 +200,18 @@ def test_an_attention_mask_beside_the_bounds_masks_keys(form, layers):
     assert (found - model(**batch).last_hidden_state).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
+def test_the_first_token_that_is_not_masked_is_pooled(name):
+    """As of a row of its own: where all are masked, the first one."""
+    model, sequences = build(), texts((4, 3, 2, 5, 1, 3))
+    parts = [[0, 0, 1, 1], [0, 0, 0], [1, 1], [0, 1, 0, 1, 0], [1], [0, 0, 0]]
+    masks = [torch.tensor([part]) for part in parts]
+    separate = torch.cat([model(ids[None], mask).pooler_output for ids, mask in zip(sequences, masks, strict=True)])
+    options = {"return_flash_attn_kwargs": True} if name == "cu_seq_lens_q" else {"return_seq_idx": True}
+    outputs = model(**flattened(sequences, **options), attention_mask=torch.cat(masks, 1))
+    torch.testing.assert_close(outputs.pooler_output, separate, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "positions",
     [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 2, 3], [1, 2, 0, 1, 0, 1], [5, 4, 3, 2, 1, 0], [0, 1, 1, 2, 0, 1]],

@@ -63,6 +63,17 @@ def packed_positions(cu_seqlens: Tensor) -> Tensor:
     return (torch.arange(len(starts)) - starts)[None]
 
 
+def first_tokens(cu_seqlens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """(sequences,): where the first token of each sequence that `key_mask` (1, length) lets in stands in the row; of a
+    sequence without one, its very first. None of them may be empty."""
+    starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
+    if key_mask is None:
+        return starts
+    real = F.pad(key_mask[0].cpu().nonzero().squeeze(1), (0, 1), value=int(cu_seqlens[-1]))
+    found = real[torch.searchsorted(real, starts.to(real.dtype))]
+    return torch.where(found < stops, found, starts)
+
+
 class UnpaddedRow(NamedTuple):
     """A batch whose rows stand in one row, one after the other, without the padding at their ends."""
 

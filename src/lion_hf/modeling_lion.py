@@ -22,7 +22,8 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_lion import LionConfig
 from .lion_checks import is_binary, is_exporting, values_can_be_read
 from .lion_layer import LionMixer, LionPreTrainedMixin, TokenMixer, init_mixer, make_mixer, sequence_classification_loss
-from .lion_packing import LEAST_PADDING, UnpaddedRow, packed_bounds, packed_positions, unpad
+from .lion_checks import is_binary, is_exporting, values_can_be_read
+from .lion_packing import LEAST_PADDING, UnpaddedRow, first_tokens, packed_bounds, packed_positions, unpad
 
 
 logger = logging.get_logger(__name__)
@@ -115,7 +116,7 @@ class LionLayer(GradientCheckpointingLayer):
 class LionPooler(nn.Module):
     """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left), (batch, hidden).
 
-    Of a packed row, the first token of every sequence, (sequences, hidden)."""
+    Of a packed row, that of every sequence, (sequences, hidden). Where no token is real, the first of all."""
 
     def __init__(self, config: LionConfig):
         super().__init__()
@@ -130,7 +131,7 @@ class LionPooler(nn.Module):
                     "A sequence of this packed row is empty and has no first token to pool. Leave empty sequences out, or "
                     "build the model with add_pooling_layer=False."
                 )
-            first = hidden_states[0, cu_seqlens[:-1].to(hidden_states.device)]
+            first = hidden_states[0, first_tokens(cu_seqlens, key_mask).to(hidden_states.device)]
         elif key_mask is None:
             first = hidden_states[:, 0]
         else:
@@ -207,7 +208,7 @@ class LionModel(LionPreTrainedModel):
             Rows of the position table, where the model has one. In a batch of one row without attention_mask, positions
             that start again at 0 (every entry 0 or one more than the entry before it) tell that the row holds several
             sequences, as `DataCollatorWithFlattening` packs them; so do its `cu_seq_lens_q` and `seq_idx`, which take an
-            attention_mask as well. No sequence reads another, and the pooler returns the first token of each.
+            attention_mask as well. No sequence reads another, and the pooler returns the first real token of each.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds; both or neither were given.")
