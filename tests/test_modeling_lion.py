@@ -168,10 +168,11 @@ def test_token_classification_loss_skips_unlabelled_tokens():
 def test_question_answering_loss_is_the_mean_over_start_and_end():
     model = build(lion_hf.LionForQuestionAnswering)
     start, end = torch.tensor([1, 2, 3]), torch.tensor([4, 2, 99])  # the last end lies outside and is not counted
-    outputs = model(**text_inputs(), start_positions=start, end_positions=end)
-    entropy = torch.nn.functional.cross_entropy
-    expected = (entropy(outputs.start_logits, start) + entropy(outputs.end_logits[:2], end[:2])) / 2
-    torch.testing.assert_close(outputs.loss, expected)
+    inputs = text_inputs()
+    outputs = model(**inputs, start_positions=start, end_positions=end)
+    real, entropy = inputs["attention_mask"].bool(), torch.nn.functional.cross_entropy
+    starts, ends = (x.masked_fill(~real, -torch.inf) for x in (outputs.start_logits, outputs.end_logits))
+    torch.testing.assert_close(outputs.loss, (entropy(starts, start) + entropy(ends[:2], end[:2])) / 2)
     assert outputs.start_logits.is_contiguous() and outputs.end_logits.is_contiguous()
     assert model(**text_inputs(), start_positions=start).loss is None
 

@@ -411,6 +411,25 @@ def test_every_row_is_pooled_alike_with_its_padding_and_without(mask_type, layer
     assert torch.equal(whole[None], whole[True] if training else whole[False])
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_loss_of_answers_knows_no_padding(side, monkeypatch):
+    """What is scored there is no token of the text, and differs with `unpad`."""
+    monkeypatch.setattr(modeling_lion, "LEAST_PADDING", 0)
+    model, inputs = build(lion_hf.LionForQuestionAnswering).train(), padded_batch(side)
+    real = inputs["attention_mask"].bool()
+    first, count = real.int().argmax(1), real.sum(1)
+    alone = [
+        model(ids[kept][None], start_positions=torch.tensor([0]), end_positions=kept.sum()[None] - 1)
+        for ids, kept in zip(inputs["input_ids"], real, strict=True)
+    ]
+    loss = sum(outputs.loss for outputs in alone) / 3
+    expected = [loss, *gradients(model, loss)]
+    for unpad in (False, True, None):
+        model.config.unpad = unpad
+        outputs = model(**inputs, start_positions=first, end_positions=first + count - 1)
+        assert_all_close([outputs.loss, *gradients(model, outputs.loss)], expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_decays_of_tokens_masked_inside_a_row_act(form):
     """Dropping them instead would be another function: the one of the row without these tokens."""

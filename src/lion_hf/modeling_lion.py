@@ -444,13 +444,20 @@ class LionForQuestionAnswering(LionPreTrainedModel):
         end_positions: Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | QuestionAnsweringModelOutput:
+        r"""
+        start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            First and last token of the answer. The loss is the mean of both cross entropies, each over the real tokens
+            of a row, so that its padding counts for nothing.
+        """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            key_mask = _key_mask(attention_mask, *start_logits.shape)
+            scores = (_real_scores(logits, key_mask) for logits in (start_logits, end_logits))
+            loss = self.loss_function(*scores, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits.contiguous(),
@@ -458,6 +465,11 @@ class LionForQuestionAnswering(LionPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def _real_scores(logits: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Logits (batch, length) whose softmax is 0 where `key_mask` is False."""
+    return logits if key_mask is None else logits.masked_fill(~key_mask, torch.finfo(logits.dtype).min)
 
 
 @auto_docstring(custom_intro="LION that scores each of several texts, for multiple choice.")
