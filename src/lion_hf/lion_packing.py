@@ -39,6 +39,11 @@ def packed_bounds(
     if cu_seqlens is None:
         starts = None
         if seq_idx is not None:
+            if batch != 1 or seq_idx.numel() != length:
+                raise ValueError(
+                    f"seq_idx has shape {tuple(seq_idx.shape)} for a batch of {batch} and {length} tokens; it must be "
+                    f"(1, {length}), a number for every token of a single row. Join the rows along their tokens."
+                )
             starts = F.pad(seq_idx.flatten().diff() != 0, (1, 0), value=True)
         elif position_ids is not None and attention_mask is None and batch == 1 and not is_exporting():
             starts = _restarts(position_ids.flatten().cpu())
