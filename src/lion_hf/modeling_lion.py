@@ -22,7 +22,6 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_lion import LionConfig
 from .lion_checks import is_binary, is_exporting, values_can_be_read
 from .lion_layer import LionMixer, LionPreTrainedMixin, TokenMixer, init_mixer, make_mixer, sequence_classification_loss
-from .lion_checks import is_binary, is_exporting, values_can_be_read
 from .lion_packing import LEAST_PADDING, UnpaddedRow, first_tokens, packed_bounds, packed_positions, unpad
 
 
