@@ -2,10 +2,13 @@
 
     python benchmarks/bench_models.py                      # text and images, training steps and inference
     python benchmarks/bench_models.py --lengths 128 512 --variants selective
+    python benchmarks/bench_models.py --bf16               # each model under bfloat16 autocast as well
 
-All models of one length are timed in turn in one process; a ratio below 1 means LION is faster. Dropout is 0 in both,
-weights are random, float32. Text: 2 layers of base width (768, 12 heads), bare encoders, a training step is forward and
-backward of the mean output (an optimizer step costs both the same). Images: tiny (192, 3 heads, 12 layers), 224 pixels.
+All models of one case are timed in turn in one process; a ratio below 1 means LION is faster than the twin in the same
+precision, "over float32" is a model under autocast over itself without. Dropout is 0, weights are random. Text: 2 layers
+of base width (768, 12 heads), bare encoders, a training step is forward and backward of the mean output (an optimizer
+step costs both the same). Images, classifiers at 224 pixels: the same base width and layers, and tiny (192, 3 heads, 12
+layers).
 """
 
 import argparse
@@ -18,18 +21,19 @@ BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072
 TINY = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "num_hidden_layers": 12}
 
 
-def train_step(model, inputs):
+def train_step(model, inputs, bf16=False):
     def run():
         model.zero_grad(set_to_none=True)
-        outputs = model(**inputs)
-        (outputs[0].mean() if outputs[0].dim() else outputs[0]).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            outputs = model(**inputs)[0]
+        (outputs.float().mean() if outputs.dim() else outputs).backward()
 
     return run
 
 
-def inference(model, inputs):
+def inference(model, inputs, bf16=False):
     def run():
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             model(**inputs)
 
     return run
@@ -40,15 +44,19 @@ def compare(name, models, inputs, arguments, rows):
     for mode, wrap in (("train", train_step), ("inference", inference)):
         for model in models.values():
             model.train(mode == "train")
-        times = alternate({k: wrap(m, inputs) for k, m in models.items()}, arguments.seconds, arguments.rounds)
-        for variant, seconds in times.items():
+        precisions = (False, True) if arguments.bf16 else (False,)
+        runs = {(k, bf16): wrap(m, inputs, bf16) for bf16 in precisions for k, m in models.items()}
+        times = alternate(runs, arguments.seconds, arguments.rounds)
+        for (model, bf16), seconds in times.items():
             rows.append(
                 {
                     "case": name,
                     "mode": mode,
-                    "model": variant,
+                    "precision": "bfloat16" if bf16 else "float32",
+                    "model": model,
                     "ms": 1e3 * seconds,
-                    "ratio": seconds / times[peer],
+                    "ratio": seconds / times[peer, bf16],
+                    "over float32": seconds / times[model, False],
                 }
             )
         print_table(rows[-len(times) :])
@@ -62,6 +70,7 @@ def main():
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--masked_lm", action="store_true", help="with the masked-LM head (vocabulary 30522) instead")
     parser.add_argument("--format", default="auto", help="LION's format")
+    parser.add_argument("--bf16", action="store_true", help="time every model under bfloat16 autocast as well")
     parser.add_argument("--no_images", action="store_true")
     parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each comparison, at least")
     parser.add_argument("--rounds", type=int, default=3)
@@ -78,14 +87,18 @@ def main():
         ids = torch.randint(1, 30000, (max(1, arguments.tokens // length), length))
         compare(f"text {length}", models, {"input_ids": ids}, arguments, rows)
     if not arguments.no_images:
-        models = image_models(arguments.variants, TINY)
-        labels = torch.randint(0, 1000, (8,))
-        compare("image 224", models, {"pixel_values": torch.randn(8, 3, 224, 224), "labels": labels}, arguments, rows)
+        base = {**BASE, "num_hidden_layers": arguments.layers}
+        for size, shape, batch in (("base", base, 4), ("tiny", TINY, 8)):
+            models = image_models(arguments.variants, shape)
+            inputs = {"pixel_values": torch.randn(batch, 3, 224, 224), "labels": torch.randint(0, 1000, (batch,))}
+            compare(f"image {size} 224", models, inputs, arguments, rows)
 
     def picture(axis):
-        for variant in arguments.variants:
-            chosen = [r for r in rows if r["model"] == variant and r["mode"] == "train" and "text" in r["case"]]
-            axis.plot([int(r["case"].split()[1]) for r in chosen], [r["ratio"] for r in chosen], "o-", label=variant)
+        steps = [row for row in rows if row["mode"] == "train" and row["case"].startswith("text")]
+        for variant, precision in dict.fromkeys((r["model"], r["precision"]) for r in steps if r["model"] != "bert"):
+            chosen = [r for r in steps if (r["model"], r["precision"]) == (variant, precision)]
+            lengths, style = [int(r["case"].split()[1]) for r in chosen], "o-" if precision == "float32" else "s--"
+            axis.plot(lengths, [r["ratio"] for r in chosen], style, label=f"{variant}, {precision}")
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", xlabel="tokens", ylabel="training step / BERT with SDPA", title="below 1 is faster")
         axis.set_xticks(arguments.lengths, arguments.lengths)

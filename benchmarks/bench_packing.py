@@ -1,7 +1,7 @@
 """Training steps on texts of very different lengths: padded against unpadded against packed.
 
+    python benchmarks/bench_packing.py                     # the topics of Python's help(), from a few words to thousands
     python benchmarks/bench_packing.py --data FOLDER       # documents of the .txt files in FOLDER
-    python benchmarks/bench_packing.py                     # lengths drawn log-uniformly
 
 The same documents, batch by batch, in three ways, timed in turn in one process: padded to the longest of the batch, as a
 tokenizer does (unpad=False); the same with the padding taken out by the model (unpad=True); and packed into one row, as
@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from bench_models import SHAPE, train_step
+from bench_models import BASE, train_step
 from common import alternate, print_table, save
 from transformers import DataCollatorWithFlattening
 
@@ -25,30 +25,31 @@ from lion_hf import LionConfig, LionModel
 VOCABULARY = 30522
 
 
-def document_lengths(folder, shortest):
-    lengths, words = [], 0
+def documents(folder):
+    if folder is None:
+        from pydoc_data.topics import topics
+
+        yield from topics.values()
+        return
     for file in sorted(Path(folder).glob("*.txt")):
         text = file.read_text(encoding="utf-8")
-        for document in text.split("\n\n" if "\n\n" in text else "\n"):
-            words += len(document.split())
-            if words >= shortest:
-                lengths.append(words)
-                words = 0
-    return lengths
+        yield from text.split("\n\n" if "\n\n" in text else "\n")
 
 
 def draw_lengths(arguments, parser):
     count = arguments.batches * arguments.rows
-    if arguments.data is None:
-        shortest, longest = (torch.tensor(float(x)).log() for x in (arguments.shortest, arguments.longest))
-        return (shortest + torch.rand(count) * (longest - shortest)).exp().long()
-    lengths = torch.tensor(document_lengths(arguments.data, arguments.shortest))
+    lengths, words = [], 0
+    for document in documents(arguments.data):
+        words += len(document.split())
+        if words >= arguments.shortest:
+            lengths.append(words)
+            words = 0
     if len(lengths) < count:
         parser.error(
-            f"--data {arguments.data}: {len(lengths)} documents of at least {arguments.shortest} words in its .txt files, "
-            f"but {arguments.batches} batches of {arguments.rows} need {count}; lower one of these."
+            f"{arguments.data or 'help()'} has {len(lengths)} documents of at least {arguments.shortest} words, but "
+            f"{arguments.batches} batches of {arguments.rows} need {count}; lower one of these, or give another --data."
         )
-    return lengths[torch.randperm(len(lengths))[:count]].clamp(max=arguments.longest)
+    return torch.tensor(lengths)[torch.randperm(len(lengths))[:count]].clamp(max=arguments.longest)
 
 
 def padded_and_packed(lengths):
@@ -73,7 +74,7 @@ def steps(model, batches, unpad):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with .txt files; lengths are drawn log-uniformly without it")
+    parser.add_argument("--data", help="folder with .txt files; the topics of Python's help() without it")
     parser.add_argument("--variants", nargs="+", default=["lit", "decay", "selective"])
     parser.add_argument("--shortest", type=int, default=128)
     parser.add_argument("--longest", type=int, default=2048)
@@ -99,7 +100,7 @@ def main():
             vocab_size=VOCABULARY,
             num_hidden_layers=arguments.layers,
             max_position_embeddings=arguments.longest,
-            **SHAPE,
+            **BASE,
         )
         model = LionModel(config, add_pooling_layer=False).train()
         candidates = {

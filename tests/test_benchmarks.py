@@ -1,7 +1,9 @@
-"""The benchmark for GPUs: what it compares computes the same, and each part runs, tried at tiny sizes on a CPU."""
+"""The benchmarks: what they compare computes the same, and each runs, tried at tiny sizes on a CPU."""
 
+import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,6 +85,58 @@ def test_autotune(bench, tmp_path, capsys):
     assert rows[0]["_TILE"] == 16
     assert all(row["full"] > 0 and row["chunk 16"] > 0 for row in rows[1:])
     assert 'CROSSOVER["accelerator"] = {' in capsys.readouterr().out
+
+
+def run_script(monkeypatch, name, folder, *arguments):
+    """The rows that `benchmarks/name.py` writes, with small models."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script = importlib.import_module(name)
+    width = {name: value for name, value in TINY.items() if name != "num_hidden_layers"}
+    for constant, value in {"BASE": width, "TINY": TINY, "HEADS": 2, "WIDTH": 8}.items():
+        if hasattr(script, constant):
+            monkeypatch.setattr(script, constant, value)
+    arguments = [name, *arguments, "--seconds", "0", "--output", str(folder)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    script.main()
+    assert len(list(folder.glob("*.png"))) == 1
+    return json.loads(next(folder.glob("*.json")).read_text())["rows"]
+
+
+def test_models_are_timed_in_both_precisions(monkeypatch, tmp_path):
+    rows = run_script(
+        monkeypatch, "bench_models", tmp_path, "--lengths", "8", "--tokens", "16", "--rounds", "1", "--bf16"
+    )
+    cases = {(row["case"], row["model"], row["precision"], row["mode"]) for row in rows}
+    assert len(rows) == len(cases) == 2 * 2 * (4 + 6 + 6)
+    assert all(row["ratio"] == 1 for row in rows if row["model"] in ("bert", "vit"))
+    assert all(row["over float32"] == 1 for row in rows if row["precision"] == "float32")
+
+
+def test_packing_is_timed_on_documents_of_a_folder(monkeypatch, tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join("word " * n for n in (3, 9, 2, 2, 30, 50)))
+    sizes = (
+        "--rows",
+        "2",
+        "--batches",
+        "2",
+        "--shortest",
+        "4",
+        "--longest",
+        "40",
+        "--rounds",
+        "1",
+        "--variants",
+        "decay",
+    )
+    rows = run_script(monkeypatch, "bench_packing", tmp_path, "--data", str(tmp_path), *sizes)
+    assert [row["batch"] for row in rows] == ["padded", "unpadded", "packed"]
+    assert all(row["tokens/s"] > 0 for row in rows) and rows[0]["ratio"] == 1
+
+
+def test_crossover_is_timed(monkeypatch, tmp_path):
+    rows = run_script(monkeypatch, "bench_ops", tmp_path, "--crossover", "--tokens", "32")
+    assert {row["decay"] for row in rows} == {"none", "head", "token"}
+    assert all(row["chunk / attention"] > 0 for row in rows)
 
 
 def test_advice_follows_the_times(bench):
