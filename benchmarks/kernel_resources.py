@@ -101,7 +101,9 @@ def main():
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--decays", nargs="+", default=["none", "head", "token"], choices=["none", "head", "token"])
     parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--tf32", action="store_true", help="allow tf32 in products of float32")
     arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
     rows = []
     for dtype in arguments.dtypes:
         for width in arguments.widths:

@@ -177,10 +177,10 @@ def test_stays_in_a_compiled_graph():
 
 
 @pytest.mark.parametrize("result", [0, 1, 2])
-def test_fake_kernels_describe_the_real_ones(result):
-    (query, key, value, decay), mask = inputs(20, "token")
-    arguments = query.detach(), key, value, decay, mask, None, 0.25, 1e-6, result, False
-    torch.library.opcheck(lion_triton._mix, arguments, test_utils=("test_schema", "test_faketensor"))
+def test_operators_of_pytorch_are_what_they_say(result):
+    """Forward and backward: what they change, shapes, strides and dtypes of what they return, and under compilers."""
+    leaves, mask = inputs(20, "token")
+    torch.library.opcheck(lion_triton._mix, (*leaves, mask, None, 0.25, 1e-6, result, False))
 
 
 def test_backend_is_chosen_and_explained(monkeypatch):
@@ -209,12 +209,92 @@ def test_rnn_keeps_its_promise_of_memory(monkeypatch):
     assert_close(run(leaves, format="rnn"), textbook(leaves, monkeypatch))
 
 
+def test_row_sums_need_no_values(monkeypatch):
+    leaves, mask = inputs(34, "token", value_dim=0)
+    options = {"format": "chunk", "key_mask": mask, "return_denominator": True}
+    results, expected = run(leaves, **options), textbook(leaves, monkeypatch, **options)
+    for index in (1, 2, 3, 5):  # row sums and the gradients of queries, keys and decays: the rest is empty
+        assert_close(results[index : index + 1], expected[index : index + 1])
+
+
+def test_second_derivatives_are_refused():
+    leaves, _ = inputs(5, "token")
+    (gradient,) = torch.autograd.grad(bidirectional_linear_attention(*leaves).sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*attention_scores"):
+        torch.autograd.grad(gradient.sum(), leaves[1])
+
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "dtypes, allowed, precision",
+    [
+        ((FLOAT, FLOAT, FLOAT), False, "ieee"),
+        ((BRAIN, BRAIN, FLOAT), False, "ieee"),
+        ((BRAIN, FLOAT, BRAIN), False, "ieee"),
+        ((FLOAT, FLOAT, FLOAT), True, "tf32"),
+        ((HALF, HALF, HALF), False, "tf32"),
+    ],
+)
+def test_float32_is_exact_unless_tf32_is_allowed(dtypes, allowed, precision, monkeypatch):
+    monkeypatch.setattr(lion_triton, "_tf32_is_allowed", lambda: allowed)
+    operator = lion_triton._Operator(*(torch.zeros(1, 1, 5, 16, dtype=x) for x in dtypes), None, None, None, 1.0, True)
+    assert operator.precision == precision
+    assert operator.operand == lion_triton.tl.float32
+
+
+# In processes of their own: once the newer setting is used, PyTorch refuses to read the older ones.
+@pytest.mark.parametrize(
+    "setting, allowed",
+    [
+        ("pass", False),
+        ("torch.set_float32_matmul_precision('high')", True),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
+    ],
+)
+@pytest.mark.slow
+def test_tf32_is_allowed_by_old_and_new_settings(setting, allowed):
+    if "fp32_precision" in setting and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has no such setting")
+    code = f"import torch; {setting}; from lion_hf import lion_triton; print(lion_triton._tf32_is_allowed())"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == str(allowed)
+
+
+def test_grids_hold_very_long_texts(monkeypatch):
+    """A GPU takes no more than 65535 programs in any dimension but the first."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in [name for name in vars(lion_triton) if name.endswith("_kernel")]:
+        monkeypatch.setattr(lion_triton, name, Recorder())
+    x = torch.zeros(1).expand(1, 1, 65536 * lion_triton._TILE + 1, 16)
+    operator = lion_triton._Operator(x, x, x, None, None, None, 1.0, True)
+    operator.delta(x, x)
+    operator.mix(x, x, x, x, None)
+    assert len(grids) == 2
+    assert all(max(grid[1:]) <= 65535 for grid in grids)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "options", [["--decays", "none", "token"], ["--decays", "head", "--packed", "--dtypes", "float16"]]
+    "options",
+    [
+        ["--decays", "none", "token"],
+        ["--decays", "head", "--packed", "--dtypes", "float16"],
+        ["--decays", "token", "--widths", "128", "--dtypes", "float32", "--tf32"],
+    ],
 )
 def test_kernels_compile_for_a_gpu_that_is_not_there(options):
-    """The interpreter takes more than the compiler does. No kernel needs more registers than there are by much."""
+    """The interpreter takes more than the compiler does. No kernel needs more registers than there are by much, nor more
+    shared memory than a Hopper GPU has."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "benchmarks/kernel_resources.py"
     command = [sys.executable, "-W", "ignore", str(script), *options]
@@ -223,4 +303,5 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(options):
     rows = [dict(zip(header, row, strict=True)) for row in rows]
     assert {row["kernel"] for row in rows} >= {"states", "scan", "mix", "delta"}
     assert all(int(row["stack (bytes)"]) < 1024 for row in rows)
+    assert all(float(row["shared (KiB)"]) <= 227 for row in rows)
     assert all(int(row["tensor core"]) > 0 for row in rows if row["kernel"] in ("states", "mix"))

@@ -60,8 +60,9 @@ MAX_WIDTH = 128
 # Tokens in a chunk, where not the whole text is one: enough that few states reach memory. Tokens in a tile at most.
 _CHUNK = 256
 _TILE = 64
-# The same in float32 without tensor cores, whose products need the registers that larger tiles would fill.
-_EXACT_TILE = 32
+# The same in float32 without tensor cores, whose products need the registers that larger tiles would fill, and where
+# operands in float32 are wide: larger tiles of them do not fit into shared memory.
+_FLOAT32_TILE = 32
 
 # Warps of a program whose heads have at most 64 features, half as many as of one with more; stages of its loads.
 _WARPS = 4
@@ -451,13 +452,14 @@ def _delta_kernel(
     dy_l,
     length,
     heads,
+    tiles,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """delta_i = -dy_i . y_i."""
-    batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    tokens = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    batch, head = tl.program_id(0) // tiles, tl.program_id(1)
+    tokens = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     keep = tokens < length
     left = _load(y, batch, head, tokens, keep, y_b, y_h, y_l, WIDTH, BLOCK).to(tl.float32)
     right = _load(dy, batch, head, tokens, keep, dy_b, dy_h, dy_l, WIDTH, BLOCK).to(tl.float32)
@@ -566,10 +568,17 @@ def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
+def _tf32_is_allowed() -> bool:
+    """Whether products of float32 may round to tf32, by the setting of PyTorch 2.9 where there is one: once it has been
+    used, reading the older one raises."""
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
+
+
 class _Operator:
     """The launches for one set of inputs; see the head of this module."""
 
-    def __init__(self, query, value, log_decay, key_mask, cu_seqlens, scale, full):
+    def __init__(self, query, key, value, log_decay, key_mask, cu_seqlens, scale, full):
         self.batch, self.heads, self.length, self.head_dim = query.shape
         self.value_dim = value.shape[-1]
         self.kind = NONE if log_decay is None else HEAD if log_decay.dim() == 1 else TOKEN
@@ -577,14 +586,16 @@ class _Operator:
         self.decay_strides = (0, log_decay.stride(0), 0) if self.kind == HEAD else _strides(log_decay)
         self.key_mask = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
         self.scale = scale
-        half = query.dtype == value.dtype == torch.bfloat16
+        dtypes = {query.dtype, key.dtype, value.dtype}
         # float16 fits into the mantissa of tf32, whose range holds the factors that its own does not.
-        self.operand = tl.bfloat16 if half else tl.float32
-        exact = query.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        self.operand = tl.bfloat16 if dtypes == {torch.bfloat16} else tl.float32
+        exact = torch.float32 in dtypes and not _tf32_is_allowed()
         self.precision = "ieee" if exact else "tf32"
-        self.layout = _layout(self.batch, self.length, cu_seqlens, full, min(_TILE, _EXACT_TILE) if exact else _TILE)
-        wide = exact or max(self.head_dim, self.value_dim) > 64
-        self.resources = {"num_warps": 2 * _WARPS if wide else _WARPS, "num_stages": _STAGES}
+        wide = max(self.head_dim, self.value_dim) > 64
+        small = exact or (wide and self.operand == tl.float32)
+        largest = min(_TILE, _FLOAT32_TILE) if small else _TILE
+        self.layout = _layout(self.batch, self.length, cu_seqlens, full, largest)
+        self.resources = {"num_warps": 2 * _WARPS if exact or wide else _WARPS, "num_stages": _STAGES}
         self.has_states = self.layout.table is not None or self.layout.chunks > 1
         self.sums = self.totals = self.chunk_totals = None
         if self.kind == TOKEN:
@@ -647,8 +658,9 @@ class _Operator:
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:
         delta = out.new_empty(self.batch, self.heads, self.length, dtype=torch.float32)
         width, tile = self.value_dim, self.layout.tile
-        _delta_kernel[self.batch * self.heads, triton.cdiv(self.length, tile)](
-            out, d_out, delta, *_strides(out), *_strides(d_out), self.length, self.heads,
+        tiles = triton.cdiv(self.length, tile)
+        _delta_kernel[self.batch * tiles, self.heads](
+            out, d_out, delta, *_strides(out), *_strides(d_out), self.length, self.heads, tiles,
             WIDTH=width, BLOCK=_block(width), TILE=tile,
         )  # fmt: skip
         return delta
@@ -695,8 +707,8 @@ def _mix(
     """The output (numerator, or normalised) and the row sums: c for BOTH, c + eps for NORMALIZED, else empty."""
     query, key, value = (_last_contiguous(x) for x in (query, key, value))
     out, row_sums = _outputs(query, value, result)
-    if out.numel():
-        operator = _Operator(query, value, log_decay, key_mask, cu_seqlens, scale, full)
+    if out.numel() or row_sums.numel():
+        operator = _Operator(query, key, value, log_decay, key_mask, cu_seqlens, scale, full)
         states = operator.states(key, value)
         operator.mix(query, key, value, out, states, result=result, eps=eps, row_sums=row_sums if result else None)
     return out, row_sums
@@ -732,10 +744,10 @@ def _mix_backward(
     normalised result, `d_row_sums` is that of BOTH."""
     grads = _gradients(query, key, value, log_decay)
     dq, dk, dv, d_decay = grads
-    if not query.numel() or not value.numel():
+    if not query.numel():
         return tuple(g.zero_() for g in grads)
     query, key, value, d_out = (_last_contiguous(x) for x in (query, key, value, d_out))
-    operator = _Operator(query, value, log_decay, key_mask, cu_seqlens, scale, full)
+    operator = _Operator(query, key, value, log_decay, key_mask, cu_seqlens, scale, full)
     bias, weight = d_row_sums, None
     if row_sums is not None:
         bias, weight = operator.delta(out, d_out), row_sums.reciprocal()
@@ -794,7 +806,15 @@ def _differentiate(ctx, d_out, d_row_sums):
     return *grads, None if ctx.saved_tensors[3] is None else d_decay, *[None] * 6
 
 
+def _refuse(ctx, *gradients):
+    raise RuntimeError(
+        "LION's fused kernels have no second derivative. Leave create_graph out, or build the output from "
+        "lion_hf.lion_ops.attention_scores, which has one."
+    )
+
+
 _mix.register_autograd(_differentiate, setup_context=_save)
+_mix_backward.register_autograd(_refuse)
 
 
 def fused_linear_attention(
