@@ -176,6 +176,33 @@ def test_stays_in_a_compiled_graph():
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cuda_graph_replays_with_new_inputs(packed):
+    """Capture forbids waiting for the device."""
+    leaves, mask = inputs(700, "token")
+    bounds = torch.tensor([0, 1, 300, 700], device=DEVICE) if packed else None
+    options = {"format": "chunk", "key_mask": mask, "cu_seqlens": bounds}
+    gradient = torch.randn(1, 2, 700, 24, device=DEVICE)
+
+    def step():
+        out = bidirectional_linear_attention(*leaves, **options)
+        return [out, *torch.autograd.grad(out, leaves, gradient)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[0].normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
 @pytest.mark.parametrize("result", [0, 1, 2])
 def test_operators_of_pytorch_are_what_they_say(result):
     """Forward and backward: what they change, shapes, strides and dtypes of what they return, and under compilers."""
