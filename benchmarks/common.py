@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import torch
@@ -158,7 +158,7 @@ def machine(device: torch.device) -> dict[str, object]:
     }
 
 
-def print_table(rows: list[dict[str, object]]) -> None:
+def print_table(rows: Sequence[dict[str, object]]) -> None:
     columns = list(rows[0])
     cells = [[_cell(row[c]) for c in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
@@ -170,6 +170,12 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return "n/a" if math.isnan(value) else f"{value:.3g}"
     return str(value)
+
+
+def goal(subject: str, value: float, at_most: float = math.inf, at_least: float = -math.inf) -> dict[str, object]:
+    """One row of the table of goals; a value that was not measured is n/a and meets none."""
+    limit = f"<= {at_most:g}" if math.isfinite(at_most) else f">= {at_least:g}"
+    return {"goal": subject, "limit": limit, "measured": value, "met": "yes" if at_least <= value <= at_most else "no"}
 
 
 def draw_lines(axis, rows: list[dict[str, object]], x: str, y: str, name: str) -> None:
@@ -187,6 +193,7 @@ def save(
     picture: Callable[..., None],
     panels: int = 1,
     device: torch.device = CPU,
+    goals: Sequence[dict[str, object]] = (),
 ) -> None:
     """Writes OUTPUT/name.json and OUTPUT/name.png; `picture` draws on as many matplotlib axes as there are panels."""
     import matplotlib
@@ -196,12 +203,19 @@ def save(
 
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    # JSON has no NaN.
-    rows = [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]
-    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(device), "rows": rows}, indent=2) + "\n")
+    result = {"machine": machine(device), "rows": _without_nan(rows)}
+    if goals:
+        print_table(goals)
+        result["goals"] = _without_nan(goals)
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
     figure, axes = pyplot.subplots(1, panels, figsize=(7 * panels, 4.5), squeeze=False)
     picture(*axes.flat)
     figure.tight_layout()
     figure.savefig(folder / f"{name}.png", dpi=120)
     pyplot.close(figure)
-    print(f"written: {folder / name}.json and .png")
+    print(f"{result['machine']}\nwritten: {folder / name}.json and .png")
+
+
+def _without_nan(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """JSON has none."""
+    return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from common import alternate, device_timer, draw_lines, failures, gpu_options, print_table, save
+from common import alternate, device_timer, draw_lines, failures, goal, gpu_options, print_table, save
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,6 +19,10 @@ from lion_hf import bidirectional_linear_attention, lion_ops
 
 
 HEADS, WIDTH = 12, 64
+# Most of flash attention's time, by length; most of two causal calls' from a length up; least share of the roofline.
+SDPA_GOALS = {512: 0.9, 4096: 0.25, 16384: 0.08}
+CAUSAL_GOAL, CAUSAL_GOAL_FROM = 0.4, 2048
+ROOFLINE_GOAL = 50
 KINDS = {"lit": "none", "decay": "head", "selective": "token"}  # of decay, by variant
 
 
@@ -171,6 +175,20 @@ def compare(
     return rows
 
 
+def goals(rows: list[dict]) -> list[dict]:
+    """Forward and backward together against the goals."""
+    found = []
+    for row in (row for row in rows if row["mode"] != "forward"):
+        name, length = row["operator"], row["length"]
+        if "LION" in name:
+            if length in SDPA_GOALS:
+                found.append(goal(f"{name} / SDPA flash, {length}", row["/ SDPA flash"], at_most=SDPA_GOALS[length]))
+            found.append(goal(f"{name}, roofline %, {length}", row["roofline %"], at_least=ROOFLINE_GOAL))
+        elif "simple_gla" in name and length >= CAUSAL_GOAL_FROM:
+            found.append(goal(f"LION / {name}, {length}", row["LION / it"], at_most=CAUSAL_GOAL))
+    return found
+
+
 def main(arguments) -> None:
     timer, found, rows = device_timer(arguments.device), operators(arguments.device), []
     speeds = ceilings(arguments.ceiling_size, timer, arguments.device)
@@ -184,7 +202,7 @@ def main(arguments) -> None:
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward / flash SDPA")
 
-    save("gpu_operator", arguments.output, rows, picture, device=arguments.device)
+    save("gpu_operator", arguments.output, rows, picture, device=arguments.device, goals=goals(rows))
 
 
 def add_part(parts) -> None:
@@ -192,6 +210,6 @@ def add_part(parts) -> None:
     parser = parts.add_parser(
         "operator", parents=[options], help="the operator's time, ratios and share of the roofline"
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 197, 512, 1024, 4096, 16384, 65536])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 197, 512, 1024, 2048, 4096, 16384, 65536])
     parser.add_argument("--batch_tokens", type=int, default=16384, help="tokens in a batch (at least one row)")
     parser.add_argument("--ceiling_size", type=int, default=8192, help="rows and columns of the large product")

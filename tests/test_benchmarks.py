@@ -167,6 +167,32 @@ def test_two_causal_calls_are_the_operator(bench, decay):
     torch.testing.assert_close(out, bidirectional_linear_attention(query, key, value, log_decay))
 
 
+def test_goals_are_met_or_not(bench):
+    def operator(name, length, mode="forward + backward", **measured):
+        return {"operator": name, "length": length, "mode": mode, **measured}
+
+    times = {"/ SDPA flash": 0.2, "roofline %": 60.0, "LION / it": math.nan}
+    rows = [operator("LION decay", 4096, **times), operator("LION decay", 16384, **times | {"roofline %": 40.0})]
+    rows += [operator("LION decay", 4096, mode="forward", **times), operator("torch decay", 4096, **times)]
+    rows += [operator("simple_gla decay", length, **times | {"LION / it": 0.3}) for length in (1024, 2048)]
+    found = {row["goal"]: row["met"] for row in bench.gpu_operator.goals(rows)}
+    assert found == {
+        "LION decay / SDPA flash, 4096": "yes",
+        "LION decay, roofline %, 4096": "yes",
+        "LION decay / SDPA flash, 16384": "no",
+        "LION decay, roofline %, 16384": "no",
+        "LION / simple_gla decay, 2048": "yes",
+    }
+    steps = [("vit", "no", 1.0), ("decay", "no", 1.05), ("decay-snake", "yes", 1.05), ("lit", "yes", math.nan)]
+    rows = [{"case": "image 224", "model": m, "compiled": c, "/ SDPA twin": ratio} for m, c, ratio in steps]
+    found = {row["goal"]: row["met"] for row in bench.gpu_models.goals(rows)}
+    assert found == {
+        "decay / SDPA twin, image 224": "no",
+        "decay-snake / SDPA twin, image 224, compiled": "yes",
+        "lit / SDPA twin, image 224, compiled": "no",
+    }
+
+
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("variant", ["lit", "decay", "selective"])
 def test_least_work_is_linear_in_the_end(bench, variant, backward):
