@@ -3,6 +3,7 @@
     python benchmarks/bench_models.py                      # text and images, training steps and inference
     python benchmarks/bench_models.py --lengths 128 512 --variants selective
     python benchmarks/bench_models.py --bf16               # each model under bfloat16 autocast as well
+    python benchmarks/bench_models.py --floor              # and the twin with attention that costs nothing
 
 All models of one case are timed in turn in one process; a ratio below 1 means LION is faster than the twin in the same
 precision, "over float32" is a model under autocast over itself without. Dropout is 0, weights are random. Text: 2 layers
@@ -12,9 +13,11 @@ layers).
 """
 
 import argparse
+import copy
 
 import torch
 from common import alternate, image_models, print_table, save, text_models
+from transformers import AttentionInterface
 
 
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -39,8 +42,20 @@ def inference(model, inputs, bf16=False):
     return run
 
 
+def no_mixing(module, query, key, value, *arguments, **options):
+    """In the place of attention: every token reads itself alone, so that a step still has all projections to train."""
+    return (query + key + value).transpose(1, 2), None
+
+
+AttentionInterface.register("floor", no_mixing)
+
+
 def compare(name, models, inputs, arguments, rows):
     peer = next(iter(models))
+    if arguments.floor:
+        floor = copy.deepcopy(models[peer])
+        floor.set_attn_implementation("floor")
+        models = {peer: models[peer], "floor": floor, **models}
     for mode, wrap in (("train", train_step), ("inference", inference)):
         for model in models.values():
             model.train(mode == "train")
@@ -71,6 +86,7 @@ def main():
     parser.add_argument("--masked_lm", action="store_true", help="with the masked-LM head (vocabulary 30522) instead")
     parser.add_argument("--format", default="auto", help="LION's format")
     parser.add_argument("--bf16", action="store_true", help="time every model under bfloat16 autocast as well")
+    parser.add_argument("--floor", action="store_true", help="also time the twin with its attention taken out")
     parser.add_argument("--no_images", action="store_true")
     parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each comparison, at least")
     parser.add_argument("--rounds", type=int, default=3)
@@ -95,7 +111,9 @@ def main():
 
     def picture(axis):
         steps = [row for row in rows if row["mode"] == "train" and row["case"].startswith("text")]
-        for variant, precision in dict.fromkeys((r["model"], r["precision"]) for r in steps if r["model"] != "bert"):
+        for variant, precision in dict.fromkeys(
+            (r["model"], r["precision"]) for r in steps if r["model"] not in ("bert", "floor")
+        ):
             chosen = [r for r in steps if (r["model"], r["precision"]) == (variant, precision)]
             lengths, style = [int(r["case"].split()[1]) for r in chosen], "o-" if precision == "float32" else "s--"
             axis.plot(lengths, [r["ratio"] for r in chosen], style, label=f"{variant}, {precision}")

@@ -104,10 +104,10 @@ def run_script(monkeypatch, name, folder, *arguments):
 
 def test_models_are_timed_in_both_precisions(monkeypatch, tmp_path):
     rows = run_script(
-        monkeypatch, "bench_models", tmp_path, "--lengths", "8", "--tokens", "16", "--rounds", "1", "--bf16"
+        monkeypatch, "bench_models", tmp_path, "--lengths", "8", "--tokens", "16", "--rounds", "1", "--bf16", "--floor"
     )
     cases = {(row["case"], row["model"], row["precision"], row["mode"]) for row in rows}
-    assert len(rows) == len(cases) == 2 * 2 * (4 + 6 + 6)
+    assert len(rows) == len(cases) == 2 * 2 * (5 + 7 + 7)
     assert all(row["ratio"] == 1 for row in rows if row["model"] in ("bert", "vit"))
     assert all(row["over float32"] == 1 for row in rows if row["precision"] == "float32")
 

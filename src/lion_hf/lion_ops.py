@@ -49,7 +49,7 @@ _BACKEND = os.environ.get("LION_BACKEND", "").lower()
 # decay. Measured on 2 CPU cores by `python benchmarks/bench_ops.py --crossover` (forward + backward, head width 64).
 # The accelerator row is an estimate from arithmetic intensity: not yet timed on a GPU.
 CROSSOVER = {
-    "cpu": {"none": 80, "head": 256, "token": 256},
+    "cpu": {"none": 80, "head": 224, "token": 208},
     "accelerator": {"none": 256, "head": 1024, "token": 1024},
 }
 
