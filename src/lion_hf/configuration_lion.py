@@ -185,7 +185,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             first token); only outputs at padded positions differ. By default in training on a CPU, outside
             `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average (3 at base width);
             `True`: in every batch, `False`: in none. Never where the hidden states of all layers, attentions or attention
-            dropout are asked for, which need the batch as it is. Can be changed at any time.
+            dropout are asked for, which need the batch as it is, nor in float16 and exported graphs. Can be changed at any time.
         classifier_dropout (`float`, *optional*):
             Dropout before the classification heads; `hidden_dropout_prob` by default.
 
