@@ -16,8 +16,10 @@ import argparse
 import copy
 
 import torch
-from common import alternate, image_models, print_table, save, text_models
+from common import VARIANTS, alternate, count, image_models, output_folder, print_table, save, text_models, token_axis
 from transformers import AttentionInterface
+
+from lion_hf.lion_checks import FORMATS
 
 
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -79,18 +81,18 @@ def compare(name, models, inputs, arguments, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 2048, 8192])
-    parser.add_argument("--variants", nargs="+", default=["lit", "decay", "selective"])
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens in a batch (at least one row)")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--tokens", type=count, default=1024, help="tokens in a batch (at least one row)")
+    parser.add_argument("--layers", type=count, default=2)
     parser.add_argument("--masked_lm", action="store_true", help="with the masked-LM head (vocabulary 30522) instead")
-    parser.add_argument("--format", default="auto", help="LION's format")
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="LION's format, in text")
     parser.add_argument("--bf16", action="store_true", help="time every model under bfloat16 autocast as well")
     parser.add_argument("--floor", action="store_true", help="also time the twin with its attention taken out")
     parser.add_argument("--no_images", action="store_true")
     parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each comparison, at least")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []
@@ -111,16 +113,17 @@ def main():
 
     def picture(axis):
         steps = [row for row in rows if row["mode"] == "train" and row["case"].startswith("text")]
-        for variant, precision in dict.fromkeys(
-            (r["model"], r["precision"]) for r in steps if r["model"] not in ("bert", "floor")
-        ):
-            chosen = [r for r in steps if (r["model"], r["precision"]) == (variant, precision)]
-            lengths, style = [int(r["case"].split()[1]) for r in chosen], "o-" if precision == "float32" else "s--"
-            axis.plot(lengths, [r["ratio"] for r in chosen], style, label=f"{variant}, {precision}")
+        for precision, style in {"float32": "o-", "bfloat16": "s--"}.items():
+            for number, variant in enumerate(arguments.variants):
+                chosen = [r for r in steps if (r["model"], r["precision"]) == (variant, precision)]
+                if chosen:
+                    lengths, ratios = zip(*((int(r["case"].split()[1]), r["ratio"]) for r in chosen), strict=True)
+                    axis.plot(lengths, ratios, style, color=f"C{number}", label=f"{variant}, {precision}")
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", xlabel="tokens", ylabel="training step / BERT with SDPA", title="below 1 is faster")
-        axis.set_xticks(arguments.lengths, arguments.lengths)
-        axis.legend()
+        axis.set(ylabel="training step / BERT with SDPA", title="below 1 is faster")
+        token_axis(axis, arguments.lengths)
+        if steps:
+            axis.legend()
 
     save("bench_models", arguments.output, rows, picture)
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import alternate, draw_lines, peak_memory, print_table, save
+from common import alternate, count, draw_lines, output_folder, peak_memory, print_table, save, token_axis
 
 from lion_hf import bidirectional_linear_attention
 
@@ -147,16 +147,16 @@ def crossover(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 2048, 8192, 16384])
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens in a batch (at least one row)")
-    parser.add_argument("--chunk_size", type=int, default=64)
+    parser.add_argument("--lengths", type=count, nargs="+", default=[128, 512, 2048, 8192, 16384])
+    parser.add_argument("--tokens", type=count, default=2048, help="tokens in a batch (at least one row)")
+    parser.add_argument("--chunk_size", type=count, default=64)
     parser.add_argument("--longest_softmax", type=int, default=8192)
     parser.add_argument("--longest_attention", type=int, default=2048)
-    parser.add_argument("--memory_length", type=int, default=8192)
+    parser.add_argument("--memory_length", type=count, default=8192)
     parser.add_argument("--inference", action="store_true")
     parser.add_argument("--crossover", action="store_true")
     parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each comparison, at least")
-    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
     parser.add_argument("--one_case", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -169,7 +169,8 @@ def main():
         def picture(axis):
             draw_lines(axis, rows, "length", "chunk / attention", "decay")
             axis.axhline(1, color="grey", linewidth=0.8)
-            axis.set(xscale="log", xlabel="tokens", ylabel="time of chunk / time of attention form, by kind of decay")
+            axis.set(ylabel="time of chunk / time of attention form", title="by kind of decay; below 1 chunk is faster")
+            token_axis(axis, [row["length"] for row in rows if row["decay"] == KINDS[0]])
 
         save("crossover", arguments.output, rows, picture)
         return
@@ -180,7 +181,11 @@ def main():
 
     def picture(axis):
         draw_lines(axis, rows, "length", "us per token", "operator")
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds per token, 12 heads of 64")
+        mode = "forward" if arguments.inference else "forward + backward"
+        axis.set(
+            yscale="log", ylabel="microseconds per token", title=f"decay and form, {mode}, {HEADS} heads of {WIDTH}"
+        )
+        token_axis(axis, arguments.lengths)
 
     save("bench_ops", arguments.output, rows + memory_rows, picture)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from bench_models import BASE, train_step
-from common import alternate, print_table, save
+from common import VARIANTS, alternate, count, output_folder, print_table, save
 from transformers import DataCollatorWithFlattening
 
 from lion_hf import LionConfig, LionModel
@@ -25,14 +25,22 @@ from lion_hf import LionConfig, LionModel
 VOCABULARY = 30522
 
 
+def text_folder(text):
+    """Type of an option: a folder with .txt files."""
+    folder = Path(text)
+    if not any(folder.glob("*.txt")):
+        raise argparse.ArgumentTypeError(f"{text} is not a folder with .txt files")
+    return folder
+
+
 def documents(folder):
     if folder is None:
         from pydoc_data.topics import topics
 
         yield from topics.values()
         return
-    for file in sorted(Path(folder).glob("*.txt")):
-        text = file.read_text(encoding="utf-8")
+    for file in sorted(folder.glob("*.txt")):
+        text = file.read_text(encoding="utf-8", errors="replace")  # only words are counted
         yield from text.split("\n\n" if "\n\n" in text else "\n")
 
 
@@ -74,16 +82,18 @@ def steps(model, batches, unpad):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with .txt files; the topics of Python's help() without it")
-    parser.add_argument("--variants", nargs="+", default=["lit", "decay", "selective"])
-    parser.add_argument("--shortest", type=int, default=128)
-    parser.add_argument("--longest", type=int, default=2048)
-    parser.add_argument("--rows", type=int, default=8, help="documents in a batch")
-    parser.add_argument("--batches", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument(
+        "--data", type=text_folder, help="folder with .txt files; the topics of Python's help() without it"
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--shortest", type=count, default=128)
+    parser.add_argument("--longest", type=count, default=2048)
+    parser.add_argument("--rows", type=count, default=8, help="documents in a batch")
+    parser.add_argument("--batches", type=count, default=4)
+    parser.add_argument("--layers", type=count, default=2)
     parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each variant, at least")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--rounds", type=count, default=3)
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     lengths = draw_lengths(arguments, parser)

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import alternate, print_table, save
+from common import alternate, count, output_folder, print_table, save
 from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -107,10 +107,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a digits classifier; trained on the spot by default")
     parser.add_argument("--preset", default="lion-s-base", help="size of the text encoder that is timed")
-    parser.add_argument("--layers", type=int, default=2, help="its layers")
+    parser.add_argument("--layers", type=count, default=2, help="its layers")
     parser.add_argument("--compile", action="store_true", help="time compiled models, too")
     parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each comparison, at least")
-    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

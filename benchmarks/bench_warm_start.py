@@ -24,10 +24,12 @@ def hidden_states(model, inputs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name of a BERT with its tokenizer")
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="file of lines")
     parser.add_argument("--lines", type=int, default=32)
     parser.add_argument("--max_length", type=int, default=128)
     arguments = parser.parse_args()
+    if not arguments.text.is_file():
+        parser.error(f"--text: there is no file {arguments.text}; give one of lines of text.")
     lines = [line for line in arguments.text.read_text(encoding="utf-8").splitlines() if line.strip()][
         : arguments.lines
     ]

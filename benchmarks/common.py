@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -22,6 +23,32 @@ from lion_hf import LionConfig, LionForImageClassification, LionForMaskedLM, Lio
 
 Candidate = Callable[[], object]
 CPU = torch.device("cpu")
+VARIANTS = ("lit", "decay", "selective")
+
+
+def count(text: str) -> int:
+    """Type of an option: a whole number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} was given; it must be at least 1")
+    return number
+
+
+def output_folder(text: str) -> Path:
+    """Type of an option: a folder that can be written to, told before anything is timed. `save` makes it."""
+    folder = Path(text)
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
+        raise argparse.ArgumentTypeError(f"{nearest} is not a folder that can be written to")
+    return folder
+
+
+def usable_device(text: str) -> torch.device:
+    """Type of an option: a device that is there."""
+    try:
+        return torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError) as error:  # of an unknown name, and of a PyTorch built without it
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def wall_time(run: Candidate) -> float:
@@ -94,17 +121,17 @@ def gpu_options(main: Callable, seconds: float, rounds: int) -> argparse.Argumen
     """The options that all parts of bench_gpu.py have; `device` is the GPU where there is one."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.set_defaults(main=main)
-    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=seconds, help="time spent on each comparison, at least")
-    parser.add_argument("--rounds", type=int, default=rounds, help="repeats of each candidate, at least")
-    parser.add_argument("--output", default="benchmarks/results")
+    parser.add_argument("--rounds", type=count, default=rounds, help="repeats of each candidate, at least")
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
     return parser
 
 
 def peak_memory(script: str, *arguments: str) -> float:
     """MiB that `python script arguments` reports on its last line: each case needs a process of its own."""
     command = [sys.executable, script, *arguments]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def device_memory(run: Candidate, device: torch.device) -> float:
@@ -168,7 +195,9 @@ def print_table(rows: Sequence[dict[str, object]]) -> None:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return "n/a" if math.isnan(value) else f"{value:.3g}"
+        if math.isnan(value):
+            return "n/a"
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)
 
 
@@ -186,22 +215,28 @@ def draw_lines(axis, rows: list[dict[str, object]], x: str, y: str, name: str) -
     axis.legend(fontsize=7)
 
 
+def token_axis(axis, lengths: Sequence[int]) -> None:
+    """A logarithmic axis of tokens with plain numbers where something was measured."""
+    axis.set(xscale="log", xlabel="tokens")
+    axis.set_xticks(lengths, lengths)
+    axis.minorticks_off()
+
+
 def save(
     name: str,
-    output: str,
+    folder: Path,
     rows: list[dict[str, object]],
     picture: Callable[..., None],
     panels: int = 1,
     device: torch.device = CPU,
     goals: Sequence[dict[str, object]] = (),
 ) -> None:
-    """Writes OUTPUT/name.json and OUTPUT/name.png; `picture` draws on as many matplotlib axes as there are panels."""
+    """Writes FOLDER/name.json and FOLDER/name.png; `picture` draws on as many matplotlib axes as there are panels."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine(device), "rows": _without_nan(rows)}
     if goals:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from common import alternate, device_timer, draw_lines, failures, gpu_options, print_table, save
+from common import alternate, count, device_timer, draw_lines, failures, gpu_options, print_table, save, token_axis
 from gpu_operator import KINDS, Inputs, lion
 
 
@@ -79,7 +79,7 @@ def require_kernels(device: torch.device) -> None:
     try:
         from lion_hf import lion_triton
     except ImportError as error:
-        raise argparse.ArgumentError(None, str(error)) from error
+        raise argparse.ArgumentError(None, f"autotune times the fused kernels, and {error}") from error
     reason = lion_triton.unsupported(*Inputs(1, 1, device).leaves)
     if reason is not None:
         raise argparse.ArgumentError(None, f"autotune times the kernels alone, and {reason}")
@@ -98,7 +98,8 @@ def main(arguments) -> None:
         drawn = [row | {"full / chunk": row["full"] / row[f"chunk {chunk}"]} for row in chunk_rows]
         draw_lines(axis, drawn, "length", "full / chunk", "decay")
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=f"full form / chunks of {chunk}")
+        token_axis(axis, arguments.lengths)
+        axis.set(yscale="log", ylabel=f"full form / chunks of {chunk}")
 
     save("gpu_autotune", arguments.output, tile_rows + chunk_rows, picture, device=arguments.device)
 
@@ -106,9 +107,11 @@ def main(arguments) -> None:
 def add_part(parts) -> None:
     options = gpu_options(main, seconds=1.0, rounds=10)
     parser = parts.add_parser("autotune", parents=[options], help="the constants of the kernels, and CROSSOVER")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 197, 256, 512, 1024, 2048, 4096, 16384, 65536])
-    parser.add_argument("--batch_tokens", type=int, default=16384, help="tokens in a batch (at least one row)")
-    parser.add_argument("--tiles", type=int, nargs="+", default=[32, 64, 128], help="tokens in a tile, powers of two")
-    parser.add_argument("--warps", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
-    parser.add_argument("--chunks", type=int, nargs="+", default=[128, 256, 512, 1024])
+    parser.add_argument(
+        "--lengths", type=count, nargs="+", default=[128, 197, 256, 512, 1024, 2048, 4096, 16384, 65536]
+    )
+    parser.add_argument("--batch_tokens", type=count, default=16384, help="tokens in a batch (at least one row)")
+    parser.add_argument("--tiles", type=count, nargs="+", default=[32, 64, 128], help="tokens in a tile, powers of two")
+    parser.add_argument("--warps", type=count, nargs="+", default=[4, 8])
+    parser.add_argument("--stages", type=count, nargs="+", default=[2, 3])
+    parser.add_argument("--chunks", type=count, nargs="+", default=[128, 256, 512, 1024])

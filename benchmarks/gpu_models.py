@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import torch
 from common import (
+    VARIANTS,
     alternate,
+    count,
     device_memory,
     device_timer,
     draw_lines,
@@ -24,7 +26,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 # Most of the time of the twin with SDPA, by case; images in snake order may take a little more.
 GOALS = {"image 224": 1.0, "text 128": 1.0, "text 512": 1.0, "text 2048": 0.7, "text 8192": 0.38}
 SNAKE_GOAL = 1.1
-VARIANTS = ["lit", "decay", "selective"]
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
 LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096, "num_hidden_layers": 24}
 
@@ -152,15 +153,15 @@ def resolution(arguments) -> None:
 def add_parts(parts) -> None:
     options = gpu_options(training, seconds=5.0, rounds=5)
     parser = parts.add_parser("training", parents=[options], help="training steps and their memory")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[128, 512, 2048, 8192])
-    parser.add_argument("--batch_tokens", type=int, default=32768, help="tokens in a batch (at least one row)")
+    parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192])
+    parser.add_argument("--batch_tokens", type=count, default=32768, help="tokens in a batch (at least one row)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--image_batch", type=int, default=256)
+    parser.add_argument("--image_size", type=count, default=224)
+    parser.add_argument("--image_batch", type=count, default=256)
     parser.add_argument("--no_images", action="store_true")
     parser.add_argument("--no_compile", action="store_true")
     options = gpu_options(resolution, seconds=3.0, rounds=3)
     parser = parts.add_parser("resolution", parents=[options], help="image inference by resolution")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512, 768, 1024, 1536, 2048, 2496])
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--sizes", type=count, nargs="+", default=[224, 512, 768, 1024, 1536, 2048, 2496])
+    parser.add_argument("--batch", type=count, default=8)
     parser.add_argument("--variant", choices=VARIANTS, default="selective")

@@ -10,7 +10,18 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from common import alternate, device_timer, draw_lines, failures, goal, gpu_options, print_table, save
+from common import (
+    alternate,
+    count,
+    device_timer,
+    draw_lines,
+    failures,
+    goal,
+    gpu_options,
+    print_table,
+    save,
+    token_axis,
+)
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -200,7 +211,8 @@ def main(arguments) -> None:
         drawn = [row for row in rows if row["mode"] != "forward" and "LION" in row["operator"]]
         draw_lines(axis, drawn, "length", "/ SDPA flash", "operator")
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="forward + backward / flash SDPA")
+        token_axis(axis, arguments.lengths)
+        axis.set(yscale="log", ylabel="forward + backward / flash SDPA")
 
     save("gpu_operator", arguments.output, rows, picture, device=arguments.device, goals=goals(rows))
 
@@ -210,6 +222,6 @@ def add_part(parts) -> None:
     parser = parts.add_parser(
         "operator", parents=[options], help="the operator's time, ratios and share of the roofline"
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 197, 512, 1024, 2048, 4096, 16384, 65536])
-    parser.add_argument("--batch_tokens", type=int, default=16384, help="tokens in a batch (at least one row)")
-    parser.add_argument("--ceiling_size", type=int, default=8192, help="rows and columns of the large product")
+    parser.add_argument("--lengths", type=count, nargs="+", default=[128, 197, 512, 1024, 2048, 4096, 16384, 65536])
+    parser.add_argument("--batch_tokens", type=count, default=16384, help="tokens in a batch (at least one row)")
+    parser.add_argument("--ceiling_size", type=count, default=8192, help="rows and columns of the large product")

@@ -133,6 +133,24 @@ def test_packing_is_timed_on_documents_of_a_folder(monkeypatch, tmp_path):
     assert all(row["tokens/s"] > 0 for row in rows) and rows[0]["ratio"] == 1
 
 
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("bench_models", ["--variants", "selectiv"], "invalid choice: 'selectiv'"),
+        ("bench_models", ["--lengths", "0"], "must be at least 1"),
+        ("bench_models", ["--output", __file__], "not a folder that can be written to"),
+        ("bench_packing", ["--data", "nowhere"], "nowhere is not a folder with .txt files"),
+        ("bench_gpu", ["operator", "--device", "gpu"], "'gpu' cannot be used"),
+        ("bench_warm_start", ["--model", "bert", "--text", "nowhere.txt"], "no file nowhere.txt"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_timed(bench, monkeypatch, capsys, script, arguments, message):
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script).main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_crossover_is_timed(monkeypatch, tmp_path):
     rows = run_script(monkeypatch, "bench_ops", tmp_path, "--crossover", "--tokens", "32")
     assert {row["decay"] for row in rows} == {"none", "head", "token"}
