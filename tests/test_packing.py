@@ -119,6 +119,7 @@ def test_compiled_code_takes_any_bounds():
 @pytest.mark.parametrize(
     "cu_seqlens, message",
     [
+        ([0, 6], r"cu_seqlens is a list; .* torch.tensor\(cu_seqlens\)"),
         (torch.tensor([0.0, 6.0]), r"shape \(2,\) and dtype torch.float32; it must be int32 or int64"),
         (torch.tensor([[0, 6]]), r"shape \(1, 2\)"),
         (torch.tensor([0]), r"at least one sequence"),
@@ -272,6 +273,7 @@ def test_sequences_are_classified_one_by_one():
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"cu_seq_lens_q": [0, 4, 6]}, "cu_seqlens is a list"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 5])}, "runs from 0 to 5 .* the 6 tokens"),
         ({"cu_seq_lens_q": torch.tensor([0, 0, 6])}, "is empty and has no first token"),
         ({"seq_idx": torch.tensor([[0, 0, 1]])}, r"seq_idx has shape \(1, 3\) .* must be \(1, 6\)"),

@@ -58,6 +58,11 @@ def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
     """Raises ValueError unless `cu_seqlens` divides a single row of `length` tokens into sequences."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(
+            f"cu_seqlens is a {type(cu_seqlens).__name__}; it must be an int32 or int64 tensor of shape (sequences + 1,). Use "
+            "torch.tensor(cu_seqlens)."
+        )
     if batch != 1:
         raise ValueError(
             f"cu_seqlens was given with a batch of {batch}; sequences are packed into a single row, so the batch must be "

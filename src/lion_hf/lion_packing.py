@@ -50,7 +50,7 @@ def packed_bounds(
         if starts is None:
             return None
         cu_seqlens = F.pad(starts.nonzero().squeeze(1), (0, 1), value=len(starts))
-    cu_seqlens = cu_seqlens.cpu()
+    cu_seqlens = cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     check_cu_seqlens(cu_seqlens, batch, length)
     return cu_seqlens if len(cu_seqlens) > 2 else None
 
