@@ -30,6 +30,12 @@ def test_the_feature_map_and_its_gradient_are_those_of_the_paper(mask_type):
     assert torch.autograd.gradcheck(feature_map(mask_type), x)
 
 
+@pytest.mark.parametrize("mask_type", ["lit", "decay", "selective"])
+def test_the_feature_map_has_a_second_derivative_for_what_is_built_on_the_attention_matrix(mask_type):
+    x = torch.randn(1, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(feature_map(mask_type), x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_feature_map_rounds_once_in_half_precision(dtype):
     x = (4 * torch.randn(2, 3, 5, 8)).to(dtype).requires_grad_()

@@ -4,7 +4,6 @@ import os
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
@@ -214,9 +213,11 @@ class _UnitSiLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         x, y, norm = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: the norm kept has no graph
+            features = F.normalize(F.silu(_at_least_float32(x)) + 0.5, dim=-1).to(x.dtype)
+            return torch.autograd.grad(features, x, dy, create_graph=True)[0]
         dy, y = dy.to(norm.dtype), y.to(norm.dtype)
         dx = torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True), value=-1).div_(norm)
         return torch.ops.aten.silu_backward(dx, x.to(norm.dtype)).to(x.dtype)
