@@ -177,6 +177,20 @@ def test_question_answering_loss_is_the_mean_over_start_and_end():
     assert model(**text_inputs(), start_positions=start).loss is None
 
 
+@pytest.mark.parametrize(
+    "start, end, message", [(0, 4, r"start_positions\[1\] is 0"), (3, -1, r"end_positions\[1\] is 0")]
+)
+def test_answers_on_padding_are_refused(start, end, message):
+    model, ids = build(lion_hf.LionForQuestionAnswering), torch.randint(1, 50, (2, 6))
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]])
+    labels = {"start_positions": torch.tensor([0, start]), "end_positions": torch.tensor([5, end])}
+    with pytest.raises(ValueError, match=message + ", where attention_mask is 0"):
+        model(ids, mask, **labels)
+    assert model(
+        ids, mask, start_positions=torch.tensor([0, 2]), end_positions=torch.tensor([[5], [9]])
+    ).loss.isfinite()
+
+
 def test_multiple_choice_scores_each_choice_as_a_text_of_its_own():
     model = build(lion_hf.LionForMultipleChoice)
     inputs = inputs_for(lion_hf.LionForMultipleChoice)

@@ -446,7 +446,8 @@ class LionForQuestionAnswering(LionPreTrainedModel):
         r"""
         start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             First and last token of the answer. The loss is the mean of both cross entropies, each over the real tokens
-            of a row, so that its padding counts for nothing.
+            of a row, so that its padding counts for nothing. One beyond the row is left out; one on padding raises
+            ValueError (on the CPU, outside compiled graphs: an accelerator would have to be waited for).
         """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
@@ -455,6 +456,8 @@ class LionForQuestionAnswering(LionPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             key_mask = _key_mask(attention_mask, *start_logits.shape)
+            for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
+                _check_answers(name, positions, key_mask)
             scores = (_real_scores(logits, key_mask) for logits in (start_logits, end_logits))
             loss = self.loss_function(*scores, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
@@ -463,6 +466,21 @@ class LionForQuestionAnswering(LionPreTrainedModel):
             end_logits=end_logits.contiguous(),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+        )
+
+
+def _check_answers(name: str, positions: Tensor, key_mask: Tensor | None) -> None:
+    """Raises ValueError for a label that stands on padding, which no score could ever choose."""
+    if key_mask is None or not values_can_be_read(positions):
+        return
+    positions = positions.flatten().clamp(min=0)  # as the loss does
+    outside = positions >= key_mask.shape[1]
+    masked = ~outside & ~key_mask.gather(1, positions.masked_fill(outside, 0)[:, None])[:, 0]
+    if bool(masked.any()):
+        row = int(masked.nonzero()[0])
+        raise ValueError(
+            f"{name}[{row}] is {int(positions[row])}, where attention_mask is 0; an answer must stand on real tokens. For no "
+            "answer give the first real token, or a position beyond the row to leave the row out of the loss."
         )
 
 
