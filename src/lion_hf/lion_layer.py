@@ -138,8 +138,7 @@ class LionMixer(TokenMixer):
         """
         query, key, value = self.project(hidden_states)
         if self.is_image:
-            # Autocast normalises in float32, from which the operator would take its precision.
-            query, key = (self._feature_map(x).to(value.dtype) for x in (query, key))
+            query, key = self._feature_map(query), self._feature_map(key)
         dropout = 0.0 if self.is_image or not self.training else self.config.attention_probs_dropout_prob
         form = {"format": self.config.format, "chunk_size": self.config.chunk_size}
         weights = None
