@@ -19,7 +19,7 @@ import torch
 from common import VARIANTS, alternate, count, image_models, output_folder, print_table, save, text_models, token_axis
 from transformers import AttentionInterface
 
-from lion_hf.lion_checks import FORMATS
+from lion_hf.ops.checks import FORMATS
 
 
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}

@@ -17,7 +17,7 @@ def kernels(inputs: Inputs, format: str, variant: str, constants: dict[str, int]
     run = inputs.runner(lion(format, "triton"), variant)
 
     def with_constants():
-        with mock.patch.multiple("lion_hf.lion_triton", **constants):
+        with mock.patch.multiple("lion_hf.ops.triton.launch", **constants):
             run()
 
     return with_constants

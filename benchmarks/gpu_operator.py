@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lion_hf import bidirectional_linear_attention, lion_ops
+from lion_hf import bidirectional_linear_attention
+from lion_hf.ops import api as lion_ops
 
 
 HEADS, WIDTH = 12, 64

@@ -20,7 +20,7 @@ from common import print_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lion_hf import lion_triton
+from lion_hf.ops.triton import launch as lion_triton
 
 
 POINTERS = {

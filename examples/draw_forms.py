@@ -13,7 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from lion_hf.lion_scan_order import snake_orders
+from lion_hf.ops.scans import snake_orders
 
 
 CHUNK = 6

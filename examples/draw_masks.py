@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from lion_hf.lion_ops import attention_scores
+from lion_hf.ops.api import attention_scores
 
 
 matplotlib.use("Agg")

@@ -13,7 +13,7 @@ from models import spread_decays, text_config, vision_config
 from safetensors.torch import load_file
 
 import lion_hf
-from lion_hf.convert_names import revert_text_state_dict, revert_vision_state_dict
+from lion_hf.convert.names import revert_text_state_dict, revert_vision_state_dict
 
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -11,9 +11,9 @@ from models import vision_config
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BertTokenizer, pipeline
 
-from lion_hf.convert_companions import image_processor, load_tokenizer
-from lion_hf.convert_lion_checkpoint import convert_checkpoint, main
-from lion_hf.convert_source import ConversionError, read_source
+from lion_hf.convert.command import convert_checkpoint, main
+from lion_hf.convert.companions import image_processor, load_tokenizer
+from lion_hf.convert.source import ConversionError, read_source
 
 
 def tokenizer_folder(path, size):

@@ -7,8 +7,8 @@ import torch
 from checkpoints import bare_image, bare_text, composer, deit, golden
 from models import VARIANTS
 
-from lion_hf.convert_config import infer_config
-from lion_hf.convert_source import ConversionError, interpret
+from lion_hf.convert.config import infer_config
+from lion_hf.convert.source import ConversionError, interpret
 
 
 ALL_FLAGS = {"mask_type": "lit", "num_attention_heads": 3, "cls_tok": True, "order": "normal", "image_size": 16}

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import lion_hf
-from lion_hf import convert_lion_checkpoint as command
+from lion_hf.convert import command as command
 
 
 AUTO = {
@@ -216,7 +216,7 @@ class Hostile:
 
 def test_the_module_runs_as_a_command_and_refuses_a_hostile_pickle_in_one_line(tmp_path, out):
     source = save({"model": Hostile(tmp_path / "marker")}, tmp_path / "source.pth")
-    module = [sys.executable, "-m", "lion_hf.convert_lion_checkpoint"]
+    module = [sys.executable, "-m", "lion_hf.convert.command"]
     done = subprocess.run([*module, source, out], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     *others, last = done.stderr.splitlines()  # other libraries may greet the import of Transformers

@@ -4,8 +4,8 @@ import pytest
 import torch
 from checkpoints import IMAGE, TEXT, bare_text, save
 
-from lion_hf import convert_plan
-from lion_hf.convert_source import ConversionError, interpret, read_source
+from lion_hf.convert import plan as convert_plan
+from lion_hf.convert.source import ConversionError, interpret, read_source
 
 
 @pytest.mark.parametrize("source", [IMAGE, TEXT], ids=["image", "text"])

@@ -10,8 +10,8 @@ from models import VARIANTS, text_config, vision_config
 from safetensors.torch import load_file, save_file
 
 import lion_hf
-from lion_hf.convert_lion_checkpoint import convert_checkpoint, main, reverse_checkpoint
-from lion_hf.convert_source import ConversionError, read_source
+from lion_hf.convert.command import convert_checkpoint, main, reverse_checkpoint
+from lion_hf.convert.source import ConversionError, read_source
 
 
 def same_tensors(first, second):

@@ -12,7 +12,7 @@ import torch
 from checkpoints import IMAGE, TEXT, bare_image, bare_text, save
 from safetensors.torch import save_file
 
-from lion_hf.convert_source import ConversionError, _load, read_source
+from lion_hf.convert.source import ConversionError, _load, read_source
 
 
 class Hostile:

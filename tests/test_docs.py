@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import lion_hf
-import lion_hf.warm_start
-from lion_hf.lion_ops import CROSSOVER
+import lion_hf.convert.warm_start
+from lion_hf.ops.api import CROSSOVER
 
 
 ROOT = Path(__file__).parents[1]
@@ -97,4 +97,4 @@ def test_the_api_page_holds_every_public_name_with_its_docstring(tmp_path):
     assert "Bidirectional linear attention with a decay mask" in page
     assert "<strong>chunk_size" in page  # arguments are a list, not a paragraph
     warm_start = (tmp_path / "lion_hf" / "warm_start.html").read_text(encoding="utf-8")
-    assert all(f'id="{name}"' in warm_start for name in lion_hf.warm_start.__all__)
+    assert all(f'id="{name}"' in warm_start for name in lion_hf.convert.warm_start.__all__)

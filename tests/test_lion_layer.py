@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from lion_hf import LionVisionConfig
-from lion_hf.lion_layer import LionMixer
+from lion_hf.nn.layer import LionMixer
 
 
 def feature_map(mask_type):

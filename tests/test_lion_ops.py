@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from textbook import textbook
 
-from lion_hf import lion_forms
-from lion_hf.lion_ops import (
+from lion_hf.ops import forms as lion_forms
+from lion_hf.ops.api import (
     CROSSOVER,
     attention_scores,
     bidirectional_linear_attention,

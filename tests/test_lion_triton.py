@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lion_hf import lion_ops
-from lion_hf.lion_ops import bidirectional_linear_attention
+from lion_hf.ops import api as lion_ops
+from lion_hf.ops.api import bidirectional_linear_attention
 
 
-lion_triton = pytest.importorskip("lion_hf.lion_triton", reason="Triton is not installed", exc_type=ImportError)
+lion_triton = pytest.importorskip("lion_hf.ops.triton.launch", reason="Triton is not installed", exc_type=ImportError)
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

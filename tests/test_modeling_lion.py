@@ -7,7 +7,7 @@ from models import FORMS, TEXT_HEADS, VARIANTS, spread_decays, text_config, text
 from transformers.utils import logging as hf_logging
 
 import lion_hf
-from lion_hf import modeling_lion
+from lion_hf.models import modeling_lion as modeling_lion
 
 
 NAMES = {head.__name__: head for head in TEXT_HEADS}
@@ -508,7 +508,7 @@ def test_attentions_from_a_form_without_matrix_are_a_clear_error(form):
 
 def test_auto_takes_the_attention_form_for_attentions_at_any_length():
     model = build(lion_hf.LionModel, "decay", format="auto")
-    length = max(lion_hf.lion_ops.CROSSOVER["cpu"].values()) + 1
+    length = max(lion_hf.ops.api.CROSSOVER["cpu"].values()) + 1
     outputs = model(torch.randint(1, 61, (1, length)), output_attentions=True)
     assert outputs.attentions[0].shape == (1, 3, length, length)
 

@@ -3,7 +3,7 @@ import torch
 from models import FORMS, VARIANTS, spread_decays, text_config, vision_config
 
 import lion_hf
-from lion_hf.modeling_lion_vision import LionVisionDropPath
+from lion_hf.models.modeling_lion_vision import LionVisionDropPath
 
 
 HEADS = (lion_hf.LionVisionModel, lion_hf.LionForImageClassification)

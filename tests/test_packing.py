@@ -8,7 +8,8 @@ from models import FORMS, VARIANTS, spread_decays, text_config
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import lion_hf
-from lion_hf import bidirectional_linear_attention, modeling_lion
+from lion_hf import bidirectional_linear_attention
+from lion_hf.models import modeling_lion as modeling_lion
 
 
 KINDS = ("none", "head", "token")

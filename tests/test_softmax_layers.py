@@ -6,7 +6,7 @@ from models import FORMS, VARIANTS, spread_decays, text_config, text_inputs, vis
 from transformers import AutoConfig, AutoModel
 
 import lion_hf
-from lion_hf import lion_layer
+from lion_hf.nn import layer as lion_layer
 
 
 CONFIGS = {"text": text_config, "image": vision_config}

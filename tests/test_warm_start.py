@@ -23,8 +23,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 import lion_hf
-from lion_hf import warm_start
-from lion_hf.warm_start import from_bert, from_vit, head_windows, hidden_state_distillation_loss
+from lion_hf.convert import warm_start as warm_start
+from lion_hf.convert.warm_start import from_bert, from_vit, head_windows, hidden_state_distillation_loss
 
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}

@@ -18,10 +18,9 @@ from transformers import (
     BertTokenizer,
 )
 
-from .configuration_lion import PRESETS, LionConfig, LionVisionConfig
-from .convert_names import convert_text_state_dict, convert_vision_state_dict
-from .lion_ops import bidirectional_linear_attention
-from .modeling_lion import (
+from .convert.names import convert_text_state_dict, convert_vision_state_dict
+from .models.configuration_lion import PRESETS, LionConfig, LionVisionConfig
+from .models.modeling_lion import (
     LionForMaskedLM,
     LionForMultipleChoice,
     LionForQuestionAnswering,
@@ -30,13 +29,14 @@ from .modeling_lion import (
     LionModel,
     LionPreTrainedModel,
 )
-from .modeling_lion_vision import (
+from .models.modeling_lion_vision import (
     LionBackbone,
     LionForImageClassification,
     LionForMaskedImageModeling,
     LionVisionModel,
     LionVisionPreTrainedModel,
 )
+from .ops.api import bidirectional_linear_attention
 from .push import push
 from .save_with_code import save_with_code
 

@@ -9,7 +9,7 @@ import re
 import torch
 from torch import Tensor
 
-from .configuration_lion import LionConfig, LionVisionConfig
+from ..models.configuration_lion import LionConfig, LionVisionConfig
 
 
 # The authors' name: ours. {} is the number of a layer; a name that ends in a dot stands for all below it.

@@ -6,10 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .configuration_lion import SPELLINGS, LionConfig, LionVisionConfig
-from .convert_source import ConversionError, Source, first_line
-from .modeling_lion import LionForMaskedLM, LionForSequenceClassification
-from .modeling_lion_vision import LionForImageClassification
+from ..models.configuration_lion import SPELLINGS, LionConfig, LionVisionConfig
+from ..models.modeling_lion import LionForMaskedLM, LionForSequenceClassification
+from ..models.modeling_lion_vision import LionForImageClassification
+from .source import ConversionError, Source, first_line
 
 
 # Every name that the authors give a variant, in lower case; the last three are internal ones.

@@ -4,8 +4,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .configuration_lion import LionVisionConfig
-from .convert_source import ConversionError, Source, first_line
+from ..models.configuration_lion import LionVisionConfig
+from .source import ConversionError, Source, first_line
 
 
 # DeiT's evaluation: the shorter side to 256 pixels, of which the centre 224 are kept.

@@ -19,10 +19,10 @@ from transformers.utils import TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..nn.layer import LionMixer, LionPreTrainedMixin, TokenMixer, init_mixer, make_mixer, sequence_classification_loss
+from ..ops.checks import is_binary, is_exporting, values_can_be_read
+from ..ops.packing import LEAST_PADDING, UnpaddedRow, first_tokens, packed_bounds, packed_positions, unpad
 from .configuration_lion import LionConfig
-from .lion_checks import is_binary, is_exporting, values_can_be_read
-from .lion_layer import LionMixer, LionPreTrainedMixin, TokenMixer, init_mixer, make_mixer, sequence_classification_loss
-from .lion_packing import LEAST_PADDING, UnpaddedRow, first_tokens, packed_bounds, packed_positions, unpad
 
 
 logger = logging.get_logger(__name__)

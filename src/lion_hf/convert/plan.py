@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .configuration_lion import LionConfig, LionVisionConfig
-from .convert_config import infer_config
-from .convert_names import authors_name, convert_text_state_dict, convert_vision_state_dict
-from .convert_source import ConversionError, Source, first_line
-from .modeling_lion import LionForMaskedLM
+from ..models.configuration_lion import LionConfig, LionVisionConfig
+from ..models.modeling_lion import LionForMaskedLM
+from .config import infer_config
+from .names import authors_name, convert_text_state_dict, convert_vision_state_dict
+from .source import ConversionError, Source, first_line
 
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .lion_kernels import (
+from .kernels import (
     FLOOR,
     INTERPRETED,
     delta_kernel,

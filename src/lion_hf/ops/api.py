@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .lion_checks import check_arguments, check_cu_seqlens, is_exporting
-from .lion_forms import LionFunction, accumulation_dtype, attention_weights, walks_chunks
-from .lion_packing import map_sequences
+from .checks import check_arguments, check_cu_seqlens, is_exporting
+from .forms import LionFunction, accumulation_dtype, attention_weights, walks_chunks
+from .packing import map_sequences
 
 
 logger = logging.get_logger(__name__)
@@ -195,7 +195,7 @@ def _fused_kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> Call
     if _BACKEND == "torch" or not (_BACKEND or query.is_cuda) or form == "rnn" or is_exporting():
         return None
     try:
-        from .lion_triton import fused_linear_attention, unsupported
+        from .triton.launch import fused_linear_attention, unsupported
     except ImportError as error:
         reason = str(error)
     else:

@@ -40,10 +40,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .configuration_lion import LionConfig, LionVisionConfig
-from .convert_names import convert_text_state_dict
-from .lion_layer import LionMixer
-from .modeling_lion import (
+from ..models.configuration_lion import LionConfig, LionVisionConfig
+from ..models.modeling_lion import (
     LionForMaskedLM,
     LionForMultipleChoice,
     LionForQuestionAnswering,
@@ -51,7 +49,9 @@ from .modeling_lion import (
     LionForTokenClassification,
     LionModel,
 )
-from .modeling_lion_vision import LionForImageClassification, LionVisionModel
+from ..models.modeling_lion_vision import LionForImageClassification, LionVisionModel
+from ..nn.layer import LionMixer
+from .names import convert_text_state_dict
 
 
 logger = logging.get_logger(__name__)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .lion_checks import check_cu_seqlens, is_exporting
+from .checks import check_cu_seqlens, is_exporting
 
 
 # unpad=None removes padding where rows have this many features of it on average, positions times hidden_size: one row

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from .lion_ops import attention_scores, averaged_scans, bidirectional_linear_attention
-from .lion_packing import map_sequences
+from ..ops.api import attention_scores, averaged_scans, bidirectional_linear_attention
+from ..ops.packing import map_sequences
 
 
 class TokenMixer(nn.Module):

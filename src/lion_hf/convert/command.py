@@ -24,13 +24,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .configuration_lion import SPELLINGS
-from .convert_companions import image_processor, load_tokenizer, model_card
-from .convert_names import convert_text_state_dict, convert_vision_state_dict
-from .convert_plan import Plan, plan_conversion
-from .convert_reverse import authors_checkpoint, lost_names, read_folder, require_same_meaning
-from .convert_source import ConversionError, first_line, interpret, read_source
-from .save_with_code import holds_lion, save_with_code
+from ..models.configuration_lion import SPELLINGS
+from ..save_with_code import holds_lion, save_with_code
+from .companions import image_processor, load_tokenizer, model_card
+from .names import convert_text_state_dict, convert_vision_state_dict
+from .plan import Plan, plan_conversion
+from .reverse import authors_checkpoint, lost_names, read_folder, require_same_meaning
+from .source import ConversionError, first_line, interpret, read_source
 
 
 # ------------------------------------------------------------------------------------------------------------ writing

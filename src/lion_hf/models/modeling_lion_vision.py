@@ -21,8 +21,7 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_lion import LionVisionConfig
-from .lion_layer import (
+from ..nn.layer import (
     LionMixer,
     LionPreTrainedMixin,
     TokenMixer,
@@ -31,7 +30,8 @@ from .lion_layer import (
     make_mixer,
     sequence_classification_loss,
 )
-from .lion_scan_order import snake_orders
+from ..ops.scans import snake_orders
+from .configuration_lion import LionVisionConfig
 
 
 class LionVisionPatchEmbeddings(nn.Module):

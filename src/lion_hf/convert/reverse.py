@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .configuration_lion import LionConfig, LionVisionConfig
-from .convert_names import revert_text_state_dict, revert_vision_state_dict
-from .convert_source import ConversionError, first_line
+from ..models.configuration_lion import LionConfig, LionVisionConfig
+from .names import revert_text_state_dict, revert_vision_state_dict
+from .source import ConversionError, first_line
 
 
 _VISION_TYPES = {"lit": "Lit", "decay": "Decay", "selective": "Selective"}
