@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from .convert.names import convert_text_state_dict, convert_vision_state_dict
-from .models.configuration_lion import PRESETS, LionConfig, LionVisionConfig
+from .models.configuration_lion import PAPER_PRESETS, PRESETS, LionConfig, LionVisionConfig
 from .models.modeling_lion import (
     LionForMaskedLM,
     LionForMultipleChoice,
@@ -65,6 +65,7 @@ with contextlib.suppress(ImportError):
     AutoImageProcessor.register(LionVisionConfig, image_processor_classes={"pil": ViTImageProcessorPil}, exist_ok=True)
 
 __all__ = [
+    "PAPER_PRESETS",
     "PRESETS",
     "LionBackbone",
     "LionConfig",

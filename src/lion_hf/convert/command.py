@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..models.configuration_lion import SPELLINGS
+from ..models.configuration_lion import spellings
 from ..save_with_code import holds_lion, save_with_code
 from .companions import image_processor, load_tokenizer, model_card
 from .names import convert_text_state_dict, convert_vision_state_dict
@@ -224,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokenizer", metavar="NAME_OR_PATH", help="tokenizer to save beside a text model")
     unknown = parser.add_argument_group("what a bare state dict does not tell")
     add = unknown.add_argument
-    add("--mask-type", **choice, choices=SPELLINGS["mask_type"], help="the variant; shown by the decays if any")
+    add("--mask-type", **choice, choices=spellings("mask_type"), help="the variant; shown by the decays if any")
     add("--num-heads", type=int, dest="num_attention_heads", metavar="N", help="heads of a LION-LIT model")
     add("--cls-tok", **choice, choices=("true", "false"), help="images: classify from the class token")
     add("--order", **choice, choices=("normal", "s"), help="images: the scan of a LION-LIT model")

@@ -50,7 +50,7 @@ from ..models.modeling_lion import (
     LionModel,
 )
 from ..models.modeling_lion_vision import LionForImageClassification, LionVisionModel
-from ..nn.layer import LionMixer
+from ..nn.mixer import Mixer
 from .names import convert_text_state_dict
 
 
@@ -146,7 +146,7 @@ def from_bert(
     model = _filled(model_class(config), source, _bert_weights(source, config, with_head))
     encoder, norm = model.base_model, model.base_model.embeddings.norm
     for layer in encoder.layers:
-        if isinstance(layer.mixer, LionMixer):
+        if isinstance(layer.mixer, Mixer):
             _set_decays(layer.mixer, windows)
             _expand_softmax(layer.mixer, windows, length, norm)
         norm = layer.mlp_norm
@@ -179,7 +179,7 @@ def from_vit(
     model_class = model_class or _counterpart(source, _VIT_CLASSES)
     model = _filled(model_class(config), source, _vit_weights(source, config))
     for layer in model.base_model.layers:
-        if isinstance(layer.mixer, LionMixer):
+        if isinstance(layer.mixer, Mixer):
             _set_decays(layer.mixer, windows)
     return model
 
@@ -415,20 +415,14 @@ def _filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, 
 
 
 @torch.no_grad()
-def _set_decays(mixer: LionMixer, windows: Tensor) -> None:
+def _set_decays(mixer: Mixer, windows: Tensor) -> None:
     """Windows of the heads, in both scans of an image."""
-    logits = torch.log((windows - 1) / 2)
-    for name in mixer.decay_names:
-        gate = getattr(mixer, name)
-        if isinstance(gate, nn.Linear):  # its sigmoid is what the decay takes away
-            gate.weight.zero_()
-            gate.bias.copy_(-logits)
-        else:
-            gate.copy_(logits)
+    for view in mixer.views():
+        view.set_windows(windows)
 
 
 @torch.no_grad()
-def _expand_softmax(mixer: LionMixer, windows: Tensor, length: int, norm_before: nn.LayerNorm) -> None:
+def _expand_softmax(mixer: Mixer, windows: Tensor, length: int, norm_before: nn.LayerNorm) -> None:
     """Makes a text mixer's A = (1 + beta q.k / sqrt(d)) M / N, with weights of a softmax layer."""
     if mixer.norm is not None:
         mixer.norm.weight.fill_(_MIXED_SHARE * _value_size(mixer.v_proj, norm_before))
@@ -454,9 +448,9 @@ def _expand_softmax(mixer: LionMixer, windows: Tensor, length: int, norm_before:
         proj.bias.copy_((bias * size[:, None]).flatten())
 
 
-def _row_sums(mixer: LionMixer, windows: Tensor, length: int) -> Tensor:
+def _row_sums(mixer: Mixer, windows: Tensor, length: int) -> Tensor:
     """Mean sum of a row of M in a text of `length` tokens, (heads,)."""
-    decay = (windows - 1) / (windows + 1) if mixer.decay_names else torch.ones_like(windows)
+    decay = (windows - 1) / (windows + 1) if mixer.variant.decays else torch.ones_like(windows)
     distance = torch.arange(1, length, dtype=torch.float64)
     return 1 + 2 * ((1 - distance / length) * decay.unsqueeze(1) ** distance).sum(1)
 
