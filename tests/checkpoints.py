@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 import torch
-from models import spread_decays, text_config, vision_config
 from safetensors.torch import load_file
+from small_models import spread_decays, text_config, vision_config
 
 import lion_hf
 from lion_hf.convert.names import revert_text_state_dict, revert_vision_state_dict
@@ -54,6 +54,11 @@ def bare_text(mask_type="lit", **options):
     """The same of a masked language model."""
     model = spread_decays(lion_hf.LionForMaskedLM(text_config(mask_type, **options))).eval()
     return revert_text_state_dict(model.state_dict(), model.config), model
+
+
+def relative(actual, expected):
+    """The largest error over the largest entry."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def save(content, path):

@@ -8,8 +8,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from models import text_config, vision_config
 from PIL import Image
+from small_models import text_config, vision_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertTokenizer, ViTImageProcessorPil
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import filter_repo_objects
-from models import text_config, vision_config
+from small_models import text_config, vision_config
 from transformers import AutoModelForMaskedLM, BertConfig, BertModel, BertTokenizer
 
 import lion_hf

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from models import spread_decays, text_config, text_inputs, vision_config
 from PIL import Image
+from small_models import spread_decays, text_config, text_inputs, vision_config
 from transformers import BertConfig, BertModel, BertTokenizer, ViTImageProcessorPil, pipeline
 
 import lion_hf

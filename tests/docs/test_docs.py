@@ -1,0 +1,100 @@
+"""The pages in docs: their links, code, numbers and pictures, and the API page."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import lion_hf
+import lion_hf.convert.warm_start
+from lion_hf.ops.api import CROSSOVER
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+def text(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def anchors(page):
+    """The anchors that headings get: lower case, no punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
+        if target.startswith("https:"):
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "uses"], ids=lambda page: page.stem)
+def test_python_of_a_page_runs(page):  # uses.md: test_uses.py
+    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(code, page.name, "exec"), {})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_presets_and_files_that_a_page_names_exist(page):
+    words = re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8"))
+    presets = [word for word in words if re.fullmatch(r"lion-\w+-(tiny|small|base|large).*", word)]
+    assert set(presets) <= lion_hf.PRESETS.keys()
+    files = [name for word in words for name in re.findall(r"[\w/]+\.py", word)]
+    assert all((ROOT / name).is_file() for name in files)
+
+
+def test_migration_names_every_preset_of_a_size_and_every_text_model():
+    named = set(re.findall(r"`(lion-[\w-]+)`", text("migration.md")))
+    assert {name for name in lion_hf.PRESETS if "tiny" in name or "patch" not in name} <= named
+
+
+@pytest.mark.parametrize("device, label", [("cpu", "CPU"), ("accelerator", "accelerator")])
+def test_the_table_of_auto_is_the_one_in_use(device, label):
+    (row,) = re.findall(rf"^\| {label} .*$", text("variants-and-forms.md"), re.MULTILINE)
+    assert [int(cell) for cell in row.split("|")[2:5]] == list(CROSSOVER[device].values())
+
+
+def test_pictures_are_drawn(tmp_path, examples, monkeypatch, capsys):
+    import draw_forms
+
+    monkeypatch.setattr(sys, "argv", ["draw_forms.py", "--folder", str(tmp_path / "new")])
+    draw_forms.main()
+    assert str(tmp_path / "new" / "scans.png") in capsys.readouterr().out
+    for name in ("forms.png", "scans.png"):
+        with Image.open(tmp_path / "new" / name) as drawn, Image.open(ROOT / "docs" / name) as kept:
+            assert abs(drawn.width - kept.width) < 50 and len(drawn.convert("RGB").getcolors(2**20)) > 50
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, examples, monkeypatch, capsys):
+    import draw_forms
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["draw_forms.py", "--folder", str(tmp_path / "file")])
+    with pytest.raises(SystemExit) as stopped:
+        draw_forms.main()
+    assert stopped.value.code == 2
+    assert "error: cannot write the pictures" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_api_page_holds_every_public_name_with_its_docstring(tmp_path):
+    pytest.importorskip("pdoc")
+    (recipe,) = re.findall(r"^docs:.*\n\t\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    command = recipe.replace("build/api", str(tmp_path)).split()
+    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+    page = (tmp_path / "lion_hf.html").read_text(encoding="utf-8")
+    for name in lion_hf.__all__:
+        assert f'id="{name}"' in page
+    assert "Bidirectional linear attention with a decay mask" in page
+    assert "<strong>chunk_size" in page  # arguments are a list, not a paragraph
+    warm_start = (tmp_path / "lion_hf" / "warm_start.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in warm_start for name in lion_hf.convert.warm_start.__all__)

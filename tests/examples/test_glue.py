@@ -1,0 +1,623 @@
+"""run_glue.py: the table of the recipe, metrics, data as it comes, the suite of runs, and its score."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stdout
+from functools import wraps
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset
+from transformers import AutoModelForSequenceClassification, pipeline
+
+import lion_hf
+
+
+pytestmark = pytest.mark.usefixtures("examples")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = sorted((EXAMPLES / "recipes" / "glue").glob("*.yaml"))
+TINY = ["--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=2", "--vocab_size=100"]
+TINY += ["--disable_tqdm=true", "--use_cpu=true", "--per_device_train_batch_size=8"]
+ONE_STEP = [*TINY, "--max_steps=1", "--save_strategy=no", "--eval_strategy=no"]
+
+
+@pytest.fixture
+def run_glue(tmp_path, monkeypatch):
+    """The script's main, in an empty folder."""
+    import run_glue
+
+    monkeypatch.chdir(tmp_path)
+    return run_glue.main
+
+
+def write(name, text):
+    Path(name).write_text(text)
+    return name
+
+
+def labelled_rows(count, labels=("0", "1")):
+    return "".join(f"word{i} and word{i % 7},{labels[i % len(labels)]}\n" for i in range(count))
+
+
+# ---------------------------------------------------------------------------------------------------------- recipe
+
+
+def test_the_table_holds_the_authors_numbers():
+    """lr 1e-5 everywhere; epochs, batch, weight decay, seeds as in the paper's recipe."""
+    import glue_tasks
+
+    authors = {
+        "mnli": (3, 48, 5e-6, 1),
+        "qqp": (5, 16, 3e-6, 1),
+        "qnli": (10, 16, 1e-6, 1),
+        "sst2": (3, 16, 3e-6, 3),
+        "rte": (2, 16, 1e-6, 5),
+        "stsb": (8, 32, 3e-6, 5),
+        "mrpc": (10, 32, 8e-6, 5),
+        "cola": (10, 32, 1e-6, 4),
+    }
+    tasks = glue_tasks.TASKS
+    assert set(glue_tasks.SCORED) == set(authors) == set(tasks) - {"wnli"}
+    for name, numbers in authors.items():
+        task = tasks[name]
+        assert (task.epochs, task.batch_size, task.weight_decay, task.seeds) == numbers, name
+    assert {task.learning_rate for task in tasks.values()} == {1e-5}
+    scores = {name: tasks[name].evaluated for name in ("qqp", "stsb", "mrpc", "cola", "mnli", "rte")}
+    assert scores == {
+        "qqp": ("accuracy", "f1"),
+        "stsb": ("spearmanr",),
+        "mrpc": ("f1",),
+        "cola": ("matthews_correlation",),
+        "mnli": ("matched_accuracy", "mismatched_accuracy"),
+        "rte": ("accuracy",),
+    }
+
+
+def test_every_variant_and_size_has_a_recipe_with_the_authors_numbers():
+    sizes = {f"lion-{variant}-{size}" for variant in ("lit", "d", "s") for size in ("base", "large")}
+    assert {file.stem for file in RECIPES} == sizes | {"bert-base"}
+    shared = {"task": "all", "max_length": 128, "learning_rate": 1e-5, "lr_scheduler_type": "linear"}
+    shared |= {"warmup_steps": 0.06, "adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6, "bf16": True}
+    for file in RECIPES:
+        values = yaml.safe_load(file.read_text())
+        assert shared.items() <= values.items()
+        assert values["model_name_or_path"] == f"outputs/mlm/{file.stem}"
+        assert not {"num_train_epochs", "weight_decay", "per_device_train_batch_size"} & set(values)
+
+
+def parse(run_glue_module, *flags):
+    argv = ["--output_dir=out", "--use_cpu=true", *flags]
+    return run_glue_module.parse_arguments(run_glue_module.CLASSES, argv, smoke=run_glue_module.smoke_values)
+
+
+def test_given_values_go_before_the_tables(tmp_path, monkeypatch):
+    import run_glue
+    from glue_tasks import TASKS
+
+    monkeypatch.chdir(tmp_path)
+    _, _, training = parse(run_glue, "--weight_decay=0", "--bf16=true")
+    run_glue.apply_recipe(training, TASKS["mnli"])
+    assert (training.learning_rate, training.num_train_epochs, training.weight_decay) == (1e-5, 3, 0)
+    assert training.per_device_train_batch_size == 48 and not training.bf16  # a CPU: float32
+    _, _, training = parse(run_glue, "--learning_rate=2e-5", "--gradient_accumulation_steps=4")
+    run_glue.apply_recipe(training, TASKS["stsb"])
+    assert training.learning_rate == 2e-5 and training.per_device_train_batch_size == 8  # 4 * 8 = 32
+    _, _, training = parse(run_glue)
+    training.bf16, training.mixed_precision = True, "bf16"  # as on an accelerator
+    run_glue.apply_recipe(training, TASKS["stsb"])
+    assert not training.bf16 and training.mixed_precision == "no"
+
+
+# --------------------------------------------------------------------------------------------------------- metrics
+
+
+def textbook(config, predictions, references):
+    """The metrics' definitions."""
+    x, y = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
+
+    def correlation(a, b):
+        a, b = a - a.mean(), b - b.mean()
+        norm = math.sqrt((a * a).sum() * (b * b).sum())
+        return (a * b).sum() / norm if norm else math.nan
+
+    def ranks(a):
+        return np.array([(a < value).sum() + ((a == value).sum() + 1) / 2 for value in a])
+
+    if config == "stsb":
+        return {"pearson": correlation(x, y), "spearmanr": correlation(ranks(x), ranks(y))}
+    if config == "cola":
+        value = correlation(x, y)
+        return {"matthews_correlation": 0.0 if math.isnan(value) else value}
+    result = {"accuracy": (x == y).mean()}
+    if config in ("mrpc", "qqp"):
+        hits = ((x == 1) & (y == 1)).sum()
+        result["f1"] = 2 * hits / ((x == 1).sum() + (y == 1).sum()) if hits else 0.0
+    return result
+
+
+CLASSES = [
+    ([0, 1, 1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 1, 1, 1, 0]),
+    ([1, 1, 0, 1], [1, 1, 0, 1]),
+    ([0, 0, 1], [1, 1, 0]),
+    ([0, 0, 0, 0], [0, 1, 1, 0]),
+    ([1, 1, 1, 1], [0, 1, 1, 0]),
+    ([0, 0, 0], [0, 0, 0]),
+]
+NUMBERS = [
+    ([0.1, 2.5, 4.9, 3.0, 3.0, 1.2], [0.0, 2.0, 5.0, 3.5, 2.8, 2.0]),
+    ([5.0, 4.0, 3.0], [1.0, 2.0, 4.0]),
+    ([2.5, 2.5, 2.5, 2.5], [0.0, 2.0, 5.0, 3.5]),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "config", ["sst2", "mnli", "mnli_matched", "mnli_mismatched", "qnli", "rte", "wnli", "mrpc", "qqp", "cola", "stsb"]
+)
+def test_metrics_agree_with_their_definitions(config):
+    import evaluate
+
+    metric = evaluate.load(str(EXAMPLES / "metrics" / "glue"), config, keep_in_memory=True)
+    for predictions, references in NUMBERS if config == "stsb" else CLASSES:
+        found = metric.compute(predictions=predictions, references=references)
+        expected = textbook(config, predictions, references)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, abs=1e-6, nan_ok=True), (name, predictions)
+
+
+def test_an_unknown_configuration_of_the_metric_names_those_there_are():
+    import evaluate
+
+    with pytest.raises(KeyError, match=r"'sst3'.*sst2"):
+        evaluate.load(str(EXAMPLES / "metrics" / "glue"), "sst3")
+
+
+# ----------------------------------------------------------------------------------------------------------- score
+
+
+def result_of(task, seed=17, **metrics):
+    from glue_tasks import TASKS
+
+    metrics = metrics or dict.fromkeys(TASKS[task].evaluated, 0.5)
+    return {
+        "task": task,
+        "seed": seed,
+        "score_metrics": list(TASKS[task].evaluated),
+        "metrics": metrics,
+        "arguments": {},
+    }
+
+
+def all_results(**replaced):
+    from glue_tasks import TASKS
+
+    return [result for task in TASKS for result in replaced.get(task, [result_of(task)])]
+
+
+def test_the_score_is_the_mean_over_tasks_of_the_mean_over_seeds_and_metrics():
+    from glue_summary import summarise
+
+    summary = summarise(
+        all_results(
+            mnli=[result_of("mnli", matched_accuracy=0.8, mismatched_accuracy=0.7, loss=9.0)],  # 0.75
+            qqp=[result_of("qqp", accuracy=0.9, f1=0.8)],  # 0.85
+            mrpc=[result_of("mrpc", 17, accuracy=0.1, f1=0.8), result_of("mrpc", 18, accuracy=0.3, f1=0.6)],  # 0.7
+            stsb=[result_of("stsb", pearson=0.1, spearmanr=0.9)],
+            wnli=[result_of("wnli", accuracy=1.0)],  # not in the score
+        )
+    )
+    assert summary["glue_score"] == pytest.approx((0.75 + 0.85 + 0.7 + 0.9 + 4 * 0.5) / 8)
+    mrpc = summary["tasks"]["mrpc"]
+    assert mrpc["score"] == pytest.approx({"mean": 0.7, "std": math.sqrt(0.02)})
+    assert mrpc["metrics"]["accuracy"]["mean"] == pytest.approx(0.2)
+    assert summary["tasks"]["qqp"]["score"]["std"] is None  # one seed
+
+
+@pytest.mark.parametrize("case", ["missing", "toy", "no number", "no mismatched"])
+def test_there_is_no_glue_score_without_all_of_glue(case, tmp_path):
+    from glue_summary import write_summary
+
+    results = all_results()
+    if case == "missing":
+        results = [result for result in results if result["task"] not in ("cola", "wnli")]
+    elif case == "toy":
+        results[3]["arguments"] = {"builtin_data": True}
+    elif case == "no number":
+        results = all_results(stsb=[result_of("stsb", 17, spearmanr=None), result_of("stsb", 18, spearmanr=0.5)])
+    else:
+        results = all_results(mnli=[result_of("mnli", matched_accuracy=0.8)])
+    reason = {"missing": "CoLA", "toy": "toy data", "no number": "STS-B", "no mismatched": "mismatched_accuracy"}[case]
+    write_summary(tmp_path, results)
+    summary = json.loads((tmp_path / "glue.json").read_text())
+    assert summary["glue_score"] is None and reason in summary["no_glue_score"][0]
+    text = (tmp_path / "glue.md").read_text()
+    assert "No GLUE score" in text and reason in text and "GLUE score:" not in text.replace("No GLUE score:", "")
+    assert (tmp_path / "glue.png").stat().st_size > 1000
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+
+
+@pytest.mark.parametrize(
+    "recipe, task", zip(RECIPES, ["mnli", "qqp", "qnli", "cola", "stsb", "mrpc", "wnli"], strict=True)
+)
+def test_recipes_run_with_smoke(recipe, task, run_glue):
+    metrics = run_glue([str(recipe), "--smoke", f"--task={task}"])
+    from glue_tasks import TASKS
+
+    assert {f"eval_{name}" for name in TASKS[task].evaluated} <= set(metrics)
+    folder = Path(f"outputs/glue/{recipe.stem}-smoke")
+    config = AutoModelForSequenceClassification.from_pretrained(folder).config
+    kinds = {"lit": "lit", "d": "decay", "s": "selective"}
+    kind = kinds.get(recipe.stem.split("-")[1])
+    assert config.model_type == ("lion" if kind else "bert") and getattr(config, "mask_type", None) == kind
+    assert config.attention_probs_dropout_prob == 0
+    assert config.problem_type == ("regression" if task == "stsb" else "single_label_classification")
+    for name in TASKS[task].test_parts:
+        lines = (folder / "predictions" / f"{name}.tsv").read_text().splitlines()
+        assert lines[0] == "index\tprediction" and len(lines) == 41
+        values = [line.split("\t")[1] for line in lines[1:]]
+        assert [line.split("\t")[0] for line in lines[1:]] == [str(i) for i in range(40)]
+        if task == "stsb":
+            assert all(0 <= float(value) <= 5 for value in values)
+        elif task in ("mnli", "qnli"):
+            assert set(values) <= set(TASKS[task].labels)
+        else:
+            assert set(values) <= {"0", "1"}
+
+
+def test_predictions_are_clipped_named_and_indexed(tmp_path):
+    from glue_metrics import write_predictions
+    from glue_tasks import TASKS
+
+    write_predictions(tmp_path / "p" / "a.tsv", TASKS["stsb"], [4, 2], np.array([-0.5, 7.0]))
+    assert (tmp_path / "p" / "a.tsv").read_text() == "index\tprediction\n4\t0.000\n2\t5.000\n"
+    write_predictions(tmp_path / "p" / "b.tsv", TASKS["rte"], [0, 1], np.array([1, 0]))
+    assert (tmp_path / "p" / "b.tsv").read_text() == "index\tprediction\n0\tnot_entailment\n1\tentailment\n"
+
+
+def test_a_small_model_learns_the_toy_task(run_glue):
+    flags = [*TINY, "--hidden_size=64", "--num_attention_heads=4", "--vocab_size=1000", "--initializer_range=0.1"]
+    flags += ["--learning_rate=2e-3", "--num_train_epochs=6", "--hidden_dropout_prob=0", "--save_strategy=no"]
+    assert run_glue(["--output_dir=out", "--task=SST-2", "--builtin_data=true", *flags])["eval_accuracy"] > 0.6
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_own_files_with_names_of_classes(suffix, run_glue):
+    """Texts "text", classes by name; a validation part is held out; the model knows the names."""
+    rows = [{"text": f"word{i} and, {i % 7}", "label": ("bad", "good", "so so")[i % 3]} for i in range(30)]
+    data, name = Dataset.from_list(rows), f"train{suffix}"
+    if suffix == ".parquet":
+        data.to_parquet(name)
+    elif suffix == ".jsonl":
+        data.to_json(name)
+    else:
+        data.to_csv(name, sep="\t" if suffix == ".tsv" else ",")
+    metrics = run_glue(["--output_dir=out", *ONE_STEP, f"--train_file={name}", "--validation_share=0.2"])
+    assert 0 <= metrics["eval_accuracy"] <= 1
+    classify = pipeline("text-classification", "out")
+    assert classify("word1")[0]["label"] in ("bad", "good", "so so") and classify.model.config.num_labels == 3
+
+
+def test_a_checkpoint_in_half_precision_is_trained_in_float32(run_glue):
+    train = write("train.csv", "text,label\n" + labelled_rows(16))
+    run_glue(["--output_dir=first", *ONE_STEP, f"--train_file={train}"])
+    half = AutoModelForSequenceClassification.from_pretrained("first").to(torch.bfloat16)
+    half.save_pretrained("first")
+    flags = [flag for flag in ONE_STEP if "size" not in flag and "num_" not in flag]
+    run_glue(["--output_dir=second", *flags, f"--train_file={train}", "--model_name_or_path=first"])
+    model = AutoModelForSequenceClassification.from_pretrained("second", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_numbers_are_predicted_and_not_classified(run_glue):
+    train = write("train.csv", "text,score\n" + labelled_rows(20, ("0.5", "1.25", "4.0")))
+    test = write("test.csv", "text\nwords\nmore words\n")
+    flags = [f"--train_file={train}", f"--test_file={test}", "--label_column=score", "--validation_share=0.2"]
+    metrics = run_glue(["--output_dir=out", *ONE_STEP, *flags])
+    assert {"eval_pearson", "eval_spearmanr"} <= set(metrics)
+    lines = Path("out/predictions/custom.tsv").read_text().splitlines()
+    assert len(lines) == 3 and all(math.isfinite(float(line.split("\t")[1])) for line in lines[1:])
+
+
+def load(task, **options):
+    from glue_data import load_task
+    from glue_sources import GlueArguments
+
+    return load_task(task, GlueArguments(**options))
+
+
+def test_rows_keep_their_labels(tmp_path, monkeypatch):
+    """Names, numbers and numbers as text mean the same class; rows without any text are left out, half a pair is not."""
+    from glue_tasks import TASKS
+
+    monkeypatch.chdir(tmp_path)
+    text = 'a,b,entailment\n,c,not_entailment\n,,entailment\n"d, e",,entailment\n'
+    write("names.csv", "sentence1,sentence2,label\n" + text)
+    write("numbers.csv", "one,two,class\n" + text.replace("not_entailment", "1").replace("entailment", "0"))
+    named = load(TASKS["rte"], train_file="names.csv", validation_file="names.csv")
+    numbered = load(
+        TASKS["rte"],
+        train_file="numbers.csv",
+        validation_file="numbers.csv",
+        sentence1_column="one",
+        sentence2_column="two",
+        label_column="class",
+    )
+    assert named.train["labels"][:] == numbered.train["labels"][:] == [0, 1, 0]
+    assert named.train["sentence1"][:] == numbered.train["one"][:] == ["a", None, "d, e"]
+
+
+def test_a_folder_per_task_and_both_parts_of_mnli(tmp_path):
+    from glue_tasks import TASKS
+
+    row = {"premise": "a b", "hypothesis": "c", "label": 2, "idx": 5}
+    names = ["train", "validation_matched-00000-of-00001", "validation_mismatched", "test_matched", "test_mismatched"]
+    (tmp_path / "MNLI").mkdir()
+    (tmp_path / "ax").mkdir()
+    for i, name in enumerate(names):
+        Dataset.from_list([row] * (i + 1)).to_parquet(tmp_path / "MNLI" / f"{name}.parquet")
+    Dataset.from_list([row | {"label": -1}] * 7).to_json(tmp_path / "ax" / "test.jsonl")
+    parts = load(TASKS["mnli"], data_dir=str(tmp_path))
+    assert {word: len(part) for word, part in parts.validation.items()} == {"matched": 2, "mismatched": 3}
+    assert {name: len(part) for name, part in parts.test.items()} == {"MNLI-m": 4, "MNLI-mm": 5, "AX": 7}
+    assert parts.index["AX"] == [5] * 7 and "labels" not in parts.test["AX"].column_names
+
+
+def test_data_and_metric_of_the_hub_by_name(tmp_path, monkeypatch, run_glue):
+    """The same path as with local data; where the Hub's metric cannot be loaded, the local one says that it is used."""
+    import evaluate
+    import glue_sources
+
+    asked, real = [], evaluate.load
+    rows = [{"sentence": f"word{i} and more", "label": i % 2, "idx": i} for i in range(16)]
+    names = ClassLabel(names=["unacceptable", "acceptable"])
+    labelled = Dataset.from_list(rows).cast_column("label", names)
+    unlabelled = Dataset.from_list([row | {"label": -1} for row in rows]).cast_column("label", names)
+
+    def named(*name):
+        asked.append(name)
+        return {"train": labelled, "validation": labelled, "test": unlabelled}
+
+    def load_metric(name, *args, **kwargs):
+        asked.append(name)
+        if name == "glue":
+            raise FileNotFoundError("no network")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(glue_sources, "load_named", named)
+    monkeypatch.setattr(evaluate, "load", load_metric)
+    metrics = run_glue(["--output_dir=out", *ONE_STEP, "--task=cola"])
+    assert asked[:2] == [("nyu-mll/glue", "cola"), "glue"] and asked[2].endswith("metrics/glue")
+    assert "eval_matthews_correlation" in metrics
+    assert len(Path("out/predictions/CoLA.tsv").read_text().splitlines()) == 17
+
+
+ROWS = labelled_rows(30)
+SENTENCES = "".join(f"t{i},a sentence of its own {i}\n" for i in range(40))
+WRONG = {
+    "unknown task": ("", ["--task=sst3"], "did you mean 'sst2'"),
+    "no label column": ("text,class\na,1\nb,0\n", [], "no column 'label'; the columns are text, class"),
+    "no text column": ("words,label\na,1\nb,0\n", [], "no column 'sentence'; the columns are words, label"),
+    "no rows": ("text,label\n", [], "no rows"),
+    "no text": ("text,label\n,1\n,0\n", [], "no text in column 'text'"),
+    "numbers as text": ("text,label\n1,1\n2,0\n", [], "holds int64, not text"),
+    "text as classes": ("text,label\n" + SENTENCES, [], "looks like text, not classes"),
+    "one class": ("text,label\na,1\nb,1\n", [], "the same value 1 in every row"),
+    "label missing": (f"text,label\n{ROWS}last,\n", [], "row 31 of the training data has no label"),
+    "no class of the task": (f"sentence,label\n{ROWS}last,2\n", ["--task=sst2"], "label 2 in column 'label'"),
+    "unlabelled": (f"sentence,label\n{ROWS}last,-1\n", ["--task=sst2"], "row 31 of the training data has no label"),
+    "not finite": ("text,label\na,0.5\nb,inf\n", [], "no finite number"),
+    "one row to correlate": ("text,label\na,0.5\nb,1.5\nc,3.5\n", [], "give more"),
+    "class not seen": (f"text,label\n{ROWS}", ["--validation_file=other.csv"], "label 7 in column 'label'"),
+    "other columns": (f"text,label\n{ROWS}", ["--test_file=words.csv"], "the test data has no column 'text'"),
+    "two sources": (f"text,label\n{ROWS}", ["--data_dir=."], "give only one of"),
+    "several tasks": (f"text,label\n{ROWS}", ["--task=all"], "--data_dir"),
+    "folder lacks task": (None, ["--task=rte", "--data_dir=."], "has no folder 'rte'"),
+    "no network": (None, ["--task=rte"], "--data_dir"),
+    "no model": (None, ["--task=rte", "--model_name_or_path=outputs/mlm/lion"], "'outputs/mlm/lion' does not exist"),
+    "no seeds": (None, ["--task=rte", "--num_seeds=0"], "at least 1"),
+    "no processes": (None, ["--task=rte", "--num_seeds=2", "--parallel=0"], "at least 1"),
+    "mnli not there": (None, ["--task", "rte", "mrpc", "--from_mnli=true"], "--from_mnli needs mnli"),
+    "unknown metric": (f"text,label\n{ROWS}", ["--metric_name=nowhere/metric"], "cannot load the metric"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_told_in_one_line(case, run_glue):
+    from arguments import UserError
+
+    content, flags, message = WRONG[case]
+    write("other.csv", "text,label\na,7\n")
+    write("words.csv", "words\na\n")
+    Path("folder").mkdir()
+    if content is not None:
+        flags = [f"--train_file={write('train.csv', content)}", *flags]
+    shape = [] if case == "no model" else TINY
+    with pytest.raises(UserError) as error:
+        run_glue(["--output_dir=out", *shape, "--max_steps=1", "--save_strategy=no", *flags])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_evaluation_counts_classes_as_the_model_does(run_glue):
+    """Trained where "no" comes before "yes", evaluated on data in which the classes are found in another order."""
+    from arguments import UserError
+
+    flags = ["--disable_tqdm=true", "--use_cpu=true", "--do_train=false", "--model_name_or_path=model"]
+    rows = "".join(f"good {i},yes\nbad {i},no\n" for i in range(15))
+    write("train.csv", "text,label\n" + rows)
+    run_glue(["--output_dir=model", "--train_file=train.csv", "--validation_file=train.csv", *ONE_STEP])
+    metrics = run_glue(["--output_dir=out", "--train_file=train.csv", "--validation_file=train.csv", *flags])
+    model = AutoModelForSequenceClassification.from_pretrained("model")
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    turned = {"id2label": {0: "yes", 1: "no"}, "label2id": {"yes": 0, "no": 1}}
+    for name, value in turned.items():
+        setattr(model.config, name, value)
+    for parameter in (model.classifier.weight, model.classifier.bias):
+        parameter.data = parameter.data.flip(0)
+    model.save_pretrained("model")
+    same = run_glue(["--output_dir=out", "--train_file=train.csv", "--validation_file=train.csv", *flags])
+    assert same["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
+    assert same["eval_accuracy"] == metrics["eval_accuracy"]
+    for content, message in (
+        ("a,yes\nb,no\nc,maybe\n" * 5, "the class 'maybe', which the model does not know; it knows yes, no"),
+        ("a,0.5\nb,1.5\nc,2.5\n" * 5, "numbers to predict, but the model has 2 classes"),
+    ):
+        write("other.csv", "text,label\n" + content)
+        with pytest.raises(UserError, match=message):
+            run_glue(["--output_dir=out", "--train_file=other.csv", "--validation_file=other.csv", *flags])
+
+
+# ----------------------------------------------------------------------------------------------------------- suite
+
+
+def test_runs_count_seeds_and_wait_for_mnli():
+    from arguments import UserError
+    from glue_suite import plan_runs, run_arguments
+    from glue_tasks import TASKS
+
+    runs = plan_runs(list(TASKS.values()), None, 17, "out", True)
+    counts = {name: [run.seed for run in runs if run.task == name] for name in TASKS}
+    assert counts["mrpc"] == [17, 18, 19, 20, 21] and counts["mnli"] == [17] and len(runs) == 30
+    first = {run.first for run in runs if run.task in ("rte", "mrpc", "stsb")}
+    assert first == {Path("out/mnli/17")} and all(run.first is None for run in runs if run.task == "cola")
+    assert len(plan_runs([TASKS["rte"]], None, 1, "out", False)) == 1
+    given = {"preset": "lion-s-base", "hidden_size": 8, "format": "chunk", "learning_rate": 1e-3, "task": ["all"]}
+    arguments = run_arguments(runs[-6], given | {"tokenizer_name": "x", "vocab_size": 99})
+    assert arguments["task"] == ["rte"] and arguments["model_name_or_path"] == "out/mnli/17"
+    assert arguments["format"] == "chunk" and not {"preset", "hidden_size", "tokenizer_name", "vocab_size"} & set(
+        arguments
+    )
+    with pytest.raises(UserError, match="num_seeds"):
+        plan_runs([TASKS["rte"]], -1, 17, "out", False)
+
+
+def test_a_suite_skips_what_is_finished_and_goes_on_with_the_rest(run_glue):
+    from arguments import UserError
+
+    write("train.csv", "text,label\n" + labelled_rows(24))
+    flags = ["--output_dir=out", *TINY, "--train_file=train.csv", "--num_seeds=2", "--num_train_epochs=2"]
+    flags += ["--validation_share=0.34", "--eval_strategy=no", "--logging_steps=1"]
+    summary = run_glue(flags)
+    assert set(summary["tasks"]["custom"]["seeds"]) == {"17", "18"} and summary["glue_score"] is None
+    results = {seed: Path(f"out/custom/{seed}/glue_result.json") for seed in (17, 18)}
+    assert not list(Path("out").glob("*/*/checkpoint-*"))
+
+    # A run that was cut off after its first epoch: a checkpoint of half the steps, and no result.
+    (before,) = [summary["tasks"]["custom"]["seeds"]["18"]]
+    losses = json.loads(Path("out/custom/18/trainer_state.json").read_text())["log_history"]
+    results[18].unlink()
+    run_glue([str(results[18].with_name("arguments.json"))])
+    results[18].unlink()
+    last, first = sorted(Path("out/custom/18").glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1]))
+    (last / "trainer_state.json").unlink()
+    state = json.loads((first / "trainer_state.json").read_text())
+    state["log_history"].insert(0, {"step": 0, "from": "the checkpoint"})
+    (first / "trainer_state.json").write_text(json.dumps(state))
+    written = results[17].stat().st_mtime_ns
+    out = io.StringIO()
+    with redirect_stdout(out):
+        again = run_glue(flags)
+    assert "1 of 2 runs are finished already" in out.getvalue()
+    assert results[17].stat().st_mtime_ns == written and results[18].is_file() and first != last
+    history = json.loads(Path("out/custom/18/trainer_state.json").read_text())["log_history"]
+    assert {"step": 0, "from": "the checkpoint"} in history
+    assert [x["loss"] for x in history if "loss" in x] == pytest.approx([x["loss"] for x in losses if "loss" in x])
+    assert again["tasks"]["custom"]["seeds"]["18"] == pytest.approx(before)
+
+    with pytest.raises(UserError, match=r"learning_rate was not given and is 0\.1 now"):
+        run_glue([*flags, "--learning_rate=0.1"])
+    assert run_glue([*flags, "--logging_steps=5"])["tasks"] == again["tasks"]  # of no consequence
+
+
+def test_sts_b_is_trained_in_float32_between_tasks_in_bf16(run_glue, monkeypatch):
+    """As on an accelerator that computes in bf16, in one process; here the CPU's autocast stands for it."""
+    import run_glue as script
+    import transformers.training_args
+
+    for module in (script, transformers.training_args):
+        monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
+    forward, seen = lion_hf.LionForSequenceClassification.forward, []
+
+    @wraps(forward)
+    def record(self, *args, **kwargs):
+        seen.append((self.config.problem_type, torch.is_autocast_enabled("cpu")))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(lion_hf.LionForSequenceClassification, "forward", record)
+    flags = [flag for flag in ONE_STEP if not flag.startswith("--use_cpu")]
+    flags += ["--bf16=true", "--builtin_data=true", "--max_train_samples=8", "--num_seeds=1", "--parallel=1"]
+    run_glue(["--output_dir=out", *flags, "--task", "cola", "stsb", "rte"])
+    assert set(seen) == {("single_label_classification", True), ("regression", False)}
+
+
+def test_a_failed_run_is_named(run_glue):
+    from arguments import UserError
+
+    Path("data/rte").mkdir(parents=True)
+    Path("data/wnli").mkdir(parents=True)
+    write("data/rte/train.csv", "sentence1,sentence2,label\na b,c,5\n")
+    write("data/wnli/train.csv", "sentence1,sentence2,label\na b,c,0\n")
+    with pytest.raises(UserError, match=r"rte, seed 17: row 1 .* label 5"):
+        run_glue(["--output_dir=out", *ONE_STEP, "--data_dir=data", "--task", "wnli", "rte", "--num_seeds=1"])
+
+
+COMMAND = [sys.executable, str(EXAMPLES / "run_glue.py"), "--output_dir=out", *ONE_STEP, "--builtin_data=true"]
+
+
+@pytest.mark.slow
+def test_all_tasks_with_smoke(run_glue):
+    summary = run_glue([str(EXAMPLES / "recipes" / "glue" / "lion-s-base.yaml"), "--smoke", "--from_mnli=true"])
+    from glue_tasks import TASKS
+
+    assert set(summary["tasks"]) == set(TASKS) and summary["glue_score"] is None
+    folder = Path("outputs/glue/lion-s-base-smoke")
+    files = {"CoLA", "MNLI-m", "MNLI-mm", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B", "WNLI"}
+    assert {file.stem for file in (folder / "submission").glob("*.tsv")} == files
+    assert AutoModelForSequenceClassification.from_pretrained(folder / "stsb" / "17").config.num_labels == 1
+
+
+@pytest.mark.slow
+def test_processes_end_with_their_parent_and_the_next_call_finishes_the_runs(tmp_path):
+    """kill -9 of the command in the middle: no orphan goes on writing, and the same command again ends well."""
+    flags = ["--task", "mnli", "rte", "--num_seeds=1", "--from_mnli=true", "--parallel=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*COMMAND, *flags], cwd=tmp_path, env=environment)
+    while not (tmp_path / "out/mnli/17/log.txt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    children = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for _ in range(600):
+        alive = [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            break
+        time.sleep(0.1)
+    assert children and not alive and not list(tmp_path.glob("out/*/*/glue_result.json"))
+    result = subprocess.run([*COMMAND, *flags], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "mnli, seed 17: score" in result.stdout and "rte, seed 17: score" in result.stdout
+    assert json.loads((tmp_path / "out/rte/17/arguments.json").read_text())["model_name_or_path"] == "out/mnli/17"
+
+
+@pytest.mark.slow
+def test_a_failed_process_is_named_with_its_log(tmp_path):
+    flags = ["--task=rte", "--num_seeds=2", "--parallel=2", "--format=fast"]
+    result = subprocess.run([*COMMAND, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert "fast" in last and "out/rte/17/log.txt" in last

@@ -1,0 +1,217 @@
+"""LION in graphs: torch.compile, torch.export and ONNX."""
+
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from small_models import FORMS, TEXT_HEADS, VARIANTS, spread_decays, text_inputs
+
+import lion_hf
+
+
+ANY_BATCH, ANY_LENGTH = torch.export.Dim("batch"), torch.export.Dim("length")
+ANY_IMAGE = {0: ANY_BATCH, 2: 4 * torch.export.Dim("rows", min=2), 3: 4 * torch.export.Dim("columns", min=2)}
+
+
+def text_config(*args, **options):
+    return small_models.text_config(*args, **{"num_hidden_layers": 1, "chunk_size": 6, **options})
+
+
+def vision_config(*args, **options):
+    return small_models.vision_config(*args, **{"num_hidden_layers": 1, "chunk_size": 9, **options})
+
+
+def inputs_for(head, inputs):
+    if head is lion_hf.LionForMultipleChoice:
+        return {k: v.unsqueeze(1).repeat(1, 2, 1) for k, v in inputs.items()}
+    return inputs
+
+
+def first(outputs):
+    return outputs[0] if isinstance(outputs, tuple) else next(iter(outputs.values()))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("head", TEXT_HEADS, ids=lambda x: x.__name__)
+def test_text_heads_compile_into_one_graph(head, form):
+    model = spread_decays(head(text_config(format=form))).eval()
+    inputs = inputs_for(head, text_inputs())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(first(compiled(**inputs)), first(model(**inputs)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mask_type, order", [("lit", "normal"), ("decay", "normal"), ("selective", "s")])
+@pytest.mark.parametrize("head", [lion_hf.LionVisionModel, lion_hf.LionForImageClassification])
+def test_image_heads_compile_into_one_graph(head, mask_type, order, form):
+    model = spread_decays(head(vision_config(mask_type, order=order, format=form))).eval()
+    pixels = torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(first(compiled(pixels)), first(model(pixels)))
+
+
+@pytest.mark.parametrize("head", [lion_hf.LionForMaskedImageModeling, lion_hf.LionBackbone])
+def test_further_image_heads_compile_and_export(head):
+    model = spread_decays(head(vision_config(order="s", format="chunk"))).eval()
+    pixels = torch.randn(5, 3, 16, 16)
+    expected = first(model(pixels))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(first(compiled(pixels)), expected)
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+    program = torch.export.export(model, (), {"pixel_values": pixels[:2]}, dynamic_shapes=shapes)
+    torch.testing.assert_close(first(program.module()(pixel_values=pixels)), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("mask_type", VARIANTS)
+def test_compiled_training_step_has_the_same_gradients(mask_type, form):
+    model = spread_decays(lion_hf.LionForMaskedLM(text_config(mask_type, format=form)))
+    inputs = text_inputs()
+    inputs["labels"] = inputs["input_ids"]
+    model(**inputs).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).loss.backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_inductor_training_step_equals_eager(form):
+    model = spread_decays(lion_hf.LionForMaskedLM(text_config(format=form)))
+    inputs = text_inputs()
+    inputs["labels"] = inputs["input_ids"]
+    loss = model(**inputs).loss
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    compiled_loss = torch.compile(model, fullgraph=True)(**inputs).loss
+    compiled_loss.backward()
+    torch.testing.assert_close(compiled_loss, loss)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask_type", VARIANTS)
+def test_text_export_takes_any_batch_and_length_in_the_attention_form(mask_type):
+    model = spread_decays(lion_hf.LionForMaskedLM(text_config(mask_type, format="attention"))).eval()
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=40)
+    shapes = {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}}
+    program = torch.export.export(model, (), text_inputs(2, 9), dynamic_shapes=shapes)
+    for size in ((2, 9), (5, 23), (3, 2)):
+        inputs = text_inputs(*size)
+        torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("form", ["rnn", "chunk"])
+@pytest.mark.parametrize("mask_type", VARIANTS)
+def test_text_export_takes_any_batch_at_one_length_in_the_linear_forms(mask_type, form):
+    model = spread_decays(lion_hf.LionForMaskedLM(text_config(mask_type, format=form))).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = {"input_ids": {0: batch}, "attention_mask": {0: batch}}
+    program = torch.export.export(model, (), text_inputs(2, 11), dynamic_shapes=shapes)
+    inputs = text_inputs(5, 11)
+    torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", ["normal", "s"])
+def test_image_export_takes_any_batch(order, form):
+    model = spread_decays(lion_hf.LionForImageClassification(vision_config(order=order, format=form))).eval()
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+    pixels = torch.randn(2, 3, 16, 16)
+    program = torch.export.export(model, (), {"pixel_values": pixels}, dynamic_shapes=shapes)
+    pixels = torch.randn(5, 3, 16, 16)
+    torch.testing.assert_close(program.module()(pixel_values=pixels).logits, model(pixels).logits)
+
+
+@pytest.mark.parametrize("order", ["normal", "s"])
+def test_image_export_takes_any_size_from_two_patches_in_the_attention_form(order):
+    model = spread_decays(lion_hf.LionForImageClassification(vision_config(order=order, format="attention"))).eval()
+    shapes = {"pixel_values": ANY_IMAGE}
+    inputs = {"pixel_values": torch.randn(2, 3, 16, 24)}
+    program = torch.export.export(model, (), inputs, dynamic_shapes=shapes)
+    for size in ((2, 16, 24), (5, 32, 20), (1, 8, 8)):
+        pixels = torch.randn(size[0], 3, *size[1:])
+        torch.testing.assert_close(program.module()(pixel_values=pixels).logits, model(pixels).logits)
+
+
+def test_auto_is_exported_as_the_attention_form_and_says_so(caplog):
+    from transformers.utils import logging as hf_logging
+
+    from lion_hf import lion_ops
+
+    lion_ops.logger.warning_once.cache_clear()
+    model = lion_hf.LionModel(text_config(format="auto")).eval()
+    length = torch.export.Dim("length", min=2, max=1000)
+    hf_logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        program = torch.export.export(
+            model, (), {"input_ids": torch.ones(2, 5).long()}, dynamic_shapes={"input_ids": {1: length}}
+        )
+    hf_logging.disable_propagation()
+    assert "exported as the attention form" in caplog.text
+    long = torch.randint(0, 61, (2, 400))
+    torch.testing.assert_close(program.module()(input_ids=long)[0], model(long)[0])
+
+
+# Runs a file on arrays of inputs where neither this package nor PyTorch is at hand.
+ONNX_PROCESS = """
+import sys
+import numpy, onnxruntime
+
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+for inputs, outputs in zip(sys.argv[2::2], sys.argv[3::2]):
+    numpy.save(outputs, session.run(None, dict(numpy.load(inputs)))[0])
+assert not {"lion_hf", "torch", "transformers"} & sys.modules.keys()
+"""
+
+
+def run_onnx(file, batches):
+    names = []
+    for number, inputs in enumerate(batches):
+        names += [file.parent / f"inputs{number}.npz", file.parent / f"outputs{number}.npy"]
+        np.savez(names[-2], **{name: x.numpy() for name, x in inputs.items()})
+    subprocess.run([sys.executable, "-I", "-c", ONNX_PROCESS, file, *names], check=True)
+    return [torch.from_numpy(np.load(name)) for name in names[1::2]]
+
+
+ONNX_CASES = {  # options, what is dynamic, sizes to run: the first is the one that is exported
+    "text-attention": ({"format": "attention"}, {0: ANY_BATCH, 1: ANY_LENGTH}, [(2, 9), (5, 40), (1, 1)]),
+    "text-chunk": ({"format": "chunk"}, {0: ANY_BATCH}, [(2, 11), (5, 11), (1, 11)]),
+    "image-attention": ({"format": "attention"}, ANY_IMAGE, [(2, 16, 24), (5, 32, 20), (1, 8, 8)]),
+    "snake-attention": ({"format": "attention", "order": "s"}, ANY_IMAGE, [(2, 16, 24), (5, 32, 20), (1, 8, 8)]),
+    "snake-chunk": ({"format": "chunk", "order": "s"}, {0: ANY_BATCH}, [(2, 16, 24), (5, 16, 24), (1, 16, 24)]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ONNX_CASES)
+def test_onnx_runs_without_the_package_and_agrees_at_every_size(tmp_path, case):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    options, dynamic, sizes = ONNX_CASES[case]
+    if case.startswith("text"):
+        model = lion_hf.LionForMaskedLM(text_config(**options))
+        batches = [text_inputs(*size) for size in sizes]
+    else:
+        model = lion_hf.LionForImageClassification(vision_config(**options))
+        batches = [{"pixel_values": torch.randn(size[0], 3, *size[1:])} for size in sizes]
+    spread_decays(model).eval()
+    file = tmp_path / "lion.onnx"
+    shapes = dict.fromkeys(batches[0], dynamic)
+    torch.onnx.export(model, (), str(file), kwargs=batches[0], dynamic_shapes=shapes, dynamo=True)
+    for inputs, logits in zip(batches, run_onnx(file, batches), strict=True):
+        torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,334 @@
+"""The fused kernels against the textbook in float64: in Triton's interpreter on a CPU (float32), compiled on a GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lion_hf.ops import api as lion_ops
+from lion_hf.ops.api import bidirectional_linear_attention
+
+
+lion_triton = pytest.importorskip("lion_hf.ops.triton.launch", reason="Triton is not installed", exc_type=ImportError)
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
+# Relative error of the whole tensor; bfloat16 rounds scores and states to 8 bits.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+DECAYS = ["none", "head", "token", "saturated"]
+RESULTS = {"numerator": {}, "normalized": {"normalize": True}, "both": {"return_denominator": True}}
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Forces the kernels; without a GPU with small tiles, so that few tokens make several tiles and chunks. Memory that
+    no kernel writes to reads as NaN."""
+    monkeypatch.setattr(lion_ops, "_BACKEND", "triton")
+    if not ON_GPU:
+        monkeypatch.setattr(lion_triton, "_TILE", 16)
+        monkeypatch.setattr(lion_triton, "_CHUNK", 32)
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *shape, **options):
+        made = new_empty(self, *shape, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def inputs(length, decay, *, batch=1, heads=2, head_dim=16, value_dim=24, dtype=torch.float32, seed=0):
+    """Leaves as a layer gives them, views of (batch, length, heads, width), and a mask with holes."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = head_dim, head_dim, value_dim
+    leaves = [torch.randn(batch, length, heads, w, generator=generator).to(dtype).transpose(1, 2) for w in widths]
+    gates = -0.5 * torch.rand(batch, length, heads, generator=generator)
+    if decay == "head":
+        leaves.append(-0.5 * torch.rand(heads, generator=generator))
+    elif decay != "none":
+        if decay == "saturated":
+            gates[torch.rand(gates.shape, generator=generator) < 0.2] = -1e4
+            gates[:, -1] = -torch.inf
+        leaves.append(gates.transpose(1, 2))
+    mask = torch.rand(batch, length, generator=generator) < 0.8
+    return [x.to(DEVICE).requires_grad_() for x in leaves], mask.to(DEVICE)
+
+
+def run(leaves, **options):
+    """Outputs and gradients of a fixed, uneven sum of them."""
+    query, key, value, *decay = leaves
+    out = bidirectional_linear_attention(query, key, value, *decay, **options)
+    out = out if isinstance(out, tuple) else (out,)
+    generator = torch.Generator().manual_seed(1)
+    total = sum(
+        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.double).to(x.device)).sum() for x in out
+    )
+    return [*out, *torch.autograd.grad(total, leaves)]
+
+
+def textbook(leaves, monkeypatch, **options):
+    """The same from the attention form in float64."""
+    with monkeypatch.context() as patch:
+        patch.setattr(lion_ops, "_BACKEND", "torch")
+        return run([x.detach().double().requires_grad_() for x in leaves], **options | {"format": "attention"})
+
+
+def assert_close(results, expected, dtype=torch.float32):
+    for result, want in zip(results, expected, strict=True):
+        assert result.isfinite().all()
+        error = (result.double() - want).norm() / want.norm().clamp(min=1e-6)
+        assert error < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("form", ["attention", "chunk"])
+@pytest.mark.parametrize("result", RESULTS)
+def test_equals_the_textbook(decay, form, result, dtype, monkeypatch):
+    leaves, mask = inputs(70 if form == "chunk" else 34, decay, dtype=dtype)  # 3 chunks of 2 tiles, or 3 tiles
+    if result == "normalized":  # positive features, as image encoders have
+        leaves[:2] = [x.detach().abs().requires_grad_() for x in leaves[:2]]
+    options = {"format": form, "key_mask": mask, **RESULTS[result]}
+    assert_close(run(leaves, **options), textbook(leaves, monkeypatch, **options), dtype)
+
+
+LENGTHS = [1, 15, 16, 17, 33] + [63, 64, 65, 197, 1000, 16384] * ON_GPU
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_any_length(length, monkeypatch):
+    leaves, _ = inputs(length, "token", batch=2, heads=1)
+    assert_close(run(leaves, format="chunk"), textbook(leaves, monkeypatch))
+
+
+@pytest.mark.parametrize(
+    "head_dim, value_dim", [(16, 16), (20, 40), (33, 7)] + [(64, 64), (60, 128), (128, 128)] * ON_GPU
+)
+def test_any_width(head_dim, value_dim, monkeypatch):
+    leaves, _ = inputs(20, "head", head_dim=head_dim, value_dim=value_dim)
+    assert_close(run(leaves, format="attention"), textbook(leaves, monkeypatch))
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("form", ["attention", "chunk"])
+def test_packed_sequences_are_separate(decay, form, monkeypatch):
+    """One row of sequences, some of them empty, against the textbook of each alone."""
+    leaves, mask = inputs(69, decay, heads=1)
+    bounds = torch.tensor([0, 1, 1, 38, 69, 69], device=DEVICE)
+    options = {"format": form, "key_mask": mask, "return_denominator": True, "cu_seqlens": bounds}
+    assert_close(run(leaves, **options), textbook(leaves, monkeypatch, **options))
+
+
+def test_padding_may_hold_anything():
+    leaves, mask = inputs(34, "token")
+    spoiled = [x.detach().clone() for x in leaves]
+    for x in spoiled[1:3]:
+        x.masked_fill_(~mask[:, None, :, None], torch.nan)
+    options = {"format": "chunk", "key_mask": mask, "normalize": True}
+    for result, want in zip(run([x.requires_grad_() for x in spoiled], **options), run(leaves, **options), strict=True):
+        assert torch.equal(result, want)
+
+
+def test_rows_without_keys_are_zero():
+    leaves, mask = inputs(34, "token")
+    results = run(leaves, format="chunk", key_mask=torch.zeros_like(mask), normalize=True)
+    assert all((x == 0).all() for x in results)
+
+
+def test_every_run_gives_the_same_bits():
+    leaves, mask = inputs(34, "token")
+    first, second = (run(leaves, format="chunk", key_mask=mask, normalize=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_inputs_are_read_where_they_lie(monkeypatch):
+    """Views of (batch, length, heads, width) are not copied, and outputs lie as the next layer reads them."""
+    leaves, _ = inputs(20, "none")
+    copies = []
+    contiguous = torch.Tensor.contiguous
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda x, **kwargs: copies.append(x) or contiguous(x, **kwargs))
+    out = bidirectional_linear_attention(*leaves)
+    assert not copies
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_empty_inputs():
+    for length, width in ((0, 16), (5, 0)):
+        leaves, _ = inputs(length, "head", value_dim=width)
+        out, *gradients = run(leaves)
+        assert out.shape == (1, 2, length, width)
+        assert all((x == 0).all() for x in gradients)
+
+
+def test_stays_in_a_compiled_graph():
+    leaves, mask = inputs(20, "token")
+    compiled = torch.compile(
+        bidirectional_linear_attention, fullgraph=True, backend="inductor" if ON_GPU else "aot_eager"
+    )
+    options = {"format": "chunk", "key_mask": mask, "normalize": True}
+    out = compiled(*leaves, **options)
+    want = bidirectional_linear_attention(*leaves, **options)
+    assert torch.equal(out, want)
+    for a, b in zip(torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cuda_graph_replays_with_new_inputs(packed):
+    """Capture forbids waiting for the device."""
+    leaves, mask = inputs(700, "token")
+    bounds = torch.tensor([0, 1, 300, 700], device=DEVICE) if packed else None
+    options = {"format": "chunk", "key_mask": mask, "cu_seqlens": bounds}
+    gradient = torch.randn(1, 2, 700, 24, device=DEVICE)
+
+    def step():
+        out = bidirectional_linear_attention(*leaves, **options)
+        return [out, *torch.autograd.grad(out, leaves, gradient)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[0].normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize("result", [0, 1, 2])
+def test_operators_of_pytorch_are_what_they_say(result):
+    """Forward and backward: what they change, shapes, strides and dtypes of what they return, and under compilers."""
+    leaves, mask = inputs(20, "token")
+    torch.library.opcheck(lion_triton._mix, (*leaves, mask, None, 0.25, 1e-6, result, False))
+
+
+def test_backend_is_chosen_and_explained(monkeypatch):
+    leaves, _ = inputs(5, "none")
+    doubles = [x.detach().double() for x in leaves]
+    with pytest.raises(ValueError, match="LION_BACKEND=triton, but .* not torch.float64"):
+        bidirectional_linear_attention(*doubles)
+    if not ON_GPU:
+        with pytest.raises(ValueError, match="interpreter multiplies bfloat16 wrongly"):
+            bidirectional_linear_attention(*(x.detach().bfloat16() for x in leaves))
+    wide, _ = inputs(5, "none", head_dim=130)
+    with pytest.raises(ValueError, match="at most 128 features, not 130"):
+        bidirectional_linear_attention(*wide)
+    monkeypatch.setattr(lion_ops, "_BACKEND", "cuda")
+    with pytest.raises(ValueError, match="LION_BACKEND is 'cuda'; allowed are 'torch' and 'triton'"):
+        bidirectional_linear_attention(*leaves)
+    monkeypatch.setattr(lion_ops, "_BACKEND", "")
+    monkeypatch.setattr(lion_triton, "_mix", None)  # not called for tensors on a CPU
+    if not ON_GPU:
+        bidirectional_linear_attention(*leaves)
+
+
+def test_rnn_keeps_its_promise_of_memory(monkeypatch):
+    leaves, _ = inputs(5, "head")
+    monkeypatch.setattr(lion_triton, "_mix", None)
+    assert_close(run(leaves, format="rnn"), textbook(leaves, monkeypatch))
+
+
+def test_row_sums_need_no_values(monkeypatch):
+    leaves, mask = inputs(34, "token", value_dim=0)
+    options = {"format": "chunk", "key_mask": mask, "return_denominator": True}
+    results, expected = run(leaves, **options), textbook(leaves, monkeypatch, **options)
+    for index in (1, 2, 3, 5):  # row sums and the gradients of queries, keys and decays: the rest is empty
+        assert_close(results[index : index + 1], expected[index : index + 1])
+
+
+def test_second_derivatives_are_refused():
+    leaves, _ = inputs(5, "token")
+    (gradient,) = torch.autograd.grad(bidirectional_linear_attention(*leaves).sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*attention_scores"):
+        torch.autograd.grad(gradient.sum(), leaves[1])
+
+
+FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "dtypes, allowed, precision",
+    [
+        ((FLOAT, FLOAT, FLOAT), False, "ieee"),
+        ((BRAIN, BRAIN, FLOAT), False, "ieee"),
+        ((BRAIN, FLOAT, BRAIN), False, "ieee"),
+        ((FLOAT, FLOAT, FLOAT), True, "tf32"),
+        ((HALF, HALF, HALF), False, "tf32"),
+    ],
+)
+def test_float32_is_exact_unless_tf32_is_allowed(dtypes, allowed, precision, monkeypatch):
+    monkeypatch.setattr(lion_triton, "_tf32_is_allowed", lambda: allowed)
+    operator = lion_triton._Operator(*(torch.zeros(1, 1, 5, 16, dtype=x) for x in dtypes), None, None, None, 1.0, True)
+    assert operator.precision == precision
+    assert operator.operand == lion_triton.tl.float32
+
+
+# In processes of their own: once the newer setting is used, PyTorch refuses to read the older ones.
+@pytest.mark.parametrize(
+    "setting, allowed",
+    [
+        ("pass", False),
+        ("torch.set_float32_matmul_precision('high')", True),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
+    ],
+)
+@pytest.mark.slow
+def test_tf32_is_allowed_by_old_and_new_settings(setting, allowed):
+    if "fp32_precision" in setting and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has no such setting")
+    code = f"import torch; {setting}; from lion_hf import lion_triton; print(lion_triton._tf32_is_allowed())"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == str(allowed)
+
+
+def test_grids_hold_very_long_texts(monkeypatch):
+    """A GPU takes no more than 65535 programs in any dimension but the first."""
+    grids = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    for name in [name for name in vars(lion_triton) if name.endswith("_kernel")]:
+        monkeypatch.setattr(lion_triton, name, Recorder())
+    x = torch.zeros(1).expand(1, 1, 65536 * lion_triton._TILE + 1, 16)
+    operator = lion_triton._Operator(x, x, x, None, None, None, 1.0, True)
+    operator.delta(x, x)
+    operator.mix(x, x, x, x, None)
+    assert len(grids) == 2
+    assert all(max(grid[1:]) <= 65535 for grid in grids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--decays", "none", "token"],
+        ["--decays", "head", "--packed", "--dtypes", "float16"],
+        ["--decays", "token", "--widths", "128", "--dtypes", "float32", "--tf32"],
+    ],
+)
+def test_kernels_compile_for_a_gpu_that_is_not_there(options):
+    """The interpreter takes more than the compiler does. No kernel needs more registers than there are by much, nor more
+    shared memory than a Hopper GPU has."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).parents[2] / "benchmarks/kernel_resources.py"
+    command = [sys.executable, "-W", "ignore", str(script), *options]
+    table = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    rows = [dict(zip(header, row, strict=True)) for row in rows]
+    assert {row["kernel"] for row in rows} >= {"states", "scan", "mix", "delta"}
+    assert all(int(row["stack (bytes)"]) < 1024 for row in rows)
+    assert all(float(row["shared (KiB)"]) <= 227 for row in rows)
+    assert all(int(row["tensor core"]) > 0 for row in rows if row["kernel"] in ("states", "mix"))
