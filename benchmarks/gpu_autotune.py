@@ -92,7 +92,7 @@ def main(arguments) -> None:
     chunk_rows = search_chunks(arguments, timer, constants)
     chunk, crossover = advise(chunk_rows, arguments.chunks)
     settings = ", ".join(f"{name} = {value}" for name, value in (constants | {"_CHUNK": chunk}).items())
-    print(f'lion_triton: {settings}\nlion_ops: CROSSOVER["accelerator"] = {crossover}')
+    print(f'lion_hf.ops.triton.launch: {settings}\nlion_hf.ops.api: CROSSOVER["accelerator"] = {crossover}')
 
     def picture(axis):
         drawn = [row | {"full / chunk": row["full"] / row[f"chunk {chunk}"]} for row in chunk_rows]

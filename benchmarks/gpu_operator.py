@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lion_hf import bidirectional_linear_attention
-from lion_hf.ops import api as lion_ops
+from lion_hf.ops import backend as lion_backend
 
 
 HEADS, WIDTH = 12, 64
@@ -75,7 +75,7 @@ class Inputs:
 
 def lion(format: str, backend: str) -> Callable[..., Tensor]:
     def operator(query, key, value, log_decay):
-        with mock.patch.object(lion_ops, "_BACKEND", backend):
+        with mock.patch.object(lion_backend, "BACKEND", backend):
             return bidirectional_linear_attention(query, key, value, log_decay, format=format)
 
     return operator
@@ -119,7 +119,7 @@ def operators(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], st
         found["SDPA cuDNN"] = softmax(SDPBackend.CUDNN_ATTENTION), "lit"
     for variant in KINDS:
         # On a GPU a fallback would be timed under the wrong name.
-        found[f"LION {variant}"] = lion("auto", "triton" if on_gpu else lion_ops._BACKEND), variant
+        found[f"LION {variant}"] = lion("auto", "triton" if on_gpu else lion_backend.BACKEND), variant
         found[f"torch {variant}"] = lion("auto", "torch"), variant
     found["matmuls lit"] = two_matmuls, "lit"
     try:

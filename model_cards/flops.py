@@ -3,7 +3,7 @@
 from lion_hf import LionConfig, LionVisionConfig
 
 
-# The chunk form links up to this many chunks by one product, more of them group by group (lion_forms).
+# The chunk form links up to this many chunks by one product, more of them group by group (ops/chunk.py).
 _SCAN_GROUP = 64
 
 

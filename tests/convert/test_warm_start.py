@@ -231,8 +231,8 @@ def test_the_dtype_is_the_sources_but_for_decays(dtype):
 def decays_of(mixer, hidden):
     """(scans, heads, tokens but the first) of what a mixer multiplies with."""
     found = []
-    for name in mixer.decay_names:
-        log_decay = mixer._log_decay(hidden, name)
+    for recurrence in mixer.recurrences(hidden):
+        log_decay = recurrence.log_decay
         log_decay = log_decay[:, None].expand(-1, hidden.shape[1]) if log_decay.dim() == 1 else log_decay[0]
         found.append(log_decay[:, 1:].exp())
     return torch.stack(found)

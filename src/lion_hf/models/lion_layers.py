@@ -48,8 +48,9 @@ def make_mixer(config, layer_idx: int) -> TokenMixer:
 
 
 def scans_of(config) -> int:
-    """Scans of the tokens that the configuration asks for; a variant may take fewer."""
-    return 2 if getattr(config, "order", "normal") == "s" else 1
+    """Scans of the tokens that each layer averages."""
+    asked = 2 if getattr(config, "order", "normal") == "s" else 1
+    return min(asked, variant_class(config.mask_type).scans)
 
 
 def make_mlp(config, dropout: float = 0.0) -> MLP:
@@ -119,10 +120,9 @@ class LionPreTrainedMixin:
         super().__init__(config, *args, **kwargs)
         # A decay close to 1 needs more than 8 bits: it stays float32 when a model is loaded in half precision.
         variant = variant_class(config.mask_type)
-        scans = range(min(scans_of(config), variant.scans))
-        self._keep_in_fp32_modules_strict = {variant.weight_name(w, s) for w in variant.float32_weights for s in scans}
-        # What the modules are built from. Where the order of tokens changes nothing, no module shows it.
-        self._built = {k: v for k, v in config.structure().items() if k != "order" or variant.scans > 1}
+        names = {variant.weight_name(name, i) for name in variant.float32_weights for i in range(scans_of(config))}
+        self._keep_in_fp32_modules_strict = names
+        self._built = config.structure()
 
     def _initialize_weights(self, module, *args, **kwargs):
         """As in Transformers, which passes over a mixer without parameters of its own: its variant may fill those of the
@@ -152,7 +152,7 @@ class LionPreTrainedMixin:
         """As in Transformers, but a configuration that was changed after the model was built, and describes other modules
         now (`configuration_lion.STRUCTURAL`), raises ValueError: the weights would not fit it."""
         structure = self.config.structure()
-        for name, built in self._built.items():
+        for name, built in _built_options(self.base_model).items():
             stated = structure[name]
             if stated != built:
                 raise ValueError(
@@ -172,6 +172,20 @@ class LionPreTrainedMixin:
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         """LION has no softmax attention: anything but "eager" raises ValueError and names `config.format`."""
         self._check_and_adjust_attn_implementation(attn_implementation)
+
+
+# Options of the configuration that no layer shows where all mix by softmax attention.
+_MIXER_OPTIONS = ("mask_type", "order", "layer_norm_after", "feature_map", "normalize")
+
+
+def _built_options(encoder: nn.Module) -> dict[str, object]:
+    """The options of a configuration that decided the modules of an encoder. One that shows nowhere, such as the order of a
+    model without decay, is absent. Layers may have been removed since."""
+    mixers = [layer.mixer for layer in encoder.layers]
+    variant = next((mixer.variant for mixer in mixers if isinstance(mixer, Mixer)), None)
+    hidden = _MIXER_OPTIONS if variant is None else ("order",) if variant.scans == 1 else ()
+    built = {name: value for name, value in encoder._built.items() if name not in hidden}
+    return built | {"softmax_layers": [i for i, mixer in enumerate(mixers) if isinstance(mixer, SoftmaxMixer)]}
 
 
 def sequence_classification_loss(model, logits: Tensor, labels: Tensor | None, **kwargs) -> Tensor | None:
