@@ -151,9 +151,9 @@ def test_image_export_takes_any_size_from_two_patches_in_the_attention_form(orde
 def test_auto_is_exported_as_the_attention_form_and_says_so(caplog):
     from transformers.utils import logging as hf_logging
 
-    from lion_hf import lion_ops
+    from lion_hf.ops import api
 
-    lion_ops.logger.warning_once.cache_clear()
+    api.logger.warning_once.cache_clear()
     model = lion_hf.LionModel(text_config(format="auto")).eval()
     length = torch.export.Dim("length", min=2, max=1000)
     hf_logging.enable_propagation()
