@@ -5,7 +5,7 @@ from arguments import ModelArguments, user_errors
 from torch import Tensor
 from transformers import AutoModel
 
-from lion_hf.convert.warm_start import hidden_state_distillation_loss
+from lion_hf.convert import hidden_state_distillation_loss
 
 
 # What an encoder reads, of what a batch holds.

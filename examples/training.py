@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from lion_hf import PRESETS, LionConfig, LionVisionConfig
-from lion_hf.convert.warm_start import config_from_bert, config_from_vit, from_bert, from_vit
+from lion_hf.convert import config_from_bert, config_from_vit, from_bert, from_vit
 
 
 logger = logging.get_logger(__name__)

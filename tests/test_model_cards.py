@@ -220,4 +220,4 @@ def test_upload_of_the_readme_runs_dry(tmp_path, monkeypatch, capsys):
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     sizes = {name: int(size.replace(",", "")) for size, name in shown}
     assert sizes == {file.name: file.stat().st_size for file in (tmp_path / "to-upload").iterdir()}
-    assert {"README.md", "model.safetensors", "tokenizer.json", "lion_ops.py"} <= sizes.keys()
+    assert {"README.md", "model.safetensors", "tokenizer.json", "lion_ops_api.py"} <= sizes.keys()

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import lion_hf
-from lion_hf.convert.warm_start import from_bert, from_vit
+from lion_hf.convert import from_bert, from_vit
 
 
 pytestmark = pytest.mark.usefixtures("examples")
