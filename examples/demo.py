@@ -15,12 +15,12 @@ from pathlib import Path
 
 import run_image_classification
 import run_mlm
-import text_data
+from lion_hf.training import text
 import torch
-from arguments import make_output_dir, run
+from lion_hf.training.arguments import make_output_dir, run
 from draw_decays import draw_decays
 from draw_masks import draw_masks
-from image_data import ImageArguments, load_digits
+from lion_hf.training.images import ImageArguments, load_digits
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,

@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from arguments import UserError, run, user_errors
+from lion_hf.training.arguments import UserError, run, user_errors
 from matplotlib import pyplot as plt
 from PIL import Image
-from training import existing_config
+from lion_hf.training.trainer import existing_config
 from transformers import (
     AutoImageProcessor,
     AutoModel,

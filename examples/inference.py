@@ -11,10 +11,10 @@ import argparse
 from pathlib import Path
 
 import torch
-from arguments import UserError, make_output_dir, run
+from lion_hf.training.arguments import UserError, make_output_dir, run
 from demo import classify_digits, fill_masks, pretrain
 from draw_decays import draw_decays, load
-from image_data import ImageArguments, load_digits
+from lion_hf.training.images import ImageArguments, load_digits
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch.nn import functional as F

@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import reporting
-from arguments import (
+from lion_hf.training import reports
+from lion_hf.training.arguments import (
     LionTrainingArguments,
     TextModelArguments,
     UserError,
@@ -31,15 +31,15 @@ from arguments import (
     run,
 )
 from datasets import Dataset
-from glue_data import TaskData, load_task, tokenize
-from glue_metrics import load_metric, metrics_by, predictions_and_losses, write_predictions
-from glue_sources import GlueArguments, normal_name
-from glue_suite import plan_runs, run_suite, write_json
-from glue_summary import RESULT
-from glue_tasks import CUSTOM, TASKS, GlueTask
-from hidden_teacher import HiddenStateTeacher
-from text_data import check_vocabulary, get_tokenizer, model_options, require_room
-from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
+from lion_hf.training.glue.data import TaskData, load_task, tokenize
+from lion_hf.training.glue.metrics import load_metric, metrics_by, predictions_and_losses, write_predictions
+from lion_hf.training.glue.sources import GlueArguments, normal_name
+from lion_hf.training.glue.suite import plan_runs, run_suite, write_json
+from lion_hf.training.glue.summary import RESULT
+from lion_hf.training.glue.tasks import CUSTOM, TASKS, GlueTask
+from lion_hf.training.hidden_teacher import HiddenStateTeacher
+from lion_hf.training.text import check_vocabulary, get_tokenizer, model_options, require_room
+from lion_hf.training.trainer import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.utils import is_torch_bf16_gpu_available, logging
 

@@ -14,17 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-import reporting
+from lion_hf.training import reports
 import torch
-from arguments import LionTrainingArguments, UserError, parse_arguments, run
-from distillation import DistillationArguments, Teacher
-from ema import Ema
-from hidden_teacher import HiddenStateTeacher
-from image_augmentation import AugmentationArguments
-from image_data import ImageArguments, ImageCollator, first_image, load_images
-from image_model import ImageModelArguments, check_model, get_model, image_options, make_processor
+from lion_hf.training.arguments import LionTrainingArguments, UserError, parse_arguments, run
+from lion_hf.training.distillation import DistillationArguments, Teacher
+from lion_hf.training.ema import Ema
+from lion_hf.training.hidden_teacher import HiddenStateTeacher
+from lion_hf.training.augmentation import AugmentationArguments
+from lion_hf.training.images import ImageArguments, ImageCollator, first_image, load_images
+from lion_hf.training.image_models import ImageModelArguments, check_model, get_model, image_options, make_processor
 from torch.nn import functional as F
-from training import LionTrainer, check_disk, check_resumable, checkpoint_to_resume
+from lion_hf.training.trainer import LionTrainer, check_disk, check_resumable, checkpoint_to_resume
 from transformers import AutoModelForImageClassification, set_seed
 from transformers.trainer_utils import EvalPrediction, SchedulerType
 

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import reporting
+from lion_hf.training import reports
 import torch
-from arguments import LionTrainingArguments, TextModelArguments, UserError, parse_arguments, run
+from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments, UserError, parse_arguments, run
 from datasets import Dataset
-from hidden_teacher import HiddenStateTeacher
-from text_data import (
+from lion_hf.training.hidden_teacher import HiddenStateTeacher
+from lion_hf.training.text import (
     MaskingCollator,
     TextArguments,
     baselines,
@@ -30,7 +30,7 @@ from text_data import (
     model_options,
     require_room,
 )
-from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
+from lion_hf.training.trainer import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
 from transformers import AutoModelForMaskedLM, set_seed
 from transformers.trainer_utils import EvalPrediction
 

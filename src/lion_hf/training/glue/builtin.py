@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import cache
 
 from datasets import Dataset
-from glue_tasks import GlueTask
-from text_data import python_documents
+from .tasks import GlueTask
+from ..text import python_documents
 
 
 SIZES = {"train": 300, "validation": 80, "test": 40}

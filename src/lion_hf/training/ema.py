@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from arguments import user_errors
+from .arguments import user_errors
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging

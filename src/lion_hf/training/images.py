@@ -6,8 +6,8 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from arguments import DataArguments, UserError, require_path
-from data_loading import (
+from .arguments import DataArguments, UserError, require_path
+from .data import (
     classes_of_model,
     hold_out,
     load_file,
@@ -17,7 +17,7 @@ from data_loading import (
     require_column,
 )
 from datasets import Dataset
-from image_augmentation import AugmentationArguments, batch_numbers, deit_augmentation, mix, seeded, shift_and_flip
+from .augmentation import AugmentationArguments, batch_numbers, deit_augmentation, mix, seeded, shift_and_flip
 from PIL import Image
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, TrainingArguments

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arguments import LionTrainingArguments, ModelArguments, UserError, require_disk, require_path, user_errors
-from data_loading import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
-from hidden_teacher import HiddenStateTeacher
+from .arguments import LionTrainingArguments, ModelArguments, UserError, require_disk, require_path, user_errors
+from .data import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
+from .hidden_teacher import HiddenStateTeacher
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from lion_hf import PRESETS, LionConfig, LionVisionConfig
-from lion_hf.convert.warm_start import config_from_bert, config_from_vit, from_bert, from_vit
+from ..convert.warm_start import config_from_bert, config_from_vit, from_bert, from_vit
 
 
 logger = logging.get_logger(__name__)

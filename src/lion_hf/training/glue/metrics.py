@@ -7,9 +7,9 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from arguments import UserError, user_errors
-from glue_sources import GlueArguments
-from glue_tasks import CUSTOM, GlueTask
+from ..arguments import UserError, user_errors
+from .sources import GlueArguments
+from .tasks import CUSTOM, GlueTask
 from torch.nn import functional as F
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging

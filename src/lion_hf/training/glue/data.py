@@ -4,11 +4,11 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from arguments import UserError
-from data_loading import classes_of_model, hold_out, require_column
+from ..arguments import UserError
+from ..data import classes_of_model, hold_out, require_column
 from datasets import ClassLabel, Dataset
-from glue_sources import GlueArguments, load_splits
-from glue_tasks import CUSTOM, GlueTask
+from .sources import GlueArguments, load_splits
+from .tasks import CUSTOM, GlueTask
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from arguments import ModelArguments, user_errors
+from .arguments import ModelArguments, user_errors
 from huggingface_hub.errors import StrictDataclassError
-from image_data import ImageArguments, target_size
+from .images import ImageArguments, target_size
 from PIL import Image
 from torch.nn import functional as F
-from training import build_model, known_config
+from .trainer import build_model, known_config
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from arguments import DataArguments, ModelArguments, UserError, require_at_least, user_errors
-from data_loading import Key, hold_out, load_file, load_named, load_splits, random_numbers, require_column
+from .arguments import DataArguments, ModelArguments, UserError, require_at_least, user_errors
+from .data import Key, hold_out, load_file, load_named, load_splits, random_numbers, require_column
 from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import get_worker_info

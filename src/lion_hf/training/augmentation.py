@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from arguments import UserError
-from data_loading import Key, random_numbers
+from .arguments import UserError
+from .data import Key, random_numbers
 from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
@@ -98,7 +98,7 @@ def deit_augmentation(options: AugmentationArguments, processor, size: tuple[int
             re_mode="pixel",
             **norm,
         )
-    from kornia_augmentation import KorniaAugmentation
+    from .kornia_augmentation import KorniaAugmentation
 
     chosen = ("crop_scale", "rand_augment", "color_jitter", "random_erasing")
     values = {name: getattr(options, name) for name in chosen}

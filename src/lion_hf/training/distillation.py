@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from arguments import UserError, user_errors
+from .arguments import UserError, user_errors
 from torch import Tensor
 from torch.nn import functional as F
-from training import existing_config
+from .trainer import existing_config
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
 
 

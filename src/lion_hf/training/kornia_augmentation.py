@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import torch
-from arguments import UserError
+from .arguments import UserError
 from kornia import enhance
 from kornia.augmentation import ColorJitter, RandomErasing
 from kornia.augmentation.random_generator import ResizedCropGenerator

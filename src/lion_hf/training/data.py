@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from arguments import DataArguments, UserError, require_path, user_errors
+from .arguments import DataArguments, UserError, require_path, user_errors
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, TrainingArguments

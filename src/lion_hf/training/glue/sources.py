@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from arguments import DataArguments, UserError, require_at_least, require_path
-from data_loading import FILE_TYPES, load_file, load_named
+from ..arguments import DataArguments, UserError, require_at_least, require_path
+from ..data import FILE_TYPES, load_file, load_named
 from datasets import Dataset
-from glue_builtin import builtin_splits
-from glue_tasks import GlueTask
-from text_data import MIN_VOCABULARY, VOCABULARY
+from .builtin import builtin_splits
+from .tasks import GlueTask
+from ..text import MIN_VOCABULARY, VOCABULARY
 
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"

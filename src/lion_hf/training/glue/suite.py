@@ -19,9 +19,9 @@ from shutil import rmtree
 from typing import Any, NamedTuple
 
 import torch
-from arguments import TextModelArguments, UserError, make_output_dir, run
-from glue_summary import RESULT, read_results, run_score, to_markdown, write_summary
-from glue_tasks import AFTER_MNLI
+from ..arguments import TextModelArguments, UserError, make_output_dir, run
+from .summary import RESULT, read_results, run_score, to_markdown, write_summary
+from .tasks import AFTER_MNLI
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 

@@ -14,8 +14,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
-from arguments import UserError, require_path, run
-from glue_tasks import CUSTOM, SCORED, TASKS
+from ..arguments import UserError, require_path, run
+from .tasks import CUSTOM, SCORED, TASKS
 
 
 matplotlib.use("Agg")
