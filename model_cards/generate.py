@@ -29,7 +29,8 @@ VARIANTS = {"lit": "LION-LIT", "decay": "LION-D", "selective": "LION-S"}
 DESCRIPTIONS = {
     "lit": "linear attention without decay; every token reads every other with weight 1.",
     "decay": "linear attention whose weights fall with the distance, by one learned decay per head.",
-    "selective": "linear attention whose weights fall with the distance, by a decay that each token sets for each head.",
+    "selective": "linear attention whose weights fall with the distance, "
+    "by a decay that each token sets for each head.",
 }
 
 # What text and image cards say differently. `lengths` are those at which operations are counted.

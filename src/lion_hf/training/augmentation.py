@@ -14,11 +14,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from .arguments import UserError
-from .data import Key, random_numbers
 from PIL import Image
 from torch import Tensor
 from transformers.utils import logging
+
+from .data import Key, random_numbers
+from .errors import UserError
 
 
 logger = logging.get_logger(__name__)
@@ -118,7 +119,7 @@ def choose_backend(wanted: str) -> str:
     if wanted == "timm":
         raise UserError(f"--augmentation_backend timm: timm cannot be imported ({problem})")
     if importlib.util.find_spec("kornia") is None:
-        raise UserError("--augment deit needs kornia or timm: pip install kornia")
+        raise UserError("--augment deit needs kornia or timm: pip install 'lion-hf[train]'")
     if problem:
         logger.warning_once(
             "The DeiT recipe is computed by kornia, since timm cannot be imported: the same operations and magnitudes, "

@@ -1,4 +1,4 @@
-"""Data of the example scripts: by Hub name or from local files, and the order in which training reads it."""
+"""Data: by Hub name or from local files, and the order in which training reads it."""
 
 import glob
 from collections.abc import Callable, Iterator
@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
-from .arguments import DataArguments, UserError, require_path, user_errors
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, TrainingArguments
+
+from .arguments import DataArguments
+from .errors import UserError, require_path, user_errors
 
 
 FILE_TYPES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -41,8 +43,8 @@ def load_named(name: str, config_name: str | None = None, **kwargs):
         except DatasetNotFoundError as error:
             if "gated" in str(error):
                 raise UserError(
-                    f"data set {name!r} is gated: accept its terms at https://huggingface.co/datasets/{name} and log in "
-                    "with `hf auth login`, or give local files"
+                    f"data set {name!r} is gated: accept its terms at https://huggingface.co/datasets/{name} and log "
+                    "in with `hf auth login`, or give local files"
                 ) from error
             raise
 

@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from .arguments import UserError, user_errors
 from torch import Tensor
 from torch.nn import functional as F
-from .trainer import existing_config
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+
+from .errors import UserError, user_errors
+from .models import existing_config
 
 
 @dataclass
@@ -96,7 +97,8 @@ def check_classes(name: str, teacher: PreTrainedConfig, student: PreTrainedConfi
     """Raises a `UserError` if teacher and student do not have the same classes in the same order."""
     if teacher.num_labels != student.num_labels:
         raise UserError(
-            f"the teacher {name!r} has {teacher.num_labels} classes, the student {student.num_labels}; they must be the same"
+            f"the teacher {name!r} has {teacher.num_labels} classes, the student {student.num_labels}; "
+            "they must be the same"
         )
     theirs, ours = ([config.id2label[i] for i in range(config.num_labels)] for config in (teacher, student))
     if theirs != ours and set(theirs) == set(ours):

@@ -4,10 +4,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from .arguments import user_errors
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.utils import logging
+
+from .errors import user_errors
 
 
 logger = logging.get_logger(__name__)
@@ -39,8 +40,8 @@ class Ema(TrainerCallback):
                 self.average.module.load_state_dict(type(model).from_pretrained(stored).state_dict())
         if state.max_steps * (1 - self.decay) < 3:
             logger.warning(
-                f"--ema_decay {self.decay} looks back {1 / (1 - self.decay):,.0f} steps, but training has {state.max_steps:,}: "
-                "the average stays close to the first weights; 1 - 10 / steps would suit"
+                f"--ema_decay {self.decay} looks back {1 / (1 - self.decay):,.0f} steps, but training has "
+                f"{state.max_steps:,}: the average stays close to the first weights; 1 - 10 / steps would suit"
             )
 
     def on_optimizer_step(self, args, state, control, model: PreTrainedModel, **kwargs):

@@ -1,11 +1,12 @@
 """Layer-wise distillation: a warm-started model stays near the hidden states of the softmax encoder it came from."""
 
 import torch
-from .arguments import ModelArguments, user_errors
 from torch import Tensor
 from transformers import AutoModel
 
 from ..convert.warm_start import hidden_state_distillation_loss
+from .arguments import ModelArguments
+from .errors import user_errors
 
 
 # What an encoder reads, of what a batch holds.

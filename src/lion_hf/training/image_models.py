@@ -1,4 +1,4 @@
-"""Image classifiers of the example scripts and their image processors: new ones, and existing ones at another size."""
+"""Image classifiers and their image processors: new ones, and existing ones at another size."""
 
 import copy
 import dataclasses
@@ -6,12 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from .arguments import ModelArguments, user_errors
 from huggingface_hub.errors import StrictDataclassError
-from .images import ImageArguments, target_size
 from PIL import Image
 from torch.nn import functional as F
-from .trainer import build_model, known_config
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -26,7 +23,11 @@ from transformers.image_utils import (
     IMAGENET_STANDARD_STD,
 )
 
-from lion_hf import LionVisionConfig
+from ..models.configuration_lion import LionVisionConfig
+from .arguments import ModelArguments
+from .errors import user_errors
+from .images import ImageArguments, target_size
+from .models import build_model, known_config
 
 
 SMALL_MODEL = {

@@ -1,4 +1,4 @@
-"""Images of the example scripts: where they come from, their classes, and how they become pixels."""
+"""Images: where they come from, their classes, and how they become pixels."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -6,7 +6,14 @@ from typing import Any, Literal
 import datasets
 import numpy as np
 import torch
-from .arguments import DataArguments, UserError, require_path
+from datasets import Dataset
+from PIL import Image
+from torch.nn import functional as F
+from transformers import PreTrainedConfig, TrainingArguments
+from transformers.utils import logging
+
+from .arguments import DataArguments
+from .augmentation import AugmentationArguments, batch_numbers, deit_augmentation, mix, seeded, shift_and_flip
 from .data import (
     classes_of_model,
     hold_out,
@@ -16,12 +23,7 @@ from .data import (
     reading,
     require_column,
 )
-from datasets import Dataset
-from .augmentation import AugmentationArguments, batch_numbers, deit_augmentation, mix, seeded, shift_and_flip
-from PIL import Image
-from torch.nn import functional as F
-from transformers import PreTrainedConfig, TrainingArguments
-from transformers.utils import logging
+from .errors import UserError, require_path
 
 
 logger = logging.get_logger(__name__)
@@ -50,8 +52,8 @@ class ImageArguments(DataArguments):
     eval_crop_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Evaluation resizes the shorter side to image_size over this and crops the centre; 1 resizes to the "
-            "square. Default: as the model to go on with, else 1. DeiT: 0.875."
+            "help": "Evaluation resizes the shorter side to image_size over this and crops the centre; 1 resizes to "
+            "the square. Default: as the model to go on with, else 1. DeiT: 0.875."
         },
     )
     interpolation: Literal["bilinear", "bicubic"] | None = field(
@@ -112,8 +114,8 @@ def numbered(rows: Dataset) -> Dataset:
 def load_images(
     data: ImageArguments, training: TrainingArguments, evaluated: PreTrainedConfig | None = None
 ) -> tuple[Dataset, Dataset, list[str], str]:
-    """Training and validation images and labels, the names of the classes (those of the model that is only evaluated, if
-    any), and a sentence about the source."""
+    """Training and validation images and labels, the names of the classes (those of the model that is only evaluated,
+    if any), and a sentence about the source."""
     if data.validation_dir and not data.train_dir:
         raise UserError("--validation_dir needs --train_dir too")
     if data.train_dir:

@@ -4,13 +4,14 @@ import re
 
 import numpy as np
 import torch
-from .arguments import UserError
 from kornia import enhance
 from kornia.augmentation import ColorJitter, RandomErasing
 from kornia.augmentation.random_generator import ResizedCropGenerator
 from kornia.geometry.transform import get_rotation_matrix2d, warp_affine
 from PIL import Image
 from torch import Tensor
+
+from .errors import UserError
 
 
 def _move(pixels: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
@@ -38,8 +39,8 @@ def _shear(pixels: Tensor, factor: float, axis: int, fill: Tensor) -> Tensor:
     return _move(pixels, matrix, fill)
 
 
-# The fifteen operations of RandAugment in the "increasing" form (inc1), as functions of the pixels (1, 3, height, width)
-# from 0 to 1, the magnitude m from 0 to 1, a random sign s and the colour of what comes from outside the image.
+# The fifteen operations of RandAugment in the "increasing" form (inc1), as functions of the pixels (1, 3, height,
+# width) from 0 to 1, the magnitude m from 0 to 1, a random sign s and the colour of what comes from outside the image.
 OPERATIONS = {
     "auto_contrast": lambda x, m, s, fill: enhance.normalize_min_max(x),
     "equalize": lambda x, m, s, fill: enhance.equalize(x),

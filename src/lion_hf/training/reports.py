@@ -1,4 +1,4 @@
-"""What the example scripts leave behind: metrics, the model, curves and a model card."""
+"""What a run leaves behind: metrics, the model, curves and a model card."""
 
 import json
 import math
@@ -16,7 +16,8 @@ import torch
 import transformers
 from transformers import Trainer, TrainingArguments
 
-import lion_hf
+from .. import __version__
+from .errors import say
 
 
 matplotlib.use("Agg")
@@ -63,7 +64,7 @@ def train_and_evaluate(
         stored = Path(training.output_dir) / "train_results.json"
         metrics |= json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
         if trainer.is_world_process_zero():
-            print(f"training was finished before, in {checkpoint}; evaluating it again")
+            say(f"training was finished before, in {checkpoint}; evaluating it again")
     elif training.do_train:
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         metrics |= {"train_loss": mean_loss(trainer.state.log_history, metrics["train_loss"])}
@@ -99,7 +100,7 @@ def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, flo
         folder = Path(training.output_dir)
         plot_curves(trainer.state.log_history, folder / "curves.png", report)
         write_card(folder / "README.md", trainer.model, metrics, report)
-        print(f"Model, metrics (all_results.json), curves.png and README.md are in {folder}")
+        say(f"Model, metrics (all_results.json), curves.png and README.md are in {folder}")
 
 
 def plot_curves(history: list[dict[str, float]], path: Path, report: Report) -> None:
@@ -139,7 +140,7 @@ def write_card(path: Path, model, metrics: dict[str, float], report: Report) -> 
     size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads"
     rows = [f"| {name} | {value:,.4f} |" for name, value in metrics.items() if _is_number(value)]
     versions = {
-        "lion_hf": lion_hf.__version__,
+        "lion_hf": __version__,
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "datasets": datasets.__version__,

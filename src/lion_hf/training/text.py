@@ -1,4 +1,4 @@
-"""Text of the example scripts: where it comes from, its tokenizer, its rows of tokens, and what is masked in them."""
+"""Text: where it comes from, its tokenizer, its rows of tokens, and what is masked in them."""
 
 import ast
 import sysconfig
@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from .arguments import DataArguments, ModelArguments, UserError, require_at_least, user_errors
-from .data import Key, hold_out, load_file, load_named, load_splits, random_numbers, require_column
 from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import get_worker_info
 from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
+
+from .arguments import DataArguments, ModelArguments, require_at_least
+from .data import Key, hold_out, load_file, load_named, load_splits, random_numbers, require_column
+from .errors import UserError, user_errors
 
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -135,6 +137,11 @@ def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[Iter
     return train.shuffle(seed=training.seed, buffer_size=10_000), Dataset.from_list(rows)
 
 
+def is_stream(rows: Dataset | IterableDataset) -> bool:
+    """Whether the rows are read as they come, so that their number is not known."""
+    return isinstance(rows, IterableDataset)
+
+
 def only_text(part: Dataset | IterableDataset, column: str, name: str) -> Dataset | IterableDataset:
     """The rows that hold text, in the one column "text"."""
     first = next(iter(part), None)
@@ -229,7 +236,8 @@ def make_rows(texts: Dataset | IterableDataset, tokenizer, data: TextArguments, 
         if data.line_by_line:
             raise UserError(f"the {name} data holds no text in column {data.text_column!r}")
         raise UserError(
-            f"the {name} text fills no block of --max_length {data.max_length} tokens: give more text or a smaller length"
+            f"the {name} text fills no block of --max_length {data.max_length} tokens: give more text or a smaller "
+            "length"
         )
     return rows if isinstance(rows, Dataset) else rows.repeat(None).map(add_position, with_indices=True)
 
@@ -277,7 +285,8 @@ class MaskingCollator:
     a random token, 10 % not at all (BERT). What is hidden depends on the seed and the row's `Key` alone: it is drawn
     anew in every epoch, and the same after a resume and on any number of processes.
 
-    In a stream the rows of several processes are joined before they are dealt out: there all are padded to `max_length`.
+    In a stream the rows of several processes are joined before they are dealt out: there all are padded to
+    `max_length`.
 
     Rows have "input_ids", and "key" (or "position", in a stream); those with "labels" are only padded.
     """

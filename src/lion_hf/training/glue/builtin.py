@@ -9,8 +9,9 @@ from collections.abc import Callable
 from functools import cache
 
 from datasets import Dataset
-from .tasks import GlueTask
+
 from ..text import python_documents
+from .tasks import GlueTask
 
 
 SIZES = {"train": 300, "validation": 80, "test": 40}

@@ -4,13 +4,14 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-from ..arguments import UserError
-from ..data import classes_of_model, hold_out, require_column
 from datasets import ClassLabel, Dataset
-from .sources import GlueArguments, load_splits
-from .tasks import CUSTOM, GlueTask
 from transformers import PreTrainedConfig
 from transformers.utils import logging
+
+from ..data import classes_of_model, hold_out, require_column
+from ..errors import UserError
+from .sources import GlueArguments, load_splits
+from .tasks import CUSTOM, GlueTask
 
 
 logger = logging.get_logger(__name__)
@@ -107,7 +108,8 @@ def require_same(part: Dataset, column: str, name: str) -> None:
     """Raises a `UserError` if a part lacks a column of the training data."""
     if column not in part.column_names:
         raise UserError(
-            f"the {name} data has no column {column!r}, which the training data has; it has {', '.join(part.column_names)}"
+            f"the {name} data has no column {column!r}, which the training data has; it has "
+            + ", ".join(part.column_names)
         )
 
 
@@ -131,7 +133,8 @@ def settle_labels(task: GlueTask, data: GlueArguments, train: Dataset) -> tuple[
     if kind.startswith("float"):
         if all(value is not None and value.is_integer() for value in train[column]):
             logger.warning(
-                f"column {column!r} holds whole numbers with a decimal point: they are predicted as numbers, not as classes"
+                f"column {column!r} holds whole numbers with a decimal point: they are predicted as numbers, "
+                "not as classes"
             )
         return dataclasses.replace(task, labels=(), score=("spearmanr",)), {}
     if not isinstance(feature, ClassLabel) and not kind.startswith(("int", "uint", "bool", "string", "large_string")):
@@ -168,8 +171,9 @@ def check_classes(values: list, rows: int, column: str) -> None:
     if len(values) > 20 and len(values) > rows / 2:
         what = "text" if isinstance(values[0], str) else "row numbers"
         raise UserError(
-            f"column {column!r} has {len(values):,} different values in {rows:,} rows, such as {str(values[0])[:60]!r}: "
-            f"this looks like {what}, not classes (set --label_column; numbers to predict need a decimal point)"
+            f"column {column!r} has {len(values):,} different values in {rows:,} rows, such as "
+            f"{str(values[0])[:60]!r}: this looks like {what}, not classes (set --label_column; numbers to predict "
+            "need a decimal point)"
         )
 
 
@@ -212,6 +216,11 @@ def _label(
 
 
 # ---------------------------------------------------------------------------------------------------------- tokens
+
+
+def all_texts(part: Dataset, task: GlueTask) -> Dataset:
+    """Every text of a part in the one column "text"."""
+    return Dataset.from_dict({"text": [text for column in task.columns for text in part[column] if text]})
 
 
 def tokenize(part: Dataset, task: GlueTask, tokenizer, max_length: int, name: str) -> Dataset:

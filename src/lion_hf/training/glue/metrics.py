@@ -7,17 +7,18 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from ..arguments import UserError, user_errors
-from .sources import GlueArguments
-from .tasks import CUSTOM, GlueTask
 from torch.nn import functional as F
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
+from ..errors import UserError, user_errors
+from .sources import GlueArguments
+from .tasks import CUSTOM, GlueTask
+
 
 logger = logging.get_logger(__name__)
 
-LOCAL_METRIC = Path(__file__).parent / "metrics" / "glue"
+LOCAL_METRIC = Path(__file__).with_name("offline.py")
 
 
 def load_metric(task: GlueTask, data: GlueArguments) -> evaluate.EvaluationModule:
@@ -36,8 +37,8 @@ def load_metric(task: GlueTask, data: GlueArguments) -> evaluate.EvaluationModul
 
 
 def predictions_and_losses(logits: torch.Tensor, labels: torch.Tensor | None = None):
-    """Per row the class, or the number of a regression, and the loss where the label is known: all that evaluation keeps
-    of the logits."""
+    """Per row the class, or the number of a regression, and the loss where the label is known: all that evaluation
+    keeps of the logits."""
     logits = (logits[0] if isinstance(logits, tuple) else logits).float()
     if logits.shape[-1] > 1:
         predictions = logits.argmax(-1)

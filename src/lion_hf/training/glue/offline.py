@@ -1,6 +1,6 @@
 """GLUE's metrics as a local module of `evaluate`, for machines without a network.
 
-    evaluate.load("examples/metrics/glue", "mrpc").compute(predictions=[0, 1], references=[0, 1])
+    evaluate.load("src/lion_hf/training/glue/offline.py", "mrpc").compute(predictions=[0, 1], references=[0, 1])
 
 Names, arguments and numbers are those of `evaluate.load("glue", "mrpc")`, computed by scikit-learn and SciPy.
 """

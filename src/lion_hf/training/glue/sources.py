@@ -4,12 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from ..arguments import DataArguments, UserError, require_at_least, require_path
-from ..data import FILE_TYPES, load_file, load_named
 from datasets import Dataset
+
+from ..arguments import DataArguments, require_at_least
+from ..data import FILE_TYPES, load_file, load_named
+from ..errors import UserError, require_path
+from ..text import MIN_VOCABULARY, VOCABULARY
 from .builtin import builtin_splits
 from .tasks import GlueTask
-from ..text import MIN_VOCABULARY, VOCABULARY
 
 
 GLUE_ON_THE_HUB = "nyu-mll/glue"
@@ -34,7 +36,7 @@ class GlueArguments(DataArguments):
     label_column: str = field(default="label", metadata={"help": "Column with the classes, or numbers to predict."})
     metric_name: str | None = field(
         default=None,
-        metadata={"help": "Metric by name or path; default: 'glue' with data of the Hub, else examples/metrics/glue."},
+        metadata={"help": "Metric by name or path; default: 'glue' with data of the Hub, else that of this package."},
     )
     max_length: int = field(default=128, metadata={"help": "Tokens of a text or pair, special ones included."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Hub name or folder; default: the model's."})

@@ -1,7 +1,7 @@
 """Many runs of run_glue.py: which (task, seed) there are, which are finished, and several at a time.
 
-Each run has a folder of its own, output_dir/task/seed, and a file arguments.json in it: `python examples/run_glue.py
-outputs/glue/rte/17/arguments.json` is that run alone.
+Each run has a folder of its own, output_dir/task/seed, and a file arguments.json in it:
+`python examples/run_glue.py outputs/glue/rte/17/arguments.json` is that run alone.
 """
 
 import dataclasses
@@ -19,16 +19,20 @@ from shutil import rmtree
 from typing import Any, NamedTuple
 
 import torch
-from ..arguments import TextModelArguments, UserError, make_output_dir, run
-from .summary import RESULT, read_results, run_score, to_markdown, write_summary
-from .tasks import AFTER_MNLI
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..arguments import TextModelArguments
+from ..errors import UserError, make_output_dir, say
+from .summary import RESULT, read_results, run_score, to_markdown, write_summary
+from .tasks import AFTER_MNLI
 
 
 # What may differ between two calls that go on with the same runs.
 TECHNICAL = {"parallel", "num_seeds", "disable_tqdm", "logging_steps", "report_to", "save_total_limit"}
 TECHNICAL |= {"dataloader_num_workers", "per_device_eval_batch_size", "output_dir"}
+# Set for a process that `launch` starts, which ends with the one that started it.
+SUPERVISED = "LION_GLUE_SUPERVISED"
 
 
 class Run(NamedTuple):
@@ -91,8 +95,8 @@ def prepare(run: Run, given: dict[str, Any]) -> None:
         for name in sorted((before.keys() | arguments.keys()) - TECHNICAL):
             if before.get(name) != arguments.get(name):
                 raise UserError(
-                    f"{str(run.folder)!r} belongs to a run with other arguments: {name} was {_shown(before, name)} and is "
-                    f"{_shown(arguments, name)} now; choose another --output_dir, or delete that folder"
+                    f"{str(run.folder)!r} belongs to a run with other arguments: {name} was {_shown(before, name)} "
+                    f"and is {_shown(arguments, name)} now; choose another --output_dir, or delete that folder"
                 )
     write_json(run.arguments_file, arguments)
 
@@ -109,7 +113,12 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def run_suite(
-    runs: list[Run], given: dict[str, Any], training: TrainingArguments, parallel: int | None, train: Callable
+    runs: list[Run],
+    given: dict[str, Any],
+    training: TrainingArguments,
+    parallel: int | None,
+    train: Callable,
+    script: Path,
 ) -> dict[str, Any]:
     """Does the runs that are not finished, in sequence in this process or several at a time in their own, and returns
     the summary of all of them.
@@ -120,6 +129,7 @@ def run_suite(
         training: for the devices, and which process this is.
         parallel: how many at a time.
         train: `run_glue.main`, called with a run's file of arguments.
+        script: run_glue.py, for the processes of their own.
     """
     if parallel is not None and parallel < 1:
         raise UserError(f"--parallel is {parallel}; it must be at least 1")
@@ -133,24 +143,24 @@ def run_suite(
                 prepare(planned, given)
     todo = [planned for planned in runs if not planned.is_finished]
     if training.process_index == 0 and len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
+        say(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
     if training.world_size > 1 or (workers == 1 and len(devices) <= 1):
         for i, planned in enumerate(todo):
             if training.process_index == 0:
-                print(f"\n{planned} (run {i + 1} of {len(todo)})")
+                say(f"\n{planned} (run {i + 1} of {len(todo)})")
             try:
                 train([str(planned.arguments_file)])
             except UserError as error:
                 raise UserError(f"{planned}: {error}") from error
             remove_checkpoints(planned, training)
     else:
-        run_processes(todo, min(workers, len(todo)), devices)
+        run_processes(todo, min(workers, len(todo)), devices, script)
     if training.process_index != 0:
         return {}
     folder = Path(training.output_dir)
     results = [result for result in read_results(folder) if (result["task"], result["seed"]) in {r[:2] for r in runs}]
     summary = write_summary(folder, results)
-    print(f"\n{to_markdown(summary)}\nglue.json, glue.md and glue.png are in {folder}")
+    say(f"\n{to_markdown(summary)}\nglue.json, glue.md and glue.png are in {folder}")
     return summary
 
 
@@ -172,7 +182,7 @@ def visible_devices(training: TrainingArguments) -> list[str]:
     return named or [str(i) for i in range(torch.cuda.device_count())]
 
 
-def run_processes(runs: list[Run], workers: int, devices: list[str]) -> None:
+def run_processes(runs: list[Run], workers: int, devices: list[str], script: Path) -> None:
     """Does runs in processes of their own, `workers` at a time, each with one device; after a failure none is started.
 
     Raises:
@@ -191,10 +201,10 @@ def run_processes(runs: list[Run], workers: int, devices: list[str]) -> None:
         device = slots.get()
         try:
             start = time.perf_counter()
-            print(f"{planned}: started" + (f" on GPU {device}" if device else ""), flush=True)
-            launch(planned, device, workers)
+            say(f"{planned}: started" + (f" on GPU {device}" if device else ""))
+            launch(script, planned, device, workers)
             score = run_score(json.loads((planned.folder / RESULT).read_text(encoding="utf-8")))
-            print(f"{planned}: score {100 * score:.2f} in {time.perf_counter() - start:.0f} seconds", flush=True)
+            say(f"{planned}: score {100 * score:.2f} in {time.perf_counter() - start:.0f} seconds")
         except BaseException:
             failed.set()
             raise
@@ -208,16 +218,16 @@ def run_processes(runs: list[Run], workers: int, devices: list[str]) -> None:
         future.result()
 
 
-def launch(run: Run, device: str | None, workers: int) -> None:
+def launch(script: Path, run: Run, device: str | None, workers: int) -> None:
     """One run in a process of its own, which writes to log.txt."""
-    environment = dict(os.environ)
+    environment = os.environ | {SUPERVISED: "1"}
     if device is None:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     else:
         environment["CUDA_VISIBLE_DEVICES"] = device
     log = run.folder / "log.txt"
     with log.open("w", encoding="utf-8") as file:
-        command = [sys.executable, str(Path(__file__).resolve()), str(run.arguments_file)]
+        command = [sys.executable, str(script.resolve()), str(run.arguments_file)]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment
         )
@@ -229,17 +239,13 @@ def launch(run: Run, device: str | None, workers: int) -> None:
 
 
 def stop_with_parent() -> None:
-    """Ends this process when the one that started it is gone, by whatever means: the pipe from it closes then."""
+    """Ends a process that `launch` started when its parent is gone, by whatever means: the pipe from it closes then.
+    Does nothing in other processes."""
+    if os.environ.pop(SUPERVISED, None) is None:
+        return
 
     def wait() -> None:
         os.read(0, 1)
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-if __name__ == "__main__":
-    from run_glue import main
-
-    stop_with_parent()
-    run(main)

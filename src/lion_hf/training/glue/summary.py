@@ -1,6 +1,6 @@
 """Mean and standard deviation over the seeds of each task, and the GLUE score, as JSON, Markdown and a bar chart.
 
-    python examples/glue_summary.py outputs/glue
+    python -m lion_hf.training.glue.summary outputs/glue
 
 reads the glue_result.json of every run below the folder; run_glue.py does the same at its end.
 """
@@ -14,7 +14,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
-from ..arguments import UserError, require_path, run
+
+from ..errors import UserError, require_path, run, say
 from .tasks import CUSTOM, SCORED, TASKS
 
 
@@ -59,8 +60,8 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Per task the runs, the mean and deviation of each metric and of the score, and the GLUE score over all of them.
 
     The score of a task is the mean over its seeds and metrics; the GLUE score is the mean over the paper's eight tasks.
-    It is None, with the reasons in "no_glue_score", if a task is missing, was evaluated on other data than GLUE's, or has
-    a metric that is not a number.
+    It is None, with the reasons in "no_glue_score", if a task is missing, was evaluated on other data than GLUE's, or
+    has a metric that is not a number.
     """
     tasks = {}
     for name in (*TASKS, CUSTOM.name):
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("folder", help="the --output_dir of run_glue.py")
     folder = require_path(parser.parse_args().folder, "folder")
     write_summary(folder, read_results(folder))
-    print((folder / "glue.md").read_text(encoding="utf-8"))
+    say((folder / "glue.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 
-# The same for every task: warm-up over 6 % of the steps, then linearly to 0; 128 tokens; no attention dropout; AdamW with
-# betas (0.9, 0.98) and eps 1e-6; bf16, but float32 for STS-B. These are defaults of run_glue.py.
+# The same for every task: warm-up over 6 % of the steps, then linearly to 0; 128 tokens; no attention dropout; AdamW
+# with betas (0.9, 0.98) and eps 1e-6; bf16, but float32 for STS-B. These are defaults of run_glue.py.
 LEARNING_RATE = 1e-5
 
 
