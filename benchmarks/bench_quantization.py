@@ -62,7 +62,7 @@ def accuracy(model: nn.Module, inputs: dict, labels: torch.Tensor) -> tuple[floa
 
 def accuracies(folder: str) -> list[dict[str, object]]:
     """One row per precision: top-1 accuracy on the test digits, and how far the logits are from float32's."""
-    from image_data import ImageArguments, load_digits
+    from lion_hf.training.images import ImageArguments, load_digits
 
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     _, test = load_digits(ImageArguments(), seed=0)

@@ -11,10 +11,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from arguments import UserError, run, user_errors
 from matplotlib import pyplot as plt
 from PIL import Image
-from training import existing_config
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -23,6 +21,9 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+
+from lion_hf.training.errors import UserError, run, user_errors
+from lion_hf.training.models import existing_config
 
 
 def head_decays(model: PreTrainedModel) -> torch.Tensor:

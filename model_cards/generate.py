@@ -19,6 +19,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 
 from lion_hf import PRESETS, LionConfig, LionForImageClassification, LionForMaskedLM, LionVisionConfig
+from lion_hf.training.errors import UserError
+from lion_hf.training.recipes import expand, presets_of
 
 
 FOLDER = Path(__file__).resolve().parent
@@ -29,7 +31,8 @@ VARIANTS = {"lit": "LION-LIT", "decay": "LION-D", "selective": "LION-S"}
 DESCRIPTIONS = {
     "lit": "linear attention without decay; every token reads every other with weight 1.",
     "decay": "linear attention whose weights fall with the distance, by one learned decay per head.",
-    "selective": "linear attention whose weights fall with the distance, by a decay that each token sets for each head.",
+    "selective": "linear attention whose weights fall with the distance, "
+    "by a decay that each token sets for each head.",
 }
 
 # What text and image cards say differently. `lengths` are those at which operations are counted.
@@ -113,14 +116,17 @@ def facts(preset: str) -> dict[str, Any]:
     """
     table = IMAGE if "patch_size" in PRESETS[preset] else TEXT
     config = (LionVisionConfig if table is IMAGE else LionConfig).from_preset(preset)
-    recipe, settings = recipe_of(preset, table["recipes"])
+    recipe = recipe_of(preset, table["recipes"])
+    if recipe is None:
+        folder = f"examples/recipes/{table['recipes']}"
+        raise ValueError(f"No file in {folder} has the preset {preset!r}; add it to one before its card.")
+    settings = expand(ROOT / recipe, preset)
     snake = getattr(config, "order", "normal") == "s"
     variant = VARIANTS[config.mask_type] + (", snake" if snake else "")
     description = DESCRIPTIONS[config.mask_type]
     if snake:
         description += " Patches are read along two snake curves, by rows and by columns, and both masks are averaged."
     dataset = settings["dataset_name"]
-    finetune = f"examples/recipes/glue/{preset}.yaml"
     return {
         "preset": preset,
         "config": config,
@@ -134,7 +140,7 @@ def facts(preset: str) -> dict[str, Any]:
         "recipe": recipe,
         "script": f"examples/{table['script']}",
         "flags": table["flags"],
-        "finetune": finetune if (ROOT / finetune).is_file() else None,
+        "finetune": recipe_of(preset, "glue"),
         "dataset": DATASETS.get(dataset, dataset),
         "source": reported()["source"],
         "reported": reported()["image" if table is IMAGE else "text"].get(preset.split("-")[2]),
@@ -167,13 +173,12 @@ def sizes(config: LionConfig | LionVisionConfig) -> dict[str, float]:
     return {"parameters": total, "float32_mib": 4 * total / 2**20, "bfloat16_mib": 2 * (total + decays) / 2**20}
 
 
-def recipe_of(preset: str, folder: str) -> tuple[str, dict[str, Any]]:
-    """Path below the root, and content, of the recipe that trains a preset."""
+def recipe_of(preset: str, folder: str) -> str | None:
+    """Path below the root of the recipe that trains a preset, if there is one."""
     for path in sorted((ROOT / "examples/recipes" / folder).glob("*.yaml")):
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if settings.get("preset") == preset:
-            return path.relative_to(ROOT).as_posix(), settings
-    raise ValueError(f"No file in examples/recipes/{folder} has `preset: {preset}`; write one before its card.")
+        if preset in presets_of(path):
+            return path.relative_to(ROOT).as_posix()
+    return None
 
 
 @cache
@@ -212,7 +217,7 @@ def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
     check = parser.parse_args(arguments).check
     try:
         files = generate()
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         parser.error(str(error))
     names = differing(files, folder)
     for name in names:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import spread_decays, text_config, text_inputs, vision_config
+from small_models import spread_decays, text_config, text_inputs, vision_config
 from transformers.dynamic_module_utils import get_relative_imports
 
 import lion_hf

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from models import text_config, vision_config
 from safetensors.torch import load_file
+from small_models import text_config, vision_config
 
 import lion_hf
 
