@@ -19,11 +19,13 @@ import transformers
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTForImageClassification
 
 from lion_hf import LionConfig, LionForImageClassification, LionForMaskedLM, LionModel, LionVisionConfig
+from lion_hf.nn.variants import VARIANTS as REGISTRY
+from lion_hf.nn.variants import variant_class
 
 
 Candidate = Callable[[], object]
 CPU = torch.device("cpu")
-VARIANTS = ("lit", "decay", "selective")
+VARIANTS = tuple(REGISTRY)  # by name
 
 
 def count(text: str) -> int:
@@ -164,7 +166,7 @@ def image_models(variants: list[str], shape: dict[str, object], snake: bool = Tr
         config._attn_implementation = attention
         models[name] = ViTForImageClassification(config)
     for variant in variants:
-        for order in ("normal", "s") if snake and variant != "lit" else ("normal",):
+        for order in ("normal", "s") if snake and variant_class(variant).scans > 1 else ("normal",):
             config = LionVisionConfig(mask_type=variant, order=order, num_labels=1000, **shape)
             models[variant + ("-snake" if order == "s" else "")] = LionForImageClassification(config)
     return models

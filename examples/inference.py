@@ -18,6 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel, pipeline
 
+from lion_hf.nn import variant_class
 from lion_hf.training.errors import UserError, make_output_dir, run
 from lion_hf.training.images import ImageArguments, load_digits
 
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     compare_sentences(texts)
     classify(images, image)
     draw_attention(texts, sentence, images, image, folder / "attention.png")
-    with_decays = [model for model in (texts, images) if load(model).config.mask_type != "lit"]
+    with_decays = [model for model in (texts, images) if variant_class(load(model).config.mask_type).decay]
     if with_decays:
         draw_decays(with_decays, folder / "decays.png", text=sentence, image=image)
     print(f"\nPictures of attention and decays are in {folder}.")

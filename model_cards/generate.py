@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 
 from lion_hf import PRESETS, LionConfig, LionForImageClassification, LionForMaskedLM, LionVisionConfig
+from lion_hf.nn import variant_class
 from lion_hf.training.errors import UserError
 from lion_hf.training.recipes import expand, presets_of
 
@@ -27,13 +28,12 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 FORMS = ("attention", "chunk")
 
-VARIANTS = {"lit": "LION-LIT", "decay": "LION-D", "selective": "LION-S"}
-DESCRIPTIONS = {
-    "lit": "linear attention without decay; every token reads every other with weight 1.",
-    "decay": "linear attention whose weights fall with the distance, by one learned decay per head.",
-    "selective": "linear attention whose weights fall with the distance, "
-    "by a decay that each token sets for each head.",
+# Limits of text models with a position table, and of all others.
+TEXT_LIMITS = {
+    True: "At most {} tokens (`max_position_embeddings`), since positions come from a learned table.",
+    False: "Any length is accepted; quality beyond the recipe's 128 tokens is untested.",
 }
+IMAGE_LIMITS = "Any height and width divisible by {} are accepted; quality away from 224 pixels is untested."
 
 # What text and image cards say differently. `lengths` are those at which operations are counted.
 TEXT = {
@@ -47,11 +47,6 @@ TEXT = {
     "metric": "masked accuracy on encyclopedia summaries",
     "results": "text",
     "input": "The lion [MASK] in the sun.",
-    "limits": {
-        "lit": "At most 512 tokens (`max_position_embeddings`), since positions come from a learned table.",
-        "decay": "Any length is accepted; quality beyond the recipe's 128 tokens is untested.",
-        "selective": "Any length is accepted; quality beyond the recipe's 128 tokens is untested.",
-    },
     "corpus": "The recipe's text is a crawl of the English web: a trained model will repeat its biases.",
 }
 IMAGE = {
@@ -65,9 +60,6 @@ IMAGE = {
     "metric": "top-1 accuracy on Fashion-MNIST",
     "results": "images",
     "input": "lion.jpg",
-    "limits": dict.fromkeys(
-        VARIANTS, "Any height and width divisible by 16 are accepted; quality away from 224 pixels is untested."
-    ),
     "corpus": "The recipe's 1,000 classes and photographs are those of ImageNet-1k, with their biases.",
 }
 # The names of the Hub for what the recipes call by an alias.
@@ -122,8 +114,9 @@ def facts(preset: str) -> dict[str, Any]:
         raise ValueError(f"No file in {folder} has the preset {preset!r}; add it to one before its card.")
     settings = expand(ROOT / recipe, preset)
     snake = getattr(config, "order", "normal") == "s"
-    variant = VARIANTS[config.mask_type] + (", snake" if snake else "")
-    description = DESCRIPTIONS[config.mask_type]
+    registered = variant_class(config.mask_type)
+    variant = registered.label + (", snake" if snake else "")
+    description = registered.description
     if snake:
         description += " Patches are read along two snake curves, by rows and by columns, and both masks are averaged."
     dataset = settings["dataset_name"]
@@ -145,9 +138,17 @@ def facts(preset: str) -> dict[str, Any]:
         "source": reported()["source"],
         "reported": reported()["image" if table is IMAGE else "text"].get(preset.split("-")[2]),
         "ours": ours(table, variant),
-        "limits": f"{table['limits'][config.mask_type]} {table['corpus']}",
+        "limits": f"{limits(config)} {table['corpus']}",
+        "keeps_float32": bool(registered.float32_weights),
         **sizes(config),
     }
+
+
+def limits(config: LionConfig | LionVisionConfig) -> str:
+    """What inputs a model takes."""
+    if config.model_type == "lion_vision":
+        return IMAGE_LIMITS.format(config.patch_size)
+    return TEXT_LIMITS[config.pos_emb].format(config.max_position_embeddings)
 
 
 def operations(
@@ -168,7 +169,8 @@ def sizes(config: LionConfig | LionVisionConfig) -> dict[str, float]:
     with torch.device("meta"):
         model = (LionForImageClassification if config.model_type == "lion_vision" else LionForMaskedLM)(config)
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}  # tied weights once
-    decays = sum(count for name, count in counts.items() if ".decay_" in name)
+    kept = model._keep_in_fp32_modules_strict
+    decays = sum(count for name, count in counts.items() if not kept.isdisjoint(name.split(".")))
     total = sum(counts.values())
     return {"parameters": total, "float32_mib": 4 * total / 2**20, "bfloat16_mib": 2 * (total + decays) / 2**20}
 

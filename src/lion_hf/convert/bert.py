@@ -203,7 +203,7 @@ def _expand_softmax(mixer: Mixer, windows: Tensor, length: int, norm_before: nn.
 
 def _row_sums(mixer: Mixer, windows: Tensor, length: int) -> Tensor:
     """Mean sum of a row of M in a text of `length` tokens, (heads,)."""
-    decay = (windows - 1) / (windows + 1) if mixer.variant.decays else torch.ones_like(windows)
+    decay = (windows - 1) / (windows + 1) if mixer.variant.decay else torch.ones_like(windows)
     distance = torch.arange(1, length, dtype=torch.float64)
     return 1 + 2 * ((1 - distance / length) * decay.unsqueeze(1) ** distance).sum(1)
 

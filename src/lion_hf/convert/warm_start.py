@@ -206,7 +206,7 @@ def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, T
 def _made_anew(model: PreTrainedModel) -> list[str]:
     """How the names of weights begin that no source has: those of the variant, and of the norm after mixing."""
     mixers = {name: module for name, module in model.named_modules() if isinstance(module, Mixer)}
-    return [f"{name}.{own}" for name, mixer in mixers.items() for own in (*mixer.variant_weights, "norm.")]
+    return [f"{name}.{own}" for name, mixer in mixers.items() for own in (*mixer.weight_names(), "norm.")]
 
 
 @torch.no_grad()

@@ -137,6 +137,13 @@ class Mixer(TokenMixer):
         """The variant's view of each scan."""
         return (self.variant(self, scan) for scan in range(self.scans))
 
+    def weight_names(self) -> list[str]:
+        """How the names of the weights begin, in the mixer's own state dict, that its variant added."""
+        weights = (getattr(self, name) for name in self.variant_weights)
+        return [
+            n if isinstance(w, nn.Parameter) else f"{n}." for n, w in zip(self.variant_weights, weights, strict=True)
+        ]
+
     def recurrences(self, x: Tensor) -> list[Recurrence]:
         """What the variant asks for, for each scan of an input (batch, length, dim)."""
         query, key, value = self.project(x)

@@ -8,7 +8,7 @@ change to this package:
     @register_variant("fixed")
     class FixedDecay(Variant):
         label = "fixed decay"
-        decays = True
+        decay = "head"
 
         def prepare(self, x, query, key, value, prefix_tokens):
             return Recurrence(query, key, value, log_decay=query.new_full((self.heads,), -0.1))
@@ -65,7 +65,7 @@ class Variant:
         label: name for people, as in reports and cards.
         spellings: further names, in lower case, that stand for the registered one.
         description: half a sentence for model cards.
-        decays: whether there is a decay. Only then do scans, windows and pictures of decays mean anything.
+        decay: None, "head" where `log_decay` has one number for each head, "token" where it has one for each token too.
         feature_map: name of the function of query and key where a mixer is not told another; see names.py.
         normalize: whether outputs are divided by their row sums where a mixer is not told otherwise.
         pos_emb: whether text models have a position table by default.
@@ -84,7 +84,7 @@ class Variant:
     label: str
     spellings: tuple[str, ...] = ()
     description = "linear attention without decay; every token reads every other with weight 1."
-    decays = False
+    decay: str | None = None
     feature_map = "unit_silu"
     normalize = True
     pos_emb = False
@@ -226,7 +226,7 @@ class HeadDecay(Variant):
     label = "LION-D"
     spellings = ("lion-d",)
     description = "linear attention whose weights fall with the distance, by one learned decay per head."
-    decays = True
+    decay = "head"
     float32_weights = ("decay_logit",)
 
     def build(self) -> None:
@@ -253,7 +253,7 @@ class TokenDecay(Variant):
     description = (
         "linear attention whose weights fall with the distance, by a decay that each token sets for each head."
     )
-    decays = True
+    decay = "token"
     float32_weights = ("decay_proj",)
 
     def build(self) -> None:

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
 from ..convert import config_from_bert, config_from_vit, from_bert, from_vit
-from ..models.configuration_lion import PRESETS, LionConfig, LionVisionConfig
+from ..models.configuration_lion import PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
 from .arguments import ModelArguments
 from .errors import UserError, require_path, user_errors
 
@@ -25,7 +25,7 @@ PURPOSES = {
 }
 LABEL_OPTIONS = ("id2label", "label2id", "problem_type", "num_labels")
 # Options that only LION has; new models of other kinds are built without their defaults.
-LION_OPTIONS = ("mask_type", "order", "pos_emb", "cls_tok", "drop_path_rate", "softmax_layers", "layer_norm_after")
+LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate")
 
 
 def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:

@@ -17,6 +17,7 @@ import transformers
 from transformers import Trainer, TrainingArguments
 
 from .. import __version__
+from ..nn.variants import variant_class
 from .errors import say
 
 
@@ -44,7 +45,7 @@ def model_name(config) -> str:
     """ "LION-D", "LION-S, snake", "LION-S, hybrid" or the kind of a baseline, for titles."""
     if not config.model_type.startswith("lion"):
         return config.model_type
-    name = {"lit": "LION-LIT", "decay": "LION-D", "selective": "LION-S"}[config.mask_type]
+    name = variant_class(config.mask_type).label
     name += ", snake" if getattr(config, "order", "normal") == "s" else ""
     return f"{name}, hybrid" if config.softmax_layers else name
 

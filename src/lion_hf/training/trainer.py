@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
 
+from ..nn.mixer import Mixer
 from .data import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
 from .errors import UserError
 from .hidden_teacher import HiddenStateTeacher
@@ -35,13 +36,15 @@ class LionTrainer(Trainer):
         self._last_log, self._evaluation_time = None, 0.0
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """All parameters with `decay_all`; else no biases, norms, decays, class token, position table, 1-D ones."""
+        """All parameters with `decay_all`; else no biases, norms, class token, position table and 1-D ones, and none that a
+        variant spares."""
         sizes = {name: parameter.dim() for name, parameter in model.named_parameters(remove_duplicate=False)}
         if self.args.decay_all:
             return list(sizes)
-        spared = ("decay_logit", "decay_proj", "cls_token", "position_embeddings")
+        mixers = [x for x in model.modules() if isinstance(x, Mixer) and not x.variant.weight_decay]
+        spared = {"cls_token", "position_embeddings", *(name for mixer in mixers for name in mixer.variant_weights)}
         names = super().get_decay_parameter_names(model)
-        return [name for name in names if sizes[name] > 1 and not any(word in name for word in spared)]
+        return [name for name in names if sizes[name] > 1 and spared.isdisjoint(name.split("."))]
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
