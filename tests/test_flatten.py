@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_relative_imports
 
 import lion_hf
 from lion_hf._flatten import _flattened, flat_files, flat_name
+from lion_hf.nn.variants import VARIANTS
 
 
 ROOT = Path(lion_hf.__file__).parent
@@ -70,23 +71,23 @@ def test_files_are_named_by_their_path(module, name):
 
 
 STATEMENTS = {
-    "from .forms import a": ("from .lion_ops_forms import a", ["lion_hf.ops.forms"]),
+    "from .chunk import a": ("from .lion_ops_chunk import a", ["lion_hf.ops.chunk"]),
     "from ..models.modeling_lion import a  # why": (
         "from .modeling_lion import a  # why",
         ["lion_hf.models.modeling_lion"],
     ),
     "from lion_hf.ops.scans import a": ("from .lion_ops_scans import a", ["lion_hf.ops.scans"]),
     "from ..ops import a": ("from .lion_ops import a", ["lion_hf.ops"]),
-    "from .forms import (\n    a,\n    b,\n)": (
-        "from .lion_ops_forms import (\n    a,\n    b,\n)",
-        ["lion_hf.ops.forms"],
+    "from .chunk import (\n    a,\n    b,\n)": (
+        "from .lion_ops_chunk import (\n    a,\n    b,\n)",
+        ["lion_hf.ops.chunk"],
     ),
     "def f():\n    from .triton.launch import a": (
         "def f():\n    from .lion_ops_triton_launch import a",
         ["lion_hf.ops.triton.launch"],
     ),
-    "s = 'ä'\nfrom .forms import a": ("s = 'ä'\nfrom .lion_ops_forms import a", ["lion_hf.ops.forms"]),
-    "text = 'from .forms import a'": ("text = 'from .forms import a'", []),
+    "s = 'ä'\nfrom .chunk import a": ("s = 'ä'\nfrom .lion_ops_chunk import a", ["lion_hf.ops.chunk"]),
+    "text = 'from .chunk import a'": ("text = 'from .chunk import a'", []),
     "import torch\nfrom torch import nn": ("import torch\nfrom torch import nn", []),
 }
 
@@ -97,15 +98,15 @@ def test_imports_are_rewritten_where_they_stand(statement):
 
 
 REFUSED = {
-    "from . import forms": "import what is in lion_hf.ops.forms, not the module",
+    "from . import chunk": "import what is in lion_hf.ops.chunk, not the module",
     "from .. import ops": "say which module has it",
     "from .triton import launch": "import what is in lion_hf.ops.triton.launch, not the module",
-    "import lion_hf.ops.forms": "say what is imported",
+    "import lion_hf.ops.chunk": "say what is imported",
     "import torch, lion_hf as lion": "say what is imported",
     "from lion_hf import LionConfig": "say which module has it",
     "from lion_hf.lion_ops import a": "is no file of this package",
-    "import torch; from .forms import a": "put it on a line of its own",
-    "from \\\n    .forms import a": "put it on a line of its own",
+    "import torch; from .chunk import a": "put it on a line of its own",
+    "from \\\n    .chunk import a": "put it on a line of its own",
 }
 
 
@@ -120,17 +121,19 @@ def test_imports_without_a_flat_form_are_refused(statement):
 OWN = """
 import torch
 
-from lion_hf.ops.api import (
-    CROSSOVER,
+from lion_hf.nn import (
+    Recurrence,
+    Variant,
 )
-from lion_hf.nn.layer import LionMixer
+from lion_hf.nn.variants import register_variant
 
 
-class Own(LionMixer):
-    pass
+@register_variant("own")
+class Own(Variant):
+    label = "own"
 
-
-CROSSOVER["own"] = Own.__name__
+    def prepare(self, x, query, key, value, prefix_tokens):
+        return Recurrence(query, key, value, torch.full((self.heads,), -0.3))
 """
 
 LOADS = """
@@ -145,8 +148,8 @@ sys.meta_path.insert(0, Absent())
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 def registered():
-    tables = [vars(module)["CROSSOVER"] for name, module in sys.modules.items() if name.endswith("lion_ops_api")]
-    return [table.get("own") for table in tables]
+    tables = [vars(module)["VARIANTS"] for name, module in sys.modules.items() if name.endswith("lion_nn_variants")]
+    return [table["own"].__name__ for table in tables]
 
 AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert registered() == ["Own"], registered()
@@ -171,14 +174,14 @@ def own(monkeypatch):
     classes = []
     monkeypatch.setattr("lion_hf.hub._foreign_classes", lambda model: classes)
     yield classes
-    lion_hf.ops.api.CROSSOVER.pop("own", None)
 
 
-def test_a_folder_with_a_file_of_the_user_registers_it_where_neither_is_installed(tmp_path, monkeypatch, own):
-    own.append(imported(tmp_path / "user", monkeypatch, OWN))
-    model = spread_decays(lion_hf.LionForMaskedLM(text_config())).eval()
+def test_a_folder_with_a_variant_of_the_user_registers_it_where_neither_is_installed(tmp_path, monkeypatch):
+    imported(tmp_path / "user", monkeypatch, OWN)
+    model = lion_hf.LionForMaskedLM(text_config("own")).eval()
     folder = lion_hf.save_with_code(model, tmp_path / "model")
-    assert "from .lion_ops_api import (" in (folder / "own_variant.py").read_text(encoding="utf-8")
+    del VARIANTS["own"]
+    assert "from .lion_nn import (" in (folder / "own_variant.py").read_text(encoding="utf-8")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", "-c", LOADS, str(folder), str(tmp_path / "out.pt")]
@@ -192,12 +195,13 @@ def test_a_folder_with_a_file_of_the_user_registers_it_where_neither_is_installe
 def test_what_only_the_users_file_imports_comes_along(tmp_path, monkeypatch):
     own = imported(tmp_path, monkeypatch, "class Own: pass")
     files = flat_files("lion_hf.models.configuration_lion", [own])
-    assert set(files) == {"configuration_lion.py", "own_variant.py"}
-    (tmp_path / "own_variant.py").write_text("from lion_hf.ops.scans import snake_orders\nclass Own: pass")
+    alone = {"configuration_lion.py", "lion_nn_names.py", "lion_nn_variants.py", "own_variant.py"}
+    assert set(files) == alone
+    (tmp_path / "own_variant.py").write_text("from lion_hf.ops.tokens import slices\nclass Own: pass")
     files = flat_files("lion_hf.models.configuration_lion", [own])
-    assert set(files) == {"configuration_lion.py", "own_variant.py", "lion_ops_scans.py"}
+    assert set(files) == alone | {"lion_ops_tokens.py"}
     assert files["configuration_lion.py"].endswith("\nfrom .own_variant import Own\n")
-    assert "own_variant" not in files["lion_ops_scans.py"]
+    assert "own_variant" not in files["lion_ops_tokens.py"]
 
 
 def test_two_classes_of_one_file_and_two_files_come_along(tmp_path, monkeypatch):
