@@ -4,10 +4,11 @@
     python benchmarks/bench_quantization.py              # about 5 minutes on two CPU cores
     python benchmarks/bench_quantization.py --compile    # timings of compiled models as well; needs a C++ compiler
 
-Accuracy is that of a LION-D classifier on the 360 test digits of scikit-learn, trained here for a minute, or of the model
-in --model. Speed and size are those of a text encoder of base width with random weights: eight rows of 128 tokens, all
-candidates timed in turn. Linear layers become int8, but for the layers of the decays: a decay close to 1 needs more
-than 8 bits, and these layers are a thousandth of a model. The embeddings, and a decoder tied to them, count as they are.
+Accuracy is that of a LION-D classifier on the 360 test digits of scikit-learn, trained here for a minute, or of the
+model in --model. Speed and size are those of a text encoder of base width with random weights: eight rows of 128
+tokens, all candidates timed in turn. Linear layers become int8, but for the layers of the decays: a decay close to 1
+needs more than 8 bits, and these layers are a thousandth of a model. The embeddings, and a decoder tied to them, count
+as they are.
 """
 
 import argparse

@@ -111,7 +111,7 @@ def alternate(
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What one candidate on a GPU may fail with while the others go on: no memory, no kernel for this shape or device."""
+    """What one candidate on a GPU may fail with while others go on: no memory, no kernel for this shape or device."""
     try:
         from triton.errors import TritonError
     except ImportError:
@@ -159,7 +159,7 @@ def text_models(length: int, variants: list[str], shape: dict[str, object], mask
 
 
 def image_models(variants: list[str], shape: dict[str, object], snake: bool = True, eager: bool = False) -> dict:
-    """ViT with SDPA, with eager attention on request, and LION's variants, in snake order as well: image classifiers."""
+    """ViT with SDPA, with eager attention on request, and LION's variants, in snake order too: image classifiers."""
     models = {}
     for name, attention in (("vit", "sdpa"), ("vit-eager", "eager"))[: 1 + eager]:
         config = ViTConfig(**shape, num_labels=1000)

@@ -62,8 +62,8 @@ def search_chunks(arguments, timer, constants: dict[str, int]) -> list[dict]:
 
 
 def advise(rows: list[dict], chunks: list[int]) -> tuple[int, dict[str, int]]:
-    """The chunk size that is best on the mean over lengths with more than one chunk of any size, and by kind of decay the
-    last length up to which the full form is no slower (0: none)."""
+    """The chunk size that is best on the mean over lengths with more than one chunk of any size, and by kind of decay
+    the last length up to which the full form is no slower (0: none)."""
     several = [row for row in rows if row["length"] > max(chunks)] or rows
     means = {c: statistics.geometric_mean([row[f"chunk {c}"] for row in several]) for c in chunks}
     chunk = min(chunks, key=lambda c: math.inf if math.isnan(means[c]) else means[c])

@@ -138,9 +138,9 @@ def operators(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], st
 def least_work(variant: str, batch: int, length: int, backward: bool) -> tuple[int, float]:
     """Bytes and FLOPs that the operator cannot do without.
 
-    Bytes: q, k, v and the output once; backward q, k, v, dy and three gradients; decays per token and their gradients in
-    float32. FLOPs of one token and head, a multiply-add being two: 2 products with a row of L pairs and 5 backward, or a
-    state written and read in each direction (one without decay) and 4 products with states backward; what is less.
+    Bytes: q, k, v and the output once; backward q, k, v, dy and three gradients; decays per token and their gradients
+    in float32. FLOPs of one token and head, a multiply-add being two: 2 products with a row of L pairs and 5 backward,
+    or a state written and read in each direction (one without decay) and 4 products with states backward; what is less.
     """
     tokens = batch * length * HEADS
     traffic = tokens * WIDTH * 2 * (4 + 7 * backward) + tokens * 4 * (1 + 2 * backward) * (variant == "selective")

@@ -3,7 +3,7 @@
 Needs `pip install 'lion-hf[train]'`; `import lion_hf` does not load it.
 Read it in this order, in which one module may import those before it:
 
-- `errors`: one-line messages for what a user got wrong
+- `errors`: what scripts say to their user, and one line for what a user got wrong
 - `recipes`, `arguments`, `parsing`: files of arguments and their presets, the arguments, and both with flags
 - `data`, `text`, `kornia_augmentation`, `augmentation`, `images`: rows of tokens and pixels, and their order
 - `models`, `image_models`, `hidden_teacher`, `distillation`, `ema`: the model that is trained, and what it learns from

@@ -1,4 +1,4 @@
-"""One-line messages for what a user got wrong, and checks of files, folders and disks that end in them."""
+"""What scripts say to their user: lines of progress, and one line for a mistake; checks of files, folders and disks."""
 
 import os
 import shutil
