@@ -1,10 +1,6 @@
 """Two processes, or a run that was killed and started again, train exactly as one undisturbed process does."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Script, run_script
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
@@ -27,7 +24,6 @@ TINY = [
     "--logging_steps=1",
     "--learning_rate=5e-3",
 ]
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def mlm_command(folder: Path, *flags: str) -> list[str]:
@@ -70,10 +66,9 @@ def warm_command(folder: Path, *flags: str) -> list[str]:
 COMMANDS = {"text": mlm_command, "image": image_command}
 
 
-def run(command: list[str], processes: int = 1) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    result = subprocess.run([sys.executable, *launcher, *command], env=ALONE, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+def run(command: list[str], processes: int = 1) -> str:
+    folder = next(flag for flag in command if flag.startswith("--output_dir=")).partition("=")[2]
+    return run_script(command, Path(f"{folder}.txt"), processes)
 
 
 def losses(folder: Path) -> dict[int, float]:
@@ -93,18 +88,20 @@ def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "command, accumulation",
-    [(mlm_command, 1), (mlm_command, 2), (image_command, 1), (image_command, 2), (bert_command, 2), (warm_command, 2)],
-    ids=lambda x: getattr(x, "__name__", x),
+    "command, accumulations",
+    [(mlm_command, (1, 2)), (image_command, (1, 2)), (bert_command, (2,)), (warm_command, (2,))],
+    ids=lambda x: getattr(x, "__name__", None),
 )
-def test_two_processes_train_as_one(tmp_path, command, accumulation):
+def test_two_processes_train_as_one(tmp_path, command, accumulations):
     """75 rows in global batches of 16: the last batch has 11, or with accumulation 8 + 3, in no process the same."""
     flags = ["--num_train_epochs=2", "--save_strategy=no", "--eval_strategy=no"]
-    one, two = tmp_path / "one", tmp_path / "two"
+    one = tmp_path / "one"
     run(command(one, *flags, "--per_device_train_batch_size=16"))
-    size = [f"--per_device_train_batch_size={8 // accumulation}", f"--gradient_accumulation_steps={accumulation}"]
-    run(command(two, *flags, *size), processes=2)
-    assert_same_run(one, two, 1e-5)
+    for steps in accumulations:
+        two = tmp_path / f"two-{steps}"
+        size = [f"--per_device_train_batch_size={8 // steps}", f"--gradient_accumulation_steps={steps}"]
+        run(command(two, *flags, *size), processes=2)
+        assert_same_run(one, two, 1e-5)
 
 
 @pytest.mark.parametrize("command", [mlm_command, bert_command], ids=lambda command: command.__name__)
@@ -124,26 +121,18 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kind):
     flags += ["--hidden_dropout_prob=0.1", "--eval_strategy=no"]
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     run(COMMANDS[kind](undisturbed, *flags))
-    process = subprocess.Popen(
-        [sys.executable, *COMMANDS[kind](killed, *flags)],
-        env=ALONE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    script = Script(COMMANDS[kind](killed, *flags), tmp_path / "killed.txt")
     deadline = time.monotonic() + 120
     while not (killed / "checkpoint-14" / "trainer_state.json").exists() and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    script.process.kill()  # the signal 9
+    script.process.join()
     assert not (killed / "all_results.json").exists(), "the run was over before it was killed"
     damaged = killed / "checkpoint-59"
     damaged.mkdir()
     (damaged / "model.safetensors").write_bytes(b"cut off")
-    result = subprocess.run(
-        [sys.executable, *COMMANDS[kind](killed, *flags)], env=ALONE, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "checkpoint-59 is incomplete and skipped" in result.stdout + result.stderr
+    told = run(COMMANDS[kind](killed, *flags))
+    assert "checkpoint-59 is incomplete and skipped" in told
     assert_same_run(undisturbed, killed, 1e-6)
     before = (killed / "model.safetensors").read_bytes()
     run(COMMANDS[kind](killed, *flags))  # it is finished, so nothing changes
@@ -151,14 +140,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kind):
     assert_same_run(undisturbed, killed, 1e-6)
 
 
-def test_fully_sharded_parameters_train_as_whole_ones():
+def test_fully_sharded_parameters_train_as_whole_ones(tmp_path):
     """PyTorch's fully_shard on two processes: every variant in every form ends with the weights of one process."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     worker = Path(__file__).parent / "fully_shard_worker.py"
-    environment = ALONE | {"PYTHONPATH": os.pathsep.join(sys.path)}  # small_models.py too
-    result = subprocess.run([*command, str(worker)], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("equal") == 9
+    assert run_script([str(worker)], tmp_path / "log.txt", processes=2).count("equal") == 9
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)

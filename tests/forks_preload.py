@@ -1,0 +1,12 @@
+"""What the server of forks.py imports before the first script: libraries that the example scripts use."""
+
+import datasets  # noqa: F401
+import matplotlib.pyplot  # noqa: F401
+import PIL.Image  # noqa: F401
+import sklearn.datasets  # noqa: F401
+import torch.distributed.run  # noqa: F401
+import transformers.models.auto.modeling_auto
+import transformers.models.bert.modeling_bert
+import transformers.trainer  # noqa: F401
+
+import lion_hf  # noqa: F401
