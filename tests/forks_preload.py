@@ -1,5 +1,8 @@
 """What the server of forks.py imports before the first script: libraries that the example scripts use."""
 
+import atexit
+import gc
+
 import datasets  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import PIL.Image  # noqa: F401
@@ -10,3 +13,7 @@ import transformers.models.bert.modeling_bert
 import transformers.trainer  # noqa: F401
 
 import lion_hf  # noqa: F401
+
+
+atexit.register(gc.unfreeze)
+gc.freeze()  # what was imported is not searched for garbage again, in no fork

@@ -85,9 +85,10 @@ def assert_close(results, expected, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("form", ["attention", "chunk"])
 @pytest.mark.parametrize("result", RESULTS)
-def test_equals_the_textbook(decay, form, result, dtype, monkeypatch):
+def test_equals_the_textbook(decay, result, dtype, monkeypatch):
+    """Every pair of a form, a decay and a result; packed sequences take both forms with every decay."""
+    form = ("attention", "chunk")[(DECAYS.index(decay) + list(RESULTS).index(result)) % 2]
     leaves, mask = inputs(70 if form == "chunk" else 34, decay, dtype=dtype)  # 3 chunks of 2 tiles, or 3 tiles
     if result == "normalized":  # positive features, as image encoders have
         leaves[:2] = [x.detach().abs().requires_grad_() for x in leaves[:2]]

@@ -1,6 +1,10 @@
-"""The definition of the operator, written from the products of decays and nothing else: the oracle of the tests.
+"""The textbook: what LION computes, by its definition, slow and readable. Every form and kernel is tested against it.
 
-No cumulative sums, no chunks, no exponent tricks: M_ij is multiplied together one decay at a time.
+A query i reads every key j, to its left and to its right. On the way from j to i the key is multiplied by the decay of
+each token that it leaves, its own first: M_ij = d_j d_(j+1) .. d_(i-1) from the left, d_j d_(j-1) .. d_(i+1) from the
+right, M_ii = 1. No cumulative sums, no chunks, no logarithms: one decay is multiplied at a time.
+
+    y_i = scale * sum_j M_ij (q_i . k_j) v_j        normalize: divided by  scale * sum_j M_ij (q_i . k_j) + eps
 """
 
 import torch
@@ -21,7 +25,11 @@ def textbook_mask(decay):
 
 
 def textbook(query, key, value, log_decay=None, key_mask=None, normalize=False, scale=None, eps=1e-6):
-    """y (B, H, L, E) in the dtype of the inputs; see lion_ops for the meaning of the arguments."""
+    """y (B, H, L, E) from query, key (B, H, L, D) and value (B, H, L, E), in their dtype.
+
+    log_decay is None (M is 1), (H,) or (B, H, L); key_mask (B, L) is 0 where a key counts for nothing; scale is
+    D**-0.5 by default.
+    """
     batch, heads, length, width = query.shape
     scale = width**-0.5 if scale is None else scale
     weights = torch.einsum("bhid,bhjd->bhij", query, key)
@@ -35,3 +43,20 @@ def textbook(query, key, value, log_decay=None, key_mask=None, normalize=False, 
     if not normalize:
         return numerator
     return numerator / (scale * weights.sum(-1, keepdim=True) + eps)
+
+
+def textbook_recurrent(query, key, value, decay):
+    """The same y without mask and normalization, token by token: one state read from the left, one from the right.
+
+    decay (B, H, L) in [0, 1].
+    """
+    left, right, length = [], [], query.shape[2]
+    state = future = torch.zeros_like(key[:, :, 0, :, None] * value[:, :, 0, None, :])  # (B, H, D, E)
+    for i in range(length):
+        state = state + key[:, :, i, :, None] * value[:, :, i, None, :]
+        left.append(torch.einsum("bhd,bhde->bhe", query[:, :, i], state))
+        state = state * decay[:, :, i, None, None]  # leaves token i
+    for i in reversed(range(length)):
+        right.append(torch.einsum("bhd,bhde->bhe", query[:, :, i], future))
+        future = (future + key[:, :, i, :, None] * value[:, :, i, None, :]) * decay[:, :, i, None, None]
+    return query.shape[3] ** -0.5 * (torch.stack(left, 2) + torch.stack(right[::-1], 2))
