@@ -7,7 +7,7 @@ BIN := .venv/bin
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python " + sys.version.split()[0] + " found, but constraints.txt needs 3.11 or newer. Use: make PYTHON=python3.11 (or newer). Python 3.10 works with constraints-oldest.txt.")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[examples,test,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,test,dev]'
 	touch $@
 
 # Pretrains a small LION-S on documentation text, trains a small LION-D on digits, draws their decays: about 5 minutes.
@@ -39,7 +39,7 @@ cards: .venv/installed
 
 # The API page, from the docstrings: open build/api/index.html
 docs: .venv/installed
-	$(BIN)/python -m pdoc --docformat google --output-directory build/api lion_hf lion_hf.warm_start
+	$(BIN)/python -m pdoc --docformat google --output-directory build/api lion_hf lion_hf.convert
 
 clean:
 	rm -rf .venv build dist outputs .pytest_cache .ruff_cache .hypothesis src/*.egg-info

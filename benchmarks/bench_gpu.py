@@ -11,16 +11,18 @@ the host needs to launch small kernels is hidden. Repeats, or more until the sec
 
     autotune     10, 1 s    tiles, warps and stages of LION-S; chunk sizes and the full form of every variant
     operator     20, 2 s    bfloat16, 16k tokens, 12 heads of 64; without and with backward
-    training      5, 5 s    bfloat16 autocast, AdamW. Images: base, 256 of 224 pixels. Text: bare encoders of BERT-large's
-                            shape, 32k tokens. Eager and with every layer compiled. Random weights, no dropout
+    training      5, 5 s    bfloat16 autocast, AdamW. Images: base, 256 of 224 pixels. Text: bare encoders of
+                            BERT-large's shape, 32k tokens. Eager and with every layer compiled. Random weights, no
+                            dropout
     resolution    3, 3 s    base, batches of 8, bfloat16 autocast
 
 Each part is meant to take less than 8 minutes on an H100, most of it compilation; `PART --help` lists what shortens it.
 A candidate that fails for want of memory is n/a. "peak MiB" is what a run takes beyond weights, states of the optimizer
 and inputs. Tables, as Markdown, are printed: those of the README are copies of them, with the device's name, which the
-last lines tell; `operator` and `training` end with the goals, met or not. JSON and pictures go to benchmarks/results. To
-look for failures in the kernels: pytest tests/ops/test_lion_triton.py. Without a GPU the same commands try this script at the
-sizes you give, with the forms in PyTorch (`autotune` in Triton's interpreter, TRITON_INTERPRET=1): no measurement.
+last lines tell; `operator` and `training` end with the goals, met or not. JSON and pictures go to benchmarks/results.
+To look for failures in the kernels: pytest tests/ops/test_lion_triton.py. Without a GPU the same commands try this script
+at the sizes you give, with the forms in PyTorch (`autotune` in Triton's interpreter, TRITON_INTERPRET=1): no
+measurement.
 """
 
 import argparse

@@ -6,10 +6,10 @@
     python benchmarks/bench_models.py --floor              # and the twin with attention that costs nothing
 
 All models of one case are timed in turn in one process; a ratio below 1 means LION is faster than the twin in the same
-precision, "over float32" is a model under autocast over itself without. Dropout is 0, weights are random. Text: 2 layers
-of base width (768, 12 heads), bare encoders, a training step is forward and backward of the mean output (an optimizer
-step costs both the same). Images, classifiers at 224 pixels: the same base width and layers, and tiny (192, 3 heads, 12
-layers).
+precision, "over float32" is a model under autocast over itself without. Dropout is 0, weights are random. Text: 2
+layers of base width (768, 12 heads), bare encoders, a training step is forward and backward of the mean output (an
+optimizer step costs both the same). Images, classifiers at 224 pixels: the same base width and layers, and tiny (192, 3
+heads, 12 layers).
 """
 
 import argparse

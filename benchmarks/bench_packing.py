@@ -1,14 +1,14 @@
 """Training steps on texts of very different lengths: padded against unpadded against packed.
 
-    python benchmarks/bench_packing.py                     # the topics of Python's help(), from a few words to thousands
+    python benchmarks/bench_packing.py                     # the topics of Python's help(), of a few words to thousands
     python benchmarks/bench_packing.py --data FOLDER       # documents of the .txt files in FOLDER
 
-The same documents, batch by batch, in three ways, timed in turn in one process: padded to the longest of the batch, as a
-tokenizer does (unpad=False); the same with the padding taken out by the model (unpad=True); and packed into one row, as
-DataCollatorWithFlattening does. A ratio below 1 is faster than padded. Documents are separated by empty lines, or are the
-lines of a file that has none; one shorter than --shortest words is joined with the next, and --longest cuts. Only their
-lengths count: token ids are random. A training step is forward and backward of the mean output of a bare encoder of base
-width, without dropout, weights random, float32.
+The same documents, batch by batch, in three ways, timed in turn in one process: padded to the longest of the batch, as
+a tokenizer does (unpad=False); the same with the padding taken out by the model (unpad=True); and packed into one row,
+as DataCollatorWithFlattening does. A ratio below 1 is faster than padded. Documents are separated by empty lines, or
+are the lines of a file that has none; one shorter than --shortest words is joined with the next, and --longest cuts.
+Only their lengths count: token ids are random. A training step is forward and backward of the mean output of a bare
+encoder of base width, without dropout, weights random, float32.
 """
 
 import argparse

@@ -4,10 +4,11 @@
     python benchmarks/bench_quantization.py              # about 5 minutes on two CPU cores
     python benchmarks/bench_quantization.py --compile    # timings of compiled models as well; needs a C++ compiler
 
-Accuracy is that of a LION-D classifier on the 360 test digits of scikit-learn, trained here for a minute, or of the model
-in --model. Speed and size are those of a text encoder of base width with random weights: eight rows of 128 tokens, all
-candidates timed in turn. Linear layers become int8, but for the layers of the decays: a decay close to 1 needs more
-than 8 bits, and these layers are a thousandth of a model. The embeddings, and a decoder tied to them, count as they are.
+Accuracy is that of a LION-D classifier on the 360 test digits of scikit-learn, trained here for a minute, or of the
+model in --model. Speed and size are those of a text encoder of base width with random weights: eight rows of 128
+tokens, all candidates timed in turn. Linear layers become int8, but for the layers of the decays: a decay close to 1
+needs more than 8 bits, and these layers are a thousandth of a model. The embeddings, and a decoder tied to them, count
+as they are.
 """
 
 import argparse
@@ -23,14 +24,16 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lion_hf import LionConfig, LionModel
+from lion_hf.nn.variants import VARIANTS
 
 
+FLOAT32_WEIGHTS = {name for variant in VARIANTS.values() for name in variant.float32_weights}
 RECIPES = {"int8 weights": Int8WeightOnlyConfig, "int8 weights and activations": Int8DynamicActivationInt8WeightConfig}
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:
-    """Which modules become int8: every linear layer but those of the decays."""
-    return isinstance(module, nn.Linear) and "decay_proj" not in name
+    """Which modules become int8: every linear layer but those whose weights stay float32, the decays'."""
+    return isinstance(module, nn.Linear) and FLOAT32_WEIGHTS.isdisjoint(name.split("."))
 
 
 def quantized(model: nn.Module, recipe: str) -> nn.Module:
@@ -62,7 +65,7 @@ def accuracy(model: nn.Module, inputs: dict, labels: torch.Tensor) -> tuple[floa
 
 def accuracies(folder: str) -> list[dict[str, object]]:
     """One row per precision: top-1 accuracy on the test digits, and how far the logits are from float32's."""
-    from image_data import ImageArguments, load_digits
+    from lion_hf.training.images import ImageArguments, load_digits
 
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     _, test = load_digits(ImageArguments(), seed=0)

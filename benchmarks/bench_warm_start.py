@@ -13,7 +13,7 @@ from common import print_table
 from torch.nn.functional import cosine_similarity
 from transformers import AutoModel, AutoTokenizer
 
-from lion_hf.convert.warm_start import from_bert
+from lion_hf.convert import from_bert
 
 
 @torch.inference_mode()

@@ -19,11 +19,13 @@ import transformers
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTForImageClassification
 
 from lion_hf import LionConfig, LionForImageClassification, LionForMaskedLM, LionModel, LionVisionConfig
+from lion_hf.nn.variants import VARIANTS as REGISTRY
+from lion_hf.nn.variants import variant_class
 
 
 Candidate = Callable[[], object]
 CPU = torch.device("cpu")
-VARIANTS = ("lit", "decay", "selective")
+VARIANTS = tuple(REGISTRY)  # by name
 
 
 def count(text: str) -> int:
@@ -109,7 +111,7 @@ def alternate(
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What one candidate on a GPU may fail with while the others go on: no memory, no kernel for this shape or device."""
+    """What one candidate on a GPU may fail with while others go on: no memory, no kernel for this shape or device."""
     try:
         from triton.errors import TritonError
     except ImportError:
@@ -157,14 +159,14 @@ def text_models(length: int, variants: list[str], shape: dict[str, object], mask
 
 
 def image_models(variants: list[str], shape: dict[str, object], snake: bool = True, eager: bool = False) -> dict:
-    """ViT with SDPA, with eager attention on request, and LION's variants, in snake order as well: image classifiers."""
+    """ViT with SDPA, with eager attention on request, and LION's variants, in snake order too: image classifiers."""
     models = {}
     for name, attention in (("vit", "sdpa"), ("vit-eager", "eager"))[: 1 + eager]:
         config = ViTConfig(**shape, num_labels=1000)
         config._attn_implementation = attention
         models[name] = ViTForImageClassification(config)
     for variant in variants:
-        for order in ("normal", "s") if snake and variant != "lit" else ("normal",):
+        for order in ("normal", "s") if snake and variant_class(variant).scans > 1 else ("normal",):
             config = LionVisionConfig(mask_type=variant, order=order, num_labels=1000, **shape)
             models[variant + ("-snake" if order == "s" else "")] = LionForImageClassification(config)
     return models

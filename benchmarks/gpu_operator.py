@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lion_hf import bidirectional_linear_attention
-from lion_hf.ops import api as lion_ops
+from lion_hf.ops import backend as lion_backend
 
 
 HEADS, WIDTH = 12, 64
@@ -75,7 +75,7 @@ class Inputs:
 
 def lion(format: str, backend: str) -> Callable[..., Tensor]:
     def operator(query, key, value, log_decay):
-        with mock.patch.object(lion_ops, "_BACKEND", backend):
+        with mock.patch.object(lion_backend, "BACKEND", backend):
             return bidirectional_linear_attention(query, key, value, log_decay, format=format)
 
     return operator
@@ -119,7 +119,7 @@ def operators(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], st
         found["SDPA cuDNN"] = softmax(SDPBackend.CUDNN_ATTENTION), "lit"
     for variant in KINDS:
         # On a GPU a fallback would be timed under the wrong name.
-        found[f"LION {variant}"] = lion("auto", "triton" if on_gpu else lion_ops._BACKEND), variant
+        found[f"LION {variant}"] = lion("auto", "triton" if on_gpu else lion_backend.BACKEND), variant
         found[f"torch {variant}"] = lion("auto", "torch"), variant
     found["matmuls lit"] = two_matmuls, "lit"
     try:
@@ -138,9 +138,9 @@ def operators(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], st
 def least_work(variant: str, batch: int, length: int, backward: bool) -> tuple[int, float]:
     """Bytes and FLOPs that the operator cannot do without.
 
-    Bytes: q, k, v and the output once; backward q, k, v, dy and three gradients; decays per token and their gradients in
-    float32. FLOPs of one token and head, a multiply-add being two: 2 products with a row of L pairs and 5 backward, or a
-    state written and read in each direction (one without decay) and 4 products with states backward; what is less.
+    Bytes: q, k, v and the output once; backward q, k, v, dy and three gradients; decays per token and their gradients
+    in float32. FLOPs of one token and head, a multiply-add being two: 2 products with a row of L pairs and 5 backward,
+    or a state written and read in each direction (one without decay) and 4 products with states backward; what is less.
     """
     tokens = batch * length * HEADS
     traffic = tokens * WIDTH * 2 * (4 + 7 * backward) + tokens * 4 * (1 + 2 * backward) * (variant == "selective")

@@ -3,8 +3,8 @@
     python benchmarks/kernel_resources.py                        # Hopper: H100, H200
     python benchmarks/kernel_resources.py --capability 80 --widths 64 128 --dtypes bfloat16 float32
 
-Registers of a thread (255 at most; what does not fit is spilled to memory, seen as stack), shared memory of a block, and
-tensor core instructions. The launches of a forward and a backward pass are recorded, not run; Triton brings the
+Registers of a thread (255 at most; what does not fit is spilled to memory, seen as stack), shared memory of a block,
+and tensor core instructions. The launches of a forward and a backward pass are recorded, not run; Triton brings the
 compiler.
 """
 

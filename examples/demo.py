@@ -3,7 +3,8 @@
     python examples/demo.py --output_dir outputs/demo
 
 Pretrains a small LION-S on Python's documentation and lets it fill masks, trains a small LION-D on handwritten digits,
-and draws the decay masks and the decays that both models learned. Ends with exit code 1 if either model failed to learn.
+and draws the decay masks and the decays that both models learned. Ends with exit code 1 if either model failed to
+learn.
 """
 
 import argparse
@@ -15,17 +16,18 @@ from pathlib import Path
 
 import run_image_classification
 import run_mlm
-import text_data
 import torch
-from arguments import make_output_dir, run
 from draw_decays import draw_decays
 from draw_masks import draw_masks
-from image_data import ImageArguments, load_digits
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     pipeline,
 )
+
+from lion_hf.training.errors import make_output_dir, run
+from lion_hf.training.images import ImageArguments, load_digits
+from lion_hf.training.text import python_documents
 
 
 DIGITS_GOAL = 0.95
@@ -38,8 +40,8 @@ def pretrain(folder: Path) -> dict[str, float]:
     """A small LION-S on Python's documentation."""
     metrics = run_mlm.main(["--output_dir", str(folder), *TEXT_FLAGS])
     print(
-        f"\nmasked accuracy {metrics['eval_masked_accuracy']:.1%}, against {metrics['eval_most_frequent_accuracy']:.1%} "
-        "for always saying the most frequent token\n"
+        f"\nmasked accuracy {metrics['eval_masked_accuracy']:.1%}, against "
+        f"{metrics['eval_most_frequent_accuracy']:.1%} for always saying the most frequent token\n"
         f"loss {metrics['eval_loss']:.3f} nats per masked token, against {metrics['eval_unigram_entropy']:.3f} for the "
         f"token frequencies alone (ratio {metrics['eval_loss_over_unigram_entropy']:.3f})"
     )
@@ -49,7 +51,7 @@ def pretrain(folder: Path) -> dict[str, float]:
 def masked_sentences(tokenizer, count: int) -> list[tuple[str, str]]:
     """Sentences of the held-out documents with one word masked, and that word."""
     chooser, found = random.Random(0), []
-    for document in text_data.python_documents()[::10]:
+    for document in python_documents()[::10]:
         sentences = re.findall(r"(?<=\. )[A-Z][a-z][\w ,']{40,110}\.(?=\s)", re.sub(r"\s+", " ", document))
         for sentence in sentences[:1]:
             words = [m for m in re.finditer(r"\b[a-z]{3,}\b", sentence) if len(tokenizer.tokenize(m[0])) == 1]

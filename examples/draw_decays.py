@@ -11,10 +11,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from arguments import UserError, run, user_errors
 from matplotlib import pyplot as plt
 from PIL import Image
-from training import existing_config
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -24,33 +22,32 @@ from transformers import (
     PreTrainedModel,
 )
 
-
-def head_decays(model: PreTrainedModel) -> torch.Tensor:
-    """LION-D's decays, (layers, scans * heads)."""
-    named = {name: parameter for name, parameter in model.named_parameters() if "decay_logit" in name}
-    layers: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in named.items():
-        layers.setdefault(name.rpartition(".")[0], []).append(parameter.detach().sigmoid())
-    return torch.stack([torch.cat(scans) for scans in layers.values()])
+from lion_hf.nn import Mixer, variant_class
+from lion_hf.training.errors import UserError, run, user_errors
+from lion_hf.training.models import existing_config
 
 
-def token_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """LION-S's decays for one input, mean over heads and scans: (layers, tokens), without an image's class token."""
-    layers: dict[str, list[torch.Tensor]] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2].startswith("decay_proj"):
-            seen = layers.setdefault(name.rpartition(".")[0], [])
-            hooks.append(
-                module.register_forward_hook(
-                    lambda m, args, out, seen=seen: seen.append(torch.sigmoid(-out[0]).mean(-1))
-                )
-            )
+def layer_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """The decays of each layer with any: (layers, scans * heads) where a head has one; for one input, where each token has
+    its own, their mean over heads and scans (layers, tokens), without an image's class token."""
+    layers: list[torch.Tensor] = []
+
+    def keep(mixer: Mixer, arguments: tuple) -> None:
+        scans = [recurrence.log_decay.exp() for recurrence in mixer.recurrences(arguments[0])]
+        by_head = mixer.variant.decay == "head"
+        layers.append(torch.cat(scans) if by_head else torch.cat(scans).mean((0, 1))[mixer.prefix_tokens :])
+
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
     with torch.no_grad():
-        model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack([torch.stack(scans).mean(0) for scans in layers.values()])
+        if inputs:
+            hooks = [mixer.register_forward_pre_hook(keep) for mixer in mixers]
+            model(**inputs)
+            for hook in hooks:
+                hook.remove()
+        else:  # the decays of heads are the same for every input
+            for mixer in mixers:
+                keep(mixer, (torch.zeros(1, 1, mixer.dim),))
+    return torch.stack(layers)
 
 
 def decaying_layers(model: PreTrainedModel) -> list[int]:
@@ -71,14 +68,15 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
     for row, folder, model in zip(rows, folders, models, strict=True):
         is_image = model.config.model_type == "lion_vision"
         kind = "image" if is_image else "text"
-        if model.config.mask_type == "lit":
-            raise UserError(f"{str(folder)!r} is a LION-LIT model, which has no decays to draw")
+        variant = variant_class(model.config.mask_type)
+        if variant.decay is None:
+            raise UserError(f"{str(folder)!r} is a {variant.label} model, which has no decays to draw")
         layers = decaying_layers(model)
         if not layers:
             raise UserError(f"{str(folder)!r} has softmax attention in every layer, and no decays to draw")
-        if model.config.mask_type == "decay":
-            row.suptitle(f"LION-D, {kind}: decay of each layer and head", fontsize=10)
-            values = head_decays(model)
+        if variant.decay == "head":
+            row.suptitle(f"{variant.label}, {kind}: decay of each layer and head", fontsize=10)
+            values = layer_decays(model)
             axis = heat_map(row.subplots(), values, layers)
             axis.set_xticks(range(values.shape[1]), range(1, values.shape[1] + 1))
             axis.set_xlabel(
@@ -87,14 +85,14 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
         elif is_image:
             if image is None:
                 raise UserError(f"{str(folder)!r} decides its decays by the image: give one with --image")
-            row.suptitle("LION-S, image: mean decay of each patch, by layer", fontsize=10)
+            row.suptitle(f"{variant.label}, image: mean decay of each patch, by layer", fontsize=10)
             draw_image(row, model, AutoImageProcessor.from_pretrained(folder), image)
         else:
             if not text:
                 raise UserError(f"{str(folder)!r} decides its decays by the text: give one with --text")
-            row.suptitle("LION-S, text: mean decay of each token, by layer", fontsize=10)
+            row.suptitle(f"{variant.label}, text: mean decay of each token, by layer", fontsize=10)
             inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", truncation=True)
-            axis = heat_map(row.subplots(), token_decays(model, **inputs), layers)
+            axis = heat_map(row.subplots(), layer_decays(model, **inputs), layers)
             tokens = inputs.tokens()
             axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
         shown = plt.cm.ScalarMappable(cmap="viridis", norm=plt.Normalize(0, 1))
@@ -119,7 +117,7 @@ def heat_map(axis, values: torch.Tensor, layers: list[int]):
 
 def draw_image(row, model: PreTrainedModel, processor, image: Image.Image) -> None:
     inputs = processor(image.convert("RGB"), return_tensors="pt")
-    values = token_decays(model, **inputs)
+    values = layer_decays(model, **inputs)
     height, width = (side // model.config.patch_size for side in inputs["pixel_values"].shape[-2:])
     axes = row.subplots(1, len(values) + 1)
     axes[0].imshow(image, cmap="gray")

@@ -1,6 +1,6 @@
 """What a trained LION is good for: fills masks, compares sentences, classifies images, shows attention and decays.
 
-    python examples/inference.py --output_dir outputs/inference    # trains two small models first: 4 minutes, no network
+    python examples/inference.py --output_dir outputs/inference    # trains two small models first: 4 minutes
     python examples/inference.py --output_dir outputs/inference --text_model outputs/mlm --image_model outputs/digits \\
         --image seven.png
 
@@ -11,14 +11,16 @@ import argparse
 from pathlib import Path
 
 import torch
-from arguments import UserError, make_output_dir, run
 from demo import classify_digits, fill_masks, pretrain
 from draw_decays import draw_decays, load
-from image_data import ImageArguments, load_digits
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedModel, pipeline
+
+from lion_hf.nn import variant_class
+from lion_hf.training.errors import UserError, make_output_dir, run
+from lion_hf.training.images import ImageArguments, load_digits
 
 
 SENTENCES = (
@@ -58,7 +60,7 @@ def classify(folder: Path, image: Image.Image) -> None:
 
 
 def attentions(model: PreTrainedModel, inputs) -> torch.Tensor:
-    """(layers, heads, tokens, tokens), absolute: LION for text neither normalises its weights nor keeps them positive."""
+    """(layers, heads, tokens, tokens), absolute: LION for text neither normalises nor bounds its weights below by 0."""
     model.config.format = "attention"  # the form that has the matrix
     with torch.no_grad():
         return torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0].abs()
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     compare_sentences(texts)
     classify(images, image)
     draw_attention(texts, sentence, images, image, folder / "attention.png")
-    with_decays = [model for model in (texts, images) if load(model).config.mask_type != "lit"]
+    with_decays = [model for model in (texts, images) if variant_class(load(model).config.mask_type).decay]
     if with_decays:
         draw_decays(with_decays, folder / "decays.png", text=sentence, image=image)
     print(f"\nPictures of attention and decays are in {folder}.")

@@ -4,11 +4,12 @@
     python examples/run_evidence.py images --data DATA   # Fashion-MNIST: several seeds
     python examples/run_evidence.py sentiment --data DATA   # review sentiment, from the models of `text`: sweep, seeds
     python examples/run_evidence.py warm_start --data DATA   # the same, started from a BERT's weights, and from scratch
-    python examples/run_evidence.py warm_start_mlm --data DATA   # masked language modelling after a warm and a cold start
+    python examples/run_evidence.py warm_start_mlm --data DATA   # masked language modelling, warm and cold
 
 DATA holds wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet,
-reviews/{train,validation}.csv and, with a BERT encoder and its tokenizer, minilm. Every run is a command of the training scripts, on one CPU thread; runs that are done are
-not repeated. Tables (JSON and Markdown) and plots go to examples/results.
+reviews/{train,validation}.csv and, with a BERT encoder and its tokenizer, minilm. Every run is a command of the
+training scripts, on one CPU thread; runs that are done are not repeated. Tables (JSON and Markdown) and plots go to
+examples/results.
 """
 
 import argparse
@@ -52,9 +53,9 @@ IMAGE_MODELS = {
     "ViT": "--model_type vit",
 }
 IMAGE_RECIPE = (
-    "--hidden_size 64 --num_hidden_layers 4 --num_attention_heads 4 --image_size 28 --patch_size 4 --augment shift+flip "
-    "--initializer_range 0.1 --learning_rate 2e-3 --max_train_samples 50000 --num_train_epochs 2 --eval_strategy no "
-    "--per_device_train_batch_size 64 "
+    "--hidden_size 64 --num_hidden_layers 4 --num_attention_heads 4 --image_size 28 --patch_size 4 "
+    "--augment shift+flip --initializer_range 0.1 --learning_rate 2e-3 --max_train_samples 50000 --num_train_epochs 2 "
+    "--eval_strategy no --per_device_train_batch_size 64 "
     "--save_strategy no --disable_tqdm true --use_cpu true"
 )
 SENTIMENT_RECIPE = (
@@ -80,16 +81,14 @@ def warm_models(encoder: Path) -> dict[str, str]:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     shape = " ".join(f"--{name} {config[name]}" for name in names)
     half = " ".join(map(str, range(1, config["num_hidden_layers"], 2)))
+    scratch = f"--tokenizer_name {shlex.quote(str(encoder))} {shape} --pos_emb true --layer_norm_after true"
     variants = {"LION-LIT": "lit", "LION-D": "decay", "LION-S": "selective"}
     return {
         "BERT, the source": f"--model_name_or_path {shlex.quote(str(encoder))}",
         **{f"{name}, warm": f"{start} --mask_type {kind}" for name, kind in variants.items()},
         "LION-S, warm, distilled": f"{start} --mask_type selective --warm_start_distillation 1",
         "LION-S, warm, every second layer softmax": f"{start} --mask_type selective --softmax_layers {half}",
-        **{
-            f"{name}, from scratch": f"--tokenizer_name {shlex.quote(str(encoder))} {shape} --pos_emb true --layer_norm_after true --mask_type {kind}"
-            for name, kind in variants.items()
-        },
+        **{f"{name}, from scratch": f"{scratch} --mask_type {kind}" for name, kind in variants.items()},
     }
 
 
@@ -117,8 +116,9 @@ def summary(values: list[float], factor: float = 1, digits: int = 2) -> str:
 def at_best_rate(
     script: str, flags: str, rates: Sequence[float], folder: str, starts: dict[int, str] | None = None
 ) -> tuple[dict, list[dict], list[str]]:
-    """A run with each learning rate and the first seed, then the best rate (of the lowest evaluation loss) with the other
-    seeds; `starts` are flags by seed that come first. Returns part of a row of the table, and metrics and folders by seed."""
+    """A run with each learning rate and the first seed, then the best rate (of the lowest evaluation loss) with the
+    other seeds; `starts` are flags by seed that come first. Returns part of a row of the table, and metrics and folders
+    by seed."""
 
     def place(rate: float, seed: int) -> str:
         return f"{folder}-{rate:g}-{seed}"

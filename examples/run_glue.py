@@ -4,12 +4,12 @@
     python examples/run_glue.py --output_dir outputs/glue --model_name_or_path outputs/mlm --task all --parallel 8
     python examples/run_glue.py --output_dir outputs/glue --model_name_or_path outputs/mlm --task all --data_dir glue
     python examples/run_glue.py --output_dir outputs/reviews --model_name_or_path outputs/mlm --train_file train.csv
-    python examples/run_glue.py examples/recipes/glue/lion-s-base.yaml
+    python examples/run_glue.py examples/recipes/glue/lion.yaml --preset lion-s-base
 
 One task with one seed is one run of the Trainer. Several make a run each in output_dir/task/seed, and a table with the
 GLUE score; the same command again skips what is finished and goes on with the rest. Learning rate, epochs, batch size
-and weight decay are the task's own (glue_tasks.py) unless given. Without task and data arguments it trains on toy data
-made from the documentation that comes with Python, so it needs no network.
+and weight decay are the task's own (lion_hf.training.glue.tasks) unless given. Without task and data arguments it
+trains on toy data made from the documentation that comes with Python, so it needs no network.
 """
 
 import difflib
@@ -21,29 +21,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import reporting
-from arguments import (
-    LionTrainingArguments,
-    TextModelArguments,
-    UserError,
-    given_values,
-    parse_arguments,
-    run,
-)
-from datasets import Dataset
-from glue_data import TaskData, load_task, tokenize
-from glue_metrics import load_metric, metrics_by, predictions_and_losses, write_predictions
-from glue_sources import GlueArguments, normal_name
-from glue_suite import plan_runs, run_suite, write_json
-from glue_summary import RESULT
-from glue_tasks import CUSTOM, TASKS, GlueTask
-from hidden_teacher import HiddenStateTeacher
-from text_data import check_vocabulary, get_tokenizer, model_options, require_room
-from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from lion_hf import PRESETS, LionConfig
+from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
+from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume
+from lion_hf.training.errors import UserError, run
+from lion_hf.training.glue.data import TaskData, all_texts, load_task, tokenize
+from lion_hf.training.glue.metrics import load_metric, metrics_by, predictions_and_losses, write_predictions
+from lion_hf.training.glue.sources import GlueArguments, normal_name
+from lion_hf.training.glue.suite import plan_runs, run_suite, stop_with_parent, write_json
+from lion_hf.training.glue.summary import RESULT
+from lion_hf.training.glue.tasks import CUSTOM, TASKS, GlueTask
+from lion_hf.training.hidden_teacher import HiddenStateTeacher
+from lion_hf.training.models import build_model, known_config
+from lion_hf.training.parsing import given_values, parse_arguments
+from lion_hf.training.reports import Report, command_line, finish, model_name, train_and_evaluate
+from lion_hf.training.text import check_vocabulary, get_tokenizer, model_options, require_room
+from lion_hf.training.trainer import LionTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -127,8 +123,8 @@ def apply_recipe(training: GlueTrainingArguments, task: GlueTask) -> None:
         training.per_device_train_batch_size = max(1, round(task.batch_size / parts))
         if training.per_device_train_batch_size * parts != task.batch_size:
             logger.warning(
-                f"{task.title} has batches of {task.batch_size}, which {parts} devices and accumulated steps cannot share "
-                f"evenly: batches are of {training.per_device_train_batch_size * parts}"
+                f"{task.title} has batches of {task.batch_size}, which {parts} devices and accumulated steps cannot "
+                f"share evenly: batches are of {training.per_device_train_batch_size * parts}"
             )
     if task.name == "stsb":
         training.bf16 = training.fp16 = training.bf16_full_eval = training.fp16_full_eval = False
@@ -149,7 +145,7 @@ def label_options(task: GlueTask) -> dict[str, Any]:
 
 
 def make_model(task: GlueTask, model_args: TextModelArguments, tokenizer, max_length: int):
-    """The model to train. Attention dropout is 0 in the recipe, for BERT too (ModernBERT has none of its own accord)."""
+    """The model to train. Attention dropout is 0 in the recipe, for BERT too (ModernBERT has none by default)."""
     fixed = model_options(tokenizer, max_length) | label_options(task)
     if model_args.model_type != "modernbert":
         fixed["attention_probs_dropout_prob"] = 0.0
@@ -173,8 +169,7 @@ def run_task(
     with training.main_process_first(desc="data and tokenizer"):
         parts = load_task(task, data, None if training.do_train else config)
         task = parts.task
-        texts = Dataset.from_dict({"text": [text for c in task.columns for text in parts.train[c] if text]})
-        tokenizer = get_tokenizer(data, model_args, training, checkpoint, texts)
+        tokenizer = get_tokenizer(data, model_args, training, checkpoint, all_texts(parts.train, task))
         encode = partial(tokenize, task=task, tokenizer=tokenizer, max_length=data.max_length)
         train = encode(parts.train, name="training")
         validation = {word: encode(part, name="validation") for word, part in parts.validation.items()}
@@ -195,10 +190,10 @@ def run_task(
         compute_metrics=metrics_by(load_metric(task, data)),
         preprocess_logits_for_metrics=predictions_and_losses,
     )
-    metrics = reporting.train_and_evaluate(trainer, training, checkpoint)
+    metrics = train_and_evaluate(trainer, training, checkpoint)
     if training.do_predict:
         predict(trainer, parts, encode)
-    reporting.finish(trainer, training, metrics, card(task, parts, model, training, argv))
+    finish(trainer, training, metrics, card(task, parts, model, training, argv))
     if trainer.is_world_process_zero():
         write_result(task, metrics, training, argv)
     return metrics
@@ -213,15 +208,13 @@ def predict(trainer: LionTrainer, parts: TaskData, encode: Callable) -> None:
             write_predictions(path, parts.task, parts.index[name], predictions)
 
 
-def card(
-    task: GlueTask, parts: TaskData, model, training: GlueTrainingArguments, argv: Sequence[str]
-) -> reporting.Report:
+def card(task: GlueTask, parts: TaskData, model, training: GlueTrainingArguments, argv: Sequence[str]) -> Report:
     inputs = '{"text": "one text", "text_pair": "another"}' if len(task.columns) > 1 else '"a text"'
-    return reporting.Report(
-        title=f"{task.title}, {reporting.model_name(model.config)}",
+    return Report(
+        title=f"{task.title}, {model_name(model.config)}",
         pipeline_tag="text-classification",
         data=parts.source,
-        command=reporting.command_line("run_glue.py", argv),
+        command=command_line("run_glue.py", argv),
         metric=f"eval_{task.evaluated[0]}",
         metric_label=f"{task.evaluated[0].replace('_', ' ')} (%)",
         loss_label="cross entropy (nats per row)" if task.labels else "squared error",
@@ -255,8 +248,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if len(runs) == 1:
         return run_task(tasks[0], model_args, data, training, argv)
     given = given_values(CLASSES, argv, smoke_values)
-    return run_suite(runs, given, training, data.parallel, main)
+    return run_suite(runs, given, training, data.parallel, main, Path(__file__))
 
 
 if __name__ == "__main__":
+    stop_with_parent()
     run(main)

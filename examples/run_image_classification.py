@@ -3,7 +3,8 @@
     python examples/run_image_classification.py --output_dir outputs/digits
     python examples/run_image_classification.py --output_dir outputs/fashion --train_file train.parquet \
         --validation_file test.parquet
-    python examples/run_image_classification.py examples/recipes/imagenet/lion-s-base-snake.yaml
+    python examples/run_image_classification.py examples/recipes/imagenet/lion.yaml \
+        --preset lion-s-base-patch16-224-snake
 
 Without data arguments it trains on scikit-learn's 8 x 8 digits, so it needs no network.
 """
@@ -13,20 +14,25 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
-import reporting
 import torch
-from arguments import LionTrainingArguments, UserError, parse_arguments, run
-from distillation import DistillationArguments, Teacher
-from ema import Ema
-from hidden_teacher import HiddenStateTeacher
-from image_augmentation import AugmentationArguments
-from image_data import ImageArguments, ImageCollator, first_image, load_images
-from image_model import ImageModelArguments, check_model, get_model, image_options, make_processor
 from torch.nn import functional as F
-from training import LionTrainer, check_disk, check_resumable, checkpoint_to_resume
 from transformers import AutoModelForImageClassification, set_seed
 from transformers.trainer_utils import EvalPrediction, SchedulerType
+
+from lion_hf.training.arguments import LionTrainingArguments
+from lion_hf.training.augmentation import AugmentationArguments
+from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume
+from lion_hf.training.distillation import DistillationArguments, Teacher
+from lion_hf.training.ema import Ema
+from lion_hf.training.errors import UserError, run
+from lion_hf.training.hidden_teacher import HiddenStateTeacher
+from lion_hf.training.image_models import ImageModelArguments, check_model, get_model, image_options, make_processor
+from lion_hf.training.image_trainer import ImageTrainer
+from lion_hf.training.images import ImageArguments, ImageCollator, first_image, load_images
+from lion_hf.training.parsing import parse_arguments
+from lion_hf.training.reports import Report, command_line, finish, model_name, train_and_evaluate
 
 
 # What --smoke makes of any recipe.
@@ -78,74 +84,13 @@ class ImageTrainingArguments(LionTrainingArguments):
             at_once = self.train_batch_size * self.world_size
             if self.total_batch_size < 1 or self.total_batch_size % at_once:
                 raise ValueError(
-                    f"--total_batch_size is {self.total_batch_size}; it must be a multiple of {at_once}, the batch size "
-                    "per device times the number of devices"
+                    f"--total_batch_size is {self.total_batch_size}; it must be a multiple of {at_once}, the batch "
+                    "size per device times the number of devices"
                 )
             self.gradient_accumulation_steps = self.total_batch_size // at_once
 
 
-# --------------------------------------------------------------------------------------------- training and metrics
-
-
-class ImageTrainer(LionTrainer):
-    """Trainer with soft targets, a teacher, and an average of the weights that is saved and evaluated too.
-
-    Args:
-        teacher: see `Teacher`.
-        ema: see `Ema`.
-        kwargs: as for `LionTrainer`.
-    """
-
-    def __init__(self, *args, teacher: Teacher | None = None, ema: Ema | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.teacher, self.ema = teacher, ema
-        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch, whatever the model
-        if ema is not None:
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise UserError("--ema_decay needs whole weights on every device; FSDP and DeepSpeed shard them")
-            self.add_callback(ema)
-
-    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """Cross entropy with the classes or the mixed "soft_labels", and the teacher's part; images labelled -100 count
-        nothing. In training a sum over the batch divided by the number of images in an optimizer step."""
-        labels = inputs["labels"]
-        taught = self.hidden_teacher is not None and model.training
-        outputs = model(pixel_values=inputs["pixel_values"], output_hidden_states=taught)
-        logits = outputs.logits.float()
-        if not model.training:
-            loss = F.cross_entropy(logits, labels)
-            return (loss, outputs) if return_outputs else loss
-        targets, smoothing = inputs.get("soft_labels", labels), self.args.label_smoothing_factor
-        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
-        if self.teacher is not None:
-            with self.accelerator.autocast():
-                seen = self.teacher.logits(inputs["pixel_values"])
-            losses = self.teacher.losses(losses, logits, seen)
-        counted = labels != -100
-        images = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = (losses * counted).sum() / images.to(losses.device).clamp(min=1)
-        if taught:
-            loss = loss + self.hidden_teacher.loss(outputs.hidden_states, inputs, num_items_in_batch)
-        loss = self.summed_over_devices(loss, num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.ema is not None and self.ema.average is not None:
-            with self.ema.in_place_of(self.model):
-                metrics |= super().evaluate(*args, metric_key_prefix=f"{metric_key_prefix}_ema", **kwargs)
-        return metrics
-
-    def restore(self, checkpoint: str) -> None:
-        super().restore(checkpoint)
-        if self.ema is not None:
-            self.ema.on_train_begin(self.args, self.state, self.control, self.model)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model, and its average in the subfolder "ema"; in checkpoints too, before the file that completes them."""
-        super().save_model(output_dir, _internal_call)
-        if self.ema is not None and self.ema.average is not None and self.args.should_save:
-            self.ema.save(output_dir or self.args.output_dir, self.processing_class)
+# --------------------------------------------------------------------------------------------------------- metrics
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -172,24 +117,26 @@ def one_line_errors():
     try:
         yield
     except UserError as error:
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("arguments.UserError: ")) from error
+        name = f"{UserError.__module__}.{UserError.__name__}: "
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix(name)) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ main
+
+CLASSES = (
+    ImageModelArguments,
+    ImageArguments,
+    AugmentationArguments,
+    DistillationArguments,
+    ImageTrainingArguments,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Trains and evaluates; returns the metrics, which are also in `all_results.json`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    classes = (
-        ImageModelArguments,
-        ImageArguments,
-        AugmentationArguments,
-        DistillationArguments,
-        ImageTrainingArguments,
-    )
     model_args, data, augmentation, distillation, training = parse_arguments(
-        classes, argv, description=__doc__, smoke=SMOKE
+        CLASSES, argv, description=__doc__, smoke=SMOKE
     )
     config = check_model(model_args)
     set_seed(training.seed)
@@ -198,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         train, validation, names, source = load_images(data, training, None if training.do_train else config)
 
     image_options(model_args, first_image(train, data.image_column).height)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    labels |= {"num_labels": len(names), "problem_type": "single_label_classification"}
-    model = get_model(model_args, labels)
+    model = get_model(model_args, label_options(names))
     if checkpoint:
         check_resumable(checkpoint, AutoModelForImageClassification, model.config)
     check_disk(training, model, copies=2 if training.ema_decay else 1)
@@ -214,8 +159,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if training.process_index == 0:
         batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
         print(
-            f"{model.num_parameters():,} parameters, {len(train):,} training and {len(validation):,} validation images, "
-            f"{batch} per optimizer step"
+            f"{model.num_parameters():,} parameters, {len(train):,} training and {len(validation):,} validation "
+            f"images, {batch} per optimizer step"
         )
     trainer = ImageTrainer(
         model=model,
@@ -231,29 +176,38 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         hidden_teacher=HiddenStateTeacher.of(model_args, training.device),
         ema=Ema(training.ema_decay, checkpoint) if training.ema_decay else None,
     )
-
-    def skipped(evaluation: dict[str, float]) -> dict[str, float]:
-        """Images that did not decode, of those that all processes read since the start or the last resume."""
-        if data.bad_images == "error":
-            return {}
-        marks = {name: trainer.accelerator.reduce(bad.int().to(training.device)) for name, bad in collator.bad.items()}
-        return {f"skipped_{name}_images": int(mark.count_nonzero()) for name, mark in marks.items()}
-
     with one_line_errors():
-        metrics = reporting.train_and_evaluate(trainer, training, checkpoint, skipped)
-    report = reporting.Report(
-        title=f"Image classifier, {reporting.model_name(model.config)}",
+        extra = partial(skipped_images, trainer) if data.bad_images == "skip" else None
+        metrics = train_and_evaluate(trainer, training, checkpoint, extra)
+    finish(trainer, training, metrics, card(source, model, training, argv))
+    return metrics
+
+
+def label_options(names: list[str]) -> dict[str, Any]:
+    """What a model must know of the classes."""
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    return labels | {"num_labels": len(names), "problem_type": "single_label_classification"}
+
+
+def skipped_images(trainer: ImageTrainer, evaluation: dict[str, float]) -> dict[str, float]:
+    """Images that did not decode, of those that all processes read since the start or the last resume."""
+    bad, device = trainer.data_collator.bad, trainer.args.device
+    marks = {name: trainer.accelerator.reduce(part.int().to(device)) for name, part in bad.items()}
+    return {f"skipped_{name}_images": int(mark.count_nonzero()) for name, mark in marks.items()}
+
+
+def card(source: str, model, training: ImageTrainingArguments, argv: Sequence[str]) -> Report:
+    return Report(
+        title=f"Image classifier, {model_name(model.config)}",
         pipeline_tag="image-classification",
         data=source,
-        command=reporting.command_line("run_image_classification.py", argv),
+        command=command_line("run_image_classification.py", argv),
         metric="eval_accuracy",
         metric_label="top-1 accuracy (%)",
         loss_label="cross entropy (nats per image)",
         usage="import lion_hf\nfrom transformers import pipeline\n\n"
         f'print(pipeline("image-classification", "{training.output_dir}")("image.png"))',
     )
-    reporting.finish(trainer, training, metrics, report)
-    return metrics
 
 
 if __name__ == "__main__":

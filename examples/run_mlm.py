@@ -2,7 +2,7 @@
 
     python examples/run_mlm.py --output_dir outputs/mlm
     python examples/run_mlm.py --output_dir outputs/mlm --train_file train.txt --validation_file validation.txt
-    python examples/run_mlm.py examples/recipes/mlm/lion-s-base.yaml --per_device_train_batch_size 64
+    python examples/run_mlm.py examples/recipes/mlm/lion.yaml --preset lion-s-base --per_device_train_batch_size 64
 
 Without data arguments it trains on the documentation that comes with Python, so it needs no network.
 """
@@ -11,30 +11,35 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-import reporting
 import torch
-from arguments import LionTrainingArguments, TextModelArguments, UserError, parse_arguments, run
-from datasets import Dataset
-from hidden_teacher import HiddenStateTeacher
-from text_data import (
+from transformers import AutoModelForMaskedLM, set_seed
+from transformers.trainer_utils import EvalPrediction
+
+from lion_hf import LionConfig
+from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
+from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume
+from lion_hf.training.errors import UserError, run
+from lion_hf.training.hidden_teacher import HiddenStateTeacher
+from lion_hf.training.models import build_model, known_config
+from lion_hf.training.parsing import parse_arguments
+from lion_hf.training.reports import Report, command_line, finish, model_name, train_and_evaluate
+from lion_hf.training.text import (
     MaskingCollator,
     TextArguments,
     baselines,
     check_vocabulary,
     freeze_masks,
     get_tokenizer,
+    is_stream,
     load_texts,
     make_rows,
     model_options,
     require_room,
 )
-from training import LionTrainer, build_model, check_disk, check_resumable, checkpoint_to_resume, known_config
-from transformers import AutoModelForMaskedLM, set_seed
-from transformers.trainer_utils import EvalPrediction
-
-from lion_hf import LionConfig
+from lion_hf.training.trainer import LionTrainer
 
 
 SMALL_MODEL = {"mask_type": "selective", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -85,6 +90,13 @@ def masked_metrics(prediction: EvalPrediction) -> dict[str, float]:
     return {"masked_accuracy": float(hits[asked].mean()), "loss": float(losses[asked].astype(np.float64).mean())}
 
 
+def with_baselines(known: dict[str, float], evaluation: dict[str, float]) -> dict[str, float]:
+    """Perplexity, the known baselines, and the loss as a share of that of token frequencies alone."""
+    loss = evaluation["eval_loss"]
+    ratio = {"eval_perplexity": math.exp(loss), "eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]}
+    return ratio | {f"eval_{name}": value for name, value in known.items()}
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Trains and evaluates; returns the metrics, which are also in `all_results.json`."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -102,8 +114,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         tokenizer = get_tokenizer(data, model_args, training, checkpoint, train_texts)
         train = make_rows(train_texts, tokenizer, data, "training")
         validation = make_rows(validation_texts, tokenizer, data, "validation")
-    collator = MaskingCollator(tokenizer, data.eval_mlm_probability, training.seed)
-    validation = freeze_masks(validation, collator)
+    validation = freeze_masks(validation, MaskingCollator(tokenizer, data.eval_mlm_probability, training.seed))
 
     fixed = model_options(tokenizer, data.max_length)
     model = build_model(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL, fixed)
@@ -113,9 +124,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     check_disk(training, model)
     known = baselines(train, validation, len(tokenizer), tokenizer.all_special_ids)
     if training.process_index == 0:
-        rows = f"{len(train):,} training" if isinstance(train, Dataset) else "a stream of training"
+        rows = "a stream of training" if is_stream(train) else f"{len(train):,} training"
         print(f"{model.num_parameters():,} parameters, {rows} and {len(validation):,} validation rows")
-
     trainer = LionTrainer(
         model=model,
         args=training,
@@ -127,29 +137,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         compute_metrics=masked_metrics,
         preprocess_logits_for_metrics=hits_and_losses,
     )
+    metrics = train_and_evaluate(trainer, training, checkpoint, partial(with_baselines, known))
+    finish(trainer, training, metrics, card(source, trainer, known, argv))
+    return metrics
 
-    def with_baselines(evaluation: dict[str, float]) -> dict[str, float]:
-        loss = evaluation["eval_loss"]
-        ratio = {"eval_perplexity": math.exp(loss), "eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]}
-        return ratio | {f"eval_{name}": value for name, value in known.items()}
 
-    metrics = reporting.train_and_evaluate(trainer, training, checkpoint, with_baselines)
-    report = reporting.Report(
-        title=f"Masked language model, {reporting.model_name(model.config)}",
+def card(source: str, trainer: LionTrainer, known: dict[str, float], argv: Sequence[str]) -> Report:
+    return Report(
+        title=f"Masked language model, {model_name(trainer.model.config)}",
         pipeline_tag="fill-mask",
         data=source,
-        command=reporting.command_line("run_mlm.py", argv),
+        command=command_line("run_mlm.py", argv),
         metric="eval_masked_accuracy",
         metric_label="masked accuracy (%)",
         metric_baseline=("most frequent token", known["most_frequent_accuracy"]),
         loss_label="cross entropy (nats per masked token)",
         loss_baseline=("unigram entropy", known["unigram_entropy"]),
         usage="import lion_hf\nfrom transformers import pipeline\n\n"
-        f'fill = pipeline("fill-mask", "{training.output_dir}")\n'
-        f'print(fill("the value of the {tokenizer.mask_token} is returned."))',
+        f'fill = pipeline("fill-mask", "{trainer.args.output_dir}")\n'
+        f'print(fill("the value of the {trainer.processing_class.mask_token} is returned."))',
     )
-    reporting.finish(trainer, training, metrics, report)
-    return metrics
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Floating-point operations of one forward of a LION model, as stated in the cards."""
 
 from lion_hf import LionConfig, LionVisionConfig
+from lion_hf.nn import variant_class
 
 
-# The chunk form links up to this many chunks by one product, more of them group by group (lion_forms).
+# The chunk form links up to this many chunks by one product, more of them group by group (ops/chunk.py).
 _SCAN_GROUP = 64
 
 
@@ -32,15 +33,16 @@ def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int 
     elif tokens is None:
         raise ValueError("tokens is missing; the operations of a text model depend on the length of its input.")
     width, heads = config.hidden_size, config.num_attention_heads
-    scans = 2 if config.mask_type != "lit" and getattr(config, "order", "normal") == "s" else 1
-    gated = 0 if config.mask_type != "selective" else patches if is_image else tokens  # the class token has no gate
+    variant = variant_class(config.mask_type)
+    scans = min(2 if getattr(config, "order", "normal") == "s" else 1, variant.scans)
+    gated = tokens - config.prefix_tokens  # the class token has no gate
     head_dim = width // heads
     # Chunks carry the denominator as one more feature of the value; attention adds up its scores.
-    value_dim = head_dim + (is_image and form == "chunk")
-    operator = operator_multiply_adds(tokens, head_dim, value_dim, form, config.mask_type != "lit", config.chunk_size)
+    value_dim = head_dim + (config.normalize and form == "chunk")
+    operator = operator_multiply_adds(tokens, head_dim, value_dim, form, variant.decay is not None, config.chunk_size)
     walks = scans if form == "chunk" else 1
     layer = tokens * (4 * width**2 + 2 * width * config.intermediate_size)
-    layer += heads * (scans * gated * width + walks * operator)
+    layer += scans * gated * variant.multiply_adds(width, heads) + heads * walks * operator
     if is_image:
         outside = patches * config.num_channels * config.patch_size**2 * width + width * config.num_labels
     else:

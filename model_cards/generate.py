@@ -19,18 +19,21 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 
 from lion_hf import PRESETS, LionConfig, LionForImageClassification, LionForMaskedLM, LionVisionConfig
+from lion_hf.nn import variant_class
+from lion_hf.training.errors import UserError
+from lion_hf.training.recipes import expand, presets_of
 
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 FORMS = ("attention", "chunk")
 
-VARIANTS = {"lit": "LION-LIT", "decay": "LION-D", "selective": "LION-S"}
-DESCRIPTIONS = {
-    "lit": "linear attention without decay; every token reads every other with weight 1.",
-    "decay": "linear attention whose weights fall with the distance, by one learned decay per head.",
-    "selective": "linear attention whose weights fall with the distance, by a decay that each token sets for each head.",
+# Limits of text models with a position table, and of all others.
+TEXT_LIMITS = {
+    True: "At most {} tokens (`max_position_embeddings`), since positions come from a learned table.",
+    False: "Any length is accepted; quality beyond the recipe's 128 tokens is untested.",
 }
+IMAGE_LIMITS = "Any height and width divisible by {} are accepted; quality away from 224 pixels is untested."
 
 # What text and image cards say differently. `lengths` are those at which operations are counted.
 TEXT = {
@@ -44,11 +47,6 @@ TEXT = {
     "metric": "masked accuracy on encyclopedia summaries",
     "results": "text",
     "input": "The lion [MASK] in the sun.",
-    "limits": {
-        "lit": "At most 512 tokens (`max_position_embeddings`), since positions come from a learned table.",
-        "decay": "Any length is accepted; quality beyond the recipe's 128 tokens is untested.",
-        "selective": "Any length is accepted; quality beyond the recipe's 128 tokens is untested.",
-    },
     "corpus": "The recipe's text is a crawl of the English web: a trained model will repeat its biases.",
 }
 IMAGE = {
@@ -62,9 +60,6 @@ IMAGE = {
     "metric": "top-1 accuracy on Fashion-MNIST",
     "results": "images",
     "input": "lion.jpg",
-    "limits": dict.fromkeys(
-        VARIANTS, "Any height and width divisible by 16 are accepted; quality away from 224 pixels is untested."
-    ),
     "corpus": "The recipe's 1,000 classes and photographs are those of ImageNet-1k, with their biases.",
 }
 # The names of the Hub for what the recipes call by an alias.
@@ -113,14 +108,18 @@ def facts(preset: str) -> dict[str, Any]:
     """
     table = IMAGE if "patch_size" in PRESETS[preset] else TEXT
     config = (LionVisionConfig if table is IMAGE else LionConfig).from_preset(preset)
-    recipe, settings = recipe_of(preset, table["recipes"])
+    recipe = recipe_of(preset, table["recipes"])
+    if recipe is None:
+        folder = f"examples/recipes/{table['recipes']}"
+        raise ValueError(f"No file in {folder} has the preset {preset!r}; add it to one before its card.")
+    settings = expand(ROOT / recipe, preset)
     snake = getattr(config, "order", "normal") == "s"
-    variant = VARIANTS[config.mask_type] + (", snake" if snake else "")
-    description = DESCRIPTIONS[config.mask_type]
+    registered = variant_class(config.mask_type)
+    variant = registered.label + (", snake" if snake else "")
+    description = registered.description
     if snake:
         description += " Patches are read along two snake curves, by rows and by columns, and both masks are averaged."
     dataset = settings["dataset_name"]
-    finetune = f"examples/recipes/glue/{preset}.yaml"
     return {
         "preset": preset,
         "config": config,
@@ -134,14 +133,22 @@ def facts(preset: str) -> dict[str, Any]:
         "recipe": recipe,
         "script": f"examples/{table['script']}",
         "flags": table["flags"],
-        "finetune": finetune if (ROOT / finetune).is_file() else None,
+        "finetune": recipe_of(preset, "glue"),
         "dataset": DATASETS.get(dataset, dataset),
         "source": reported()["source"],
         "reported": reported()["image" if table is IMAGE else "text"].get(preset.split("-")[2]),
         "ours": ours(table, variant),
-        "limits": f"{table['limits'][config.mask_type]} {table['corpus']}",
+        "limits": f"{limits(config)} {table['corpus']}",
+        "keeps_float32": bool(registered.float32_weights),
         **sizes(config),
     }
+
+
+def limits(config: LionConfig | LionVisionConfig) -> str:
+    """What inputs a model takes."""
+    if config.model_type == "lion_vision":
+        return IMAGE_LIMITS.format(config.patch_size)
+    return TEXT_LIMITS[config.pos_emb].format(config.max_position_embeddings)
 
 
 def operations(
@@ -162,18 +169,18 @@ def sizes(config: LionConfig | LionVisionConfig) -> dict[str, float]:
     with torch.device("meta"):
         model = (LionForImageClassification if config.model_type == "lion_vision" else LionForMaskedLM)(config)
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}  # tied weights once
-    decays = sum(count for name, count in counts.items() if ".decay_" in name)
+    kept = model._keep_in_fp32_modules_strict
+    decays = sum(count for name, count in counts.items() if not kept.isdisjoint(name.split(".")))
     total = sum(counts.values())
     return {"parameters": total, "float32_mib": 4 * total / 2**20, "bfloat16_mib": 2 * (total + decays) / 2**20}
 
 
-def recipe_of(preset: str, folder: str) -> tuple[str, dict[str, Any]]:
-    """Path below the root, and content, of the recipe that trains a preset."""
+def recipe_of(preset: str, folder: str) -> str | None:
+    """Path below the root of the recipe that trains a preset, if there is one."""
     for path in sorted((ROOT / "examples/recipes" / folder).glob("*.yaml")):
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if settings.get("preset") == preset:
-            return path.relative_to(ROOT).as_posix(), settings
-    raise ValueError(f"No file in examples/recipes/{folder} has `preset: {preset}`; write one before its card.")
+        if preset in presets_of(path):
+            return path.relative_to(ROOT).as_posix()
+    return None
 
 
 @cache
@@ -212,7 +219,7 @@ def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
     check = parser.parse_args(arguments).check
     try:
         files = generate()
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         parser.error(str(error))
     names = differing(files, folder)
     for name in names:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from small_models import text_config, vision_config
@@ -15,6 +14,7 @@ from transformers import BertTokenizer, ViTImageProcessorPil
 
 import lion_hf
 from lion_hf import PRESETS, LionConfig, LionVisionConfig
+from lion_hf.training.recipes import expand, presets_of
 
 
 FOLDER = Path(__file__).parents[1] / "model_cards"
@@ -107,7 +107,8 @@ def test_links_lead_somewhere_and_the_recipe_trains_this_model(preset):
     local = [FOLDER / link for link in links if not link.startswith("https://")]
     assert all(path.exists() for path in local)
     recipes = [path for path in local if path.suffix == ".yaml"]
-    assert yaml.safe_load(recipes[0].read_text())["preset"] == preset
+    assert expand(recipes[0], preset)["preset"] == preset
+    assert all(preset in presets_of(path) for path in recipes) and f" --preset {preset} --smoke\n" in text_of(preset)
 
 
 def test_a_preset_without_a_recipe_is_one_line_and_exit_code_2(tmp_path, scripts, monkeypatch, capsys):
@@ -115,7 +116,8 @@ def test_a_preset_without_a_recipe_is_one_line_and_exit_code_2(tmp_path, scripts
     with pytest.raises(SystemExit) as stopped:
         scripts[0].main([], tmp_path)
     assert stopped.value.code == 2 and not any(tmp_path.iterdir())
-    assert "No file in examples/recipes/mlm has `preset: lion-d-huge`" in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "No file in examples/recipes/mlm has the preset 'lion-d-huge'" in said
 
 
 def test_reported_numbers_are_quoted_as_the_paper_prints_them():
@@ -220,4 +222,4 @@ def test_upload_of_the_readme_runs_dry(tmp_path, monkeypatch, capsys):
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     sizes = {name: int(size.replace(",", "")) for size, name in shown}
     assert sizes == {file.name: file.stat().st_size for file in (tmp_path / "to-upload").iterdir()}
-    assert {"README.md", "model.safetensors", "tokenizer.json", "lion_ops.py"} <= sizes.keys()
+    assert {"README.md", "model.safetensors", "tokenizer.json", "lion_ops_api.py"} <= sizes.keys()

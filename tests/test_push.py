@@ -1,7 +1,5 @@
 """One call saves and uploads a model; a dry run says exactly what would go up, without a network."""
 
-import sys
-
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -36,7 +34,7 @@ def hub(monkeypatch):
             taken = filter_repo_objects(files, allow_patterns=allow_patterns)
             repositories[repo_id]["files"] = {name: files[name].read_bytes() for name in taken}
 
-    monkeypatch.setattr(sys.modules["lion_hf.save_with_code"], "HfApi", Hub)
+    monkeypatch.setattr("lion_hf.hub.HfApi", Hub)
     return repositories
 
 

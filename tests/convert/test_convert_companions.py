@@ -11,7 +11,8 @@ from PIL import Image
 from small_models import vision_config
 from transformers import AutoImageProcessor, AutoTokenizer, BertTokenizer, pipeline
 
-from lion_hf.convert.command import convert_checkpoint, main
+from lion_hf.convert import convert_checkpoint
+from lion_hf.convert.command import main
 from lion_hf.convert.companions import image_processor, load_tokenizer
 from lion_hf.convert.source import ConversionError, read_source
 
@@ -91,5 +92,5 @@ def test_the_card_names_origin_licence_and_how_to_load(tmp_path, source, task, w
 def test_with_code_adds_the_modelling_code_beside_all_else(tmp_path):
     convert_checkpoint(TEXT, tmp_path / "out", with_code=True)
     names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert {"modeling_lion.py", "lion_ops.py", "tokenizer.json", "README.md", "model.safetensors"} <= names
+    assert {"modeling_lion.py", "lion_ops_api.py", "tokenizer.json", "README.md", "model.safetensors"} <= names
     assert "auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())

@@ -36,7 +36,7 @@ from transformers import (
 )
 
 import lion_hf
-from lion_hf.convert import command as command
+from lion_hf.convert import checkpoint, command, convert_checkpoint
 
 
 AUTO = {
@@ -175,7 +175,7 @@ def test_dry_run_shows_every_name_and_writes_nothing(source, out, capsys):
     assert run(source, "--dry-run") == 0
     assert capsys.readouterr().out == table
     assert listing(out.parent) == before
-    plan = command.convert_checkpoint(source, None)
+    plan = convert_checkpoint(source, None)
     for name in (*plan.source.weights, *plan.model.state_dict(), *plan.origins):
         assert name in table or name == "head.decoder.weight"
     assert plan.renamed.keys() | plan.dropped.keys() == plan.source.weights.keys()
@@ -216,7 +216,7 @@ class Hostile:
 
 def test_the_module_runs_as_a_command_and_refuses_a_hostile_pickle_in_one_line(tmp_path, out):
     source = save({"model": Hostile(tmp_path / "marker")}, tmp_path / "source.pth")
-    module = [sys.executable, "-m", "lion_hf.convert.command"]
+    module = [sys.executable, "-m", "lion_hf.convert"]
     done = subprocess.run([*module, source, out], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     *others, last = done.stderr.splitlines()  # other libraries may greet the import of Transformers
@@ -416,14 +416,14 @@ def test_what_ends_early_leaves_the_place_as_it_was(end, code, existing, out, mo
     if existing:
         assert run(TEXT, out) == 0
     before, handler = listing(out.parent), signal.getsignal(signal.SIGTERM)
-    complete = command.write_folder
+    complete = checkpoint.write_folder
 
     def half(plan, new, *arguments):
         complete(plan, new, *arguments)
         assert new.parent.parent == out.parent and listing(new)  # written beside, and in part
         end()
 
-    monkeypatch.setattr(command, "write_folder", half)
+    monkeypatch.setattr(checkpoint, "write_folder", half)
     if code == 143:
         with pytest.raises(SystemExit, match="143"):
             run(IMAGE, out, "--force")
@@ -450,7 +450,7 @@ def test_a_place_that_cannot_be_written_is_an_error_of_one_line(out, monkeypatch
     def refuse(*arguments, **options):
         raise PermissionError(13, "Permission denied", str(out))
 
-    monkeypatch.setattr(command.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(checkpoint.tempfile, "TemporaryDirectory", refuse)
     assert_refused(capfd, out, IMAGE, out, match="Permission denied")
 
 

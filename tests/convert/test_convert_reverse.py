@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from small_models import VARIANTS, text_config, vision_config
 
 import lion_hf
-from lion_hf.convert.command import convert_checkpoint, main, reverse_checkpoint
+from lion_hf.convert import convert_checkpoint, reverse_checkpoint
+from lion_hf.convert.command import main
 from lion_hf.convert.source import ConversionError, read_source
 
 

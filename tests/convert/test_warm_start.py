@@ -23,14 +23,14 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 import lion_hf
-from lion_hf.convert import warm_start as warm_start
-from lion_hf.convert.warm_start import from_bert, from_vit, head_windows, hidden_state_distillation_loss
+from lion_hf.convert import from_bert, from_vit, head_windows, hidden_state_distillation_loss
+from lion_hf.convert.bert import CLASSES as TEXT_CLASSES
 
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 BERT = {**SHAPE, "vocab_size": 61, "max_position_embeddings": 40}
 VIT = {**SHAPE, "image_size": 16, "patch_size": 4, "num_labels": 5}
-BERT_CLASSES = [name for name in warm_start._BERT_CLASSES if name != "BertForPreTraining"]
+BERT_CLASSES = [name for name in TEXT_CLASSES if name != "BertForPreTraining"]
 
 
 def shaken(model, dtype=torch.float32):
@@ -84,7 +84,7 @@ def warnings_of(caplog):
 def test_with_softmax_in_every_layer_the_result_is_the_source(name, dtype, tolerance):
     source = bert(name, dtype, num_labels=4) if "QuestionAnswering" not in name else bert(name, dtype)
     model = from_bert(source, softmax_layers=[0, 1])
-    assert type(model) is warm_start._BERT_CLASSES[name]
+    assert type(model) is TEXT_CLASSES[name]
     assert model.dtype == dtype and not model.training
     assert_same_outputs(model, source, text(name), tolerance)
 
@@ -231,8 +231,8 @@ def test_the_dtype_is_the_sources_but_for_decays(dtype):
 def decays_of(mixer, hidden):
     """(scans, heads, tokens but the first) of what a mixer multiplies with."""
     found = []
-    for name in mixer.decay_names:
-        log_decay = mixer._log_decay(hidden, name)
+    for recurrence in mixer.recurrences(hidden):
+        log_decay = recurrence.log_decay
         log_decay = log_decay[:, None].expand(-1, hidden.shape[1]) if log_decay.dim() == 1 else log_decay[0]
         found.append(log_decay[:, 1:].exp())
     return torch.stack(found)

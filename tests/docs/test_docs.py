@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import lion_hf
-import lion_hf.convert.warm_start
+import lion_hf.convert
 from lion_hf.ops.api import CROSSOVER
 
 
@@ -96,5 +96,5 @@ def test_the_api_page_holds_every_public_name_with_its_docstring(tmp_path):
         assert f'id="{name}"' in page
     assert "Bidirectional linear attention with a decay mask" in page
     assert "<strong>chunk_size" in page  # arguments are a list, not a paragraph
-    warm_start = (tmp_path / "lion_hf" / "warm_start.html").read_text(encoding="utf-8")
-    assert all(f'id="{name}"' in warm_start for name in lion_hf.convert.warm_start.__all__)
+    convert = (tmp_path / "lion_hf" / "convert.html").read_text(encoding="utf-8")
+    assert all(f'id="{name}"' in convert for name in lion_hf.convert.__all__)

@@ -31,7 +31,7 @@ def text_file(tmp_path):
 
 @pytest.fixture
 def tokenizer():
-    from text_data import train_tokenizer
+    from lion_hf.training.text import train_tokenizer
 
     return train_tokenizer([" ".join(WORDS)] * 3, 80, 64)
 
@@ -47,7 +47,7 @@ def tokenizer():
     repeats=st.integers(1, 3),
 )
 def test_processes_read_together_what_one_would_read(length, batch_size, world, epoch, repeats):
-    from data_loading import EpochBatchSampler
+    from lion_hf.training.data import EpochBatchSampler
 
     def batches(size, rank, processes):
         sampler = EpochBatchSampler(length, size, seed=5, rank=rank, world_size=processes, repeats=repeats)
@@ -69,7 +69,7 @@ def test_processes_read_together_what_one_would_read(length, batch_size, world, 
 
 
 def test_every_epoch_has_an_order_of_its_own():
-    from data_loading import EpochBatchSampler
+    from lion_hf.training.data import EpochBatchSampler
 
     sampler = EpochBatchSampler(100, 10, seed=5)
     orders = []
@@ -80,7 +80,7 @@ def test_every_epoch_has_an_order_of_its_own():
 
 
 def test_the_last_smaller_batch_can_be_left_out():
-    from data_loading import EpochBatchSampler
+    from lion_hf.training.data import EpochBatchSampler
 
     sampler = EpochBatchSampler(21, 4, seed=5, world_size=2, drop_last=True)
     assert [len(batch) for batch in sampler] == [4, 4] and len(sampler) == 2
@@ -90,8 +90,8 @@ def test_the_last_smaller_batch_can_be_left_out():
 
 
 def test_masks_follow_the_recipe(tokenizer):
-    from data_loading import Key
-    from text_data import MaskingCollator
+    from lion_hf.training.data import Key
+    from lion_hf.training.text import MaskingCollator
 
     ids = np.array([tokenizer.cls_token_id, *tokenizer("red cat saw the old dog")["input_ids"][1:-1] * 3000])
     row = MaskingCollator(tokenizer, 0.3, seed=0).mask(ids, Key(0, 0))
@@ -105,8 +105,8 @@ def test_masks_follow_the_recipe(tokenizer):
 
 
 def test_masks_depend_on_the_key_alone(tokenizer):
-    from data_loading import Key
-    from text_data import MaskingCollator
+    from lion_hf.training.data import Key
+    from lion_hf.training.text import MaskingCollator
 
     collator = MaskingCollator(tokenizer, 0.5, seed=0)
     rows = [
@@ -127,7 +127,7 @@ def test_masks_depend_on_the_key_alone(tokenizer):
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_schedules_start_peak_and_end_where_they_should(kind):
-    from training import learning_rate_share
+    from lion_hf.training.trainer import learning_rate_share
 
     options = {"kind": kind, "warmup": 10, "total": 110, "floor": 0.02, "start": 0.1}
     shares = [learning_rate_share(step, **options) for step in range(111)]
@@ -138,8 +138,8 @@ def test_schedules_start_peak_and_end_where_they_should(kind):
 
 
 def trainer_for(model, tmp_path, **options):
-    from arguments import LionTrainingArguments
-    from training import LionTrainer
+    from lion_hf.training.arguments import LionTrainingArguments
+    from lion_hf.training.trainer import LionTrainer
 
     options = {"use_cpu": True, "weight_decay": 0.1, "eval_strategy": "no"} | options
     return LionTrainer(model=model, args=LionTrainingArguments(output_dir=str(tmp_path), **options))
@@ -178,9 +178,10 @@ def test_weight_decay_is_for_matrices_unless_all_is_asked_for(mask_type, kind, t
 
 
 def test_only_complete_checkpoints_are_gone_on_with(tmp_path, caplog):
-    from arguments import LionTrainingArguments
     from safetensors.torch import save_file
-    from training import checkpoint_to_resume
+
+    from lion_hf.training.arguments import LionTrainingArguments
+    from lion_hf.training.checkpoints import checkpoint_to_resume
 
     def checkpoint(step):
         folder = tmp_path / f"checkpoint-{step}"
@@ -207,14 +208,14 @@ def test_only_complete_checkpoints_are_gone_on_with(tmp_path, caplog):
 
 
 def test_a_disk_without_room_is_an_error_before_training(tmp_path, monkeypatch):
-    import arguments
-    from training import check_disk
+    from lion_hf.training import arguments, errors
+    from lion_hf.training.checkpoints import check_disk
 
     options = arguments.LionTrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_total_limit=2)
     model = lion_hf.LionModel(text_config())
     check_disk(options, model)
-    monkeypatch.setattr(arguments.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
-    with pytest.raises(arguments.UserError, match="0.0 GB free"):
+    monkeypatch.setattr(errors.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000})())
+    with pytest.raises(errors.UserError, match="0.0 GB free"):
         check_disk(options, model)
 
 
@@ -231,8 +232,8 @@ def mlm(text_file: Path, output: Path, *flags: str) -> dict:
 
 def test_a_stream_trains_beyond_its_end_and_keeps_its_validation_rows_apart(text_file, tmp_path):
     metrics = mlm(
-        text_file, tmp_path / "out", "--streaming=true", "--max_steps=12", "--max_eval_samples=10", "--line_by_line=true",
-        "--eval_strategy=no",
+        text_file, tmp_path / "out", "--streaming=true", "--max_steps=12", "--max_eval_samples=10",
+        "--line_by_line=true", "--eval_strategy=no",
     )  # fmt: skip
     assert math.isfinite(metrics["eval_loss"])  # 12 steps of 8 rows are more than the 50 there are
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
@@ -240,20 +241,20 @@ def test_a_stream_trains_beyond_its_end_and_keeps_its_validation_rows_apart(text
 
 
 def test_a_stream_needs_a_number_of_steps(text_file, tmp_path):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     with pytest.raises(UserError, match="--streaming needs --max_steps"):
         mlm(text_file, tmp_path / "out", "--streaming=true")
 
 
 def test_workers_of_a_stream_number_their_rows_apart(monkeypatch):
-    import text_data
+    from lion_hf.training import text
 
     seen = set()
     for worker in range(3):
         info = type("Info", (), {"num_workers": 3, "id": worker})()
-        monkeypatch.setattr(text_data, "get_worker_info", lambda info=info: info)
-        seen |= {text_data.add_position({}, i)["position"] for i in range(5)}
+        monkeypatch.setattr(text, "get_worker_info", lambda info=info: info)
+        seen |= {text.add_position({}, i)["position"] for i in range(5)}
     assert len(seen) == 15
 
 
@@ -262,7 +263,7 @@ def test_workers_of_a_stream_number_their_rows_apart(monkeypatch):
     (["--max_eval_samples=60"], "the stream ends within its first 60 rows"),
 ])  # fmt: skip
 def test_streams_that_cannot_be_held_out_of_are_errors(text_file, tmp_path, flags, message):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     with pytest.raises(UserError, match=message):
         mlm(text_file, tmp_path / "out", "--streaming=true", "--max_steps=2", *flags)
@@ -270,7 +271,8 @@ def test_streams_that_cannot_be_held_out_of_are_errors(text_file, tmp_path, flag
 
 def test_evaluation_alone_needs_a_model_and_leaves_it_as_it_is(text_file, tmp_path):
     import run_mlm
-    from arguments import UserError
+
+    from lion_hf.training.errors import UserError
 
     trained = mlm(text_file, tmp_path / "out", "--max_steps=2", "--eval_strategy=no", "--line_by_line=true")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -293,8 +295,8 @@ def test_yaml_no_is_a_strategy(text_file, tmp_path):
 
 
 def test_shards_are_read_by_pattern(tmp_path):
-    from arguments import UserError
-    from data_loading import load_file
+    from lion_hf.training.data import load_file
+    from lion_hf.training.errors import UserError
 
     for i in range(3):
         (tmp_path / f"shard-{i}.jsonl").write_text(json.dumps({"text": f"row {i}"}) + "\n")
@@ -313,7 +315,7 @@ def test_shards_are_read_by_pattern(tmp_path):
     ids=["blank", "short", "blank lines"],
 )
 def test_a_stream_without_a_row_is_an_error_and_no_endless_search(text_file, tmp_path, content, flags, message):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     (tmp_path / "train.txt").write_text(content)
     data = [f"--train_file={tmp_path / 'train.txt'}", f"--validation_file={text_file}"]
@@ -323,7 +325,8 @@ def test_a_stream_without_a_row_is_an_error_and_no_endless_search(text_file, tmp
 
 def test_models_of_other_kinds_are_refused_before_data_is_read(text_file, tmp_path, monkeypatch):
     import run_mlm
-    from arguments import UserError
+
+    from lion_hf.training.errors import UserError
 
     monkeypatch.setattr(run_mlm, "load_texts", lambda *args: pytest.fail("data was read"))
     model = lion_hf.LionForImageClassification(vision_config("lit"))
@@ -380,10 +383,11 @@ def test_baselines_train_by_one_flag(text_file, tmp_path, model_type):
     (["arguments.yaml"], "'arguments.yaml': a file of arguments comes before all flags"),
     (["--train_file=."], "is a folder; give a file, or a pattern"),
     (["--load_best_model_at_end=true", "--metric_for_best_model=acc", "--max_steps=1", "--eval_strategy=steps",
-      "--eval_steps=1", "--save_strategy=steps", "--save_steps=1"], "is 'acc'; evaluation gives eval_loss, eval_masked"),
+      "--eval_steps=1", "--save_strategy=steps", "--save_steps=1"],
+     "is 'acc'; evaluation gives eval_loss, eval_masked"),
 ])  # fmt: skip
 def test_wrong_options_are_said(text_file, tmp_path, flags, message):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     with pytest.raises(UserError, match=message):
         mlm(text_file, tmp_path / "out", *flags)
@@ -393,8 +397,9 @@ def test_wrong_options_are_said(text_file, tmp_path, flags, message):
 
 
 def test_drawn_decays_are_the_ones_the_model_uses(tmp_path, tokenizer):
-    from arguments import UserError
     from draw_decays import draw_decays, head_decays, token_decays
+
+    from lion_hf.training.errors import UserError
 
     model = lion_hf.LionModel(text_config("decay")).eval()
     first = model.layers[0].mixer
@@ -451,7 +456,7 @@ def test_evidence_is_written_with_means_deviations_and_commands(tmp_path):
 
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
 def test_the_loss_of_parts_adds_up_and_fillers_do_not_count(kind):
-    from training import summed_loss
+    from lion_hf.training.trainer import summed_loss
 
     logits = torch.randn(6, 3 if kind == "classes" else 1, dtype=torch.float64)
     labels = torch.tensor([0, 2, 1, 1, 0, 2]) if kind == "classes" else torch.randn(6)

@@ -102,7 +102,8 @@ def test_images_train_from_the_built_in_digits(tmp_path):
 )
 def test_wrong_input_is_one_line_and_exit_code_2(flags, message, tmp_path, monkeypatch, capsys):
     import run_mlm
-    from arguments import run
+
+    from lion_hf.training.errors import run
 
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
@@ -167,7 +168,8 @@ def test_inference_embeddings_have_length_1_and_do_not_depend_on_company(trained
 )
 def test_inference_refuses_what_does_not_fit_in_one_line(tmp_path, trained, flags, message, capsys, monkeypatch):
     import inference
-    from arguments import run
+
+    from lion_hf.training.errors import run
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:

@@ -16,17 +16,17 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 from datasets import ClassLabel, Dataset
 from transformers import AutoModelForSequenceClassification, pipeline
 
 import lion_hf
+from lion_hf.training.recipes import expand, presets_of
 
 
 pytestmark = pytest.mark.usefixtures("examples")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = sorted((EXAMPLES / "recipes" / "glue").glob("*.yaml"))
+RECIPES = [(file, preset) for file in sorted((EXAMPLES / "recipes/glue").glob("*.yaml")) for preset in presets_of(file)]
 TINY = ["--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=2", "--vocab_size=100"]
 TINY += ["--disable_tqdm=true", "--use_cpu=true", "--per_device_train_batch_size=8"]
 ONE_STEP = [*TINY, "--max_steps=1", "--save_strategy=no", "--eval_strategy=no"]
@@ -55,7 +55,7 @@ def labelled_rows(count, labels=("0", "1")):
 
 def test_the_table_holds_the_authors_numbers():
     """lr 1e-5 everywhere; epochs, batch, weight decay, seeds as in the paper's recipe."""
-    import glue_tasks
+    from lion_hf.training.glue.tasks import SCORED, TASKS
 
     authors = {
         "mnli": (3, 48, 5e-6, 1),
@@ -67,13 +67,12 @@ def test_the_table_holds_the_authors_numbers():
         "mrpc": (10, 32, 8e-6, 5),
         "cola": (10, 32, 1e-6, 4),
     }
-    tasks = glue_tasks.TASKS
-    assert set(glue_tasks.SCORED) == set(authors) == set(tasks) - {"wnli"}
+    assert set(SCORED) == set(authors) == set(TASKS) - {"wnli"}
     for name, numbers in authors.items():
-        task = tasks[name]
+        task = TASKS[name]
         assert (task.epochs, task.batch_size, task.weight_decay, task.seeds) == numbers, name
-    assert {task.learning_rate for task in tasks.values()} == {1e-5}
-    scores = {name: tasks[name].evaluated for name in ("qqp", "stsb", "mrpc", "cola", "mnli", "rte")}
+    assert {task.learning_rate for task in TASKS.values()} == {1e-5}
+    scores = {name: TASKS[name].evaluated for name in ("qqp", "stsb", "mrpc", "cola", "mnli", "rte")}
     assert scores == {
         "qqp": ("accuracy", "f1"),
         "stsb": ("spearmanr",),
@@ -86,13 +85,14 @@ def test_the_table_holds_the_authors_numbers():
 
 def test_every_variant_and_size_has_a_recipe_with_the_authors_numbers():
     sizes = {f"lion-{variant}-{size}" for variant in ("lit", "d", "s") for size in ("base", "large")}
-    assert {file.stem for file in RECIPES} == sizes | {"bert-base"}
+    assert {preset for _, preset in RECIPES} == sizes | {"bert-base"} and len(RECIPES) == 7
     shared = {"task": "all", "max_length": 128, "learning_rate": 1e-5, "lr_scheduler_type": "linear"}
     shared |= {"warmup_steps": 0.06, "adam_beta1": 0.9, "adam_beta2": 0.98, "adam_epsilon": 1e-6, "bf16": True}
-    for file in RECIPES:
-        values = yaml.safe_load(file.read_text())
+    for file, preset in RECIPES:
+        values = expand(file, preset)
         assert shared.items() <= values.items()
-        assert values["model_name_or_path"] == f"outputs/mlm/{file.stem}"
+        assert values["model_name_or_path"] == f"outputs/mlm/{preset}"
+        assert values["output_dir"] == f"outputs/glue/{preset}"
         assert not {"num_train_epochs", "weight_decay", "per_device_train_batch_size"} & set(values)
 
 
@@ -103,7 +103,8 @@ def parse(run_glue_module, *flags):
 
 def test_given_values_go_before_the_tables(tmp_path, monkeypatch):
     import run_glue
-    from glue_tasks import TASKS
+
+    from lion_hf.training.glue.tasks import TASKS
 
     monkeypatch.chdir(tmp_path)
     _, _, training = parse(run_glue, "--weight_decay=0", "--bf16=true")
@@ -168,7 +169,9 @@ NUMBERS = [
 def test_metrics_agree_with_their_definitions(config):
     import evaluate
 
-    metric = evaluate.load(str(EXAMPLES / "metrics" / "glue"), config, keep_in_memory=True)
+    from lion_hf.training.glue.metrics import LOCAL_METRIC
+
+    metric = evaluate.load(str(LOCAL_METRIC), config, keep_in_memory=True)
     for predictions, references in NUMBERS if config == "stsb" else CLASSES:
         found = metric.compute(predictions=predictions, references=references)
         expected = textbook(config, predictions, references)
@@ -180,15 +183,17 @@ def test_metrics_agree_with_their_definitions(config):
 def test_an_unknown_configuration_of_the_metric_names_those_there_are():
     import evaluate
 
+    from lion_hf.training.glue.metrics import LOCAL_METRIC
+
     with pytest.raises(KeyError, match=r"'sst3'.*sst2"):
-        evaluate.load(str(EXAMPLES / "metrics" / "glue"), "sst3")
+        evaluate.load(str(LOCAL_METRIC), "sst3")
 
 
 # ----------------------------------------------------------------------------------------------------------- score
 
 
 def result_of(task, seed=17, **metrics):
-    from glue_tasks import TASKS
+    from lion_hf.training.glue.tasks import TASKS
 
     metrics = metrics or dict.fromkeys(TASKS[task].evaluated, 0.5)
     return {
@@ -201,13 +206,13 @@ def result_of(task, seed=17, **metrics):
 
 
 def all_results(**replaced):
-    from glue_tasks import TASKS
+    from lion_hf.training.glue.tasks import TASKS
 
     return [result for task in TASKS for result in replaced.get(task, [result_of(task)])]
 
 
 def test_the_score_is_the_mean_over_tasks_of_the_mean_over_seeds_and_metrics():
-    from glue_summary import summarise
+    from lion_hf.training.glue.summary import summarise
 
     summary = summarise(
         all_results(
@@ -227,7 +232,7 @@ def test_the_score_is_the_mean_over_tasks_of_the_mean_over_seeds_and_metrics():
 
 @pytest.mark.parametrize("case", ["missing", "toy", "no number", "no mismatched"])
 def test_there_is_no_glue_score_without_all_of_glue(case, tmp_path):
-    from glue_summary import write_summary
+    from lion_hf.training.glue.summary import write_summary
 
     results = all_results()
     if case == "missing":
@@ -251,17 +256,20 @@ def test_there_is_no_glue_score_without_all_of_glue(case, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe, task", zip(RECIPES, ["mnli", "qqp", "qnli", "cola", "stsb", "mrpc", "wnli"], strict=True)
+    "recipe, task",
+    zip(RECIPES, ["mnli", "qqp", "qnli", "cola", "stsb", "mrpc", "wnli"], strict=True),
+    ids=lambda value: value if isinstance(value, str) else value[1],
 )
 def test_recipes_run_with_smoke(recipe, task, run_glue):
-    metrics = run_glue([str(recipe), "--smoke", f"--task={task}"])
-    from glue_tasks import TASKS
+    file, preset = recipe
+    metrics = run_glue([str(file), f"--preset={preset}", "--smoke", f"--task={task}"])
+    from lion_hf.training.glue.tasks import TASKS
 
     assert {f"eval_{name}" for name in TASKS[task].evaluated} <= set(metrics)
-    folder = Path(f"outputs/glue/{recipe.stem}-smoke")
+    folder = Path(f"outputs/glue/{preset}-smoke")
     config = AutoModelForSequenceClassification.from_pretrained(folder).config
     kinds = {"lit": "lit", "d": "decay", "s": "selective"}
-    kind = kinds.get(recipe.stem.split("-")[1])
+    kind = kinds.get(preset.split("-")[1])
     assert config.model_type == ("lion" if kind else "bert") and getattr(config, "mask_type", None) == kind
     assert config.attention_probs_dropout_prob == 0
     assert config.problem_type == ("regression" if task == "stsb" else "single_label_classification")
@@ -279,8 +287,8 @@ def test_recipes_run_with_smoke(recipe, task, run_glue):
 
 
 def test_predictions_are_clipped_named_and_indexed(tmp_path):
-    from glue_metrics import write_predictions
-    from glue_tasks import TASKS
+    from lion_hf.training.glue.metrics import write_predictions
+    from lion_hf.training.glue.tasks import TASKS
 
     write_predictions(tmp_path / "p" / "a.tsv", TASKS["stsb"], [4, 2], np.array([-0.5, 7.0]))
     assert (tmp_path / "p" / "a.tsv").read_text() == "index\tprediction\n4\t0.000\n2\t5.000\n"
@@ -333,15 +341,15 @@ def test_numbers_are_predicted_and_not_classified(run_glue):
 
 
 def load(task, **options):
-    from glue_data import load_task
-    from glue_sources import GlueArguments
+    from lion_hf.training.glue.data import load_task
+    from lion_hf.training.glue.sources import GlueArguments
 
     return load_task(task, GlueArguments(**options))
 
 
 def test_rows_keep_their_labels(tmp_path, monkeypatch):
-    """Names, numbers and numbers as text mean the same class; rows without any text are left out, half a pair is not."""
-    from glue_tasks import TASKS
+    """Names, numbers and numbers as text mean the same class; rows without text are left out, half pairs are not."""
+    from lion_hf.training.glue.tasks import TASKS
 
     monkeypatch.chdir(tmp_path)
     text = 'a,b,entailment\n,c,not_entailment\n,,entailment\n"d, e",,entailment\n'
@@ -361,7 +369,7 @@ def test_rows_keep_their_labels(tmp_path, monkeypatch):
 
 
 def test_a_folder_per_task_and_both_parts_of_mnli(tmp_path):
-    from glue_tasks import TASKS
+    from lion_hf.training.glue.tasks import TASKS
 
     row = {"premise": "a b", "hypothesis": "c", "label": 2, "idx": 5}
     names = ["train", "validation_matched-00000-of-00001", "validation_mismatched", "test_matched", "test_mismatched"]
@@ -379,7 +387,8 @@ def test_a_folder_per_task_and_both_parts_of_mnli(tmp_path):
 def test_data_and_metric_of_the_hub_by_name(tmp_path, monkeypatch, run_glue):
     """The same path as with local data; where the Hub's metric cannot be loaded, the local one says that it is used."""
     import evaluate
-    import glue_sources
+
+    from lion_hf.training.glue import sources
 
     asked, real = [], evaluate.load
     rows = [{"sentence": f"word{i} and more", "label": i % 2, "idx": i} for i in range(16)]
@@ -397,10 +406,10 @@ def test_data_and_metric_of_the_hub_by_name(tmp_path, monkeypatch, run_glue):
             raise FileNotFoundError("no network")
         return real(name, *args, **kwargs)
 
-    monkeypatch.setattr(glue_sources, "load_named", named)
+    monkeypatch.setattr(sources, "load_named", named)
     monkeypatch.setattr(evaluate, "load", load_metric)
     metrics = run_glue(["--output_dir=out", *ONE_STEP, "--task=cola"])
-    assert asked[:2] == [("nyu-mll/glue", "cola"), "glue"] and asked[2].endswith("metrics/glue")
+    assert asked[:2] == [("nyu-mll/glue", "cola"), "glue"] and asked[2].endswith("glue/offline.py")
     assert "eval_matthews_correlation" in metrics
     assert len(Path("out/predictions/CoLA.tsv").read_text().splitlines()) == 17
 
@@ -437,7 +446,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_told_in_one_line(case, run_glue):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     content, flags, message = WRONG[case]
     write("other.csv", "text,label\na,7\n")
@@ -453,7 +462,7 @@ def test_wrong_input_is_told_in_one_line(case, run_glue):
 
 def test_evaluation_counts_classes_as_the_model_does(run_glue):
     """Trained where "no" comes before "yes", evaluated on data in which the classes are found in another order."""
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     flags = ["--disable_tqdm=true", "--use_cpu=true", "--do_train=false", "--model_name_or_path=model"]
     rows = "".join(f"good {i},yes\nbad {i},no\n" for i in range(15))
@@ -484,9 +493,9 @@ def test_evaluation_counts_classes_as_the_model_does(run_glue):
 
 
 def test_runs_count_seeds_and_wait_for_mnli():
-    from arguments import UserError
-    from glue_suite import plan_runs, run_arguments
-    from glue_tasks import TASKS
+    from lion_hf.training.errors import UserError
+    from lion_hf.training.glue.suite import plan_runs, run_arguments
+    from lion_hf.training.glue.tasks import TASKS
 
     runs = plan_runs(list(TASKS.values()), None, 17, "out", True)
     counts = {name: [run.seed for run in runs if run.task == name] for name in TASKS}
@@ -505,7 +514,7 @@ def test_runs_count_seeds_and_wait_for_mnli():
 
 
 def test_a_suite_skips_what_is_finished_and_goes_on_with_the_rest(run_glue):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     write("train.csv", "text,label\n" + labelled_rows(24))
     flags = ["--output_dir=out", *TINY, "--train_file=train.csv", "--num_seeds=2", "--num_train_epochs=2"]
@@ -564,7 +573,7 @@ def test_sts_b_is_trained_in_float32_between_tasks_in_bf16(run_glue, monkeypatch
 
 
 def test_a_failed_run_is_named(run_glue):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     Path("data/rte").mkdir(parents=True)
     Path("data/wnli").mkdir(parents=True)
@@ -579,8 +588,10 @@ COMMAND = [sys.executable, str(EXAMPLES / "run_glue.py"), "--output_dir=out", *O
 
 @pytest.mark.slow
 def test_all_tasks_with_smoke(run_glue):
-    summary = run_glue([str(EXAMPLES / "recipes" / "glue" / "lion-s-base.yaml"), "--smoke", "--from_mnli=true"])
-    from glue_tasks import TASKS
+    summary = run_glue(
+        [str(EXAMPLES / "recipes/glue/lion.yaml"), "--preset=lion-s-base", "--smoke", "--from_mnli=true"]
+    )
+    from lion_hf.training.glue.tasks import TASKS
 
     assert set(summary["tasks"]) == set(TASKS) and summary["glue_score"] is None
     folder = Path("outputs/glue/lion-s-base-smoke")

@@ -1,4 +1,4 @@
-"""The DeiT recipe of the image script: its numbers, augmentation, losses, average, distillation, other sizes, bad images."""
+"""The DeiT recipe of the image script: numbers, augmentation, losses, average, teachers, other sizes, bad images."""
 
 import json
 import math
@@ -14,19 +14,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image, ImageEnhance, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
 import lion_hf
+from lion_hf.training.recipes import expand, presets_of
 
 
 pytestmark = pytest.mark.usefixtures("examples")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = sorted((EXAMPLES / "recipes" / "imagenet").glob("*.yaml"))
+FOLDER = EXAMPLES / "recipes" / "imagenet"
+RECIPES = [(file, preset) for file in sorted(FOLDER.glob("*.yaml")) for preset in presets_of(file)]
 MODEL = ["--hidden_size=16", "--num_hidden_layers=2", "--num_attention_heads=2"]
 TINY = [
     "--disable_tqdm=true",
@@ -44,10 +45,11 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 @pytest.fixture(autouse=True)
 def without_curves(request, monkeypatch):
     """Drawing takes longer than these trainings; the first recipe is drawn."""
-    import reporting
 
-    if RECIPES[0].stem not in request.node.name:
-        monkeypatch.setattr(reporting, "plot_curves", lambda *args: None)
+    from lion_hf.training import reports
+
+    if RECIPES[0][1] not in request.node.name:
+        monkeypatch.setattr(reports, "plot_curves", lambda *args: None)
 
 
 def train(folder, *flags):
@@ -76,11 +78,12 @@ def folder(tmp_path_factory):
 
 
 def collator(bad_images="error", classes=10, size=16, crop=False, length=100, **options):
-    from data_loading import Key
     from datasets import Dataset
-    from image_augmentation import AugmentationArguments
-    from image_data import ImageCollator
     from transformers import ViTImageProcessorPil
+
+    from lion_hf.training.augmentation import AugmentationArguments
+    from lion_hf.training.data import Key
+    from lion_hf.training.images import ImageCollator
 
     sizes = {"size": {"height": size, "width": size}}
     if crop:
@@ -106,14 +109,15 @@ def encoded(seed):
 
 
 def test_recipes_are_the_authors():
-    """Every file against the numbers of the paper's recipe; the models against their layout."""
+    """Every preset of every file against the numbers of the paper's recipe; the models against their layout."""
     layout = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
     variants = {"lion-lit": "lit", "lion-d": "decay", "lion-s": "selective"}
-    names = {f"{v}-{s}{o}" for v in variants for s in layout for o in ("", "-snake") if v != "lion-lit" or not o}
+    orders = ("", "-snake")
+    names = {f"{v}-{s}-patch16-224{o}" for v in variants for s in layout for o in orders if v != "lion-lit" or not o}
     names |= {f"vit-{size}" for size in layout}
-    assert {file.stem for file in RECIPES} == names and len(names) == 18
-    for file in RECIPES:
-        values = yaml.safe_load(file.read_text())
+    assert {preset for _, preset in RECIPES} == names and len(RECIPES) == 18
+    for file, preset in RECIPES:
+        values = expand(file, preset)
         batch, epochs, peak = values["total_batch_size"], values["num_train_epochs"], values["learning_rate"]
         assert epochs == 300 and batch == 1024 and values["dataset_name"] == "imagenet-1k"
         assert peak == 5e-4 * batch / 512 and values["lr_scheduler_type"] == "cosine"
@@ -129,28 +133,29 @@ def test_recipes_are_the_authors():
         assert values["color_jitter"] == 0.3 and values["random_erasing"] == 0.25
         assert values["repeated_augmentation"] == 3 and values["ema_decay"] == 0.99996
         assert values["interpolation"] == "bicubic" and values["normalization"] == "imagenet"
-        size = file.stem.removesuffix("-snake").rpartition("-")[2]
-        if file.stem.startswith("vit"):
+        size = next(name for name in layout if name in preset.split("-"))
+        if preset.startswith("vit"):
             model = values
             assert values["model_type"] == "vit" and "drop_path_rate" not in values
         else:
-            model = lion_hf.PRESETS[values["preset"]]
-            variant = file.stem.removesuffix("-snake").removesuffix(f"-{size}")
+            assert values["preset"] == preset
+            model = lion_hf.PRESETS[preset]
+            variant = preset.partition(f"-{size}")[0]
             assert model["mask_type"] == variants[variant] and values["drop_path_rate"] == 0.1
-            assert model["order"] == ("s" if file.stem.endswith("-snake") else "normal")
+            assert model["order"] == ("s" if preset.endswith("-snake") else "normal")
         shape = (model["hidden_size"], model["num_hidden_layers"], model["num_attention_heads"])
         assert shape == layout[size] and model["intermediate_size"] == 4 * shape[0]
         assert model["image_size"] == 224 and model["patch_size"] == 16
         assert round(model["image_size"] / values["eval_crop_ratio"]) == 256
-        assert f"{file.stem}.yaml --smoke" in file.read_text() and values["output_dir"].endswith(file.stem)
+        assert values["output_dir"] == f"outputs/imagenet/{preset}"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[1])
 def test_every_recipe_runs_with_smoke(recipe, tmp_path):
     import run_image_classification
 
     flags = [f"--output_dir={tmp_path}", "--augmentation_backend=kornia", "--disable_tqdm=true"]
-    metrics = run_image_classification.main([str(recipe), "--smoke", *flags])
+    metrics = run_image_classification.main([str(recipe[0]), f"--preset={recipe[1]}", "--smoke", *flags])
     assert math.isfinite(metrics["train_loss"]) and math.isfinite(metrics["eval_ema_loss"])
     assert 0 <= metrics["eval_accuracy"] <= metrics["eval_top5_accuracy"] <= 1
     assert metrics["train_samples_per_second"] > 0
@@ -172,7 +177,7 @@ def test_the_total_batch_size_sets_the_accumulation(tmp_path):
 
 def test_operations_are_those_of_pillow():
     """At a magnitude within the recipe's range, each operation of RandAugment does what Pillow's does."""
-    from kornia_augmentation import OPERATIONS
+    from lion_hf.training.kornia_augmentation import OPERATIONS
 
     image, m, corner = picture(size=(64, 64)), 0.9, (slice(None), slice(16, 48), slice(16, 48))
     fill, color = torch.tensor([0.485, 0.456, 0.406]), (124, 116, 104)
@@ -230,7 +235,7 @@ def test_an_image_depends_on_its_key_alone(augment):
 
 
 def test_shifts_show_the_image_and_nothing_else():
-    from image_augmentation import shift_and_flip
+    from lion_hf.training.augmentation import shift_and_flip
 
     pixels, padding = torch.rand(200, 3, 8, 16), torch.full((1, 3, 1, 1), -1.0)
     draws = np.random.default_rng(0).random((200, 3))
@@ -252,7 +257,7 @@ def test_shifts_show_the_image_and_nothing_else():
 
 
 def test_the_crop_covers_the_wanted_share():
-    from kornia_augmentation import KorniaAugmentation
+    from lion_hf.training.kornia_augmentation import KorniaAugmentation
 
     options = {
         "rand_augment": "none",
@@ -274,7 +279,7 @@ def test_the_crop_covers_the_wanted_share():
 
 
 def test_erasing_fills_a_rectangle_with_noise():
-    from kornia_augmentation import KorniaAugmentation
+    from lion_hf.training.kornia_augmentation import KorniaAugmentation
 
     options = {"rand_augment": "none", "color_jitter": 0.0, "mean": (0.5,) * 3, "std": (0.5,) * 3, "resample": 3}
     gray = Image.new("RGB", (40, 40), (128, 128, 128))
@@ -289,7 +294,7 @@ def test_erasing_fills_a_rectangle_with_noise():
 
 
 def test_jitter_acts_where_rand_augment_does_not():
-    from kornia_augmentation import KorniaAugmentation
+    from lion_hf.training.kornia_augmentation import KorniaAugmentation
 
     options = {"random_erasing": 0.0, "mean": (0.0,) * 3, "std": (1.0,) * 3, "resample": 3}
     gray = Image.new("RGB", (40, 40), (100, 100, 100))
@@ -309,23 +314,23 @@ def test_jitter_acts_where_rand_augment_does_not():
 
 @pytest.mark.parametrize("name", ["rand-m9-mstd0.5", "rand-x3-inc1", "augmix", "rand"])
 def test_an_unknown_rand_augment_is_an_error(name):
-    from arguments import UserError
-    from kornia_augmentation import rand_augment_options
+    from lion_hf.training.errors import UserError
+    from lion_hf.training.kornia_augmentation import rand_augment_options
 
     with pytest.raises(UserError, match="--rand_augment"):
         rand_augment_options(name)
 
 
 def test_rand_augment_options_are_read_from_the_name():
-    from kornia_augmentation import rand_augment_options
+    from lion_hf.training.kornia_augmentation import rand_augment_options
 
     assert rand_augment_options("rand-m9-mstd0.5-inc1") == (9, 0.5, 2)
     assert rand_augment_options("rand-n3-m7-inc1") == (7, 0, 3)
 
 
 def test_without_timm_kornia_is_chosen_with_a_warning(monkeypatch, caplog):
-    from arguments import UserError
-    from image_augmentation import choose_backend, logger
+    from lion_hf.training.augmentation import choose_backend, logger
+    from lion_hf.training.errors import UserError
 
     for module in ("timm", "timm.data"):
         monkeypatch.setitem(sys.modules, module, None)  # the import fails
@@ -342,8 +347,9 @@ def test_with_timm_its_images_depend_on_their_key_alone():
         import timm.data  # noqa: F401
     except Exception as error:
         pytest.skip(f"timm cannot be imported: {error}")
-    from image_augmentation import AugmentationArguments, deit_augmentation, seeded
     from transformers import ViTImageProcessorPil
+
+    from lion_hf.training.augmentation import AugmentationArguments, deit_augmentation, seeded
 
     processor = ViTImageProcessorPil(**IMAGENET, resample=Image.Resampling.BICUBIC)
     options = AugmentationArguments(augment="deit", augmentation_backend="timm")
@@ -359,7 +365,7 @@ def test_with_timm_its_images_depend_on_their_key_alone():
 
 
 def mixed(count=300, **options):
-    from image_augmentation import AugmentationArguments, mix
+    from lion_hf.training.augmentation import AugmentationArguments, mix
 
     arguments = AugmentationArguments(**options)
     pixels, targets = torch.rand(6, 3, 12, 20), F.one_hot(torch.tensor([0, 1, 2, 3, 1, 0]), 5).float()
@@ -404,7 +410,9 @@ def test_switch_and_probability_of_mixing():
 
 
 def image_trainer(tmp_path, model, teacher=None, **options):
-    from run_image_classification import ImageTrainer, ImageTrainingArguments
+    from run_image_classification import ImageTrainingArguments
+
+    from lion_hf.training.image_trainer import ImageTrainer
 
     folder = {"output_dir": str(tmp_path), "use_cpu": True, "eval_strategy": "no"}
     return ImageTrainer(model=model, args=ImageTrainingArguments(**folder, **options), teacher=teacher)
@@ -460,8 +468,8 @@ def test_the_evaluation_loss_does_not_depend_on_the_batch_size(tmp_path):
 
 
 def test_repeated_augmentation_shows_an_image_three_times_in_a_batch(tmp_path):
-    from data_loading import EpochBatchSampler
-    from run_image_classification import ImageTrainer
+    from lion_hf.training.data import EpochBatchSampler
+    from lion_hf.training.image_trainer import ImageTrainer
 
     seen = []
     original = ImageTrainer.compute_loss
@@ -483,7 +491,7 @@ def test_repeated_augmentation_shows_an_image_three_times_in_a_batch(tmp_path):
 
 
 def test_distillation_losses_against_plain_math():
-    from distillation import distillation_losses
+    from lion_hf.training.distillation import distillation_losses
 
     losses, student, teacher = torch.rand(4), torch.randn(4, 3).double(), torch.randn(4, 3).double()
     alpha, tau = 0.3, 2.0
@@ -514,8 +522,9 @@ def teacher_folder(tmp_path_factory):
 
 
 def make_teacher(folder, **options):
-    from distillation import DistillationArguments, Teacher
     from transformers import ViTImageProcessorPil
+
+    from lion_hf.training.distillation import DistillationArguments, Teacher
 
     student = lion_hf.LionVisionConfig(
         image_size=8, patch_size=4, id2label=options.pop("names", {i: str(i) for i in range(10)})
@@ -554,7 +563,7 @@ def test_training_with_a_teacher(kind, teacher_folder, tmp_path):
 
 
 def test_a_teacher_of_other_classes_is_an_error(teacher_folder):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     with pytest.raises(UserError, match="has 10 classes, the student 4"):
         make_teacher(teacher_folder, names={i: str(i) for i in range(4)})
@@ -567,8 +576,9 @@ def test_a_teacher_of_other_classes_is_an_error(teacher_folder):
 
 def test_the_average_is_the_recursion_over_the_steps(tmp_path):
     """EMA <- d * EMA + (1 - d) * weights after every optimizer step, beginning at the first weights."""
-    from run_image_classification import ImageTrainer
     from transformers import TrainerCallback
+
+    from lion_hf.training.image_trainer import ImageTrainer
 
     class Recorder(TrainerCallback):
         def __init__(self):
@@ -604,7 +614,7 @@ def test_the_average_is_the_recursion_over_the_steps(tmp_path):
 
 
 def test_a_short_run_with_a_slow_average_is_warned_of(tmp_path, monkeypatch):
-    import ema
+    from lion_hf.training import ema
 
     said = []
     monkeypatch.setattr(ema.logger, "warning", said.append)
@@ -648,7 +658,7 @@ def assert_same_run(one, other):
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
     """Stopped between two checkpoints, in the middle of an epoch, with everything random switched on."""
-    from ema import Ema
+    from lion_hf.training.ema import Ema
 
     flags = [*DIGITS, *FULL, "--max_steps=8"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -693,8 +703,9 @@ def save_classifier(folder, names):
 
 def test_evaluation_counts_classes_as_the_model_does(tmp_path, folder):
     """The same weights under turned class names: what is right turns with them, and foreign classes are refused."""
-    from arguments import UserError
     from datasets import load_dataset
+
+    from lion_hf.training.errors import UserError
 
     names = load_dataset("imagefolder", data_dir=str(folder), split="train").features["label"].names
     data = [f"--train_dir={folder}", f"--validation_dir={folder}", "--do_train=false"]
@@ -850,7 +861,7 @@ def test_fine_tuning_at_another_resolution(kind, tmp_path):
 
 
 def test_resizing_a_position_table():
-    from image_model import resize_positions
+    from lion_hf.training.image_models import resize_positions
 
     table = torch.randn(1, 2 + 12, 5)
     assert torch.equal(resize_positions(table, (3, 4), (3, 4)), table)
@@ -863,9 +874,9 @@ def test_resizing_a_position_table():
 @pytest.mark.parametrize("kind", ["vit", "deit"])
 def test_baselines_have_the_size_of_the_recipe(kind):
     """Within the parameters that position tables, class and distillation tokens differ by."""
-    from image_model import ImageModelArguments, get_model
+    from lion_hf.training.image_models import ImageModelArguments, get_model
 
-    values = yaml.safe_load((EXAMPLES / "recipes" / "imagenet" / "vit-tiny.yaml").read_text())
+    values = expand(FOLDER / "vit.yaml", "vit-tiny")
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
     arguments = ImageModelArguments(model_type=kind, **{name: values[name] for name in names})
     model = get_model(arguments, {"num_labels": 1000})
@@ -891,10 +902,10 @@ def bad_folder(tmp_path, folder):
 
 
 def test_images_that_do_not_decode_are_skipped_and_counted(tmp_path, folder, monkeypatch):
-    import image_data
+    from lion_hf.training import images
 
     said = []
-    monkeypatch.setattr(image_data.logger, "warning", said.append)
+    monkeypatch.setattr(images.logger, "warning", said.append)
     bad = bad_folder(tmp_path, folder)
     data = [f"--train_dir={bad}", f"--validation_dir={bad}", "--image_size=16", "--num_train_epochs=2"]
     metrics = train(tmp_path / "out", *data, "--bad_images=skip", "--per_device_train_batch_size=1")
@@ -915,7 +926,7 @@ def test_images_that_do_not_decode_are_skipped_and_counted(tmp_path, folder, mon
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_does_not_decode_is_an_error_of_one_line(tmp_path, folder, workers):
     """Row 10 is elm/2.png: eight ash trees come first."""
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     bad = bad_folder(tmp_path, folder)
     (bad / "oak" / "5.png").unlink()
@@ -928,7 +939,7 @@ def test_an_image_that_does_not_decode_is_an_error_of_one_line(tmp_path, folder,
 
 
 def test_a_row_keeps_its_number_where_a_part_is_held_out(tmp_path, folder):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     bad = bad_folder(tmp_path, folder)
     (bad / "oak" / "5.png").unlink()
@@ -968,8 +979,9 @@ def test_known_data_sets_by_their_short_names(name, path, image, label, tmp_path
 
 def test_a_gated_data_set_says_how_to_get_in(tmp_path, monkeypatch):
     import datasets
-    from arguments import UserError
     from datasets.exceptions import DatasetNotFoundError
+
+    from lion_hf.training.errors import UserError
 
     def load(name, *args, **kwargs):
         raise DatasetNotFoundError(
@@ -986,7 +998,7 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
     import datasets
     import run_image_classification
 
-    recipe = str(EXAMPLES / "recipes" / "imagenet" / "vit-tiny.yaml")
+    recipe = [str(FOLDER / "vit.yaml"), "--preset=vit-tiny"]
     flags = ["--dataset_name=", "--augmentation_backend=kornia", "--disable_tqdm=true", "--dataloader_num_workers=0"]
     tiny = ["--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=2", "--intermediate_size=16"]
     tiny += ["--image_size=16", "--patch_size=8", "--per_device_train_batch_size=8", "--total_batch_size=8"]
@@ -999,7 +1011,7 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
     )
     found = []
     for i, source in enumerate(sources):
-        metrics = run_image_classification.main([recipe, f"--output_dir={tmp_path / str(i)}", *flags, *tiny, *source])
+        metrics = run_image_classification.main([*recipe, f"--output_dir={tmp_path / str(i)}", *flags, *tiny, *source])
         found.append((metrics["train_loss"], metrics["eval_loss"], metrics["eval_ema_loss"]))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
@@ -1039,7 +1051,7 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_input_is_a_message_of_one_line(flags, message, tmp_path, monkeypatch):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").write_text("image,label\nred,1\nblue,2\ngreen,1\n")
@@ -1053,7 +1065,7 @@ def test_wrong_input_is_a_message_of_one_line(flags, message, tmp_path, monkeypa
 
 
 def test_another_image_size_must_fit_the_patches(tmp_path):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     train(tmp_path / "small", *DIGITS, "--image_size=16", "--patch_size=4", "--max_steps=1")
     with pytest.raises(UserError, match="wrong --image_size 18"):

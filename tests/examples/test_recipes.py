@@ -1,13 +1,18 @@
-"""The recipe files of masked language modelling: the authors' numbers, and that each runs."""
+"""Recipe files: how presets are chosen, the authors' numbers of masked language modelling, and that each runs."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-import yaml
+
+from lion_hf import PRESETS
+from lion_hf.training.errors import UserError
+from lion_hf.training.recipes import expand, presets_of, read_values
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-RECIPES = sorted((EXAMPLES / "recipes" / "mlm").glob("*.yaml"))
+FILES = sorted((EXAMPLES / "recipes").glob("*/*.yaml"))
+RECIPES = [(file, preset) for file in sorted((EXAMPLES / "recipes/mlm").glob("*.yaml")) for preset in presets_of(file)]
 
 # Text pretraining of the paper; the peak learning rate is by size.
 NUMBERS = {
@@ -35,25 +40,103 @@ PEAK = {"base": 8e-4, "large": 2e-4}
 
 def test_there_is_a_recipe_for_every_text_model_of_the_paper():
     lion = {f"lion-{variant}-{size}" for variant in ("lit", "d", "s") for size in PEAK}
-    assert {path.stem for path in RECIPES} == lion | {"bert-base"}
+    assert {preset for _, preset in RECIPES} == lion | {"bert-base"} and len(RECIPES) == 7
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_hold_the_numbers_of_the_paper(path):
-    recipe = yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("path, preset", RECIPES, ids=[preset for _, preset in RECIPES])
+def test_recipes_hold_the_numbers_of_the_paper(path, preset):
+    recipe = expand(path, preset)
     assert {name: recipe[name] for name in NUMBERS} == NUMBERS
-    assert recipe["learning_rate"] == PEAK[path.stem.rpartition("-")[2]]
+    assert recipe["learning_rate"] == PEAK[preset.rpartition("-")[2]]
     assert 8 * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 4096
-    assert recipe.get("preset") == path.stem or recipe["model_type"] == "bert"
+    assert recipe["output_dir"] == f"outputs/mlm/{preset}"
+    if preset == "bert-base":
+        shape = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+        assert recipe["model_type"] == "bert" and shape.items() <= recipe.items() and "preset" not in recipe
+    else:
+        assert recipe["preset"] == preset
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipes_run_with_smoke(path, tmp_path, examples):
+@pytest.mark.parametrize("path, preset", RECIPES, ids=[preset for _, preset in RECIPES])
+def test_recipes_run_with_smoke(path, preset, tmp_path, examples):
     import run_mlm
     from transformers import AutoConfig
 
-    metrics = run_mlm.main([str(path), "--smoke", f"--output_dir={tmp_path}"])
+    metrics = run_mlm.main([str(path), "--preset", preset, "--smoke", f"--output_dir={tmp_path}"])
     assert metrics["epoch"] > 0 and metrics["eval_loss"] > 0
-    config, recipe = AutoConfig.from_pretrained(tmp_path), yaml.safe_load(path.read_text())
-    if "preset" in recipe:  # what --smoke leaves alone
-        assert {"lit": "lit", "d": "decay", "s": "selective"}[recipe["preset"].split("-")[1]] == config.mask_type
+    config = AutoConfig.from_pretrained(tmp_path)
+    if preset in PRESETS:  # what --smoke leaves alone
+        assert {"lit": "lit", "d": "decay", "s": "selective"}[preset.split("-")[1]] == config.mask_type
+    else:
+        assert config.model_type == "bert"
+
+
+# ---------------------------------------------------------------------------------------------------------- presets
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_name_and_pattern_of_a_recipe_is_of_use(path):
+    """Each changes the values of a preset, or lets one through; and all presets of the paper have a recipe."""
+    for pattern in read_values(path)["presets"]:
+        assert any(fnmatchcase(name, pattern) for name in presets_of(path)), pattern
+    trained = {name for file in FILES if file.parent.name != "glue" for name in presets_of(file)}
+    assert set(PRESETS) <= trained
+
+
+def test_presets_add_to_the_values_of_the_file_and_flags_override_both(tmp_path, monkeypatch, examples):
+    import run_mlm
+
+    from lion_hf.training.parsing import given_values
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "presets:\n  lion-*-base: {learning_rate: 0.5}\n  lion-s-*: {seed: 3, weight_decay: 0.25}\n  tiny:\n"
+        "seed: 1\nlearning_rate: 0.125\noutput_dir: out/{preset}\n"
+    )
+    assert presets_of(recipe) == ["lion-lit-base", "lion-d-base", *(name for name in PRESETS if "-s-" in name), "tiny"]
+    shared = {"seed": 1, "learning_rate": 0.125}
+    assert expand(recipe, "tiny") == shared | {"output_dir": "out/tiny"}
+    assert expand(recipe, "lion-d-base") == shared | {"learning_rate": 0.5, "output_dir": "out/lion-d-base"}
+    both = {"seed": 3, "learning_rate": 0.5, "weight_decay": 0.25, "output_dir": "out/lion-s-base"}
+    assert expand(recipe, "LION-S-base") == both
+    monkeypatch.chdir(tmp_path)
+    for flags in (["--preset=lion-s-base", "--seed=7"], ["--seed", "7", "--preset", "lion-s-base"]):
+        given = given_values((run_mlm.MlmTrainingArguments,), [str(recipe), *flags])
+        assert given == both | {"seed": 7}
+
+
+def test_files_without_presets_leave_the_preset_to_the_model(tmp_path):
+    plain = tmp_path / "plain.json"
+    plain.write_text('{"output_dir": "{preset}", "preset": "lion-s-base"}')
+    assert presets_of(plain) == []
+    assert expand(plain) == {"output_dir": "{preset}", "preset": "lion-s-base"}
+    assert expand(plain, "lion-d-base")["preset"] == "lion-d-base"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ([], "mlm/lion.yaml needs --preset, one of lion-lit-base, lion-lit-large, lion-d-base"),
+        (["--smoke"], "mlm/lion.yaml needs --preset, one of lion-lit-base"),
+        (["--preset=lion-x"], "--preset is 'lion-x'; .*mlm/lion.yaml allows lion-lit-base, lion-lit-large"),
+        (["--preset=lion-s-tiny-patch16-224"], "allows lion-lit-base"),
+        (["--preset=lion-*-base"], "allows lion-lit-base"),
+        (["--preset=bert-base"], "allows lion-lit-base"),
+        (["--preset", "--smoke"], "needs --preset"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_preset_that_is_missing_or_unknown_is_one_line_with_those_there_are(flags, message, tmp_path, examples):
+    import run_mlm
+
+    with pytest.raises(UserError, match=message) as error:
+        run_mlm.main([str(EXAMPLES / "recipes/mlm/lion.yaml"), *flags, f"--output_dir={tmp_path}"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("section", ["lion-s-base", "[lion-s-base]", "{lion-s-base: 3}"])
+def test_a_section_of_another_form_is_refused(section, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"presets: {section}\n")
+    with pytest.raises(UserError, match="'presets' must hold names of presets"):
+        expand(recipe, "lion-s-base")

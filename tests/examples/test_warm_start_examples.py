@@ -18,7 +18,7 @@ from transformers import (
 )
 
 import lion_hf
-from lion_hf.convert.warm_start import from_bert, from_vit
+from lion_hf.convert import from_bert, from_vit
 
 
 pytestmark = pytest.mark.usefixtures("examples")
@@ -31,7 +31,7 @@ QUICK = ["--use_cpu=true", "--disable_tqdm=true", "--max_steps=2", "--eval_strat
 
 @pytest.fixture
 def bert(tmp_path):
-    from text_data import train_tokenizer
+    from lion_hf.training.text import train_tokenizer
 
     tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 80, 64)
     config = BertConfig(**SHAPE, vocab_size=len(tokenizer), max_position_embeddings=32)
@@ -129,7 +129,7 @@ def test_image_classifiers_start_from_the_source_and_keep_its_processor(tmp_path
 
 
 def test_the_distance_of_parts_adds_up_and_fillers_do_not_count(bert):
-    from hidden_teacher import HiddenStateTeacher
+    from lion_hf.training.hidden_teacher import HiddenStateTeacher
 
     teacher = HiddenStateTeacher(str(bert), 0.7, torch.device("cpu"))
     assert not any(p.requires_grad for p in teacher.model.parameters()) and not teacher.model.training
@@ -164,7 +164,7 @@ def test_the_distance_of_parts_adds_up_and_fillers_do_not_count(bert):
     ],
 )
 def test_wrong_options_are_said_in_one_line(tmp_path, bert, flags, message):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     GPT2Model(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9)).save_pretrained(tmp_path / "gpt2")
     lion_hf.LionForMaskedLM(lion_hf.LionConfig(**SHAPE, vocab_size=9)).save_pretrained(tmp_path / "lion")
@@ -176,8 +176,9 @@ def test_wrong_options_are_said_in_one_line(tmp_path, bert, flags, message):
 
 @pytest.mark.parametrize("flag", ["--hidden_size=32", "--mask_type=foo", "--softmax_layers=2", "--patch_size=2"])
 def test_wrong_options_of_images_are_said_before_images_are_read(tmp_path, vit, flag):
-    from arguments import UserError
     from run_image_classification import main
+
+    from lion_hf.training.errors import UserError
 
     flags = [
         f"--output_dir={tmp_path / 'out'}",
@@ -199,7 +200,7 @@ def test_wrong_options_of_images_are_said_before_images_are_read(tmp_path, vit, 
     ],
 )
 def test_an_existing_model_keeps_its_structure(tmp_path, script, flag):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     main = importlib.import_module(script).main
     name = flag.partition("=")[0]
@@ -210,7 +211,7 @@ def test_an_existing_model_keeps_its_structure(tmp_path, script, flag):
 @pytest.mark.parametrize("source", ["warm_start", "model_name_or_path"])
 @pytest.mark.parametrize("script, flags", [("run_mlm", []), ("run_glue", ["--task=custom"])])
 def test_models_keep_the_vocabulary_of_their_source(tmp_path, bert, script, flags, source):
-    from arguments import UserError
+    from lion_hf.training.errors import UserError
 
     main = importlib.import_module(script).main
     flags = [f"--output_dir={tmp_path / 'out'}", UNREAD, f"--{source}={bert}", "--vocab_size=100", *flags]
@@ -219,8 +220,9 @@ def test_models_keep_the_vocabulary_of_their_source(tmp_path, bert, script, flag
 
 
 def test_distillation_needs_a_source(tmp_path):
-    from arguments import UserError
     from run_mlm import main
+
+    from lion_hf.training.errors import UserError
 
     with pytest.raises(UserError, match="--warm_start_distillation needs --warm_start"):
         main([f"--output_dir={tmp_path / 'out'}", "--warm_start_distillation=1"])

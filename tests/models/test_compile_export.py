@@ -153,19 +153,15 @@ def test_image_export_takes_any_size_from_two_patches_in_the_attention_form(orde
 
 
 def test_auto_is_exported_as_the_attention_form_and_says_so(caplog):
-    from transformers.utils import logging as hf_logging
+    from lion_hf.ops.backend import warn_once
 
-    from lion_hf.ops import api
-
-    api.logger.warning_once.cache_clear()
+    warn_once.cache_clear()
     model = lion_hf.LionModel(text_config(format="auto")).eval()
     length = torch.export.Dim("length", min=2, max=1000)
-    hf_logging.enable_propagation()
     with caplog.at_level(logging.WARNING):
         program = torch.export.export(
             model, (), {"input_ids": torch.ones(2, 5).long()}, dynamic_shapes={"input_ids": {1: length}}
         )
-    hf_logging.disable_propagation()
     assert "exported as the attention form" in caplog.text
     long = torch.randint(0, 61, (2, 400))
     torch.testing.assert_close(program.module()(input_ids=long)[0], model(long)[0])

@@ -3,7 +3,7 @@ import torch
 from small_models import FORMS, VARIANTS, spread_decays, text_config, vision_config
 
 import lion_hf
-from lion_hf.models.modeling_lion_vision import LionVisionDropPath
+from lion_hf.nn.block import DropPath
 
 
 HEADS = (lion_hf.LionVisionModel, lion_hf.LionForImageClassification)
@@ -236,7 +236,7 @@ def decay_gradients(model, pixels):
         seen.append((inputs[0], output))
 
     mixer = model.layers[0].mixer
-    hooks = [getattr(mixer, name).register_forward_hook(keep) for name in mixer.decay_names]
+    hooks = [getattr(mixer, name).register_forward_hook(keep) for name in mixer.variant_weights]
     model(pixels).last_hidden_state.pow(2).sum().backward()
     for hook in hooks:
         hook.remove()
@@ -408,7 +408,7 @@ def test_one_channel_and_no_query_bias():
 
 
 def test_drop_path_drops_whole_branches_in_training_and_keeps_the_expectation():
-    path, branch = LionVisionDropPath(0.3), torch.ones(4000, 2, 3)
+    path, branch = DropPath(0.3), torch.ones(4000, 2, 3)
     assert torch.equal(path.eval()(branch), branch)
     dropped = path.train()(branch)
     per_image = dropped.flatten(1)
@@ -417,7 +417,7 @@ def test_drop_path_drops_whole_branches_in_training_and_keeps_the_expectation():
     torch.testing.assert_close(per_image[kept], torch.full_like(per_image[kept], 1 / 0.7))
     assert abs(kept.float().mean() - 0.7) < 0.03 and abs(dropped.mean() - 1) < 0.04
     assert not torch.equal(path(branch), dropped)
-    assert torch.equal(LionVisionDropPath(0.0).train()(branch), branch)
+    assert torch.equal(DropPath(0.0).train()(branch), branch)
 
 
 @pytest.mark.parametrize(
@@ -425,7 +425,7 @@ def test_drop_path_drops_whole_branches_in_training_and_keeps_the_expectation():
 )
 def test_drop_path_rates_grow_linearly_over_the_blocks(depth, expected):
     model = lion_hf.LionVisionModel(vision_config(num_hidden_layers=depth, drop_path_rate=0.4))
-    rates = [m.rate for layer in model.layers for m in layer.modules() if isinstance(m, LionVisionDropPath)]
+    rates = [m.rate for layer in model.layers for m in layer.modules() if isinstance(m, DropPath)]
     assert sorted({round(r, 9) for r in rates}) == pytest.approx(expected)
     assert rates == sorted(rates)
 

@@ -9,7 +9,8 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import lion_hf
 from lion_hf import bidirectional_linear_attention
-from lion_hf.models import modeling_lion as modeling_lion
+from lion_hf.models import modeling_lion
+from lion_hf.nn import encoder
 
 
 KINDS = ("none", "head", "token")
@@ -395,7 +396,7 @@ def test_without_padding_real_tokens_and_their_gradients_are_the_same(name, mask
 @pytest.mark.parametrize("layers", [[], [1]], ids=["lion", "hybrid"])
 @pytest.mark.parametrize("mask_type", VARIANTS)
 def test_every_row_is_pooled_alike_with_its_padding_and_without(mask_type, layers, training, monkeypatch):
-    monkeypatch.setattr(modeling_lion, "LEAST_PADDING", 0)
+    monkeypatch.setattr(encoder, "LEAST_PADDING", 0)
     model = build(mask_type=mask_type, softmax_layers=layers).train(training)
     mask = torch.tensor(
         [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]
@@ -417,7 +418,7 @@ def test_every_row_is_pooled_alike_with_its_padding_and_without(mask_type, layer
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_loss_of_answers_knows_no_padding(side, monkeypatch):
     """What is scored there is no token of the text, and differs with `unpad`."""
-    monkeypatch.setattr(modeling_lion, "LEAST_PADDING", 0)
+    monkeypatch.setattr(encoder, "LEAST_PADDING", 0)
     model, inputs = build(lion_hf.LionForQuestionAnswering).train(), padded_batch(side)
     real = inputs["attention_mask"].bool()
     first, count = real.int().argmax(1), real.sum(1)
@@ -454,7 +455,7 @@ def recorded_shapes(model, inputs, **options):
 
 @pytest.mark.parametrize("mask_type", VARIANTS)
 def test_by_default_evaluation_computes_every_position(mask_type, monkeypatch):
-    monkeypatch.setattr(modeling_lion, "LEAST_PADDING", 0)
+    monkeypatch.setattr(encoder, "LEAST_PADDING", 0)
     model, inputs = build(mask_type=mask_type), padded_batch("right")
     default = model(**inputs).last_hidden_state
     model.config.unpad = False
@@ -467,7 +468,7 @@ def test_by_default_padding_goes_in_training_where_there_is_enough(monkeypatch):
     assert recorded_shapes(model, inputs)[0] == padded
     assert recorded_shapes(model.train(), inputs)[0] == padded, "too little padding for so narrow a model"
     for features, expected in ((8 / 3 * 24, unpadded), (8 / 3 * 24 + 1, padded)):
-        monkeypatch.setattr(modeling_lion, "LEAST_PADDING", features)
+        monkeypatch.setattr(encoder, "LEAST_PADDING", features)
         assert recorded_shapes(model.train(), inputs)[0] == expected
     model.config.unpad = True
     assert recorded_shapes(model.train(), inputs)[0] == recorded_shapes(model.eval(), inputs)[0] == unpadded
@@ -508,7 +509,7 @@ def test_gradient_checkpointing_changes_no_gradient(options):
 
 
 def test_compiled_batches_keep_their_padding(monkeypatch):
-    monkeypatch.setattr(modeling_lion, "LEAST_PADDING", 0)
+    monkeypatch.setattr(encoder, "LEAST_PADDING", 0)
     torch.compiler.reset()
     model, inputs = build(num_hidden_layers=1, format="attention").train(), padded_batch("holes")
     expected = model(**inputs).last_hidden_state

@@ -6,7 +6,8 @@ from small_models import FORMS, VARIANTS, spread_decays, text_config, text_input
 from transformers import AutoConfig, AutoModel
 
 import lion_hf
-from lion_hf.nn import layer as lion_layer
+from lion_hf.models.lion_layers import LionMixer
+from lion_hf.nn import SoftmaxMixer
 
 
 CONFIGS = {"text": text_config, "image": vision_config}
@@ -82,7 +83,7 @@ def test_layers_cannot_change_at_load(tmp_path, kind, stored, wanted):
 @pytest.mark.parametrize("mask_type", VARIANTS)
 def test_softmax_layers_hold_the_four_projections_and_nothing_else(kind, mask_type, options):
     lion, softmax = (layer.mixer for layer in build(kind, mask_type, softmax_layers=[1], **options).base_model.layers)
-    assert isinstance(lion, lion_layer.LionMixer) and isinstance(softmax, lion_layer.SoftmaxMixer)
+    assert isinstance(lion, LionMixer) and isinstance(softmax, SoftmaxMixer)
     projections = {f"{x}_proj.{y}" for x in "qkvo" for y in ("weight", "bias")}
     assert {name for name, _ in softmax.named_parameters()} == projections
     assert any("decay" in name for name, _ in lion.named_parameters()) == (mask_type != "lit")
@@ -91,7 +92,7 @@ def test_softmax_layers_hold_the_four_projections_and_nothing_else(kind, mask_ty
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_softmax_layer_is_textbook_softmax_attention(kind):
     """Every query, one by one, over the keys it may see."""
-    mixer = lion_layer.SoftmaxMixer(CONFIGS[kind]()).double()
+    mixer = SoftmaxMixer(24, 3).double()
     hidden = torch.randn(2, 7, 24, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1, 0]]).bool()
     expected = torch.empty_like(hidden)
@@ -104,19 +105,19 @@ def test_a_softmax_layer_is_textbook_softmax_attention(kind):
             weights = [torch.exp(k @ q[i] / 8**0.5) for i in range(7)]
             heads.append(torch.stack([w @ v / w.sum() for w in weights]))
         expected[b] = mixer.o_proj(torch.cat(heads, -1))
-    for wanted in (False, True):
-        mixed, matrix = mixer(hidden, mask, output_attentions=wanted)
-        torch.testing.assert_close(mixed, expected, rtol=1e-10, atol=1e-12)
+    mixed, matrix = mixer(hidden, mask, output_attentions=True)
+    for result in (mixed, mixer(hidden, mask)):
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
     assert (matrix[1][:, :, ~mask[1]] == 0).all(), "a masked key takes part"
 
 
 @pytest.mark.parametrize("wanted", [False, True], ids=["sdpa", "matrix"])
 def test_rows_that_see_no_key_read_0_with_finite_gradients(wanted):
-    mixer = lion_layer.SoftmaxMixer(text_config())
+    mixer = SoftmaxMixer(24, 3)
     hidden = torch.randn(2, 5, 24, requires_grad=True)
     mask = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
-    mixed, matrix = mixer(hidden, mask, output_attentions=wanted)
+    mixed, matrix = mixer(hidden, mask, output_attentions=True) if wanted else (mixer(hidden, mask), None)
     torch.testing.assert_close(mixed[1], mixer.o_proj.bias.expand(5, -1))
     assert not wanted or (matrix[1] == 0).all()
     mixed.square().sum().backward()

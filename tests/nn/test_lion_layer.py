@@ -2,13 +2,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lion_hf import LionVisionConfig
-from lion_hf.nn.layer import LionMixer
+from lion_hf.nn import Mixer
+from lion_hf.nn.features import FUNCTIONS
 
 
 def feature_map(mask_type):
-    config = LionVisionConfig(mask_type=mask_type, hidden_size=16, num_attention_heads=2)
-    return LionMixer(config)._feature_map
+    return FUNCTIONS[Mixer(16, 2, mask_type).feature_map]
 
 
 def by_the_paper(mask_type, x):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lion_hf.ops import forms as lion_forms
+from lion_hf.ops import tokens as lion_tokens
 from lion_hf.ops.api import (
     CROSSOVER,
     attention_scores,
@@ -144,7 +144,7 @@ def test_chunks_in_parallel_and_one_by_one_are_the_same(kind, cache_elements, mo
         )
 
     parallel = run()
-    monkeypatch.setattr(lion_forms, "_CPU_CACHE_ELEMENTS", cache_elements)
+    monkeypatch.setattr(lion_tokens, "CPU_CACHE_ELEMENTS", cache_elements)
     for a, b in zip(run(), parallel, strict=True):
         assert_close(a, b, 1e-9, kind)
 

@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lion_hf.ops.api import averaged_scans
 from lion_hf.ops.reference import textbook_mask
-from lion_hf.ops.scans import snake_orders
+from lion_hf.ops.scans import averaged_scans, snake_orders
 
 
 GRIDS = [(1, 1), (1, 5), (5, 1), (2, 2), (2, 3), (3, 2), (4, 4), (5, 7), (7, 4), (14, 14)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lion_hf.ops import api as lion_ops
+from lion_hf.ops import backend
 from lion_hf.ops.api import bidirectional_linear_attention
 
 
@@ -27,7 +27,7 @@ RESULTS = {"numerator": {}, "normalized": {"normalize": True}, "both": {"return_
 def kernels(monkeypatch):
     """Forces the kernels; without a GPU with small tiles, so that few tokens make several tiles and chunks. Memory that
     no kernel writes to reads as NaN."""
-    monkeypatch.setattr(lion_ops, "_BACKEND", "triton")
+    monkeypatch.setattr(backend, "BACKEND", "triton")
     if not ON_GPU:
         monkeypatch.setattr(lion_triton, "_TILE", 16)
         monkeypatch.setattr(lion_triton, "_CHUNK", 32)
@@ -72,7 +72,7 @@ def run(leaves, **options):
 def textbook(leaves, monkeypatch, **options):
     """The same from the attention form in float64."""
     with monkeypatch.context() as patch:
-        patch.setattr(lion_ops, "_BACKEND", "torch")
+        patch.setattr(backend, "BACKEND", "torch")
         return run([x.detach().double().requires_grad_() for x in leaves], **options | {"format": "attention"})
 
 
@@ -222,10 +222,10 @@ def test_backend_is_chosen_and_explained(monkeypatch):
     wide, _ = inputs(5, "none", head_dim=130)
     with pytest.raises(ValueError, match="at most 128 features, not 130"):
         bidirectional_linear_attention(*wide)
-    monkeypatch.setattr(lion_ops, "_BACKEND", "cuda")
+    monkeypatch.setattr(backend, "BACKEND", "cuda")
     with pytest.raises(ValueError, match="LION_BACKEND is 'cuda'; allowed are 'torch' and 'triton'"):
         bidirectional_linear_attention(*leaves)
-    monkeypatch.setattr(lion_ops, "_BACKEND", "")
+    monkeypatch.setattr(backend, "BACKEND", "")
     monkeypatch.setattr(lion_triton, "_mix", None)  # not called for tensors on a CPU
     if not ON_GPU:
         bidirectional_linear_attention(*leaves)
@@ -287,7 +287,7 @@ def test_float32_is_exact_unless_tf32_is_allowed(dtypes, allowed, precision, mon
 def test_tf32_is_allowed_by_old_and_new_settings(setting, allowed):
     if "fp32_precision" in setting and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this PyTorch has no such setting")
-    code = f"import torch; {setting}; from lion_hf import lion_triton; print(lion_triton._tf32_is_allowed())"
+    code = f"import torch; {setting}; from lion_hf.ops.triton import launch; print(launch._tf32_is_allowed())"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == str(allowed)
 

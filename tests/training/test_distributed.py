@@ -159,7 +159,7 @@ def test_accelerate_knows_every_option_of_the_configurations(file):
 
 def test_a_finished_script_ends_the_threads_of_its_process_group(examples):
     """Threads of gloo that meet the interpreter's own end abort the process now and then."""
-    from arguments import run
+    from lion_hf.training.errors import run
 
     def threads() -> set[str]:
         return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}

@@ -1,0 +1,21 @@
+"""Checkpoints from elsewhere: the authors' (both ways), and the weights of BERT and ViT as a start."""
+
+from .bert import config_from_bert, from_bert
+from .checkpoint import convert_checkpoint, reverse_checkpoint
+from .names import convert_text_state_dict, convert_vision_state_dict
+from .vit import config_from_vit, from_vit
+from .warm_start import head_windows, hidden_state_distillation_loss
+
+
+__all__ = [
+    "config_from_bert",
+    "config_from_vit",
+    "convert_checkpoint",
+    "convert_text_state_dict",
+    "convert_vision_state_dict",
+    "from_bert",
+    "from_vit",
+    "head_windows",
+    "hidden_state_distillation_loss",
+    "reverse_checkpoint",
+]

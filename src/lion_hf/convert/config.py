@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..models.configuration_lion import SPELLINGS, LionConfig, LionVisionConfig
+from ..models.configuration_lion import LionConfig, LionVisionConfig, spellings
 from ..models.modeling_lion import LionForMaskedLM, LionForSequenceClassification
 from ..models.modeling_lion_vision import LionForImageClassification
 from .source import ConversionError, Source, first_line
@@ -14,7 +14,7 @@ from .source import ConversionError, Source, first_line
 
 # Every name that the authors give a variant, in lower case; the last three are internal ones.
 _VARIANTS = {
-    **SPELLINGS["mask_type"],
+    **spellings("mask_type"),
     "linear_attention": "lit",
     "nova": "decay",
     "nova-inputdep": "selective",
@@ -65,7 +65,7 @@ class Options:
     def __init__(self, source: Source, flags: dict[str, Any], description: str):
         self.source = source
         given = {name: value for name, value in flags.items() if value is not None}
-        self.flags = {name: SPELLINGS.get(name, {}).get(_lower(value), value) for name, value in given.items()}
+        self.flags = {name: _spelt(name, value) for name, value in given.items()}
         self.description = description
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
@@ -276,6 +276,10 @@ def _text_head(source: Source) -> type[PreTrainedModel]:
         f"{source.path} has neither a masked language head (cls.predictions) nor a classifier; convert the checkpoint "
         "with its head."
     )
+
+
+def _spelt(option: str, value: Any) -> Any:
+    return spellings(option).get(_lower(value), value) if option in ("mask_type", "order") else value
 
 
 def _lower(value: Any) -> str | None:

@@ -44,7 +44,7 @@ def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan
 
     Args:
         source: from [`read_source`].
-        flags: options that the file does not tell; see `QUESTIONS` in convert_config.
+        flags: options that the file does not tell; see `QUESTIONS` in config.py.
 
     Raises:
         ConversionError: where the configuration stays open or the verification fails.

@@ -1,8 +1,4 @@
-"""Warm start: LION encoders that begin with the weights of a BERT or a ViT instead of random ones.
-
-    from lion_hf.warm_start import from_bert
-
-    model = from_bert("google-bert/bert-base-uncased", "selective")  # LionForMaskedLM, as the source is BertForMaskedLM
+"""Warm start: what [`from_bert`] and [`from_vit`] share.
 
 Embeddings, projections, MLPs, norms and heads are copied. Decays are new, and so is what the operator makes of queries
 and keys, so a short training has to follow; [`hidden_state_distillation_loss`] helps with it. Layers in
@@ -16,18 +12,6 @@ makes a head that reads about W tokens. LION-D: `decay_logit = logit(lambda) = l
 `decay_proj` is minus that and its weight 0, so that every token starts with the same decay; the weight's gradient, the
 gate's times the input, is not 0, and separates tokens from the first step on. By default windows are spread
 geometrically over the heads of each layer.
-
-Images normalise their rows over positive weights, as softmax does, and need nothing more. Text does neither: a plain
-copy would add up L signed products where softmax took a mean, and comes out a hundred times too large and uncorrelated
-with what it was. So text starts from the first-order expansion of softmax at a higher temperature,
-
-    softmax_j(x_ij) ~ (1 + beta x_ij) M_ij / N,   x_ij = q_i . k_j / sqrt(d),   beta = 1/4,
-
-where N is the sum of a row of M in a text of `length` tokens. Both lie in the copied weights: in each head one
-direction, the one that queries and keys use least, is given up and holds the constant 1, and query, key and value are
-each multiplied by N^(-1/3), evenly, so that no projection becomes so small that an optimizer step overwrites it. The
-LayerNorm after mixing (`layer_norm_after`), on by default here for every variant, starts with the size that the mixed
-values had: the start is no nearer with it, but training bears larger learning rates, since sums can no longer grow.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,182 +20,22 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.configuration_lion import LionConfig, LionVisionConfig
-from ..models.modeling_lion import (
-    LionForMaskedLM,
-    LionForMultipleChoice,
-    LionForQuestionAnswering,
-    LionForSequenceClassification,
-    LionForTokenClassification,
-    LionModel,
-)
-from ..models.modeling_lion_vision import LionForImageClassification, LionVisionModel
-from ..nn.layer import LionMixer
-from .names import convert_text_state_dict
+from ..nn.mixer import Mixer
 
 
 logger = logging.get_logger(__name__)
 
-# The class that each class of a source becomes. Of several sources of one class the first is its counterpart.
-_BERT_CLASSES = {
-    "BertModel": LionModel,
-    "BertForMaskedLM": LionForMaskedLM,
-    "BertForPreTraining": LionForMaskedLM,
-    "BertForSequenceClassification": LionForSequenceClassification,
-    "BertForTokenClassification": LionForTokenClassification,
-    "BertForQuestionAnswering": LionForQuestionAnswering,
-    "BertForMultipleChoice": LionForMultipleChoice,
-}
-_VIT_CLASSES = {"ViTModel": LionVisionModel, "ViTForImageClassification": LionForImageClassification}
-
 # Options that the copied weights decide.
-_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
-_BERT_SIZES = (*_SIZES, "vocab_size", "max_position_embeddings", "type_vocab_size", "tie_word_embeddings")
-_VIT_SIZES = (*_SIZES, "image_size", "patch_size", "num_channels", "qkv_bias")
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
+# Options of the structure that a warm start does not take from its source.
+MADE_ANEW = ("mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers")
 # Options that both kinds of encoders have, and that may be overridden.
-_SHARED = ("hidden_act", "hidden_dropout_prob", "initializer_range", "id2label", "label2id", "problem_type")
-_BERT_SHARED = (*_SHARED, "pad_token_id", "bos_token_id", "eos_token_id", "classifier_dropout")
-
-_VIT_NAMES = (
-    (".attention.", ".mixer."),
-    (".layernorm_before.", ".mixer_norm."),
-    (".layernorm_after.", ".mlp_norm."),
-    (".fc1.", ".up_proj."),
-    (".fc2.", ".down_proj."),
-)
-
-# Share of the logits in the expansion of softmax: at 1, outliers among them swamp the mean; at 0, heads see distance only.
-_LOGIT_SHARE = 0.25
-# Root mean square of what softmax attention mixes, over that of one value: averaging leaves about a third.
-_MIXED_SHARE = 0.35
-
-
-def from_bert(
-    model_or_path: PreTrainedModel | str | Path,
-    mask_type: str = "selective",
-    *,
-    model_class: type[PreTrainedModel] | None = None,
-    softmax_layers: Sequence[int] = (),
-    pos_emb: bool = True,
-    windows: Sequence[float] | None = None,
-    length: int = 128,
-    **config_overrides,
-) -> PreTrainedModel:
-    """A LION text encoder with the weights of a BERT; see the head of this module for what is copied and what is new.
-
-    ```python
-    source = "google-bert/bert-base-uncased"
-    model = from_bert(source, "decay", model_class=LionForSequenceClassification, num_labels=3)
-    model.save_pretrained("lion-bert")
-    AutoTokenizer.from_pretrained(source).save_pretrained("lion-bert")  # the tokenizer stays the source's
-    ```
-
-    Args:
-        model_or_path: a BERT of Transformers, or its Hub name or folder.
-        mask_type: as in [`LionConfig`].
-        model_class: class of the result, such as `LionForSequenceClassification`; by default the source's counterpart
-            (`BertForMaskedLM` becomes `LionForMaskedLM`). A head that the source lacks is newly initialised.
-        softmax_layers: layers, counted from 0, that stay as they are. With all of them and `pos_emb`, the result
-            computes what the source does.
-        pos_emb: keep the source's position table. Without it any length is taken; LION layers miss it little at the
-            start, softmax layers, which know no order, miss it.
-        windows: tokens that a head reads at the start, more than 1: (smallest, largest), spread geometrically over the
-            heads, or one number per head. (16, 512) by default. LION-LIT has none.
-        length: typical number of tokens of a text, for the scale of what is mixed.
-        config_overrides: further options of [`LionConfig`] that the weights do not decide, such as `format`,
-            `num_labels` or `layer_norm_after` (True unless given). Attention dropout is 0 unless given, since only the
-            attention form has it.
-
-    Returns:
-        The model, in evaluation mode, with the source's dtype and device. Decays are float32 at least.
-
-    Raises:
-        ValueError: for another architecture, a decoder, relative positions, wrong windows, options that the weights
-            decide, and those that [`LionConfig`] refuses.
-        OSError: for a path where there is no model.
-    """
-    source = _load_source(model_or_path, "bert", _BERT_CLASSES, model_class)
-    config = config_from_bert(
-        source.config, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **config_overrides
-    )
-    windows = head_windows((16, 512) if windows is None else windows, config.num_attention_heads)
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"length is {length!r}; it must be a whole number of tokens, at least 1.")
-    model_class = model_class or _counterpart(source, _BERT_CLASSES)
-    with_head = _counterpart(source, _BERT_CLASSES) is model_class
-    model = _filled(model_class(config), source, _bert_weights(source, config, with_head))
-    encoder, norm = model.base_model, model.base_model.embeddings.norm
-    for layer in encoder.layers:
-        if isinstance(layer.mixer, LionMixer):
-            _set_decays(layer.mixer, windows)
-            _expand_softmax(layer.mixer, windows, length, norm)
-        norm = layer.mlp_norm
-    return model
-
-
-def from_vit(
-    model_or_path: PreTrainedModel | str | Path,
-    mask_type: str = "selective",
-    *,
-    model_class: type[PreTrainedModel] | None = None,
-    softmax_layers: Sequence[int] = (),
-    pos_emb: bool = True,
-    windows: Sequence[float] | None = None,
-    **config_overrides,
-) -> PreTrainedModel:
-    """A LION image encoder with the weights of a ViT (a DeiT without distillation token is one).
-
-    Arguments, result and errors are as in [`from_bert`], with these differences: `config_overrides` are options of
-    [`LionVisionConfig`], such as `order="s"`, and `cls_tok` is True unless given; windows are (3, number of patches) by
-    default and count along the scan, in both scans of a snake; queries and keys get LION's feature map, and need no
-    `length`. The image processor stays the source's: `AutoImageProcessor.from_pretrained(source)`.
-    """
-    source = _load_source(model_or_path, "vit", _VIT_CLASSES, model_class)
-    config = config_from_vit(
-        source.config, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **config_overrides
-    )
-    patches = config.grid_size[0] * config.grid_size[1]
-    windows = head_windows((3, max(4, patches)) if windows is None else windows, config.num_attention_heads)
-    model_class = model_class or _counterpart(source, _VIT_CLASSES)
-    model = _filled(model_class(config), source, _vit_weights(source, config))
-    for layer in model.base_model.layers:
-        if isinstance(layer.mixer, LionMixer):
-            _set_decays(layer.mixer, windows)
-    return model
-
-
-def config_from_bert(
-    source: PreTrainedConfig,
-    mask_type: str = "selective",
-    *,
-    softmax_layers: Sequence[int] = (),
-    pos_emb: bool = True,
-    **config_overrides,
-) -> LionConfig:
-    """The configuration of what [`from_bert`] makes of a source with this one. It needs no weights, so that wrong options
-    can be found early; they raise the same ValueError, and the arguments are the same.
-    """
-    _require_encoder(source)
-    options = _options(source, _BERT_SIZES, _BERT_SHARED, {"layer_norm_after": True, **config_overrides})
-    return _config(LionConfig, mask_type=mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
-
-
-def config_from_vit(
-    source: PreTrainedConfig,
-    mask_type: str = "selective",
-    *,
-    softmax_layers: Sequence[int] = (),
-    pos_emb: bool = True,
-    **config_overrides,
-) -> LionVisionConfig:
-    """As [`config_from_bert`], for [`from_vit`]."""
-    options = _options(source, _VIT_SIZES, _SHARED, {"cls_tok": True, **config_overrides})
-    options["patch_size"] = _square(options["patch_size"])
-    return _config(LionVisionConfig, mask_type=mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
+SHARED = ("hidden_act", "hidden_dropout_prob", "initializer_range", "id2label", "label2id", "problem_type")
 
 
 def head_windows(windows: Sequence[float], heads: int) -> Tensor:
@@ -271,10 +95,7 @@ def hidden_state_distillation_loss(
     return error.masked_fill(real == 0, 0).sum(1) / real.to(dtype).sum(1).clamp(min=1)
 
 
-# --------------------------------------------------------------------------------------------------------- source
-
-
-def _load_source(
+def load_source(
     given: PreTrainedModel | str | Path,
     model_type: str,
     classes: Mapping[str, type],
@@ -292,7 +113,7 @@ def _load_source(
             "carried over here. from_bert takes model_type 'bert', from_vit 'vit'."
         )
     if isinstance(given, PreTrainedModel):
-        if model_class is None and _counterpart(given, classes) is None:
+        if model_class is None and counterpart(given, classes) is None:
             raise ValueError(_no_counterpart(name, classes))
         return given
     if model_class is None:
@@ -308,6 +129,11 @@ def _load_source(
     return source
 
 
+def counterpart(source: PreTrainedModel, classes: Mapping[str, type]) -> type[PreTrainedModel] | None:
+    """The LION class that a source becomes by default; None where it has no counterpart."""
+    return next((classes[kind.__name__] for kind in type(source).__mro__ if kind.__name__ in classes), None)
+
+
 def _no_counterpart(name: str, classes: Mapping[str, type]) -> str:
     return (
         f"{name} has no counterpart in LION; those that have are {', '.join(classes)}. Say what is wanted by "
@@ -315,27 +141,17 @@ def _no_counterpart(name: str, classes: Mapping[str, type]) -> str:
     )
 
 
-def _counterpart(source: PreTrainedModel, classes: Mapping[str, type]) -> type[PreTrainedModel] | None:
-    return next((classes[kind.__name__] for kind in type(source).__mro__ if kind.__name__ in classes), None)
-
-
-def _require_encoder(config: PreTrainedConfig) -> None:
-    for name, allowed in (
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-        ("position_embedding_type", "absolute"),
-    ):
-        value = getattr(config, name, allowed)
-        if value != allowed:
-            raise ValueError(
-                f"the source has {name}={value!r}, which LION, an encoder with absolute positions or none, cannot carry "
-                f"over; only {name}={allowed!r} is allowed."
-            )
-
-
-def _options(
+def config_options(
     source: PreTrainedConfig, sizes: Sequence[str], shared: Sequence[str], overrides: dict[str, object]
 ) -> dict[str, object]:
+    """The options that a LION takes over from the configuration of its source, with the user's.
+
+    Args:
+        source: the source's configuration.
+        sizes: options that the copied weights decide; an override of one raises ValueError.
+        shared: options that both have and that may be overridden.
+        overrides: the user's.
+    """
     decided = [name for name in overrides if name in sizes]
     if decided:
         raise ValueError(
@@ -347,63 +163,39 @@ def _options(
     return {name: getattr(source, name) for name in (*sizes, *shared)} | overrides
 
 
-def _config(config_class: type, **options: object) -> LionConfig | LionVisionConfig:
+def new_config(config_class: type, mask_type: str, **options: object) -> LionConfig | LionVisionConfig:
+    """A configuration; what is wrong with its options is a ValueError, as for all other arguments of a warm start.
+
+    The blocks of a source are those of the configuration's defaults. So every option that decides the parameters of a
+    model, or what they mean, must keep its default, but for those that a warm start makes anew."""
     try:
-        return config_class(**options)
+        config = config_class(mask_type=mask_type, **options)
+        defaults = config_class(mask_type=mask_type).structure()
     except StrictDataclassError as error:  # what is wrong stands in its cause
         raise ValueError(str(error.__cause__ or error)) from error
+    for name, value in config.structure().items():
+        if name not in MADE_ANEW and value != defaults[name]:
+            raise ValueError(
+                f"{name}={value!r} cannot be chosen: the copied weights are of blocks with {name}={defaults[name]!r}."
+            )
+    return config
 
 
-def _square(patch_size: int | Sequence[int]) -> int:
-    sides = {patch_size} if isinstance(patch_size, int) else set(patch_size)
-    if len(sides) > 1:
-        raise ValueError(f"the source has patch_size {patch_size}; LION takes square patches only.")
-    return sides.pop()
-
-
-# -------------------------------------------------------------------------------------------------------- weights
-
-
-def _bert_weights(source: PreTrainedModel, config: LionConfig, with_head: bool) -> dict[str, Tensor]:
-    """The source's state dict by the names of LION, with the prefix that heads have."""
-    prefix = "" if hasattr(source, "bert") else "bert."
-    weights = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
-    weights = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name.startswith("bert.") or (with_head and not name.startswith("cls.seq_relationship."))
-    }
-    answers = {name: weights.pop(name) for name in list(weights) if name.startswith("qa_outputs.")}
-    return convert_text_state_dict(weights, config) | answers
-
-
-def _vit_weights(source: PreTrainedModel, config: LionVisionConfig) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in source.state_dict().items():
-        name = name.removeprefix("vit.")
-        for old, new in _VIT_NAMES:
-            name = name.replace(old, new)
-        name = f"norm.{name.removeprefix('layernorm.')}" if name.startswith("layernorm.") else name
-        renamed[name if name.startswith("classifier.") else f"lion_vision.{name}"] = tensor
-    if not config.pos_emb:
-        del renamed["lion_vision.embeddings.position_embeddings"]
-    return renamed
-
-
-def _filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
+def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
     """The model with the source's weights, dtype and device; says what could not be carried over and what is new."""
     if model.base_model is model:
         weights = {name.removeprefix(f"{model.base_model_prefix}."): tensor for name, tensor in weights.items()}
     model.to(source.dtype)
     for name, parameter in model.named_parameters():
-        if "decay_" in name and source.dtype != torch.float64:  # a decay close to 1 needs the bits
+        kept = not model._keep_in_fp32_modules_strict.isdisjoint(name.split("."))
+        if kept and source.dtype != torch.float64:  # a decay close to 1 needs the bits
             parameter.data = parameter.data.float()
     own = model.state_dict()
     absent = {name for name, x in weights.items() if x.is_meta}
     weights = {name: x for name, x in weights.items() if name not in absent}
     fitting = {name: x for name, x in weights.items() if name in own and own[name].shape == x.shape}
     missing = model.load_state_dict(fitting, strict=False).missing_keys
-    new = [name for name in missing if "decay_" not in name and ".mixer.norm." not in name and name not in absent]
+    new = [name for name in missing if not (name in absent or name.startswith(tuple(_made_anew(model))))]
     if lost := sorted(weights.keys() - fitting.keys()):
         logger.warning(f"{type(model).__name__} has no place for these weights of {type(source).__name__}: {lost}")
     if new:
@@ -411,75 +203,14 @@ def _filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, 
     return model.to(source.device).eval()
 
 
-# ------------------------------------------------------------------------------------------------------ new weights
+def _made_anew(model: PreTrainedModel) -> list[str]:
+    """How the names of weights begin that no source has: those of the variant, and of the norm after mixing."""
+    mixers = {name: module for name, module in model.named_modules() if isinstance(module, Mixer)}
+    return [f"{name}.{own}" for name, mixer in mixers.items() for own in (*mixer.weight_names(), "norm.")]
 
 
 @torch.no_grad()
-def _set_decays(mixer: LionMixer, windows: Tensor) -> None:
-    """Windows of the heads, in both scans of an image."""
-    logits = torch.log((windows - 1) / 2)
-    for name in mixer.decay_names:
-        gate = getattr(mixer, name)
-        if isinstance(gate, nn.Linear):  # its sigmoid is what the decay takes away
-            gate.weight.zero_()
-            gate.bias.copy_(-logits)
-        else:
-            gate.copy_(logits)
-
-
-@torch.no_grad()
-def _expand_softmax(mixer: LionMixer, windows: Tensor, length: int, norm_before: nn.LayerNorm) -> None:
-    """Makes a text mixer's A = (1 + beta q.k / sqrt(d)) M / N, with weights of a softmax layer."""
-    if mixer.norm is not None:
-        mixer.norm.weight.fill_(_MIXED_SHARE * _value_size(mixer.v_proj, norm_before))
-    heads = (mixer.num_heads, mixer.head_dim)
-    size = _row_sums(mixer, windows, length) ** (-1 / 3)
-    if mixer.norm is not None:  # only the proportions of the heads matter
-        size = size / size.mean()
-    query, key, value = (
-        [x.detach().double().cpu().unflatten(0, heads) for x in (proj.weight, proj.bias)]
-        for proj in (mixer.q_proj, mixer.k_proj, mixer.v_proj)
-    )
-    unit = _least_used(query[0], key[0])
-    constant = mixer.head_dim**0.25 * unit  # its square times 1 / sqrt(head_dim) is 1
-    for parts in (query, key):
-        weight, bias = parts
-        weight -= unit.unsqueeze(2) * (unit.unsqueeze(1) @ weight)
-        bias -= unit * (unit * bias).sum(1, keepdim=True)
-        weight *= _LOGIT_SHARE**0.5
-        bias *= _LOGIT_SHARE**0.5
-        bias += constant
-    for proj, (weight, bias) in zip((mixer.q_proj, mixer.k_proj, mixer.v_proj), (query, key, value), strict=True):
-        proj.weight.copy_((weight * size[:, None, None]).flatten(0, 1))
-        proj.bias.copy_((bias * size[:, None]).flatten())
-
-
-def _row_sums(mixer: LionMixer, windows: Tensor, length: int) -> Tensor:
-    """Mean sum of a row of M in a text of `length` tokens, (heads,)."""
-    decay = (windows - 1) / (windows + 1) if mixer.decay_names else torch.ones_like(windows)
-    distance = torch.arange(1, length, dtype=torch.float64)
-    return 1 + 2 * ((1 - distance / length) * decay.unsqueeze(1) ** distance).sum(1)
-
-
-def _least_used(query: Tensor, key: Tensor) -> Tensor:
-    """Per head, the unit vector (heads, head_dim) along which queries and keys together vary least, for inputs that vary
-    alike in every feature. Weights are (heads, head_dim, hidden_size)."""
-    spread = sum(x @ x.transpose(1, 2) / x.square().sum((1, 2))[:, None, None] for x in (query, key))
-    return torch.linalg.eigh(spread).eigenvectors[..., 0]
-
-
-def _value_size(v_proj: nn.Linear, norm_before: nn.LayerNorm) -> Tensor:
-    """Root mean square of a value, for inputs that the LayerNorm before it scales and shifts, else independent."""
-    weight, bias, scale, shift = (x.double() for x in (*v_proj.parameters(), *norm_before.parameters()))
-    mean, variance = weight @ shift + bias, weight.square() @ scale.square()
-    return (variance + mean.square()).mean().sqrt()
-
-
-__all__ = [
-    "config_from_bert",
-    "config_from_vit",
-    "from_bert",
-    "from_vit",
-    "head_windows",
-    "hidden_state_distillation_loss",
-]
+def set_windows(mixer: Mixer, windows: Tensor) -> None:
+    """Lets each head read about so many tokens at the start, in both scans of an image."""
+    for view in mixer.views():
+        view.set_windows(windows)

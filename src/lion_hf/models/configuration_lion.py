@@ -1,26 +1,25 @@
 """Configurations of the LION text encoder (`LionConfig`) and image encoder (`LionVisionConfig`), and their named sizes."""
 
 import difflib
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 
+from ..nn.names import FEATURE_MAPS, MLP_TYPES, NORM_POSITIONS
+from ..nn.variants import VARIANTS, variant_class
 
-# Every accepted spelling, in lower case, of the options that the authors spell in several ways.
-SPELLINGS = {
-    "mask_type": {
-        "lit": "lit",
-        "decay": "decay",
-        "selective": "selective",
-        "lion-lit": "lit",
-        "lion-d": "decay",
-        "lion-s": "selective",
-    },
-    "format": {"attention": "attention", "rnn": "rnn", "chunk": "chunk", "auto": "auto"},
-    "order": {"normal": "normal", "s": "s"},
+
+# Every accepted spelling, in lower case, of the options that are names. The variants' are in their registry.
+_SPELLINGS = {
+    "format": {name: name for name in ("attention", "rnn", "chunk", "auto")},
+    "order": {"normal": "normal", "s": "s", "snake": "s"},
+    "norm_position": {name: name for name in NORM_POSITIONS},
+    "mlp_type": {name: name for name in MLP_TYPES},
+    "feature_map": {name: name for name in FEATURE_MAPS},
 }
 
 _COUNTS = (
@@ -36,12 +35,26 @@ _COUNTS = (
     "num_channels",
 )
 
-# Options that decide which parameters a model has, or what they mean.
-_STRUCTURAL = ("mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers")
+# Options that decide which parameters a model has, or what they mean: they cannot change at load or after the model was
+# built. A warm start refuses all of them but those that it makes anew.
+STRUCTURAL = (
+    "mask_type",
+    "order",
+    "pos_emb",
+    "layer_norm_after",
+    "softmax_layers",
+    "norm_position",
+    "mlp_type",
+    "feature_map",
+    "normalize",
+)
 
 
 class _LionOptions:
     """What both configurations share: spellings, refusal of misspelt names, and presets."""
+
+    # First tokens of every row that do not decay.
+    prefix_tokens = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, _normalised(name, value, type(self)))
@@ -62,10 +75,10 @@ class _LionOptions:
         """As in Transformers, but an override that contradicts the stored structure is an error (ValueError)."""
         if "order" in kwargs and "order" not in cls.__dataclass_fields__:
             _normalised("order", kwargs.pop("order"), cls)  # refused unless it means nothing here
-        for name in _STRUCTURAL:  # None leaves the stored value
+        for name in STRUCTURAL:  # None leaves the stored value
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
-        cls.require_structure(config_dict, {name: kwargs[name] for name in _STRUCTURAL if name in kwargs})
+        cls.require_structure(config_dict, {name: kwargs[name] for name in STRUCTURAL if name in kwargs})
         result = super().from_dict(config_dict, **kwargs)
         (
             result[0] if isinstance(result, tuple) else result
@@ -75,31 +88,41 @@ class _LionOptions:
     @classmethod
     def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
         """Raises ValueError where `wanted` (options by name, or a configuration) contradicts a stored configuration in
-        what decides the parameters of a model: mask_type, order, pos_emb, layer_norm_after, softmax_layers."""
+        what decides the parameters of a model, see `STRUCTURAL`."""
         if isinstance(wanted, PreTrainedConfig):
-            wanted = {name: getattr(wanted, name) for name in _STRUCTURAL if hasattr(wanted, name)}
+            wanted = wanted.structure()
         wanted = {name: value for name, value in wanted.items() if name in cls.__dataclass_fields__}
-        stored = cls(**{k: v for k, v in stored.items() if k != "model_type"}) if wanted else None
+        if not wanted:
+            return
+        built = cls(**{k: v for k, v in stored.items() if k != "model_type"}).structure()
         for name, value in wanted.items():
-            if _normalised(name, value, cls) != getattr(stored, name):
+            if _normalised(name, value, cls) != built[name]:
                 raise ValueError(
-                    f"{name}={value!r} contradicts the checkpoint, which has {name}={getattr(stored, name)!r}. "
+                    f"{name}={value!r} contradicts the checkpoint, which has {name}={built[name]!r}. "
                     f"{name} decides the parameters of the model and cannot change at load: leave it out, or build a "
                     "new model from a new configuration."
                 )
 
+    def structure(self) -> dict[str, Any]:
+        """The options that decide the parameters of a model, by name; see `STRUCTURAL`."""
+        options = {name: getattr(self, name) for name in STRUCTURAL if hasattr(self, name)}
+        if options["feature_map"] is None:
+            options["feature_map"] = variant_class(self.mask_type).feature_map if self.normalize else "identity"
+        return options
+
     @classmethod
     def from_preset(cls, name: str, **overrides):
-        """A named size of the paper; `PRESETS` lists them. Keyword arguments override single options.
+        """A named size of the paper; `PAPER_PRESETS` lists them. Keyword arguments override single options.
 
         Raises:
             ValueError: for an unknown name, or one that belongs to the other kind of model.
         """
         key = name.lower().removesuffix("-uncased")
-        known = {k for k, v in PRESETS.items() if ("patch_size" in v) == ("patch_size" in cls.__dataclass_fields__)}
+        is_image = "patch_size" in cls.__dataclass_fields__
+        known = {name for name, options in PAPER_PRESETS.items() if ("patch_size" in options) == is_image}
         if key not in known:
             raise ValueError(f"{name!r} is not a preset of {cls.__name__}; allowed are {', '.join(sorted(known))}.")
-        return cls(**{**PRESETS[key], **overrides})
+        return cls(**{**PAPER_PRESETS[key], **overrides})
 
     def _check_shape(self) -> None:
         for name in _COUNTS:
@@ -118,23 +141,54 @@ class _LionOptions:
                 f"softmax_layers is {self.softmax_layers}; with num_hidden_layers {self.num_hidden_layers} its numbers must "
                 f"be from 0 to {self.num_hidden_layers - 1}."
             )
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; allowed are {', '.join(sorted(ACT2FN))}.")
+        activations = _activations()
+        if activations is not None and self.hidden_act not in activations:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; allowed are {', '.join(sorted(activations))}.")
+        signed = self.structure()["feature_map"] == "identity" != variant_class(self.mask_type).feature_map
+        if self.normalize and signed:
+            raise ValueError(
+                "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Choose "
+                "feature_map='elu' or 'unit_silu', or normalize=False."
+            )
+        if not self.gate_eps >= 0:
+            raise ValueError(f"gate_eps is {self.gate_eps}; it must not be negative.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
             value = getattr(self, name, None)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}; it must be a probability in [0, 1).")
 
 
+def _activations() -> Mapping | None:
+    """Transformers' activations by name; None without torch, which they need and configurations do not."""
+    try:
+        from transformers.activations import ACT2FN
+    except ImportError:
+        return None
+    return ACT2FN
+
+
+def spellings(option: str) -> dict[str, str]:
+    """Every accepted spelling, in lower case, of an option that is a name, and the name it stands for."""
+    if option == "mask_type":
+        return {word: name for name, cls in VARIANTS.items() for word in (name, *cls.spellings)}
+    return _SPELLINGS[option]
+
+
 def _normalised(name: str, value: Any, owner: type) -> Any:
     if name == "softmax_layers":
         return _sorted_layers(value)
-    if name not in SPELLINGS or not isinstance(value, str):
+    if (name != "mask_type" and name not in _SPELLINGS) or not isinstance(value, str):
         return value
-    allowed = SPELLINGS[name]
+    allowed = spellings(name)
     if value.lower() not in allowed:
+        hint = (
+            " A variant of your own must be registered before: import the file with its class, decorated with "
+            "lion_hf.nn.register_variant."
+            if name == "mask_type"
+            else ""
+        )
         raise ValueError(
-            f"{name} is {value!r} in {owner.__name__}; allowed are {', '.join(map(repr, allowed))}, in any case."
+            f"{name} is {value!r} in {owner.__name__}; allowed are {', '.join(map(repr, allowed))}, in any case.{hint}"
         )
     value = allowed[value.lower()]
     if name == "order" and value == "s" and "order" not in owner.__dataclass_fields__:
@@ -162,8 +216,9 @@ class LionConfig(_LionOptions, PreTrainedConfig):
 
     Args:
         mask_type (`str`, defaults to `"selective"`):
-            `"lit"` (no decay), `"decay"` (one learned decay per head) or `"selective"` (a decay per token and head).
-            The authors' spellings `"Lit"`, `"Decay"`, `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"` mean the same.
+            The variant: `"lit"` (no decay), `"decay"` (one learned decay per head), `"selective"` (a decay per token and
+            head), or one that was registered with `lion_hf.nn.register_variant`. The authors' spellings `"Lit"`, `"Decay"`,
+            `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"` mean the same.
         format (`str`, defaults to `"auto"`):
             How the same function is computed: `"attention"` (quadratic), `"chunk"` (linear time), `"rnn"` (linear time,
             constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time.
@@ -188,6 +243,18 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             dropout are asked for, which need the batch as it is, nor in float16 and exported graphs. Can be changed at any time.
         classifier_dropout (`float`, *optional*):
             Dropout before the classification heads; `hidden_dropout_prob` by default.
+        norm_position (`str`, defaults to `"post"`):
+            `"post"` as in BERT, or `"pre"`, which adds a LayerNorm after the last layer.
+        mlp_type (`str`, defaults to `"mlp"`):
+            `"mlp"`, or `"glu"` for MLPs whose values are multiplied by a gate, a third projection.
+        feature_map (`str`, defaults to `"identity"`):
+            Function of queries and keys: `"identity"`, `"elu"` (elu + 1) or `"unit_silu"` (silu + 1/2 at length 1). `None`
+            is the variant's own where outputs are normalised.
+        normalize (`bool`, defaults to `False`):
+            Divide outputs by their row sums, as the image models do. It needs another feature map than `"identity"`, and
+            attention dropout does not go with it.
+        gate_eps (`float`, defaults to 1e-7):
+            Added to the decays of `"selective"` before their logarithm, as the authors' text models do.
 
     Raises an error that names the option, the value and what is allowed when a value does not fit.
 
@@ -224,15 +291,21 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     layer_norm_after: bool | None = None
     softmax_layers: Any = ()  # a list of int, checked at every assignment
     unpad: bool | None = None
+    norm_position: str = "post"
+    mlp_type: str = "mlp"
+    feature_map: str | None = "identity"
+    normalize: bool = False
+    gate_eps: float = 1e-7
 
     def __post_init__(self, **kwargs):
         order = kwargs.pop("order", None)  # refused unless it means nothing here
         if order is not None:
             _normalised("order", order, type(self))
+        variant = variant_class(self.mask_type)
         if self.pos_emb is None:
-            self.pos_emb = self.mask_type == "lit"
+            self.pos_emb = variant.pos_emb
         if self.layer_norm_after is None:
-            self.layer_norm_after = self.mask_type == "lit"
+            self.layer_norm_after = variant.norm
         super().__post_init__(**kwargs)
 
     def validate_shape(self):
@@ -242,6 +315,11 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             raise ValueError(
                 f"pad_token_id is {self.pad_token_id}; it must be None or a token of the vocabulary, 0 to "
                 f"{self.vocab_size - 1} (vocab_size - 1)."
+            )
+        if self.normalize and self.attention_probs_dropout_prob > 0:
+            raise ValueError(
+                f"attention_probs_dropout_prob is {self.attention_probs_dropout_prob} with normalize=True, where rows of the "
+                "attention matrix keep their sums and nothing is dropped. Set one of them to 0 or False."
             )
 
 
@@ -259,8 +337,8 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
         mask_type, format, chunk_size, softmax_layers:
             As in [`LionConfig`].
         order (`str`, defaults to `"normal"`):
-            `"normal"` reads patches row by row; `"s"` averages two snake scans, along rows and along columns (the
-            natural variants of the paper). Without decay it changes nothing.
+            `"normal"` reads patches row by row; `"s"` (or `"snake"`) averages two snake scans, along rows and along columns
+            (the natural variants of the paper). Without decay it changes nothing.
         pos_emb (`bool`, defaults to `False`):
             Add a learned position table. Without it, any image size divisible by `patch_size` is accepted.
         cls_tok (`bool`, defaults to `False`):
@@ -276,6 +354,12 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
             The same by number: 0 is the stem, negative numbers count from the end.
         apply_layernorm (`bool`, defaults to `True`):
             Whether [`LionBackbone`] passes the feature maps through the final LayerNorm.
+        norm_position (`str`, defaults to `"pre"`), mlp_type, gate_eps (defaults to 0.0):
+            As in [`LionConfig`].
+        feature_map (`str`, *optional*):
+            As in [`LionConfig`]; the variant's own by default.
+        normalize (`bool`, defaults to `True`):
+            Divide outputs by their row sums.
 
     ```python
     >>> from lion_hf import LionForImageClassification, LionVisionConfig
@@ -285,6 +369,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "lion_vision"
+    prefix_tokens = 1  # the class token
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -308,6 +393,11 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     cls_tok: bool = False
     softmax_layers: Any = ()  # a list of int, checked at every assignment
     apply_layernorm: bool = True
+    norm_position: str = "pre"
+    mlp_type: str = "mlp"
+    feature_map: str | None = None
+    normalize: bool = True
+    gate_eps: float = 0.0
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -359,7 +449,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
             )
 
 
-def _presets() -> dict[str, dict[str, Any]]:
+def _presets() -> Mapping[str, Mapping[str, Any]]:
     variants = {"lit": "lit", "d": "decay", "s": "selective"}
     text = {"base": (768, 12, 12), "large": (1024, 24, 16)}
     image = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
@@ -372,7 +462,7 @@ def _presets() -> dict[str, dict[str, Any]]:
                 name = f"lion-{short}-{size}-patch16-224" + ("-snake" if order == "s" else "")
                 fixed = {"patch_size": 16, "image_size": 224, "order": order, "num_labels": 1000}
                 presets[name] = fixed | _sizes(mask_type, width, layers, heads)
-    return presets
+    return MappingProxyType({name: MappingProxyType(options) for name, options in presets.items()})
 
 
 def _sizes(mask_type: str, width: int, layers: int, heads: int) -> dict[str, Any]:
@@ -385,7 +475,8 @@ def _sizes(mask_type: str, width: int, layers: int, heads: int) -> dict[str, Any
     }
 
 
-# Every model of the paper by name: 6 text encoders and 15 image encoders.
-PRESETS: dict[str, dict[str, Any]] = _presets()
+# Every model of the paper by name: 6 text encoders and 15 image encoders. Not the list of what exists: a variant needs none.
+PAPER_PRESETS: Mapping[str, Mapping[str, Any]] = _presets()
+PRESETS = PAPER_PRESETS  # the name in 0.1
 
-__all__ = ["PRESETS", "LionConfig", "LionVisionConfig"]
+__all__ = ["PAPER_PRESETS", "PRESETS", "LionConfig", "LionVisionConfig"]

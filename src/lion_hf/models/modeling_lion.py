@@ -5,7 +5,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import fixed_cross_entropy
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     MaskedLMOutput,
@@ -19,10 +18,12 @@ from transformers.utils import TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..nn.layer import LionMixer, LionPreTrainedMixin, TokenMixer, init_mixer, make_mixer, sequence_classification_loss
-from ..ops.checks import is_binary, is_exporting, values_can_be_read
-from ..ops.packing import LEAST_PADDING, UnpaddedRow, first_tokens, packed_bounds, packed_positions, unpad
+from ..nn.encoder import run_blocks
+from ..nn.mixer import TokenMixer
+from ..ops.checks import is_binary, values_can_be_read
+from ..ops.packing import first_tokens, packed_bounds, packed_positions
 from .configuration_lion import LionConfig
+from .lion_layers import LionLayer, LionPreTrainedMixin, final_norm, mixing_options, sequence_classification_loss
 
 
 logger = logging.get_logger(__name__)
@@ -78,40 +79,6 @@ class LionEmbeddings(nn.Module):
         return self.position_embeddings(position_ids)
 
 
-class LionMLP(nn.Module):
-    def __init__(self, config: LionConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
-class LionLayer(GradientCheckpointingLayer):
-    """Post-norm block: x = LN(x + mixer(x)), x = LN(x + mlp(x))."""
-
-    def __init__(self, config: LionConfig, layer: int):
-        super().__init__()
-        self.mixer = make_mixer(config, layer)
-        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = LionMLP(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        key_mask: Tensor | None = None,
-        output_attentions: bool = False,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        mixed, _ = self.mixer(hidden_states, key_mask, output_attentions=output_attentions, cu_seqlens=cu_seqlens)
-        hidden_states = self.mixer_norm(hidden_states + self.dropout(mixed))
-        return self.mlp_norm(hidden_states + self.dropout(self.mlp(hidden_states)))
-
-
 class LionPooler(nn.Module):
     """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left), (batch, hidden).
 
@@ -160,13 +127,6 @@ class LionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     _no_split_modules = ["LionEmbeddings", "LionLayer"]
     _can_record_outputs = {"hidden_states": LionLayer, "attentions": TokenMixer}
 
-    @torch.no_grad()
-    def _init_weights(self, module):
-        """Linear and embeddings N(0, initializer_range), biases 0, padding row 0, LION-D logits N(0, 1)."""
-        super()._init_weights(module)
-        if isinstance(module, LionMixer):
-            init_mixer(module)
-
 
 @auto_docstring(custom_intro="The bare LION text encoder, hidden states and a pooled first token.")
 class LionModel(LionPreTrainedModel):
@@ -178,6 +138,7 @@ class LionModel(LionPreTrainedModel):
         super().__init__(config)
         self.embeddings = LionEmbeddings(config)
         self.layers = nn.ModuleList([LionLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = final_norm(config)
         self.pooler = LionPooler(config) if add_pooling_layer else None
         self.post_init()
 
@@ -216,52 +177,29 @@ class LionModel(LionPreTrainedModel):
         key_mask = _key_mask(attention_mask, batch, length)
         _check_positions(position_ids, batch, length)
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
-        needs_matrix = output_attentions or (self.training and self.config.attention_probs_dropout_prob > 0)
         cu_seqlens = packed_bounds(
             batch, length, position_ids, attention_mask, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
         )
         if cu_seqlens is not None:
-            if needs_matrix:
-                raise ValueError(_NO_MATRIX_OF_PACKED_ROWS)
             if self.embeddings.position_embeddings is None:
                 position_ids = None  # they have told where the sequences begin
             elif position_ids is None:
                 position_ids = packed_positions(cu_seqlens).to(inputs.device)
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        unpadded = None
-        keeps_shape = needs_matrix or kwargs.get("output_hidden_states", self.config.output_hidden_states)
-        if key_mask is not None and cu_seqlens is None and not keeps_shape:
-            unpadded = self._unpad(key_mask, hidden_states.dtype)
-        if unpadded is None:
-            hidden_states = self._run_layers(hidden_states, key_mask, output_attentions, cu_seqlens)
-        else:
-            row = unpadded.join(hidden_states)
-            row = self._run_layers(row, unpadded.key_mask, False, unpadded.cu_seqlens)
-            hidden_states = unpadded.restore(row, batch, length)
+        hidden_states = run_blocks(
+            self.layers,
+            hidden_states,
+            key_mask,
+            cu_seqlens=cu_seqlens,
+            unpadding=self.config.unpad,
+            keep_shape=bool(kwargs.get("output_hidden_states", self.config.output_hidden_states)),
+            training=self.training,
+            output_attentions=output_attentions,
+            **mixing_options(self.config),
+        )
+        hidden_states = hidden_states if self.norm is None else self.norm(hidden_states)
         pooled = self.pooler(hidden_states, key_mask, cu_seqlens) if self.pooler is not None else None
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
-
-    def _run_layers(self, hidden_states: Tensor, *arguments) -> Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, *arguments)
-        return hidden_states
-
-    def _unpad(self, key_mask: Tensor, dtype: torch.dtype) -> UnpaddedRow | None:
-        # A LayerNorm over the zeros that stand for padding overflows in float16; an exported graph reads no mask.
-        if dtype == torch.float16 or is_exporting():
-            return None
-        if self.config.unpad is not None:
-            return unpad(key_mask) if self.config.unpad else None
-        # On an accelerator, reading the mask waits for the device; not yet timed whether that pays.
-        worthwhile = self.training and key_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        return unpad(key_mask, LEAST_PADDING * len(key_mask) / self.config.hidden_size) if worthwhile else None
-
-
-_NO_MATRIX_OF_PACKED_ROWS = (
-    "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
-    "attention_probs_dropout_prob > 0 in training needs one. Give every sequence a row of its own, or set "
-    "output_attentions to False and attention_probs_dropout_prob to 0."
-)
 
 
 def _check_positions(position_ids: Tensor | None, batch: int, length: int) -> None:

@@ -7,9 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPooling,
@@ -21,17 +19,18 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..nn.layer import (
-    LionMixer,
-    LionPreTrainedMixin,
-    TokenMixer,
-    decay_names,
-    init_mixer,
-    make_mixer,
-    sequence_classification_loss,
-)
+from ..nn.encoder import run_blocks
+from ..nn.mixer import TokenMixer
 from ..ops.scans import snake_orders
 from .configuration_lion import LionVisionConfig
+from .lion_layers import (
+    LionLayer,
+    LionPreTrainedMixin,
+    final_norm,
+    mixing_options,
+    scans_of,
+    sequence_classification_loss,
+)
 
 
 class LionVisionPatchEmbeddings(nn.Module):
@@ -119,51 +118,11 @@ class LionVisionEmbeddings(nn.Module):
         return torch.cat([self.position_embeddings[:, :1], table], 1)
 
 
-class LionVisionMLP(nn.Module):
-    def __init__(self, config: LionVisionConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+class LionVisionLayer(LionLayer):
+    """A [`LionLayer`] with dropout inside its MLP too, as in ViT."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = self.dropout(self.act_fn(self.up_proj(hidden_states)))
-        return self.dropout(self.down_proj(hidden_states))
-
-
-class LionVisionDropPath(nn.Module):
-    """Stochastic depth: in training, drops the whole residual branch of an image with probability `rate`."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, branch: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return branch
-        keep = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(1 - self.rate)
-        return branch * keep.div_(1 - self.rate)
-
-
-class LionVisionLayer(GradientCheckpointingLayer):
-    """Pre-norm block: x += drop_path(mixer(LN x)), x += drop_path(mlp(LN x))."""
-
-    def __init__(self, config: LionVisionConfig, layer: int, drop_path_rate: float):
-        super().__init__()
-        self.mixer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mixer = make_mixer(config, layer)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = LionVisionMLP(config)
-        self.drop_path = LionVisionDropPath(drop_path_rate)
-
-    def forward(
-        self, hidden_states: Tensor, orders: list[tuple[Tensor, Tensor]] | None = None, output_attentions: bool = False
-    ) -> Tensor:
-        mixed, _ = self.mixer(self.mixer_norm(hidden_states), orders=orders, output_attentions=output_attentions)
-        hidden_states = hidden_states + self.drop_path(self.dropout(mixed))
-        return hidden_states + self.drop_path(self.mlp(self.mlp_norm(hidden_states)))
+    def __init__(self, config: LionVisionConfig, layer_idx: int = 0):
+        super().__init__(config, layer_idx, mlp_dropout=config.hidden_dropout_prob)
 
 
 @auto_docstring
@@ -178,7 +137,7 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Linear layers, special tokens and positions truncated N(0, initializer_range), biases 0, LION-D logits N(0, 1)."""
+        """Linear layers, special tokens and positions truncated N(0, initializer_range), biases 0."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
@@ -189,8 +148,6 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
                 init.trunc_normal_(module.mask_token, std=std)
             if module.position_embeddings is not None:
                 init.trunc_normal_(module.position_embeddings, std=std)
-        elif isinstance(module, LionMixer):
-            init_mixer(module)
 
 
 @auto_docstring(custom_intro="The bare LION image encoder: tokens after the final LayerNorm, and the pooled image.")
@@ -201,12 +158,9 @@ class LionVisionModel(LionVisionPreTrainedModel):
             Whether to add the learned token that stands for masked patches, see `bool_masked_pos`.
         """
         super().__init__(config)
-        self.snake = len(decay_names(config)) == 2
         self.embeddings = LionVisionEmbeddings(config, use_mask_token)
-        depth = config.num_hidden_layers
-        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.layers = nn.ModuleList([LionVisionLayer(config, i, rate) for i, rate in enumerate(rates)])
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList([LionVisionLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = final_norm(config)
         self.post_init()
 
     @merge_with_config_defaults
@@ -232,13 +186,19 @@ class LionVisionModel(LionVisionPreTrainedModel):
             raise ValueError("pixel_values is missing; pass a tensor (batch, channels, height, width).")
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, bool_masked_pos)
-        orders = None
-        if self.snake:
+        paths = None
+        if scans_of(self.config) > 1:
             height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
-            orders = snake_orders(height, width, hidden_states.device)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, orders, bool(output_attentions))
-        hidden_states = self.norm(hidden_states)
+            paths = snake_orders(height, width, hidden_states.device)
+        hidden_states = run_blocks(
+            self.layers,
+            hidden_states,
+            paths=paths,
+            training=self.training,
+            output_attentions=bool(output_attentions),
+            **mixing_options(self.config),
+        )
+        hidden_states = hidden_states if self.norm is None else self.norm(hidden_states)
         pooled = hidden_states[:, 0] if self.config.cls_tok else hidden_states.mean(1)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
@@ -312,7 +272,7 @@ class LionForMaskedImageModeling(LionVisionPreTrainedModel):
         Returns `reconstruction`, all patches in the shape of `pixel_values`.
         """
         outputs = self.lion_vision(pixel_values, interpolate_pos_encoding, bool_masked_pos, return_dict=True, **kwargs)
-        features = _feature_map(outputs.last_hidden_state, pixel_values, self.config.patch_size)
+        features = _grid_features(outputs.last_hidden_state, pixel_values, self.config.patch_size)
         reconstruction = self.decoder(features)
         loss = None
         if bool_masked_pos is not None:
@@ -325,7 +285,7 @@ class LionForMaskedImageModeling(LionVisionPreTrainedModel):
         )
 
 
-def _feature_map(hidden_states: Tensor, pixel_values: Tensor, patch_size: int) -> Tensor:
+def _grid_features(hidden_states: Tensor, pixel_values: Tensor, patch_size: int) -> Tensor:
     """Tokens (batch, 1 + rows * columns, channels) as a map (batch, channels, rows, columns), without the class token."""
     grid = tuple(side // patch_size for side in pixel_values.shape[2:])
     return hidden_states[:, 1:].transpose(1, 2).unflatten(2, grid)
@@ -378,10 +338,11 @@ class LionBackbone(BackboneMixin, LionVisionPreTrainedModel):
         outputs = self.lion_vision(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
         stages = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
         chosen = [stages[name] for name in self.out_features]
+        norm = self.lion_vision.norm
         if self.config.apply_layernorm:
-            chosen = [self.lion_vision.norm(tokens) for tokens in chosen]
+            chosen = [tokens if norm is None else norm(tokens) for tokens in chosen]
         return BackboneOutput(
-            feature_maps=tuple(_feature_map(tokens, pixel_values, self.config.patch_size) for tokens in chosen),
+            feature_maps=tuple(_grid_features(tokens, pixel_values, self.config.patch_size) for tokens in chosen),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -1,0 +1,23 @@
+"""LION as layers of PyTorch, without a configuration: for models of your own."""
+
+from .block import Block
+from .encoder import Encoder, run_blocks
+from .mixer import Mixer, TokenMixer
+from .mlp import MLP
+from .softmax import SoftmaxMixer
+from .variants import Recurrence, Variant, register_variant, variant_class
+
+
+__all__ = [
+    "MLP",
+    "Block",
+    "Encoder",
+    "Mixer",
+    "Recurrence",
+    "SoftmaxMixer",
+    "TokenMixer",
+    "Variant",
+    "register_variant",
+    "run_blocks",
+    "variant_class",
+]

@@ -12,34 +12,27 @@ and the output is ``y_i = s n_i``, or ``s n_i / (s c_i + eps)`` when normalised,
 
     n_i = sum_j M_ij (q_i . k_j) v_j        c_i = sum_j M_ij (q_i . k_j)
 
-Cost per batch element and head, for L tokens, widths D and E, chunks of K tokens (multiply-adds, forward):
+Cost per batch element and head, for L tokens, widths D and V, chunks of K tokens (multiply-adds, forward):
 
-    attention   L^2 (D + E)                 O(L^2) memory while it runs, nothing quadratic is kept for backward
-    chunk       L (K (D + E) + 4 D E)       linear in L, all chunks at once
-    rnn         L (K (D + E) + 4 D E)       linear in L, one chunk after the other, O(D E) memory
-    LIT         2 L D E                     (no decay: chunk and rnn are one global product)
+    attention   L^2 (D + V)                 O(L^2) memory while it runs, nothing quadratic is kept for backward
+    chunk       L (K (D + V) + 4 D V)       linear in L, all chunks at once
+    rnn         L (K (D + V) + 4 D V)       linear in L, one chunk after the other, O(D V) memory
+    LIT         2 L D V                     (no decay: chunk and rnn are one global product)
 
-The forms and their gradients stand in lion_forms.py, the kernels that take their place on a GPU in lion_triton.py.
-Second derivatives are not implemented and raise.
+Each form and its gradient have a file of their own beside this one; triton/ holds the kernels that replace them on a GPU.
+Second derivatives are not supported; asking for one raises an error.
 """
-
-import functools
-import os
-from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
+from .attention import attention_weights
+from .autograd import LionFunction
+from .backend import fused_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, is_exporting
-from .forms import LionFunction, accumulation_dtype, attention_weights, walks_chunks
 from .packing import map_sequences
+from .tokens import accumulation_dtype, walks_chunks
 
-
-logger = logging.get_logger(__name__)
-
-# "torch" or "triton" forces the forms of this file or the kernels of lion_triton; read once, at import.
-_BACKEND = os.environ.get("LION_BACKEND", "").lower()
 
 # format="auto" uses the attention form up to this many tokens and the chunk form beyond, by device and kind of
 # decay. Measured on 2 CPU cores by `python benchmarks/bench_ops.py --crossover` (forward + backward, head width 64).
@@ -104,110 +97,40 @@ def bidirectional_linear_attention(
             would wait for the device.
     """
     form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
-    length, head_dim = query.shape[2:]
-    fused = _fused_kernels(query, key, value, form)
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, query.shape[0], length)
-        if fused is None:
-            options = {"format": form, "chunk_size": chunk_size, "scale": scale, "eps": eps}
-            options |= {"normalize": normalize, "return_denominator": return_denominator}
-            alone = functools.partial(bidirectional_linear_attention, **options)
-            return map_sequences(alone, cu_seqlens, key_mask, query, key, value, log_decay)
-    scale = head_dim**-0.5 if scale is None else float(scale)
+        check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     result = "both" if return_denominator else "normalized" if normalize else "numerator"
-    if form == "auto":
-        form = resolve_format(form, length, query.device, log_decay)
-    if fused is not None:
+    kernels = fused_kernels(query, key, value, form)
+    if kernels is not None:
+        full = resolve_format(form, query.shape[2], query.device, log_decay) == "attention"
         with torch.autocast(query.device.type, enabled=False):
-            return fused(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result, form == "attention")
-    if log_decay is None and form != "attention":  # both scans end in the same state, sum_j k_j v_j^T
-        walk = form == "rnn" or walks_chunks(query)
-        form, chunk_size = "global", chunk_size if walk else max(1, length)
+            return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result, full)
+
+    def run(query, key, value, log_decay, key_mask):
+        return _run_form(query, key, value, log_decay, key_mask, form, chunk_size, scale, result, eps)
+
+    if cu_seqlens is None:
+        return run(query, key, value, log_decay, key_mask)
+    return map_sequences(run, cu_seqlens, key_mask, query, key, value, log_decay)
+
+
+def _run_form(
+    query, key, value, log_decay, key_mask, form: str, chunk_size: int, scale: float, result: str, eps: float
+):
+    length = query.shape[2]
+    form = resolve_format(form, length, query.device, log_decay)
     if length == 0:
         form = "attention"
+    elif form != "attention" and log_decay is None:  # both directions end in the same state, sum_j k_j v_j^T
+        walk = form == "rnn" or walks_chunks(query)
+        form, chunk_size = "global", chunk_size if walk else length
     elif form == "chunk" and walks_chunks(query):
         form = "rnn"
-    options = form, chunk_size, scale, result, eps, None
+    decays = () if log_decay is None else (log_decay,)
     with torch.autocast(query.device.type, enabled=False):
-        decays = () if log_decay is None else (log_decay,)
-        output = LionFunction.apply(query, key, value, key_mask, options, *decays)
-        return output if return_denominator else output.to(value.dtype)
-
-
-def averaged_scans(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_decays: Sequence[Tensor],
-    orders: Sequence[tuple[Tensor, Tensor]],
-    *,
-    format: str = "attention",
-    chunk_size: int = 64,
-    eps: float = 1e-6,
-) -> Tensor:
-    """The normalised operator under the mean of several masks, each along an order of its own: the snake scans of images.
-
-    The attention form builds the mean mask and multiplies once; the others run one scan after the other and add
-    numerators and denominators before the one division.
-
-    Args:
-        query: (batch, heads, length, head_dim), as in [`bidirectional_linear_attention`], and so `key` and `value`.
-        log_decays: one for each scan, all (heads,), or all (batch, heads, length) with the tokens in the order of `query`.
-        orders: one for each scan, see [`snake_orders`].
-        format: as in [`bidirectional_linear_attention`], and so `chunk_size`.
-        eps: added to the mean row sums before the division.
-
-    Returns:
-        (batch, heads, length, value_dim) in the dtype of `value`.
-
-    Raises:
-        ValueError: as [`bidirectional_linear_attention`], and for log-decays of two kinds, or none.
-    """
-    if len({log_decay.dim() for log_decay in log_decays}) != 1:
-        raise ValueError(
-            f"log_decays have the shapes {[tuple(x.shape) for x in log_decays]}; give one for each scan, all of them "
-            "(heads,) or all (batch, heads, length)."
-        )
-    for log_decay in log_decays:
-        form = check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
-    form = resolve_format(form, query.shape[2], query.device, log_decays[0])
-    if form == "attention" and _fused_kernels(query, key, value, form) is None:
-        options = form, chunk_size, query.shape[-1] ** -0.5, "normalized", eps, list(orders)
-        with torch.autocast(query.device.type, enabled=False):
-            return LionFunction.apply(query, key, value, None, options, *log_decays).to(value.dtype)
-    numerator = denominator = 0
-    for log_decay, (order, inverse) in zip(log_decays, orders, strict=True):
-        log_decay = log_decay if log_decay.dim() == 1 else log_decay.index_select(2, order)
-        along = (x.index_select(2, order) for x in (query, key, value))
-        n, c = bidirectional_linear_attention(
-            *along, log_decay, format=form, chunk_size=chunk_size, return_denominator=True
-        )
-        numerator = numerator + n.index_select(2, inverse)
-        denominator = denominator + c.index_select(2, inverse)
-    return (numerator / (denominator.unsqueeze(-1) + len(log_decays) * eps)).to(value.dtype)
-
-
-def _fused_kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> Callable | None:
-    """The operator in lion_triton, where it is wanted and takes these inputs. A GPU without it is told why, once."""
-    if _BACKEND not in ("", "torch", "triton"):
-        raise ValueError(f"LION_BACKEND is {_BACKEND!r}; allowed are 'torch' and 'triton', or leave it unset.")
-    # The rnn form promises memory independent of the length, which states of chunks are not.
-    if _BACKEND == "torch" or not (_BACKEND or query.is_cuda) or form == "rnn" or is_exporting():
-        return None
-    try:
-        from .triton.launch import fused_linear_attention, unsupported
-    except ImportError as error:
-        reason = str(error)
-    else:
-        reason = unsupported(query, key, value)
-        if reason is None:
-            return fused_linear_attention
-    if _BACKEND == "triton":
-        raise ValueError(
-            f"LION_BACKEND=triton, but the fused kernels cannot be used: {reason}. Unset it to go without."
-        )
-    logger.warning_once(f"LION runs without its fused GPU kernels: {reason}. LION_BACKEND=torch silences this warning.")
-    return None
+        output = LionFunction.apply(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
+        return output if result == "both" else output.to(value.dtype)
 
 
 def resolve_format(format: str, length: int, device: torch.device, log_decay: Tensor | None) -> str:
@@ -219,7 +142,7 @@ def resolve_format(format: str, length: int, device: torch.device, log_decay: Te
     if format != "auto":
         return format
     if is_exporting():
-        logger.warning_once(
+        warn_once(
             "format='auto' is exported as the attention form, which takes any length. Set format='chunk' before the "
             "export for linear time at one fixed length."
         )

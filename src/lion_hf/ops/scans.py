@@ -1,7 +1,14 @@
-"""Orders in which an image encoder reads the patches of a grid (arXiv 2502.16249, the natural variants)."""
+"""Scans of a grid along several paths, and their mean: the natural variants of the image encoders (arXiv 2502.16249)."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .api import bidirectional_linear_attention, resolve_format
+from .autograd import LionFunction
+from .backend import fused_kernels
+from .checks import check_arguments
 
 
 def snake_orders(height: int, width: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -22,3 +29,56 @@ def snake_orders(height: int, width: int, device: torch.device | str | None = No
         order = torch.cat([curve.new_zeros(1), curve + 1])
         orders.append((order, order.argsort()))
     return orders
+
+
+def averaged_scans(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decays: Sequence[Tensor],
+    orders: Sequence[tuple[Tensor, Tensor]],
+    *,
+    format: str = "attention",
+    chunk_size: int = 64,
+    eps: float = 1e-6,
+) -> Tensor:
+    """The normalised operator under the mean of several masks, each along an order of its own: the snake scans of images.
+
+    The attention form builds the mean mask and multiplies once; the others run one scan after the other and add
+    numerators and denominators before the one division.
+
+    Args:
+        query: (batch, heads, length, head_dim), as in [`bidirectional_linear_attention`], and so `key` and `value`.
+        log_decays: one for each scan, all (heads,), or all (batch, heads, length) with the tokens in the order of `query`.
+        orders: one for each scan, see [`snake_orders`].
+        format: as in [`bidirectional_linear_attention`], and so `chunk_size`.
+        eps: added to the mean row sums before the division.
+
+    Returns:
+        (batch, heads, length, value_dim) in the dtype of `value`.
+
+    Raises:
+        ValueError: as [`bidirectional_linear_attention`], and for log-decays of two kinds, or none.
+    """
+    if len({log_decay.dim() for log_decay in log_decays}) != 1:
+        raise ValueError(
+            f"log_decays have the shapes {[tuple(x.shape) for x in log_decays]}; give one for each scan, all of them "
+            "(heads,) or all (batch, heads, length)."
+        )
+    for log_decay in log_decays:
+        form = check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
+    form = resolve_format(form, query.shape[2], query.device, log_decays[0])
+    if form == "attention" and fused_kernels(query, key, value, form) is None:
+        options = form, chunk_size, query.shape[-1] ** -0.5, "normalized", eps, list(orders)
+        with torch.autocast(query.device.type, enabled=False):
+            return LionFunction.apply(query, key, value, None, options, *log_decays).to(value.dtype)
+    numerator = denominator = 0
+    for log_decay, (order, inverse) in zip(log_decays, orders, strict=True):
+        log_decay = log_decay if log_decay.dim() == 1 else log_decay.index_select(2, order)
+        along = (x.index_select(2, order) for x in (query, key, value))
+        n, c = bidirectional_linear_attention(
+            *along, log_decay, format=form, chunk_size=chunk_size, return_denominator=True
+        )
+        numerator = numerator + n.index_select(2, inverse)
+        denominator = denominator + c.index_select(2, inverse)
+    return (numerator / (denominator.unsqueeze(-1) + len(log_decays) * eps)).to(value.dtype)

@@ -4,6 +4,7 @@ Tested in Triton's interpreter; not yet timed on a GPU.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +25,10 @@ from .kernels import (
     triton,
 )
 
+
+# PyTorch's operators have one name in a process, and a second definition frees the first. A copy of this file that came
+# with a checkpoint is another module, and so has another name.
+_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 NONE, HEAD, TOKEN = 0, 1, 2  # kinds of decay
 NUMERATOR, NORMALIZED, BOTH = 0, 1, 2  # kinds of results
@@ -218,7 +223,7 @@ def _on_its_device(launch: Callable) -> Callable:
     return on_device
 
 
-@torch.library.custom_op("lion_hf::mix", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::mix", mutates_args=())
 @_on_its_device
 def _mix(
     query: Tensor,
@@ -252,7 +257,7 @@ def _outputs(query: Tensor, value: Tensor, result: int) -> tuple[Tensor, Tensor]
     return out, query.new_empty(query.shape[:3] if result else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op("lion_hf::mix_backward", mutates_args=())
+@torch.library.custom_op(f"{_NAMESPACE}::mix_backward", mutates_args=())
 @_on_its_device
 def _mix_backward(
     query: Tensor,

@@ -1,0 +1,51 @@
+"""`python -m lion_hf SCRIPT ARGS`: runs a script, such as one of Transformers' examples, with LION's classes registered.
+
+python -m lion_hf run_glue.py --model_name_or_path lion-s-base ...
+accelerate launch -m lion_hf run_glue.py ...
+torchrun --nproc_per_node 2 -m lion_hf --import my_variants run_glue.py ...
+"""
+
+import argparse
+import importlib
+import os
+import sys
+
+from ._script import run_script
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns 2 after an error in it (one line); else what the script does decides."""
+    options = _parser().parse_args(arguments)
+    if not os.path.isfile(options.script):
+        return _error(f"there is no script {options.script!r}")
+    for module in options.imports:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise
+            return _error(f"--import {module}: there is no module {error.name!r} in the current folder or installed")
+    run_script(options.script, options.args, options.imports)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lion_hf",
+        description="Runs a script as `python SCRIPT ARGS` does, with LION known to Transformers' Auto classes.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--import", dest="imports", metavar="MODULE", action="append", default=[], help="import it first; repeatable")
+    add("script", metavar="SCRIPT", help="the file to run")
+    add("args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
+    return parser
+
+
+def _error(message: str) -> int:
+    sys.stderr.write(f"lion_hf: error: {message}.\n")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

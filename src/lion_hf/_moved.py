@@ -1,0 +1,137 @@
+"""The import paths of version 0.1, which work through 0.2 with one warning each.
+
+`lion_hf.lion_ops` and the others are no files any more. A finder makes them when they are asked for: modules without
+contents, which look a name up in the modules where it stands now.
+"""
+
+import importlib
+import runpy
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType
+from typing import Any
+
+
+_PACKAGE = __package__
+
+# Where the contents of each module of 0.1 are now, below lion_hf; names are looked up in this order.
+MOVED = {
+    "configuration_lion": ("models.configuration_lion",),
+    "convert_companions": ("convert.companions",),
+    "convert_config": ("convert.config",),
+    "convert_lion_checkpoint": ("convert.command", "convert.checkpoint", "convert.names"),
+    "convert_names": ("convert.names",),
+    "convert_plan": ("convert.plan",),
+    "convert_reverse": ("convert.reverse",),
+    "convert_source": ("convert.source",),
+    "lion_checks": ("ops.checks",),
+    "lion_forms": (
+        "ops.autograd",
+        "ops.tokens",
+        "ops.decays",
+        "ops.attention",
+        "ops.chunk",
+        "ops.recurrent",
+        "ops.global_state",
+    ),
+    "lion_kernels": ("ops.triton.kernels",),
+    "lion_layer": ("models.lion_layers", "nn.mixer", "nn.softmax", "nn.features"),
+    "lion_ops": ("ops.api", "ops.scans", "ops.backend"),
+    "lion_packing": ("ops.packing",),
+    "lion_scan_order": ("ops.scans",),
+    "lion_triton": ("ops.triton.launch",),
+    "modeling_lion": ("models.modeling_lion", "models.lion_layers", "nn.mlp"),
+    "modeling_lion_vision": ("models.modeling_lion_vision", "models.lion_layers", "nn.block"),
+    "push": ("hub",),
+    "save_with_code": ("hub",),
+    "warm_start": ("convert.bert", "convert.vit", "convert.warm_start"),
+}
+
+
+def targets(name: str) -> list[str]:
+    """The full names of the modules that hold now what the module of this full name held in 0.1."""
+    return [f"{_PACKAGE}.{target}" for target in MOVED[name.removeprefix(f"{_PACKAGE}.")]]
+
+
+def install() -> None:
+    """Makes the old paths importable, once in a process."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())
+    sys.modules[_PACKAGE].__class__ = _Package
+
+
+def run(name: str) -> None:
+    """What `python -m` does with the old name of a module: runs the new one."""
+    _warn(name)
+    runpy.run_module(targets(name)[0], run_name="__main__", alter_sys=True)
+
+
+class _Package(ModuleType):
+    """The package. The import of an old module does not replace a function of the same name (push, save_with_code)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, _Moved) and name in vars(self)):
+            super().__setattr__(name, value)
+
+
+class _Moved(ModuleType):
+    """A module of 0.1: every name is looked up where it stands now."""
+
+    def __getattr__(self, name: str) -> Any:
+        modules = [importlib.import_module(target) for target in targets(self.__name__)]
+        if name == "__all__":
+            return [x for module in modules for x in getattr(module, "__all__", _public_names(module))]
+        for module in modules:
+            if not name.startswith("__") and hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(
+            f"module {self.__name__!r} has no attribute {name!r}; what it held is now in {_places(self.__name__)}."
+        )
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self.__all__})
+
+
+class _Finder(MetaPathFinder):
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, _Loader(), origin=__file__) if package == _PACKAGE and name in MOVED else None
+
+
+class _Loader(Loader):
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Moved(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        for target in targets(module.__name__):
+            importlib.import_module(target)
+        _warn(module.__name__)
+
+    def get_code(self, fullname: str) -> CodeType:
+        """What `python -m` runs."""
+        return compile(f"from {__name__} import run\nrun({fullname!r})\n", __file__, "exec")
+
+
+def _public_names(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if not (name.startswith("_") or isinstance(value, ModuleType))]
+
+
+def _places(name: str) -> str:
+    return ", ".join(targets(name))
+
+
+def _warn(name: str) -> None:
+    """One warning, at the line outside of this package and of the import system that asked for the module."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (_PACKAGE, "importlib"):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        f"{name} is now {_places(name)}; the old path works through lion_hf 0.2 and goes with 0.3.",
+        FutureWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__"),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )

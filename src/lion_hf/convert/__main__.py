@@ -1,0 +1,9 @@
+"""`python -m lion_hf.convert`, the same as the command `lion-convert`."""
+
+import sys
+
+from .command import main
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""What both LION models are made of: layers built from a configuration, and the base of their classes."""
+
+import os
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..nn.block import Block
+from ..nn.encoder import drop_path_rates
+from ..nn.mixer import Mixer, TokenMixer
+from ..nn.mlp import MLP
+from ..nn.softmax import SoftmaxMixer
+from ..nn.variants import variant_class
+
+
+class LionMixer(Mixer):
+    """A `lion_hf.nn.Mixer` built from a configuration, for layer number `layer_idx`, counted from 0."""
+
+    def __init__(self, config, layer_idx: int = 0):
+        super().__init__(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.mask_type,
+            feature_map=config.feature_map,
+            normalize=config.normalize,
+            norm=getattr(config, "layer_norm_after", False),
+            scans=scans_of(config),
+            prefix_tokens=config.prefix_tokens,
+            gate_eps=config.gate_eps,
+            qkv_bias=getattr(config, "qkv_bias", True),
+            layer_idx=layer_idx,
+            num_layers=config.num_hidden_layers,
+        )
+
+    def reset_parameters(self) -> None:
+        """Left to the model, which initialises all weights once it is built."""
+
+
+def make_mixer(config, layer_idx: int) -> TokenMixer:
+    """What mixes the tokens in layer number `layer_idx`, counted from 0."""
+    if layer_idx not in config.softmax_layers:
+        return LionMixer(config, layer_idx)
+    return SoftmaxMixer(config.hidden_size, config.num_attention_heads, qkv_bias=getattr(config, "qkv_bias", True))
+
+
+def scans_of(config) -> int:
+    """Scans of the tokens that each layer averages."""
+    asked = 2 if getattr(config, "order", "normal") == "s" else 1
+    return min(asked, variant_class(config.mask_type).scans)
+
+
+def make_mlp(config, dropout: float = 0.0) -> MLP:
+    """The MLP of a layer; `dropout` is the rate inside it."""
+    return MLP(
+        config.hidden_size,
+        config.intermediate_size,
+        activation=ACT2FN[config.hidden_act],
+        gated=config.mlp_type == "glu",
+        dropout=dropout,
+    )
+
+
+class LionLayer(GradientCheckpointingLayer, Block):
+    """A `lion_hf.nn.Block` built from a configuration, for layer number `layer_idx`, counted from 0.
+
+    Args:
+        config: a LionConfig or LionVisionConfig.
+        layer_idx: number of the layer.
+        mlp_dropout: rate of dropout inside the MLP.
+    """
+
+    def __init__(self, config, layer_idx: int = 0, mlp_dropout: float = 0.0):
+        rates = drop_path_rates(getattr(config, "drop_path_rate", 0.0), config.num_hidden_layers)
+        super().__init__(
+            config.hidden_size,
+            make_mixer(config, layer_idx),
+            make_mlp(config, mlp_dropout),
+            norm_position=config.norm_position,
+            norm_eps=config.layer_norm_eps,
+            dropout=config.hidden_dropout_prob,
+            drop_path=rates[layer_idx],
+        )
+
+
+def final_norm(config) -> nn.LayerNorm | None:
+    """The norm after the last layer, where layers are pre-norm."""
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_position == "pre" else None
+
+
+def mixing_options(config) -> dict[str, object]:
+    """What a forward tells every mixer: options that can be changed at any time."""
+    return {
+        "format": config.format,
+        "chunk_size": config.chunk_size,
+        "dropout": config.attention_probs_dropout_prob,
+    }
+
+
+# What from_pretrained and a configuration both take to find a file.
+_WHERE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class LionPreTrainedMixin:
+    """What the base classes of both encoders share; stands before `PreTrainedModel` in their bases."""
+
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config, *args, **kwargs):
+        expected = self.config_class
+        if getattr(config, "model_type", None) != expected.model_type:
+            raise ValueError(
+                f"{type(self).__name__} needs a {expected.__name__} (model_type {expected.model_type!r}), but was given "
+                f"{type(config).__name__} with model_type {getattr(config, 'model_type', None)!r}. Text models take a "
+                "LionConfig, image models a LionVisionConfig; AutoModel picks the class that fits a checkpoint."
+            )
+        super().__init__(config, *args, **kwargs)
+        # A decay close to 1 needs more than 8 bits: it stays float32 when a model is loaded in half precision.
+        variant = variant_class(config.mask_type)
+        names = {variant.weight_name(name, i) for name in variant.float32_weights for i in range(scans_of(config))}
+        self._keep_in_fp32_modules_strict = names
+        self._built = config.structure()
+
+    def _initialize_weights(self, module, *args, **kwargs):
+        """As in Transformers, which passes over a mixer without parameters of its own: its variant may fill those of the
+        modules in it. The functions leave loaded values alone."""
+        initialized = getattr(module, "_is_hf_initialized", False)
+        super()._initialize_weights(module, *args, **kwargs)
+        if isinstance(module, Mixer) and not initialized:
+            module.init_variant(init)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As in Transformers. A configuration object that contradicts the checkpoint's own in what decides the
+        parameters (`configuration_lion.STRUCTURAL`) raises ValueError, as such an option does."""
+        if isinstance(config, (str, os.PathLike)):
+            config = cls.config_class.from_pretrained(config)
+        if isinstance(config, PreTrainedConfig) and config.model_type == cls.config_class.model_type:
+            where = {name: kwargs[name] for name in _WHERE_OPTIONS if name in kwargs}
+            try:
+                stored, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)
+            except OSError:  # weights without a configuration: the given one is all there is
+                stored = {}
+            if stored.get("model_type") == config.model_type:
+                cls.config_class.require_structure(stored, config)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in Transformers, but a configuration that was changed after the model was built, and describes other modules
+        now (`configuration_lion.STRUCTURAL`), raises ValueError: the weights would not fit it."""
+        structure = self.config.structure()
+        for name, built in _built_options(self.base_model).items():
+            stated = structure[name]
+            if stated != built:
+                raise ValueError(
+                    f"config.{name} is {stated!r}, but the model was built with {name}={built!r}, which decides its modules. Set "
+                    "it back to save this model, or build a new one from the changed configuration."
+                )
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        if attn_implementation in (None, "eager"):
+            return "eager"
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}, but LION has no softmax attention to replace. Choose how it "
+            "is computed by config.format: 'attention', 'rnn', 'chunk' or 'auto'. (softmax_layers always use SDPA.)"
+        )
+
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        """LION has no softmax attention: anything but "eager" raises ValueError and names `config.format`."""
+        self._check_and_adjust_attn_implementation(attn_implementation)
+
+
+# Options of the configuration that no layer shows where all mix by softmax attention.
+_MIXER_OPTIONS = ("mask_type", "order", "layer_norm_after", "feature_map", "normalize")
+
+
+def _built_options(encoder: nn.Module) -> dict[str, object]:
+    """The options of a configuration that decided the modules of an encoder. One that shows nowhere, such as the order of a
+    model without decay, is absent. Layers may have been removed since."""
+    mixers = [layer.mixer for layer in encoder.layers]
+    variant = next((mixer.variant for mixer in mixers if isinstance(mixer, Mixer)), None)
+    hidden = _MIXER_OPTIONS if variant is None else ("order",) if variant.scans == 1 else ()
+    built = {name: value for name, value in encoder._built.items() if name not in hidden}
+    return built | {"softmax_layers": [i for i, mixer in enumerate(mixers) if isinstance(mixer, SoftmaxMixer)]}
+
+
+def sequence_classification_loss(model, logits: Tensor, labels: Tensor | None, **kwargs) -> Tensor | None:
+    """Transformers' classification or regression loss, right under gradient accumulation for every problem type.
+
+    Transformers divides cross entropy by `num_items_in_batch`, the number of labels in all accumulated batches, when
+    the Trainer gives it, but leaves squared error and binary cross entropy a mean, which would then count once per
+    accumulated batch, and be NaN for the empty batch of a process that has no row left.
+    """
+    if labels is None:
+        return None
+    loss = model.loss_function(labels, logits, model.config, **kwargs)  # also settles the problem type
+    items, problem = kwargs.get("num_items_in_batch"), model.config.problem_type
+    if items is None or problem == "single_label_classification":
+        return loss
+    summed = F.mse_loss if problem == "regression" else F.binary_cross_entropy_with_logits
+    total = summed(logits, labels.to(logits.device).view_as(logits), reduction="sum")
+    return total / (items.to(total.device) if isinstance(items, Tensor) else items)

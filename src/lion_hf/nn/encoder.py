@@ -1,0 +1,186 @@
+"""A stack of blocks over tokens: of text, of images, of anything else. Masks, packing and unpadding are settled here."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.checks import is_exporting
+from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
+from .block import Block
+from .mixer import Mixer
+from .mlp import MLP
+from .names import MLP_TYPES, require_name
+from .softmax import SoftmaxMixer
+
+
+NO_MATRIX_OF_PACKED_ROWS = (
+    "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
+    "attention_probs_dropout_prob > 0 in training needs one. Give every sequence a row of its own, or set "
+    "output_attentions to False and attention_probs_dropout_prob to 0."
+)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    key_mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    unpadding: bool | None = False,
+    keep_shape: bool = False,
+    training: bool = False,
+    **mixing,
+) -> Tensor:
+    """Runs blocks one after the other: the one place that decides how padding and packed rows are computed.
+
+    Args:
+        blocks: modules with the call of [`Block`].
+        x: (batch, length, dim).
+        key_mask: (batch, length), True for real tokens, or None where all are.
+        cu_seqlens: (sequences + 1,), the bounds of the sequences of a packed row (batch 1).
+        unpadding: take the padding at the ends of rows out before the first block, and put zeros in its place after the
+            last. True: wherever there is any; None: in training on a CPU, where it pays; False: never.
+        keep_shape: leave the padding where it is, for those who look at what happens inside.
+        training: whether the blocks train, for `unpadding=None`, and for `dropout`.
+        mixing: further arguments of the mixers, such as `format` and `paths`.
+
+    Returns:
+        (batch, length, dim).
+
+    Raises:
+        ValueError: for packed sequences where the attention matrix is needed.
+    """
+    needs_matrix = bool(mixing.get("output_attentions")) or (training and mixing.get("dropout", 0) > 0)
+    if cu_seqlens is not None and needs_matrix:
+        raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
+    batch, length = x.shape[:2]
+    row = None
+    if key_mask is not None and cu_seqlens is None and not needs_matrix and not keep_shape:
+        row = unpadded_row(key_mask, x, unpadding, training)
+    if row is not None:
+        x, key_mask, cu_seqlens = row.join(x), row.key_mask, row.cu_seqlens
+    for block in blocks:
+        x = block(x, key_mask, cu_seqlens=cu_seqlens, **mixing)
+    return x if row is None else row.restore(x, batch, length)
+
+
+def unpadded_row(key_mask: Tensor, x: Tensor, unpadding: bool | None, training: bool) -> UnpaddedRow | None:
+    """The rows of a batch joined without padding, or None where they stay as they are."""
+    # A LayerNorm over the zeros that stand for padding overflows in float16; an exported graph reads no mask.
+    if unpadding is False or x.dtype == torch.float16 or is_exporting():
+        return None
+    if unpadding:
+        return unpad(key_mask)
+    # On an accelerator, reading the mask waits for the device; not yet timed whether that pays.
+    worthwhile = training and key_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    return unpad(key_mask, LEAST_PADDING * len(key_mask) / x.shape[-1]) if worthwhile else None
+
+
+class Encoder(nn.Module):
+    """A stack of [`Block`], with a norm after the last one where blocks are pre-norm.
+
+    ```python
+    >>> encoder = lion_hf.nn.Encoder(dim=256, depth=4, heads=4, variant="selective")
+    >>> tokens, real = torch.randn(2, 1000, 256), torch.ones(2, 1000, dtype=torch.bool)
+    >>> encoder(tokens, key_mask=real).shape
+    torch.Size([2, 1000, 256])
+    ```
+
+    Args:
+        dim: width of the tokens, a multiple of `heads`.
+        depth: number of blocks.
+        heads: number of heads.
+        variant: as in [`Mixer`].
+        hidden: width of the MLPs; 4 * dim by default.
+        mlp_type: "mlp", or "glu" for gated ones.
+        activation: as in [`MLP`].
+        norm_position: "pre" or "post", as in [`Block`].
+        norm_eps: eps of the LayerNorms of blocks and of the last one.
+        dropout: rate on residual branches and inside the MLPs.
+        drop_path: rate of stochastic depth of the last block; earlier blocks have linearly less.
+        attention_dropout: share of the attention matrix that training drops, see [`Mixer.forward`].
+        softmax_layers: blocks, counted from 0, that mix by softmax attention.
+        unpad: whether padding is taken out of batches, see [`run_blocks`].
+        mixer_options: further arguments of [`Mixer`], such as `normalize`, `scans` or `prefix_tokens`.
+
+    Raises:
+        ValueError: for options that do not fit.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        variant: str = "selective",
+        *,
+        hidden: int | None = None,
+        mlp_type: str = "mlp",
+        activation: str | Callable[[Tensor], Tensor] = "gelu",
+        norm_position: str = "pre",
+        norm_eps: float = 1e-5,
+        dropout: float = 0.0,
+        drop_path: float = 0.0,
+        attention_dropout: float = 0.0,
+        softmax_layers: Sequence[int] = (),
+        unpad: bool | None = None,
+        **mixer_options,
+    ):
+        super().__init__()
+        require_name("mlp_type", mlp_type, MLP_TYPES)
+        self.attention_dropout = attention_dropout
+        # Without padding several rows become one, in which only the first tokens would count as prefix.
+        self.unpad = False if mixer_options.get("prefix_tokens") and unpad is None else unpad
+        softmax_options = {k: v for k, v in mixer_options.items() if k == "qkv_bias"}
+
+        def block(i: int) -> Block:
+            if i in softmax_layers:
+                mixer = SoftmaxMixer(dim, heads, **softmax_options)
+            else:
+                mixer = Mixer(dim, heads, variant, layer_idx=i, num_layers=depth, **mixer_options)
+            mlp = MLP(
+                dim,
+                4 * dim if hidden is None else hidden,
+                activation=activation,
+                gated=mlp_type == "glu",
+                dropout=dropout,
+            )
+            rate = drop_path_rates(drop_path, depth)[i]
+            return Block(
+                dim, mixer, mlp, norm_position=norm_position, norm_eps=norm_eps, dropout=dropout, drop_path=rate
+            )
+
+        self.layers = nn.ModuleList(block(i) for i in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=norm_eps) if norm_position == "pre" else None
+
+    def forward(
+        self,
+        x: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        paths: Sequence[tuple[Tensor, Tensor]] | None = None,
+        format: str = "auto",
+        chunk_size: int = 64,
+    ) -> Tensor:
+        """
+        Args:
+            x: (batch, length, dim).
+            key_mask: (batch, length), True for real tokens, False for padding. What padded positions hold reaches no
+                real token; where padding is taken out, their outputs are those of zeros.
+            cu_seqlens, paths, format, chunk_size: as in [`Mixer.forward`].
+
+        Returns:
+            (batch, length, dim).
+        """
+        x = run_blocks(
+            self.layers, x, key_mask, cu_seqlens=cu_seqlens, unpadding=self.unpad, training=self.training, paths=paths,
+            format=format, chunk_size=chunk_size, dropout=self.attention_dropout,
+        )  # fmt: skip
+        return x if self.norm is None else self.norm(x)
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Rates of stochastic depth of `depth` blocks, linearly from 0 to that of the last one."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)]

@@ -1,0 +1,14 @@
+"""Names of options, in a file of their own because configurations check them without torch."""
+
+# Functions of query and key, see features.py.
+FEATURE_MAPS = ("identity", "elu", "unit_silu")
+# Where a block has its norms, see block.py.
+NORM_POSITIONS = ("post", "pre")
+# What works on each token alone, see mlp.py: two layers, or a gated pair and one.
+MLP_TYPES = ("mlp", "glu")
+
+
+def require_name(option: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError unless the value of an option is one of the allowed names."""
+    if value not in allowed:
+        raise ValueError(f"{option} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")

@@ -1,0 +1,114 @@
+"""The attention form: the matrix of all pairs of tokens, O(L^2) time. Nothing quadratic is kept for backward."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .decays import clamped_gates, cumulative_sums, gate_gradient, pair_weights, split_sums
+from .tokens import ALL, Tokens, fitting_cache, for_products, slices
+
+
+def attention_weights(log_decay: Tensor, order, length: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """M along an order of the tokens, times the scale, with the tokens as they lie: only the sums need to follow it."""
+    sums = cumulative_sums(_along(clamped_gates(log_decay, length, dtype), order, 0))
+    return pair_weights(*(_along(x, order, 1) for x in sums), dtype).mul_(scale)
+
+
+def _along(x: Tensor, order: tuple[Tensor, Tensor] | None, direction: int) -> Tensor:
+    """Numbers of tokens (..., length) brought into an order (direction 0), or back from it (1)."""
+    return x if order is None else x.index_select(-1, order[direction])
+
+
+def _decay_masks(scans, length: int, scale: float, dtype: torch.dtype) -> tuple[Tensor | float, list[Tensor]]:
+    """The mean mask of some scans, times the scale, and the shares that it is the sum of; without decay the scale."""
+    shares = [attention_weights(*scan, length, scale / len(scans), dtype) for scan in scans]
+    return functools.reduce(torch.add, shares) if shares else scale, shares
+
+
+def _row_blocks(x: Tokens) -> list[slice]:
+    """Rows of the batch that the attention form takes at a time: on a CPU as many as stay in cache."""
+    batch, heads, length = x.query.shape[:3]
+    if x.query.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+        return [ALL]
+    return slices(0, batch, fitting_cache(heads * length**2))
+
+
+def _decay_masks_of_rows(x: Tokens, scans, scale: float) -> Callable:
+    """The masks of a block of rows; those that no row changes are built once."""
+    length = x.query.shape[2]
+    if all(log_decay.dim() == 1 for log_decay, _ in scans):
+        masks = _decay_masks(scans, length, scale, x.dtype)
+        return lambda rows: masks
+    return lambda rows: _decay_masks(_scans_of_rows(scans, rows), length, scale, x.dtype)
+
+
+def _scans_of_rows(scans, rows: slice):
+    return [(log_decay if log_decay.dim() == 1 else log_decay[rows], order) for log_decay, order in scans]
+
+
+def attention_forward(x: Tokens, scans, scale, chunk_size):
+    """`scans` are pairs of log-decays and orders, none without decay; of several the mean mask is taken."""
+    masks = _decay_masks_of_rows(x, scans, scale)
+
+    def attend(rows):
+        q, k, v = x.rows(rows)
+        scores = torch.matmul(q, k.transpose(-1, -2)).mul_(masks(rows)[0])
+        return torch.matmul(scores, v), scores.sum(-1) if x.denominator else None
+
+    blocks = _row_blocks(x)
+    if len(blocks) == 1:
+        return attend(ALL)
+    numerator = x.empty_output(x.value.shape[-1])
+    denominators = []
+    for rows in blocks:
+        numerator[rows], denominator = attend(rows)
+        denominators.append(denominator)
+    return numerator, torch.cat(denominators) if x.denominator else None
+
+
+def attention_backward(x: Tokens, scans, dy, dc, scale, chunk_size):
+    masks = _decay_masks_of_rows(x, scans, scale)
+
+    def gradients_of(rows):
+        q, k, v = x.rows(rows)
+        dn = for_products(dy[rows])
+        scores = torch.matmul(q, k.transpose(-1, -2))
+        dscores = torch.matmul(dn, v.transpose(-1, -2))
+        if dc is not None:
+            dscores += dc[rows].unsqueeze(-1)
+        mask, shares = masks(rows)
+        masked = scores * mask if len(scans) > 1 else scores.mul_(mask)
+        dv = torch.matmul(masked.transpose(-1, -2), dn)
+        scores.mul_(dscores)  # dM_ij of several scans, dM_ij M_ij of the only one
+        pairs = [scores] * len(scans) if len(scans) < 2 else [scores * share for share in shares]
+        dgates = list(map(_decay_gradient, pairs, _scans_of_rows(scans, rows)))
+        dscores.mul_(mask)
+        return torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q), dv, dgates
+
+    blocks = _row_blocks(x)
+    if len(blocks) == 1:
+        *gradients, dgates = gradients_of(ALL)
+        return *gradients, *dgates
+    gradients = [x.empty_output(t.shape[-1]) for t in (x.query, x.key, x.value)]
+    dgates = []
+    for rows in blocks:
+        *parts, gates = gradients_of(rows)
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient[rows] = part
+        dgates.append(gates)
+    by_head = all(log_decay.dim() == 1 for log_decay, _ in scans)
+    return *gradients, *(sum(parts) if by_head else torch.cat(parts) for parts in zip(*dgates, strict=True))
+
+
+def _decay_gradient(pairs: Tensor, scan) -> Tensor:
+    """Gradient of the log-decays of one scan from all pairs dM_ij M_ij, which are overwritten."""
+    log_decay, order = scan
+    rank = None if order is None else order[1]
+    if log_decay.dim() == 1:  # every decay between i and j is the same one: |i - j| of it
+        token = torch.arange(pairs.shape[-1], device=pairs.device) if rank is None else rank
+        token = token.to(pairs.dtype)
+        return (pairs.sum(0) * (token - token.unsqueeze(-1)).abs()).sum(-1)
+    de, df = (_along(x, order, 0) for x in split_sums(pairs, rank))
+    return _along(gate_gradient(de, df, 0), order, 1)

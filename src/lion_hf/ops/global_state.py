@@ -1,0 +1,33 @@
+"""Without decay both directions end in the same state, sum_j k_j v_j^T, which every token reads: chunk and rnn in one."""
+
+import torch
+
+from .tokens import Tokens, slices
+
+
+def global_forward(x: Tokens, log_decay, scale, block):
+    parts = slices(0, x.query.shape[2], block)
+    state = x.empty_state().squeeze(2)
+    for part in parts:
+        state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
+    state *= scale
+    if len(parts) == 1:
+        return x.split(torch.matmul(x.queries(), state))
+    y = x.empty_output()
+    for part in parts:
+        y[:, :, part] = torch.matmul(x.queries(part), state)
+    return x.split(y)
+
+
+def global_backward(x: Tokens, log_decay, dy, dc, scale, block):
+    dy = x.join(dy, dc)
+    parts = slices(0, x.query.shape[2], block)
+    state = x.empty_state().squeeze(2)
+    dstate = torch.zeros_like(state)
+    for part in parts:
+        state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
+        dstate += torch.matmul(x.queries(part).transpose(-1, -2), dy[:, :, part])
+    dq = torch.matmul(dy, state.mul_(scale).transpose(-1, -2))
+    dstate *= scale
+    dk = torch.matmul(x.values(), dstate.transpose(-1, -2))
+    return dq, dk, torch.matmul(x.keys(), dstate)

@@ -1,0 +1,78 @@
+"""Checkpoints: which one training goes on from, and whether it fits the model and the disk."""
+
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .arguments import LionTrainingArguments
+from .errors import UserError, require_disk
+from .models import existing_config
+
+
+logger = logging.get_logger(__name__)
+
+
+def checkpoint_to_resume(training: LionTrainingArguments) -> str | None:
+    """The checkpoint folder to go on from, if any (see `resume_from_checkpoint`): the last complete one."""
+    wanted = training.resume_from_checkpoint
+    if not training.do_train or str(wanted).lower() in ("no", "false"):
+        return None
+    if wanted is not None and wanted.lower() != "true":
+        problem = incompleteness(Path(wanted))
+        if problem:
+            raise UserError(f"--resume_from_checkpoint {wanted!r} is not a complete checkpoint: {problem}")
+        return wanted
+    folders = {
+        int(folder.name.rpartition("-")[2]): folder
+        for folder in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if folder.name.rpartition("-")[2].isdigit()
+    }
+    for _, folder in sorted(folders.items(), reverse=True):
+        problem = incompleteness(folder)
+        if problem is None:
+            return str(folder)
+        logger.warning(f"{folder} is incomplete and skipped: {problem}")
+    return None
+
+
+def incompleteness(folder: Path) -> str | None:
+    """What a checkpoint folder lacks, such as one whose writing was cut off; None if it is complete."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+    except (OSError, ValueError) as error:
+        return f"trainer_state.json cannot be read ({type(error).__name__})"
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file.name} is damaged ({error})"
+    for file in (*folder.glob("*.pt"), *folder.glob("*.pth")):
+        if not zipfile.is_zipfile(file):
+            return f"{file.name} is damaged"
+    return None
+
+
+def check_resumable(checkpoint: str, auto_class, config: PreTrainedConfig) -> None:
+    """Raises a `UserError` if the checkpoint holds a model of another shape."""
+    stored, new = existing_config(checkpoint, auto_class).to_dict(), config.to_dict()
+    ignored = {"format", "chunk_size", "transformers_version", "dtype", "architectures", "_name_or_path"}
+    for name, value in new.items():
+        if name not in ignored and stored.get(name) != value:
+            raise UserError(
+                f"{checkpoint!r} holds another model: {name} is {stored.get(name)!r} there and {value!r} here; choose "
+                "another --output_dir, or --resume_from_checkpoint no to start anew"
+            )
+
+
+def check_disk(training: TrainingArguments, model: PreTrainedModel, copies: int = 1) -> None:
+    """Raises a `UserError` if the final model, and checkpoints with AdamW's two states, cannot fit on the disk;
+    `copies` of the weights are saved each time."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    kept = 0 if training.save_strategy == "no" else (training.save_total_limit or 1) + 1
+    require_disk(training.output_dir, copies * weights + (2 + copies) * weights * kept)

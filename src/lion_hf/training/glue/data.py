@@ -1,0 +1,237 @@
+"""Rows of run_glue.py: texts and labels, what may be wrong with them, and their tokens."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from datasets import ClassLabel, Dataset
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from ..data import classes_of_model, hold_out, require_column
+from ..errors import UserError
+from .sources import GlueArguments, load_splits
+from .tasks import CUSTOM, GlueTask
+
+
+logger = logging.get_logger(__name__)
+
+# Every seed of a task sees the same held-out rows.
+HOLD_OUT_SEED = 17
+
+
+class TaskData(NamedTuple):
+    """Rows of a task, with the columns of its texts and "labels" (without them in `test`).
+
+    `validation` goes by the word that its metrics carry, `test` by the name of its file of predictions; `index` has the
+    numbers of the test rows in that file. `task` knows columns and labels, also of a data set that is not of GLUE.
+    """
+
+    task: GlueTask
+    train: Dataset
+    validation: dict[str, Dataset]
+    test: dict[str, Dataset]
+    index: dict[str, list]
+    source: str
+
+
+def load_task(task: GlueTask, data: GlueArguments, evaluated: PreTrainedConfig | None = None) -> TaskData:
+    """Reads and checks the rows of a task, whose classes are those of the model that is only evaluated, if any."""
+    splits, source = load_splits(task, data)
+    if "train" not in splits:
+        raise UserError(f"{source} has no split 'train'; it has {', '.join(splits)}")
+    task = dataclasses.replace(task, columns=text_columns(task, data, splits["train"]))
+    task, numbers = settle_labels(task, data, splits["train"])
+    if evaluated is not None:
+        task, numbers = labels_of_model(task, numbers, evaluated)
+    train, validation = training_rows(task, data, splits, numbers)
+    tests = test_rows(task, splits)
+    test = {name: part.select_columns(list(task.columns)) for name, part in tests.items()}
+    index = {
+        name: part["idx"][:] if "idx" in part.column_names else list(range(len(part))) for name, part in tests.items()
+    }
+    count = " + ".join(f"{len(part):,}" for part in validation.values())
+    source = f"{source}: {len(train):,} training and {count} validation rows."
+    return TaskData(task, train, validation, test, index, source)
+
+
+def training_rows(
+    task: GlueTask, data: GlueArguments, splits: dict[str, Dataset], numbers: dict[Any, int]
+) -> tuple[Dataset, dict[str, Dataset]]:
+    """Training rows, and validation rows by the word that their metrics carry; held out where there are none."""
+    parts = {word: splits[name] for word, name in task.validation if name in splits}
+    first = task.validation[0][0]
+    if first not in parts and "validation" in splits:
+        parts[first] = splits["validation"]
+    parts = {word: labelled(part, task, data, numbers, "validation") for word, part in parts.items()}
+    whole = labelled(splits["train"], task, data, numbers, "training")
+    train, held_out = hold_out(whole, parts.get(first), data, HOLD_OUT_SEED)
+    validation = {first: held_out} | {
+        word: hold_out(whole, part, data, HOLD_OUT_SEED)[1] for word, part in parts.items() if word != first
+    }
+    if not task.labels and min(map(len, validation.values())) < 2:
+        raise UserError("a single validation row has no correlation: give more, or a larger --validation_share")
+    return train, validation
+
+
+def test_rows(task: GlueTask, splits: dict[str, Dataset]) -> dict[str, Dataset]:
+    """Test rows by the name of their file of predictions; AX is predicted by the model of MNLI."""
+    parts = {name: splits[part] for name, part in (*task.test_parts.items(), ("AX", "ax")) if part in splits}
+    if "test" in splits:
+        parts[next(iter(task.test_parts))] = splits["test"]
+    for part in parts.values():
+        for column in task.columns:
+            require_text(part, column, "test")
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+# ------------------------------------------------------------------------------------------------ texts and labels
+
+
+def text_columns(task: GlueTask, data: GlueArguments, train: Dataset) -> tuple[str, ...]:
+    """The columns with the texts: those of the arguments, of the task, or of the usual names that are there."""
+    usual = task.columns
+    if not usual and not data.sentence1_column:
+        there = set(train.column_names)
+        usual = next(
+            (names for names in (("sentence1", "sentence2"), ("text",)) if there.issuperset(names)), ("sentence",)
+        )
+    given = (data.sentence1_column, data.sentence2_column)
+    columns = [name or (usual[i] if i < len(usual) else None) for i, name in enumerate(given)]
+    for i, column in enumerate(columns):
+        if column is not None:
+            require_column(train, column, f"--sentence{i + 1}_column")
+    return tuple(column for column in columns if column is not None)
+
+
+def require_same(part: Dataset, column: str, name: str) -> None:
+    """Raises a `UserError` if a part lacks a column of the training data."""
+    if column not in part.column_names:
+        raise UserError(
+            f"the {name} data has no column {column!r}, which the training data has; it has "
+            + ", ".join(part.column_names)
+        )
+
+
+def require_text(part: Dataset, column: str, name: str) -> None:
+    """Raises a `UserError` if a column is missing or holds something else than text."""
+    require_same(part, column, name)
+    kind = getattr(part.features[column], "dtype", type(part.features[column]).__name__)
+    if kind not in ("string", "large_string") and any(value is not None for value in part[column]):
+        raise UserError(f"column {column!r} of the {name} data holds {kind}, not text")
+
+
+def settle_labels(task: GlueTask, data: GlueArguments, train: Dataset) -> tuple[GlueTask, dict[Any, int]]:
+    """The task with the labels of the training data, if it is not of GLUE, and the number of each label."""
+    column = data.label_column
+    require_column(train, column, "--label_column")
+    feature = train.features[column]
+    if task.name != "custom":
+        named = {name: i for i, name in enumerate(task.labels)}
+        return task, named | {str(i): i for i in named.values()} | {i: i for i in named.values()}
+    kind = str(getattr(feature, "dtype", type(feature).__name__))
+    if kind.startswith("float"):
+        if all(value is not None and value.is_integer() for value in train[column]):
+            logger.warning(
+                f"column {column!r} holds whole numbers with a decimal point: they are predicted as numbers, "
+                "not as classes"
+            )
+        return dataclasses.replace(task, labels=(), score=("spearmanr",)), {}
+    if not isinstance(feature, ClassLabel) and not kind.startswith(("int", "uint", "bool", "string", "large_string")):
+        raise UserError(
+            f"column {column!r} holds {kind}, not labels: text, whole numbers, or numbers to predict are needed"
+        )
+    if isinstance(feature, ClassLabel):
+        return dataclasses.replace(task, labels=tuple(feature.names)), {i: i for i in range(len(feature.names))}
+    values = sorted({value for value in train[column] if value is not None})
+    check_classes(values, len(train), column)
+    return dataclasses.replace(task, labels=tuple(map(str, values))), {value: i for i, value in enumerate(values)}
+
+
+def labels_of_model(
+    task: GlueTask, numbers: dict[Any, int], config: PreTrainedConfig
+) -> tuple[GlueTask, dict[Any, int]]:
+    """The same labels under the numbers that a trained model gives them."""
+    if not task.labels:
+        if config.num_labels != 1:
+            raise UserError(f"the labels are numbers to predict, but the model has {config.num_labels} classes")
+        return task, numbers
+    classes = tuple(classes_of_model(config, list(task.labels)))
+    if task.name != CUSTOM.name and classes != task.labels:
+        raise UserError(f"the model has the classes {', '.join(classes)}; {task.title} has {', '.join(task.labels)}")
+    return dataclasses.replace(task, labels=classes), {
+        value: classes.index(task.labels[i]) for value, i in numbers.items()
+    }
+
+
+def check_classes(values: list, rows: int, column: str) -> None:
+    """Raises a `UserError` if a column's distinct values are no classes."""
+    if len(values) == 1:
+        raise UserError(f"column {column!r} has the same value {values[0]!r} in every row: nothing to tell apart")
+    if len(values) > 20 and len(values) > rows / 2:
+        what = "text" if isinstance(values[0], str) else "row numbers"
+        raise UserError(
+            f"column {column!r} has {len(values):,} different values in {rows:,} rows, such as "
+            f"{str(values[0])[:60]!r}: this looks like {what}, not classes (set --label_column; numbers to predict "
+            "need a decimal point)"
+        )
+
+
+def labelled(part: Dataset, task: GlueTask, data: GlueArguments, numbers: dict[Any, int], name: str) -> Dataset:
+    """The text columns and "labels" of the rows that hold text; every label is a class or a number."""
+    if len(part) == 0:
+        raise UserError(f"the {name} data is empty")
+    for column in task.columns:
+        require_text(part, column, name)
+    require_same(part, data.label_column, name)
+    texts = [part[column][:] for column in task.columns]
+    kept = [i for i, row in enumerate(zip(*texts, strict=True)) if any(text and text.strip() for text in row)]
+    if not kept:
+        raise UserError(f"the {name} data holds no text in column {' and '.join(map(repr, task.columns))}")
+    if len(kept) < len(part):
+        logger.warning(f"{len(part) - len(kept):,} of {len(part):,} {name} rows hold no text and are left out")
+    feature, values = part.features[data.label_column], part[data.label_column][:]
+    labels = [_label(values[i], feature, task, numbers, f"row {i + 1} of the {name} data", data) for i in kept]
+    return part.select(kept).select_columns(list(task.columns)).add_column("labels", labels)
+
+
+def _label(
+    value: Any, feature, task: GlueTask, numbers: dict[Any, int], where: str, data: GlueArguments
+) -> int | float:
+    column = f"column {data.label_column!r}"
+    unlabelled = value == -1 and (task.name != "custom" or isinstance(feature, ClassLabel))
+    if value is None or value != value or (unlabelled and task.labels):
+        raise UserError(f"{where} has no label in {column}: {value}; leave such rows out")
+    if not task.labels:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        raise UserError(f"{where} has {value!r} in {column}, which is no finite number to predict")
+    if isinstance(feature, ClassLabel) and task.name != "custom" and feature.names[value] in numbers:
+        value = feature.names[value]
+    if value not in numbers:
+        allowed = ", ".join(task.labels[:10]) + (", ..." if len(task.labels) > 10 else "")
+        source = "among the training classes" if task.name == "custom" else "one of the classes"
+        raise UserError(f"{where} has the label {value!r} in {column}, which is not {source}: {allowed}")
+    return numbers[value]
+
+
+# ---------------------------------------------------------------------------------------------------------- tokens
+
+
+def all_texts(part: Dataset, task: GlueTask) -> Dataset:
+    """Every text of a part in the one column "text"."""
+    return Dataset.from_dict({"text": [text for column in task.columns for text in part[column] if text]})
+
+
+def tokenize(part: Dataset, task: GlueTask, tokenizer, max_length: int, name: str) -> Dataset:
+    """Rows of token ids, texts cut at `max_length` tokens, the longer one of a pair first."""
+    arguments = {"tokenizer": tokenizer, "columns": task.columns, "max_length": max_length}
+    return part.map(
+        encode, batched=True, remove_columns=list(task.columns), fn_kwargs=arguments, desc=f"Tokenizing {name} text"
+    )
+
+
+def encode(batch: dict[str, list], tokenizer, columns: tuple[str, ...], max_length: int) -> dict[str, list]:
+    """Tokens of one or two columns; a missing half of a pair counts as empty."""
+    texts = ([text or "" for text in batch[column]] for column in columns)
+    return dict(tokenizer(*texts, truncation=True, max_length=max_length))

@@ -1,0 +1,55 @@
+"""Layer-wise distillation: a warm-started model stays near the hidden states of the softmax encoder it came from."""
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from ..convert import hidden_state_distillation_loss
+from .arguments import ModelArguments
+from .errors import user_errors
+
+
+# What an encoder reads, of what a batch holds.
+_ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+
+
+class HiddenStateTeacher:
+    """The frozen encoder of a checkpoint.
+
+    Args:
+        name: its Hub name or folder.
+        weight: of its part in the loss.
+        device: where it runs.
+    """
+
+    def __init__(self, name: str, weight: float, device: torch.device):
+        with user_errors(f"cannot load the teacher {name!r}", OSError, ValueError):
+            self.model = AutoModel.from_pretrained(name).eval().requires_grad_(False).to(device)
+        self.weight = weight
+
+    @classmethod
+    def of(cls, arguments: ModelArguments, device: torch.device) -> "HiddenStateTeacher | None":
+        """The teacher that `--warm_start_distillation` asks for, if it does."""
+        weight = arguments.warm_start_distillation
+        return cls(arguments.warm_start, weight, device) if weight else None
+
+    def loss(self, student: tuple[Tensor, ...], inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
+        """The weighted distance of hidden states. Each row counts as often as its labels do, so that the parts of an
+        optimizer step add up to the same sum however it is cut into batches; rows of fillers, labelled -100, count
+        nothing.
+
+        Args:
+            student: its hidden states.
+            inputs: the batch, with "labels" (batch, ...).
+            num_items_in_batch: labels in the optimizer step; those of this batch by default.
+        """
+        with torch.no_grad():
+            read = {name: inputs[name] for name in _ENCODER_INPUTS if name in inputs}
+            if "pixel_values" in read:  # the student may be trained at another size
+                read["interpolate_pos_encoding"] = True
+            teacher = self.model(**read, output_hidden_states=True).hidden_states
+        labels = inputs["labels"]
+        counts = (labels != -100).reshape(len(labels), -1).sum(1)
+        rows = hidden_state_distillation_loss(student, teacher, inputs.get("attention_mask"))
+        items = counts.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        return self.weight * (rows * counts).sum() / items.to(rows.device).clamp(min=1)

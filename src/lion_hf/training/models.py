@@ -1,0 +1,167 @@
+"""The model that the arguments name: a new one, one with the weights of a BERT or ViT, or an existing one."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import CONFIG_MAPPING
+
+from ..convert import config_from_bert, config_from_vit, from_bert, from_vit
+from ..models.configuration_lion import PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
+from .arguments import ModelArguments
+from .errors import UserError, require_path, user_errors
+
+
+LION_TYPES = ("lion", "lion_vision")
+# New models of other kinds that the flags for sizes fit, for text and for images.
+BASELINES = {"lion": ("bert", "modernbert"), "lion_vision": ("vit", "deit")}
+# What the models of an Auto class are, in words.
+PURPOSES = {
+    "AutoModel": "a model",
+    "AutoModelForMaskedLM": "a text model that can fill masks",
+    "AutoModelForSequenceClassification": "a text model",
+    "AutoModelForImageClassification": "an image model",
+}
+LABEL_OPTIONS = ("id2label", "label2id", "problem_type", "num_labels")
+# Options that only LION has; new models of other kinds are built without their defaults.
+LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate")
+
+
+def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
+    """Configuration of a checkpoint by Hub name or folder, which `auto_class` must be able to load."""
+    if Path(name_or_path).exists() and not (Path(name_or_path) / "config.json").is_file():
+        raise UserError(f"{name_or_path!r} is not a checkpoint: it has no config.json")
+    if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/")):  # no name of the Hub
+        require_path(name_or_path, "model folder")
+    with user_errors(f"cannot load {name_or_path!r}", OSError, ValueError, StrictDataclassError):
+        config = AutoConfig.from_pretrained(name_or_path)
+    if type(config) not in auto_class._model_mapping:
+        raise UserError(
+            f"{name_or_path!r} is a {config.model_type!r} model, which {auto_class.__name__} does not know: "
+            f"this script needs {PURPOSES[auto_class.__name__]}"
+        )
+    return config
+
+
+def build_model(
+    auto_class, model_type: str, model: ModelArguments, defaults: dict[str, Any], fixed: dict[str, Any]
+) -> PreTrainedModel:
+    """The model to train: an existing one, one with the weights of a BERT or ViT, a preset, or one of the sizes given
+    by flags.
+
+    Args:
+        auto_class: such as `AutoModelForMaskedLM`.
+        model_type: "lion" or "lion_vision", where the arguments do not name another kind.
+        model: the arguments.
+        defaults: options of a new model where neither preset nor flags say otherwise.
+        fixed: options that the data decides, such as the size of the vocabulary.
+    """
+    config = known_config(auto_class, model_type, model, defaults, fixed)
+    if model.warm_start:
+        return _warm_started(auto_class, model_type, model, fixed)
+    if not model.model_name_or_path:
+        with user_errors("wrong model options", ValueError):
+            return auto_class.from_config(config)
+    options = {k: v for k, v in fixed.items() if k in LABEL_OPTIONS}
+    options |= {k: v for k, v in fixed.items() if k == "attention_probs_dropout_prob" and hasattr(config, k)}
+    if config.model_type in LION_TYPES:
+        options["format"] = model.format
+    with user_errors(f"cannot load {model.model_name_or_path!r}", OSError, ValueError, StrictDataclassError):
+        return auto_class.from_pretrained(
+            model.model_name_or_path, ignore_mismatched_sizes="id2label" in fixed, **options
+        )
+
+
+def known_config(
+    auto_class, model_type: str, model: ModelArguments, defaults: dict[str, Any], fixed: dict[str, Any] | None = None
+) -> PreTrainedConfig:
+    """The configuration that the arguments name, see `build_model`: of an existing model as it is stored, of a new one
+    with `fixed`. Called before data is read, it shows what is wrong with the arguments.
+
+    Raises:
+        UserError: for options that do not fit together, and a checkpoint that does not fit the script.
+    """
+    if model.warm_start and (model.preset or model.model_type):
+        first = "preset" if model.preset else "model_type"
+        raise UserError(f"--warm_start says what size and kind the model is; it cannot be combined with --{first}")
+    if model.model_name_or_path:
+        return _config_to_go_on_with(auto_class, model)
+    if model.warm_start:
+        return _config_to_start_from(auto_class, model_type, model)
+    allowed = (model_type, *BASELINES[model_type])
+    model_type = model.model_type or model_type
+    if model_type not in allowed:
+        raise UserError(f"--model_type is {model_type!r}; allowed are {', '.join(allowed)}")
+    options = _new_options(model_type, model, defaults) | (fixed or {})
+    if model_type in LION_TYPES:
+        options["format"] = model.format
+    with user_errors("wrong model options", ValueError, StrictDataclassError):
+        config = AutoConfig.for_model(model_type, **options)
+        config.architectures = config.architectures or []  # `from_config` walks through it where a kind has two classes
+    return config
+
+
+def _config_to_go_on_with(auto_class, model: ModelArguments) -> PreTrainedConfig:
+    """The configuration of `--model_name_or_path`, which no other argument may contradict."""
+    others = {"warm_start": model.warm_start, "preset": model.preset, "model_type": model.model_type}
+    first = next((name for name, value in (others | model.overrides()).items() if value is not None), None)
+    if first:
+        raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
+    config = existing_config(model.model_name_or_path, auto_class)
+    if config.model_type not in LION_TYPES and model.format != "auto":
+        raise UserError(f"--format is an option of LION; {model.model_name_or_path!r} is a {config.model_type!r} model")
+    return config
+
+
+def _config_to_start_from(auto_class, model_type: str, model: ModelArguments) -> PreTrainedConfig:
+    """The configuration of `--warm_start`, from which a LION with the given options can be made."""
+    config, source = existing_config(model.warm_start, auto_class), BASELINES[model_type][0]
+    if config.model_type != source:
+        raise UserError(
+            f"--warm_start takes a {source!r} model, but {model.warm_start!r} is a {config.model_type!r} model; "
+            "a LION goes on with --model_name_or_path"
+        )
+    derive = config_from_bert if source == "bert" else config_from_vit
+    with user_errors(f"cannot start from {model.warm_start!r}", ValueError):
+        derive(config, format=model.format, **model.overrides())
+    return config
+
+
+def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Options of a new model: of the preset, or else the defaults, and those given by flags."""
+    overrides = model.overrides()
+    if model_type not in LION_TYPES:
+        overrides = _options_of_baseline(model_type, model)
+        defaults = {name: value for name, value in defaults.items() if name not in LION_OPTIONS}
+    presets = [name for name, sizes in PRESETS.items() if ("patch_size" in sizes) == (model_type == "lion_vision")]
+    if not model.preset:
+        overrides = {**defaults, **overrides}
+    elif model.preset.lower() not in presets:
+        raise UserError(f"--preset is {model.preset!r}; allowed are {', '.join(presets)}")
+    if "hidden_size" in overrides:
+        overrides.setdefault("intermediate_size", 4 * overrides["hidden_size"])
+    return (PRESETS[model.preset.lower()] if model.preset else {}) | overrides
+
+
+def _options_of_baseline(model_type: str, model: ModelArguments) -> dict[str, Any]:
+    """The given options, all of which a model of another kind than LION must have."""
+    overrides = model.overrides()
+    foreign = next((name for name in LION_OPTIONS if name in overrides), "preset" if model.preset else None)
+    if foreign or model.format != "auto":
+        raise UserError(f"--{foreign or 'format'} is an option of LION; a {model_type!r} model has none")
+    known = CONFIG_MAPPING[model_type].__dataclass_fields__
+    foreign = next((name for name in overrides if name not in known), None)
+    if foreign:
+        raise UserError(f"--{foreign} is no option of a {model_type!r} model")
+    if "hidden_dropout_prob" in overrides:  # LION's own default for attention is 0, others' is not
+        overrides["attention_probs_dropout_prob"] = overrides["hidden_dropout_prob"]
+    return overrides
+
+
+def _warm_started(auto_class, model_type: str, model: ModelArguments, fixed: dict[str, Any]) -> PreTrainedModel:
+    """A LION with the weights of `--warm_start`, in float32, in which it is trained."""
+    start, config_class = {"lion": (from_bert, LionConfig), "lion_vision": (from_vit, LionVisionConfig)}[model_type]
+    options = model.overrides() | {k: v for k, v in fixed.items() if k in LABEL_OPTIONS} | {"format": model.format}
+    with user_errors(f"cannot start from {model.warm_start!r}", OSError, ValueError, StrictDataclassError):
+        return start(model.warm_start, model_class=auto_class._model_mapping[config_class], **options).float()

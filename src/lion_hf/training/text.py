@@ -1,0 +1,350 @@
+"""Text: where it comes from, its tokenizer, its rows of tokens, and what is masked in them."""
+
+import ast
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch.utils.data import get_worker_info
+from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
+
+from .arguments import DataArguments, ModelArguments, require_at_least
+from .data import Key, hold_out, load_file, load_named, load_splits, random_numbers, require_column
+from .errors import UserError, user_errors
+
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+# Fewer tokens leave so few characters that hardly a word is known.
+MIN_VOCABULARY = 32
+VOCABULARY = 4096
+
+
+@dataclass
+class TextArguments(DataArguments):
+    text_column: str = field(default="text", metadata={"help": "Column with the text."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the training data as it comes, without storing it. Needs --max_steps."}
+    )
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Hub name or folder; else one is trained."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": f"Vocabulary of a tokenizer trained here, {VOCABULARY} by default."}
+    )
+    train_tokenizer: int | None = field(
+        default=None, metadata={"help": "Train a tokenizer with so many tokens, whatever --tokenizer_name says."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Tokens in a block, [CLS] and [SEP] included."})
+    line_by_line: bool = field(
+        default=False, metadata={"help": "A row per text, cut at max_length and padded, instead of joined texts."}
+    )
+    mlm_probability: float = field(default=0.3, metadata={"help": "Share of masked tokens in training."})
+    eval_mlm_probability: float = field(default=0.15, metadata={"help": "Share of masked tokens in evaluation."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_at_least(self, MIN_VOCABULARY, "vocab_size", "train_tokenizer")
+
+
+# ----------------------------------------------------------------------------------------------------------- texts
+
+
+@cache
+def python_documents() -> list[str]:
+    """The English documentation of Python itself: the topics of `help()`, and the docstrings of each module."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        topics = {}
+    documents, seen = [topics[name] for name in sorted(topics)], set()
+    library = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "encodings", "pydoc_data", "turtledemo"}
+    for file in sorted(library.rglob("*.py")):
+        if skipped.isdisjoint(file.relative_to(library).parts):
+            docstrings = [text for text in _docstrings(file) if not (text in seen or seen.add(text))]
+            documents += ["\n\n".join(docstrings)] if docstrings else []
+    return documents
+
+
+def _docstrings(file: Path) -> Iterable[str]:
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError, OSError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text and len(text) > 60:
+                yield text
+
+
+def load_texts(data: TextArguments, training: TrainingArguments) -> tuple[Dataset | IterableDataset, Dataset, str]:
+    """Training and validation rows with the column "text", and a sentence about where they are from."""
+    if data.streaming:
+        train, validation = stream_texts(data, training)
+        source = f"`{data.dataset_name or data.train_file}`, as a stream"
+    elif data.dataset_name or data.train_file or data.validation_file:
+        train, validation = load_splits(data, training, load_file)
+        source = f"`{data.dataset_name or data.train_file}`"
+    else:
+        documents = python_documents()
+        held_out = Dataset.from_dict({data.text_column: documents[::10]})
+        rest = Dataset.from_dict({data.text_column: [text for i, text in enumerate(documents) if i % 10]})
+        train, validation = hold_out(rest, held_out, data, training.seed)
+        source = "English documentation that comes with Python (`help()` topics and docstrings; every 10th held out)"
+    train = only_text(train, data.text_column, "training")
+    validation = only_text(validation, data.text_column, "validation")
+    known = "" if data.streaming else f"{len(train):,} training and "
+    return train, validation, f"{source}: {known}{len(validation):,} validation texts."
+
+
+def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[IterableDataset, Dataset]:
+    """The training rows as a shuffled stream, and validation rows: the first of the validation split or
+    file, else the first of the stream, which training then skips."""
+    if training.max_steps <= 0:
+        raise UserError("--streaming needs --max_steps: a stream does not say how long it is")
+    count = data.max_eval_samples or 2000
+    if data.dataset_name:
+        splits = load_named(data.dataset_name, data.dataset_config_name, streaming=True)
+        if "train" not in splits:
+            raise UserError(f"data set {data.dataset_name!r} has no split 'train'; it has {', '.join(splits)}")
+        train, held_out = splits["train"], next((splits[k] for k in ("validation", "test") if k in splits), None)
+    elif data.train_file:
+        train = load_file(data.train_file, streaming=True)
+        held_out = load_file(data.validation_file, streaming=True) if data.validation_file else None
+    else:
+        raise UserError("--streaming needs --dataset_name or --train_file")
+    if held_out is None:
+        if training.dataloader_num_workers:  # each would skip its share of rows, not these
+            raise UserError("--dataloader_num_workers with --streaming needs validation data of its own")
+        train, held_out = train.skip(count), train
+    rows = list(held_out.take(count))
+    if not rows:
+        raise UserError("the validation data is empty")
+    if next(iter(train), None) is None:
+        raise UserError(
+            f"the stream ends within its first {count} rows, which are held out: lower --max_eval_samples or give "
+            "--validation_file"
+        )
+    if data.max_train_samples:
+        train = train.take(data.max_train_samples)
+    return train.shuffle(seed=training.seed, buffer_size=10_000), Dataset.from_list(rows)
+
+
+def is_stream(rows: Dataset | IterableDataset) -> bool:
+    """Whether the rows are read as they come, so that their number is not known."""
+    return isinstance(rows, IterableDataset)
+
+
+def only_text(part: Dataset | IterableDataset, column: str, name: str) -> Dataset | IterableDataset:
+    """The rows that hold text, in the one column "text"."""
+    first = next(iter(part), None)
+    if first is None:
+        raise UserError(f"the {name} data is empty")
+    if column not in first:
+        require_column(Dataset.from_list([first]), column, "--text_column")
+    if not isinstance(first[column], str):
+        raise UserError(f"column {column!r} holds {type(first[column]).__name__}, not text")
+    part = part.select_columns(column).rename_columns({column: "text"} if column != "text" else {})
+    part = part.filter(has_text, input_columns="text")
+    if isinstance(part, Dataset) and len(part) == 0:
+        raise UserError(f"the {name} data holds no text in column {column!r}")
+    return part
+
+
+def has_text(text: str | None) -> bool:
+    return bool(text and text.strip())
+
+
+# ------------------------------------------------------------------------------------------------ tokens and rows
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> BertTokenizer:
+    """A lower-case WordPiece tokenizer. The same texts always give the same vocabulary.
+
+    Characters get their ids here, in sorted order: the trainer of `tokenizers` numbers them in random order and breaks
+    ties between equally frequent pairs by these numbers.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    counts = Counter(chain.from_iterable(tokenizer.normalizer.normalize_str(text) for text in texts))
+    room = max(0, (vocab_size - len(SPECIAL_TOKENS)) // 4)
+    characters = sorted(c for c, _ in counts.most_common(min(1000, room)) if not c.isspace())
+    alphabet = [*characters, *(f"##{c}" for c in characters)]
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.WordPieceTrainer(
+            vocab_size=vocab_size,
+            special_tokens=SPECIAL_TOKENS + alphabet,
+            initial_alphabet=characters,  # or equally frequent characters compete for the last places by chance
+            limit_alphabet=len(characters),
+            show_progress=False,
+        ),
+    )
+    return BertTokenizer(vocab=tokenizer.get_vocab(), model_max_length=model_max_length)
+
+
+def check_vocabulary(data: TextArguments, model: ModelArguments) -> None:
+    """Raises a `UserError` if a vocabulary is asked for where the source of the weights decides it."""
+    if model.source and data.vocab_size:
+        option = "model_name_or_path" if model.model_name_or_path else "warm_start"
+        raise UserError(f"--{option} brings its tokenizer; it cannot be combined with --vocab_size")
+
+
+def get_tokenizer(
+    data: TextArguments,
+    model: ModelArguments,
+    training: TrainingArguments,
+    checkpoint: str | None,
+    train: Dataset | IterableDataset,
+):
+    """The tokenizer of the checkpoint or model to go on with, one by name, or one trained on the training text (in a
+    stream, on its first 100,000 texts)."""
+    name = checkpoint or (None if data.train_tokenizer else data.tokenizer_name or model.source)
+    if name is None:
+        name = training.output_dir
+        if training.local_process_index == 0:  # the others read it
+            texts = (row["text"] for row in islice(iter(train), 100_000 if data.streaming else None))
+            size = data.train_tokenizer or data.vocab_size or VOCABULARY
+            train_tokenizer(list(texts), size, max(512, data.max_length)).save_pretrained(name)
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+        raise UserError(f"{name!r} holds no tokenizer: it has neither tokenizer.json nor vocab.txt")
+    with user_errors(f"cannot load a tokenizer from {name!r}", OSError, ValueError):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    missing = [k for k in ("cls_token", "sep_token", "mask_token", "pad_token") if getattr(tokenizer, k) is None]
+    if missing:
+        raise UserError(f"the tokenizer of {name!r} has no {', '.join(missing)}, which this script needs")
+    return tokenizer
+
+
+def make_rows(texts: Dataset | IterableDataset, tokenizer, data: TextArguments, name: str):
+    """Token ids [CLS] .. [SEP]: a row per text, or a thousand texts joined at a time and cut into blocks of one length,
+    the rest dropped."""
+    arguments = {"tokenizer": tokenizer, "max_length": data.max_length}
+    options = {"batched": True, "remove_columns": ["text"], "fn_kwargs": arguments}
+    if isinstance(texts, Dataset):
+        options["desc"] = f"Tokenizing {name} text"
+    rows = texts.map(tokenize_lines if data.line_by_line else tokenize_blocks, **options)
+    if next(iter(rows), None) is None:
+        if data.line_by_line:
+            raise UserError(f"the {name} data holds no text in column {data.text_column!r}")
+        raise UserError(
+            f"the {name} text fills no block of --max_length {data.max_length} tokens: give more text or a smaller "
+            "length"
+        )
+    return rows if isinstance(rows, Dataset) else rows.repeat(None).map(add_position, with_indices=True)
+
+
+def tokenize_lines(batch: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:
+    return {"input_ids": tokenizer(batch["text"], truncation=True, max_length=max_length)["input_ids"]}
+
+
+def tokenize_blocks(batch: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:
+    width = max_length - 2
+    rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = list(chain.from_iterable(rows))
+    parts = [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)]
+    return {"input_ids": [[tokenizer.cls_token_id, *part, tokenizer.sep_token_id] for part in parts]}
+
+
+def add_position(row: dict, position: int) -> dict:
+    worker = get_worker_info()  # each counts from 0
+    return {"position": position if worker is None else position * worker.num_workers + worker.id}
+
+
+def model_options(tokenizer, max_length: int) -> dict[str, int]:
+    """What tokenizer and length decide of a new model; the vocabulary is padded to a multiple of 8."""
+    return {
+        "vocab_size": -(-len(tokenizer) // 8) * 8,
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_position_embeddings": max(512, max_length),
+    }
+
+
+def require_room(config, tokenizer, max_length: int) -> None:
+    """Raises a `UserError` if a model has too few positions for the length, or too few tokens for the tokenizer."""
+    positions = getattr(config, "max_position_embeddings", max_length)
+    if getattr(config, "pos_emb", True) and max_length > positions:
+        raise UserError(f"--max_length {max_length} exceeds the model's {positions} positions")
+    if len(tokenizer) > config.vocab_size:
+        raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}")
+
+
+# --------------------------------------------------------------------------------------------------------- masking
+
+
+class MaskingCollator:
+    """Pads rows of token ids to one length and hides a share of the tokens, 80 % of them behind [MASK], 10 % behind
+    a random token, 10 % not at all (BERT). What is hidden depends on the seed and the row's `Key` alone: it is drawn
+    anew in every epoch, and the same after a resume and on any number of processes.
+
+    In a stream the rows of several processes are joined before they are dealt out: there all are padded to
+    `max_length`.
+
+    Rows have "input_ids", and "key" (or "position", in a stream); those with "labels" are only padded.
+    """
+
+    uses_keys = True
+
+    def __init__(self, tokenizer, probability: float, seed: int, max_length: int = 0):
+        self.max_length = max_length
+        self.tokenizer, self.probability, self.seed = tokenizer, probability, seed
+        self.special = np.array(tokenizer.all_special_ids)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        streaming = "position" in rows[0]
+        if "labels" not in rows[0]:
+            rows = [self.mask(row["input_ids"], row.get("key") or Key(0, row["position"])) for row in rows]
+        length = max(self.max_length if streaming else 0, *(len(row["input_ids"]) for row in rows))
+        pad = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
+        batch = {name: np.full((len(rows), length), fill, dtype=np.int64) for name, fill in pad.items()}
+        for i, row in enumerate(rows):
+            width = len(row["input_ids"])
+            batch["input_ids"][i, :width] = row["input_ids"]
+            batch["attention_mask"][i, :width] = 1
+            batch["labels"][i, :width] = row["labels"]
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+    def mask(self, input_ids: list[int], key: Key) -> dict[str, np.ndarray]:
+        """A row with "input_ids", some hidden, and "labels", -100 where nothing is asked."""
+        ids, random = np.array(input_ids), random_numbers(self.seed, key)
+        asked = (random.random(len(ids)) < self.probability) & ~np.isin(ids, self.special)
+        what = random.random(len(ids))
+        hidden = np.where(asked & (what < 0.8), self.tokenizer.mask_token_id, ids)
+        strangers = random.integers(len(self.tokenizer), size=len(ids))
+        hidden = np.where(asked & (what >= 0.9), strangers, hidden)
+        return {"input_ids": hidden, "labels": np.where(asked, ids, -100)}
+
+
+def freeze_masks(rows: Dataset, collator: MaskingCollator) -> Dataset:
+    """Masks the evaluation rows once, so that every evaluation asks for the same tokens."""
+    masked = Dataset.from_list([collator.mask(row["input_ids"], Key(0, i)) for i, row in enumerate(rows)])
+    if not any(label != -100 for row in masked for label in row["labels"]):
+        raise UserError(
+            "no token of the validation data is masked; give more validation text or --eval_mlm_probability"
+        )
+    return masked
+
+
+def baselines(train: Dataset | IterableDataset, validation: Dataset, vocab_size: int, special) -> dict[str, float]:
+    """What the training text's token counts alone achieve on the masked tokens of the evaluation; of a stream, the
+    counts of its first 10,000 rows."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    rows = train if isinstance(train, Dataset) else train.take(10_000)
+    for batch in rows.with_format("numpy").iter(batch_size=1000):
+        counts += np.bincount(np.concatenate(batch["input_ids"]), minlength=vocab_size)
+    counts[special] = 0
+    labels = np.concatenate(validation.with_format("numpy")["labels"][:])
+    labels = labels[labels != -100]
+    log_probability = np.log((counts + 1) / (counts + 1).sum())
+    return {
+        "most_frequent_accuracy": float((labels == counts.argmax()).mean()),
+        "unigram_entropy": float(-log_probability[labels].mean()),
+    }

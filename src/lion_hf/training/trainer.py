@@ -1,0 +1,172 @@
+"""The Trainer with LION's optimizer groups and schedules, and batches that any number of processes share alike."""
+
+import math
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerState
+
+from ..nn.mixer import Mixer
+from .data import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
+from .errors import UserError
+from .hidden_teacher import HiddenStateTeacher
+
+
+class LionTrainer(Trainer):
+    """Trainer with LION's optimizer groups, schedules with a floor, and batches that do not depend on the number of
+    processes (see `EpochBatchSampler`).
+
+    Args:
+        repeats: readings of every training row side by side (repeated augmentation).
+        kwargs: as for `Trainer`. A data collator with the attribute `uses_keys = True` finds each training row's `Key`
+            as "key" and draws all its random numbers from it.
+        hidden_teacher: see `HiddenStateTeacher`.
+    """
+
+    def __init__(self, *args, repeats: int = 1, hidden_teacher: HiddenStateTeacher | None = None, **kwargs):
+        smoothing = kwargs["args"].label_smoothing_factor
+        kwargs.setdefault("compute_loss_func", partial(summed_loss, label_smoothing=smoothing))
+        super().__init__(*args, **kwargs)
+        self.repeats = repeats
+        self.hidden_teacher = hidden_teacher
+        self._last_log, self._evaluation_time = None, 0.0
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """All parameters with `decay_all`; else no biases, norms, class token, position table and 1-D ones, and none that a
+        variant spares."""
+        sizes = {name: parameter.dim() for name, parameter in model.named_parameters(remove_duplicate=False)}
+        if self.args.decay_all:
+            return list(sizes)
+        mixers = [x for x in model.modules() if isinstance(x, Mixer) and not x.variant.weight_decay]
+        spared = {"cls_token", "position_embeddings", *(name for mixer in mixers for name in mixer.variant_weights)}
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if sizes[name] > 1 and spared.isdisjoint(name.split("."))]
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        args = self.args
+        if self.lr_scheduler is None and (args.lr_floor or args.lr_warmup_start):
+            self.lr_scheduler = LambdaLR(
+                optimizer or self.optimizer,
+                partial(
+                    learning_rate_share,
+                    kind=args.lr_scheduler_type.value,
+                    warmup=args.get_warmup_steps(num_training_steps),
+                    total=num_training_steps,
+                    floor=args.lr_floor,
+                    start=args.lr_warmup_start,
+                ),
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_train_dataloader(self):
+        dataset, args = self.train_dataset, self.args
+        if isinstance(dataset, torch.utils.data.IterableDataset):
+            return super().get_train_dataloader()
+        sampler = EpochBatchSampler(
+            len(dataset),
+            self._train_batch_size,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            rank=args.process_index,
+            world_size=args.world_size,
+            repeats=self.repeats,
+            drop_last=args.dataloader_drop_last,
+        )
+        collator = self.data_collator
+        return EpochDataLoader(
+            KeyedRows(dataset),
+            batch_sampler=sampler,
+            collate_fn=partial(collate_keyed, collator, getattr(collator, "uses_keys", False)),
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """As in Trainer, and the distance to the teacher's hidden states in training."""
+        if self.hidden_teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        asked = {**inputs, "output_hidden_states": True}
+        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        taught = self.hidden_teacher.loss(outputs.hidden_states, inputs, num_items_in_batch)
+        loss = loss + self.summed_over_devices(taught, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def summed_over_devices(self, loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        """A loss that was divided by the labels of all processes, whose gradients are then averaged over them."""
+        averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
+        return loss * self.accelerator.num_processes if averaged else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the throughput of training since the last logged loss."""
+        now = (time.perf_counter() - self._evaluation_time, self.state.global_step)
+        if "loss" in logs:
+            if self._last_log is not None and now[1] > self._last_log[1]:
+                samples = (now[1] - self._last_log[1]) * self.get_total_train_batch_size(self.args)
+                logs["samples_per_second"] = samples / (now[0] - self._last_log[0])
+            self._last_log = now
+        super().log(logs, start_time)
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        best = self.args.metric_for_best_model if self.args.load_best_model_at_end else None
+        if best and metric_key_prefix == "eval" and f"eval_{best.removeprefix('eval_')}" not in metrics:
+            raise UserError(f"--metric_for_best_model is {best!r}; evaluation gives {', '.join(metrics)}")
+        return metrics
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As in Transformers, but training goes on with the random numbers that it would have had without it: a run
+        that resumes from a checkpoint of the same step makes no such evaluation."""
+        start = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):  # the loader draws a seed
+            output = super().evaluation_loop(*args, **kwargs)
+        self._evaluation_time += time.perf_counter() - start
+        return output
+
+    def is_finished(self, checkpoint: str) -> bool:
+        """Whether the checkpoint is the end of training."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return state.global_step >= steps
+
+    def restore(self, checkpoint: str) -> None:
+        """Takes weights and history from a checkpoint, to evaluate them."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        self._load_from_checkpoint(checkpoint)
+
+
+def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0) -> torch.Tensor:
+    """Cross entropy, or squared error for fractional labels, summed and divided by the number of labels in an optimizer
+    step, whatever the model's own loss is: some return a mean over each batch, which would count once per accumulated
+    batch and process. Labels of -100 (a filler's) do not count.
+
+    Args:
+        outputs: with "logits" (batch, ..., classes), or (batch, 1) for squared error.
+        labels: (batch, ...).
+        num_items_in_batch: labels in the optimizer step; those of this batch by default.
+        label_smoothing: share of the target that is spread over all classes.
+    """
+    logits, counted = outputs["logits"].float(), labels != -100
+    if labels.is_floating_point():
+        total = ((logits.view_as(labels) - labels) ** 2)[counted].sum()
+    else:
+        total = F.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), reduction="sum", label_smoothing=label_smoothing
+        )
+    items = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+    return total / items.to(total.device).clamp(min=1)
+
+
+def learning_rate_share(step: int, *, kind: str, warmup: int, total: int, floor: float, start: float) -> float:
+    """Learning rate as a share of its peak: from `start` up in `warmup` steps, then linearly or by a cosine to
+    `floor` at step `total`."""
+    if step < warmup:
+        return start + (1 - start) * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    rest = 1 - progress if kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return floor + (1 - floor) * rest

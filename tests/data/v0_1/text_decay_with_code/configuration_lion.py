@@ -1,0 +1,391 @@
+"""Configurations of the LION text encoder (`LionConfig`) and image encoder (`LionVisionConfig`), and their named sizes."""
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
+
+
+# Every accepted spelling, in lower case, of the options that the authors spell in several ways.
+SPELLINGS = {
+    "mask_type": {
+        "lit": "lit",
+        "decay": "decay",
+        "selective": "selective",
+        "lion-lit": "lit",
+        "lion-d": "decay",
+        "lion-s": "selective",
+    },
+    "format": {"attention": "attention", "rnn": "rnn", "chunk": "chunk", "auto": "auto"},
+    "order": {"normal": "normal", "s": "s"},
+}
+
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "chunk_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "patch_size",
+    "num_channels",
+)
+
+# Options that decide which parameters a model has, or what they mean.
+_STRUCTURAL = ("mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers")
+
+
+class _LionOptions:
+    """What both configurations share: spellings, refusal of misspelt names, and presets."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, _normalised(name, value, type(self)))
+
+    def __post_init__(self, **kwargs):
+        fields = {name for name in dir(type(self)) if not name.startswith("_")}
+        for name in kwargs:
+            near = [] if name in fields else difflib.get_close_matches(name, type(self).__dataclass_fields__, 1, 0.75)
+            if near:
+                raise ValueError(
+                    f"{type(self).__name__} has no option {name!r}; did you mean {near[0]!r}? The options are the "
+                    "documented fields of the class."
+                )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """As in Transformers, but an override that contradicts the stored structure is an error (ValueError)."""
+        if "order" in kwargs and "order" not in cls.__dataclass_fields__:
+            _normalised("order", kwargs.pop("order"), cls)  # refused unless it means nothing here
+        for name in _STRUCTURAL:  # None leaves the stored value
+            if name in kwargs and kwargs[name] is None:
+                del kwargs[name]
+        cls.require_structure(config_dict, {name: kwargs[name] for name in _STRUCTURAL if name in kwargs})
+        result = super().from_dict(config_dict, **kwargs)
+        (
+            result[0] if isinstance(result, tuple) else result
+        ).validate()  # overrides are set one by one, after the checks
+        return result
+
+    @classmethod
+    def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
+        """Raises ValueError where `wanted` (options by name, or a configuration) contradicts a stored configuration in
+        what decides the parameters of a model: mask_type, order, pos_emb, layer_norm_after, softmax_layers."""
+        if isinstance(wanted, PreTrainedConfig):
+            wanted = {name: getattr(wanted, name) for name in _STRUCTURAL if hasattr(wanted, name)}
+        wanted = {name: value for name, value in wanted.items() if name in cls.__dataclass_fields__}
+        stored = cls(**{k: v for k, v in stored.items() if k != "model_type"}) if wanted else None
+        for name, value in wanted.items():
+            if _normalised(name, value, cls) != getattr(stored, name):
+                raise ValueError(
+                    f"{name}={value!r} contradicts the checkpoint, which has {name}={getattr(stored, name)!r}. "
+                    f"{name} decides the parameters of the model and cannot change at load: leave it out, or build a "
+                    "new model from a new configuration."
+                )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides):
+        """A named size of the paper; `PRESETS` lists them. Keyword arguments override single options.
+
+        Raises:
+            ValueError: for an unknown name, or one that belongs to the other kind of model.
+        """
+        key = name.lower().removesuffix("-uncased")
+        known = {k for k, v in PRESETS.items() if ("patch_size" in v) == ("patch_size" in cls.__dataclass_fields__)}
+        if key not in known:
+            raise ValueError(f"{name!r} is not a preset of {cls.__name__}; allowed are {', '.join(sorted(known))}.")
+        return cls(**{**PRESETS[key], **overrides})
+
+    def _check_shape(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name, 1) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
+                "each head needs the same whole number of features."
+            )
+        if self.softmax_layers and self.softmax_layers[-1] >= self.num_hidden_layers:
+            raise ValueError(
+                f"softmax_layers is {self.softmax_layers}; with num_hidden_layers {self.num_hidden_layers} its numbers must "
+                f"be from 0 to {self.num_hidden_layers - 1}."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; allowed are {', '.join(sorted(ACT2FN))}.")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
+            value = getattr(self, name, None)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; it must be a probability in [0, 1).")
+
+
+def _normalised(name: str, value: Any, owner: type) -> Any:
+    if name == "softmax_layers":
+        return _sorted_layers(value)
+    if name not in SPELLINGS or not isinstance(value, str):
+        return value
+    allowed = SPELLINGS[name]
+    if value.lower() not in allowed:
+        raise ValueError(
+            f"{name} is {value!r} in {owner.__name__}; allowed are {', '.join(map(repr, allowed))}, in any case."
+        )
+    value = allowed[value.lower()]
+    if name == "order" and value == "s" and "order" not in owner.__dataclass_fields__:
+        raise ValueError(f"order is 's' in {owner.__name__}; text is one-dimensional, so only 'normal' is allowed.")
+    return value
+
+
+def _sorted_layers(value: Any) -> list[int]:
+    value = [] if value is None else value
+    if not isinstance(value, (list, tuple, range)) or any(type(layer) is not int or layer < 0 for layer in value):
+        raise ValueError(
+            f"softmax_layers is {value!r}; it must be a list of layer numbers, whole and counted from 0 at the embeddings "
+            "([0, 1] are the first two; negative numbers are not taken)."
+        )
+    if len(set(value)) < len(value):
+        raise ValueError(f"softmax_layers is {value!r}; it must name each layer once.")
+    return sorted(value)
+
+
+@strict
+class LionConfig(_LionOptions, PreTrainedConfig):
+    r"""Configuration of [`LionModel`] and its heads: BERT with its attention replaced by LION (arXiv 2502.16249).
+
+    The defaults are BERT-base's shape with LION-S. Besides the options of `BertConfig`:
+
+    Args:
+        mask_type (`str`, defaults to `"selective"`):
+            `"lit"` (no decay), `"decay"` (one learned decay per head) or `"selective"` (a decay per token and head).
+            The authors' spellings `"Lit"`, `"Decay"`, `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"` mean the same.
+        format (`str`, defaults to `"auto"`):
+            How the same function is computed: `"attention"` (quadratic), `"chunk"` (linear time), `"rnn"` (linear time,
+            constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time.
+        chunk_size (`int`, defaults to 64):
+            Most tokens in one chunk of the chunk and rnn forms.
+        pos_emb (`bool`, *optional*):
+            Learned absolute positions. By default only for `"lit"`; the other two tell positions by their decay.
+        layer_norm_after (`bool`, *optional*):
+            LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`.
+        attention_probs_dropout_prob (`float`, defaults to 0.0):
+            Dropout on the attention matrix in training. Only the attention form has that matrix: with `format="auto"`
+            it is chosen, with `"rnn"` or `"chunk"` training raises an error. Softmax layers apply it in every format.
+        softmax_layers (`list[int]`, defaults to none):
+            Layers, counted from 0, that keep softmax attention: a hybrid encoder. They have no decay, no
+            `layer_norm_after` and quadratic time, whatever the format.
+        unpad (`bool`, *optional*):
+            Take the padding at the left and right ends of rows out before the first layer and put zeros in its place
+            after the last. Real tokens, pooled rows and their gradients are the same (a row of padding alone keeps its
+            first token); only outputs at padded positions differ. By default in training on a CPU, outside
+            `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average (3 at base width);
+            `True`: in every batch, `False`: in none. Never where the hidden states of all layers, attentions or attention
+            dropout are asked for, which need the batch as it is, nor in float16 and exported graphs. Can be changed at any time.
+        classifier_dropout (`float`, *optional*):
+            Dropout before the classification heads; `hidden_dropout_prob` by default.
+
+    Raises an error that names the option, the value and what is allowed when a value does not fit.
+
+    ```python
+    >>> from lion_hf import LionConfig, LionForMaskedLM
+
+    >>> config = LionConfig(mask_type="decay", num_hidden_layers=2)
+    >>> model = LionForMaskedLM(config)
+    ```"""
+
+    model_type = "lion"
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.0
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    classifier_dropout: float | int | None = None
+    tie_word_embeddings: bool = True
+    mask_type: str = "selective"
+    format: str = "auto"
+    chunk_size: int = 64
+    pos_emb: bool | None = None
+    layer_norm_after: bool | None = None
+    softmax_layers: Any = ()  # a list of int, checked at every assignment
+    unpad: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        order = kwargs.pop("order", None)  # refused unless it means nothing here
+        if order is not None:
+            _normalised("order", order, type(self))
+        if self.pos_emb is None:
+            self.pos_emb = self.mask_type == "lit"
+        if self.layer_norm_after is None:
+            self.layer_norm_after = self.mask_type == "lit"
+        super().__post_init__(**kwargs)
+
+    def validate_shape(self):
+        """Raises ValueError for sizes that do not fit together."""
+        self._check_shape()
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id is {self.pad_token_id}; it must be None or a token of the vocabulary, 0 to "
+                f"{self.vocab_size - 1} (vocab_size - 1)."
+            )
+
+
+# Options of `LionBackbone` alone: config.json names them only where they differ from this.
+_BACKBONE_DEFAULTS = {"out_features": None, "out_indices": None, "apply_layernorm": True}
+
+
+@strict
+class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
+    r"""Configuration of [`LionVisionModel`], its heads and [`LionBackbone`] (arXiv 2502.16249).
+
+    The defaults are the base size (patch 16, 224 pixels) with LION-S. Besides the options of `ViTConfig`:
+
+    Args:
+        mask_type, format, chunk_size, softmax_layers:
+            As in [`LionConfig`].
+        order (`str`, defaults to `"normal"`):
+            `"normal"` reads patches row by row; `"s"` averages two snake scans, along rows and along columns (the
+            natural variants of the paper). Without decay it changes nothing.
+        pos_emb (`bool`, defaults to `False`):
+            Add a learned position table. Without it, any image size divisible by `patch_size` is accepted.
+        cls_tok (`bool`, defaults to `False`):
+            Classify from the class token; otherwise from the mean over all tokens, class token included.
+        drop_path_rate (`float`, defaults to 0.0):
+            Stochastic depth of the last block; earlier blocks have linearly less.
+        attention_probs_dropout_prob (`float`, defaults to 0.0):
+            Applied in softmax layers only: the image models of the paper have no attention dropout.
+        out_features (`list[str]`, *optional*):
+            [`LionBackbone`] returns the feature maps of these stages, in ascending order: `"stem"` (the embeddings),
+            `"stage1"`, ... `"stageN"` (the output of each layer). The last stage by default.
+        out_indices (`list[int]`, *optional*):
+            The same by number: 0 is the stem, negative numbers count from the end.
+        apply_layernorm (`bool`, defaults to `True`):
+            Whether [`LionBackbone`] passes the feature maps through the final LayerNorm.
+
+    ```python
+    >>> from lion_hf import LionForImageClassification, LionVisionConfig
+
+    >>> config = LionVisionConfig(mask_type="decay", order="s", num_hidden_layers=2)
+    >>> model = LionForImageClassification(config)
+    ```"""
+
+    model_type = "lion_vision"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    mask_type: str = "selective"
+    format: str = "auto"
+    chunk_size: int = 64
+    order: str = "normal"
+    pos_emb: bool = False
+    cls_tok: bool = False
+    softmax_layers: Any = ()  # a list of int, checked at every assignment
+    apply_layernorm: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        super().__post_init__(**kwargs)
+        if out_features is not None or out_indices is not None:
+            self.set_output_features_output_indices(out_features, out_indices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers; options of backbones are left out where nobody chose them."""
+        output = super().to_dict()
+        return {k: v for k, v in output.items() if k not in _BACKBONE_DEFAULTS or v != _BACKBONE_DEFAULTS[k]}
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of what [`LionBackbone`] can return: the embeddings, then each layer's output."""
+        return ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
+
+    @property
+    def encoder_stride(self) -> int:
+        """Pixels in a side of what the decoder of [`LionForMaskedImageModeling`] makes of one token: `patch_size`."""
+        return self.patch_size
+
+    @encoder_stride.setter
+    def encoder_stride(self, value: int) -> None:
+        if value != self.patch_size:
+            raise ValueError(
+                f"encoder_stride is {value}, but patch_size is {self.patch_size}; the reconstruction has the size of the "
+                "image only if they are equal. Leave encoder_stride out: it follows patch_size."
+            )
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches in a column and in a row of an image of the configured size."""
+        height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    def validate_shape(self):
+        """Raises ValueError for sizes that do not fit together."""
+        self._check_shape()
+        sides = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
+        if (not isinstance(self.image_size, int) and len(sides) != 2) or any(
+            s < 1 or s % self.patch_size for s in sides
+        ):
+            raise ValueError(
+                f"image_size {self.image_size} is not divisible by patch_size {self.patch_size}; give one side or "
+                "(height, width), each a positive multiple of patch_size."
+            )
+
+
+def _presets() -> dict[str, dict[str, Any]]:
+    variants = {"lit": "lit", "d": "decay", "s": "selective"}
+    text = {"base": (768, 12, 12), "large": (1024, 24, 16)}
+    image = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
+    presets = {}
+    for short, mask_type in variants.items():
+        for size, (width, layers, heads) in text.items():
+            presets[f"lion-{short}-{size}"] = {"vocab_size": 30528} | _sizes(mask_type, width, layers, heads)
+        for size, (width, layers, heads) in image.items():
+            for order in ("normal", "s") if short != "lit" else ("normal",):
+                name = f"lion-{short}-{size}-patch16-224" + ("-snake" if order == "s" else "")
+                fixed = {"patch_size": 16, "image_size": 224, "order": order, "num_labels": 1000}
+                presets[name] = fixed | _sizes(mask_type, width, layers, heads)
+    return presets
+
+
+def _sizes(mask_type: str, width: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "mask_type": mask_type,
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": 4 * width,
+    }
+
+
+# Every model of the paper by name: 6 text encoders and 15 image encoders.
+PRESETS: dict[str, dict[str, Any]] = _presets()
+
+__all__ = ["PRESETS", "LionConfig", "LionVisionConfig"]

@@ -1,0 +1,83 @@
+"""lion_hf.training as a package: loaded only where it is asked for, one way of dependencies, and what it needs."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lion_hf
+from lion_hf import training
+from lion_hf.training import glue
+
+
+FOLDER = Path(training.__file__).parent
+FILES = sorted(FOLDER.rglob("*.py"))
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def documented_order(package):
+    """Names of modules in the order in which the package's docstring lists them."""
+    names = re.findall(r"`([a-z_]+)`", package.__doc__)
+    folder = Path(package.__file__).parent
+    return [name for name in names if (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()]
+
+
+def imports(file):
+    """(level, module) of each relative import, and (0, module) of the others, wherever they stand."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            yield node.level, node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from ((0, alias.name) for alias in node.names)
+
+
+def test_importing_lion_hf_does_not_load_it():
+    unwanted = ("lion_hf.training", "matplotlib")
+    code = f"import sys, lion_hf; print([name for name in sys.modules if name.startswith({unwanted})])"
+    assert python(code).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module, package", [("datasets", "datasets"), ("PIL", "pillow"), ("sklearn", "scikit-learn")])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(module, package):
+    result = python(f"import sys; sys.modules[{module!r}] = None; import lion_hf; import lion_hf.training.trainer")
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1
+    assert last == f"ImportError: lion_hf.training needs {package}: pip install 'lion-hf[train]'"
+
+
+def test_the_extra_holds_every_package_that_is_looked_for():
+    settings = (Path(lion_hf.__file__).parents[2] / "setup.cfg").read_text()
+    extra = re.search(r"^train =\n((?:    .*\n)+)", settings, re.MULTILINE)[1]
+    listed = {re.match(r"[a-z-]+", line.strip())[0] for line in extra.splitlines()}
+    assert listed == {*training._PACKAGES.values(), "kornia"}
+
+
+@pytest.mark.parametrize("package", [training, glue], ids=["training", "glue"])
+def test_modules_import_only_those_before_them(package):
+    order, folder = documented_order(package), Path(package.__file__).parent
+    modules = {file.stem for file in folder.glob("*.py")} | {file.parent.name for file in folder.glob("*/__init__.py")}
+    assert set(order) == modules - {"__init__"} and len(order) == len(set(order)), (
+        "the docstring lists every module once"
+    )
+    for i, name in enumerate(order):
+        if (folder / f"{name}.py").is_file():
+            above = {module.split(".")[0] for level, module in imports(folder / f"{name}.py") if level == 1}
+            assert above <= set(order[:i]), name
+
+
+def test_nothing_above_is_imported_and_nothing_is_printed():
+    """The package as a whole gives its version alone; what else is needed comes from the module that defines it."""
+    for file in FILES:
+        text = file.read_text(encoding="utf-8")
+        depth = len(file.relative_to(FOLDER).parts)
+        names = {module for level, module in imports(file) if level == depth + 1}
+        assert names <= {"", "convert", "models.configuration_lion"}, file
+        assert not any(module.startswith("lion_hf") for level, module in imports(file) if level == 0), file
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        assert not any(isinstance(call.func, ast.Name) and call.func.id == "print" for call in calls), file
