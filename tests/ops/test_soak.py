@@ -14,9 +14,8 @@ from small_models import FORMS, VARIANTS, spread_decays, text_config, text_input
 
 import lion_hf
 from lion_hf import bidirectional_linear_attention
-from lion_hf.ops.api import averaged_scans
 from lion_hf.ops.reference import textbook
-from lion_hf.ops.scans import snake_orders
+from lion_hf.ops.scans import averaged_scans, snake_orders
 
 
 KINDS = ("none", "head", "token")
