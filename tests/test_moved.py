@@ -3,6 +3,7 @@
 import importlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -53,6 +54,12 @@ def said(caught):
 
 def test_the_table_names_every_module_of_0_1():
     assert sorted(_moved.MOVED) == OLD
+
+
+def test_the_changelog_tells_where_each_module_is_now():
+    changes = (Path(__file__).parents[1] / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"`([\w.]+)`", line) for line in changes.splitlines() if line.startswith("| `lion_hf.")]
+    assert rows == [[f"lion_hf.{name}", *_moved.targets(f"lion_hf.{name}")] for name in _moved.MOVED]
 
 
 @pytest.mark.parametrize("name", OLD)
