@@ -96,5 +96,6 @@ def test_the_api_page_holds_every_public_name_with_its_docstring(tmp_path):
         assert f'id="{name}"' in page
     assert "Bidirectional linear attention with a decay mask" in page
     assert "<strong>chunk_size" in page  # arguments are a list, not a paragraph
-    convert = (tmp_path / "lion_hf" / "convert.html").read_text(encoding="utf-8")
-    assert all(f'id="{name}"' in convert for name in lion_hf.convert.__all__)
+    for module in (lion_hf.nn, lion_hf.ops, lion_hf.convert):
+        page = tmp_path.joinpath(*module.__name__.split(".")).with_suffix(".html").read_text(encoding="utf-8")
+        assert all(f'id="{name}"' in page for name in module.__all__), module

@@ -133,7 +133,7 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     input_modalities = ("image",)
     _input_embed_layer = "patch_embeddings"
     _no_split_modules = ["LionVisionEmbeddings", "LionVisionLayer"]
-    _can_record_outputs = {"hidden_states": LionVisionLayer, "attentions": TokenMixer}
+    _can_record_outputs = {"hidden_states": LionLayer, "attentions": TokenMixer}
 
     @torch.no_grad()
     def _init_weights(self, module):
