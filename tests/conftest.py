@@ -26,7 +26,7 @@ torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen_imports():
-    """What the libraries hold for good is not searched again: every Trainer collects garbage, .6 s each time otherwise."""
+    """Freezes the objects of imported libraries: every Trainer collects garbage, which takes 0.6 s otherwise."""
     gc.collect()
     gc.freeze()
 

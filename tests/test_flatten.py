@@ -31,7 +31,7 @@ def text_of(module):
     return (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text(encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------------- our files
+# ------------------------------------------------------------------------------------------------------------ our files
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -284,7 +284,7 @@ def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
         flat_files("lion_hf.models.modeling_lion", [first, second])
 
 
-# ------------------------------------------------------------------------------------- the package and a copy of its code
+# ----------------------------------------------------------------------------------- the package and a copy of its code
 
 MEETING = """
 import os, sys, torch

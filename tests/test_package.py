@@ -63,7 +63,8 @@ def test_what_needs_transformers_says_so_where_it_is_not_installed():
         "    try:\n"
         "        getattr(lion_hf, name)\n"
         "    except ImportError as error:\n"
-        "        assert f'lion_hf.{name} needs Transformers' in str(error) and 'pip install transformers' in str(error)\n"
+        "        assert f'lion_hf.{name} needs Transformers' in str(error)\n"
+        "        assert 'pip install transformers' in str(error)\n"
         "    else:\n"
         "        raise AssertionError(name)\n"
         "try:\n"
@@ -80,8 +81,14 @@ def test_what_needs_transformers_says_so_where_it_is_not_installed():
 def test_a_broken_transformers_is_not_taken_for_an_absent_one(tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("import something_it_needs")
-    code = "try:\n    import lion_hf\nexcept ModuleNotFoundError as error:\n    assert error.name == 'something_it_needs'\n"
-    code += "else:\n    raise AssertionError"
+    code = (
+        "try:\n"
+        "    import lion_hf\n"
+        "except ModuleNotFoundError as error:\n"
+        "    assert error.name == 'something_it_needs'\n"
+        "else:\n"
+        "    raise AssertionError"
+    )
     path = os.pathsep.join([str(tmp_path), str(ROOT.parent)])
     run(code, env=os.environ | {"PYTHONPATH": path})
 
@@ -90,7 +97,8 @@ def test_the_import_alone_is_enough_for_auto_classes_and_is_silent():
     code = (
         "import lion_hf, lion_hf.convert.command\n"  # no old path of 0.1 either: it would warn
         "from transformers import AutoConfig, AutoModelForMaskedLM\n"
-        "config = AutoConfig.for_model('lion', vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
+        "sizes = {'vocab_size': 9, 'hidden_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 2}\n"
+        "config = AutoConfig.for_model('lion', **sizes)\n"
         "assert isinstance(AutoModelForMaskedLM.from_config(config), lion_hf.LionForMaskedLM)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}

@@ -167,7 +167,7 @@ def test_the_code_of_a_folder_is_renewed_by_saving_it_again(with_code, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------ Trainer and PEFT
+# ----------------------------------------------------------------------------------------------------- Trainer and PEFT
 
 
 def test_trainer_resumes_and_reaches_the_same_weights(tmp_path):

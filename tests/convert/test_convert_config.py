@@ -1,4 +1,4 @@
-"""The configuration comes from the file as far as it tells; what it does not tell is asked, contradictions are errors."""
+"""The configuration comes from the file as far as it tells; the rest is asked for, and contradictions are errors."""
 
 import argparse
 

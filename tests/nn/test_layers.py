@@ -25,7 +25,7 @@ def example(title):
     return defined
 
 
-# ------------------------------------------------------------------------------------------------- the documented models
+# ------------------------------------------------------------------------------------------------ the documented models
 
 
 def test_the_plain_classifier_knows_no_padding():
@@ -56,7 +56,7 @@ def test_a_padded_signal_is_encoded_as_it_is_alone():
     torch.testing.assert_close(tokens[1, real[1]], alone[0], rtol=1e-9, atol=1e-12)
 
 
-# ------------------------------------------------------------------------------------------------- the layers of the models
+# --------------------------------------------------------------------------------------------- the layers of the models
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -44,7 +44,7 @@ def model_of(kind, mask_type, **options):
     return lion_hf.LionForImageClassification(vision_config(mask_type, **options)).double().eval()
 
 
-# ------------------------------------------------------------------------------------------------------- what it computes
+# ----------------------------------------------------------------------------------------------------- what it computes
 
 
 @pytest.mark.parametrize("mask_type", OWN)
@@ -163,7 +163,7 @@ def test_an_unknown_variant_at_load_names_the_way_to_register_one(tmp_path):
         VARIANTS["gated_key"] = entry
 
 
-# ------------------------------------------------------------------------------------------------ starts, cards and runs
+# ----------------------------------------------------------------------------------------------- starts, cards and runs
 
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}

@@ -76,7 +76,7 @@ def test_curves_equal_the_reference(side):
 @pytest.mark.parametrize("form", ["attention", "chunk", "rnn"])
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 4), (5, 2)])
 def test_scans_are_averaged_as_the_mean_of_their_masks(height, width, form, decay):
-    """Against the textbook: each mask along its curve, both put back in raster order, one division; with all gradients."""
+    """Against the textbook: each mask along its curve, put back in raster order, one division; with all gradients."""
     length, heads = 1 + height * width, 2
     query, key = (torch.rand(2, heads, length, 3, dtype=torch.float64) for _ in range(2))
     shape = (heads,) if decay == "head" else (2, heads, length)

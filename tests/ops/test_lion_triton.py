@@ -321,8 +321,8 @@ def test_grids_hold_very_long_texts(monkeypatch):
     ],
 )
 def test_kernels_compile_for_a_gpu_that_is_not_there(options):
-    """The interpreter takes more than the compiler does. No kernel needs more registers than there are by much, nor more
-    shared memory than a Hopper GPU has."""
+    """The interpreter takes more than the compiler does. No kernel needs more registers than there are by much, nor
+    more shared memory than a Hopper GPU has."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parents[2] / "benchmarks/kernel_resources.py"
     command = [sys.executable, "-W", "ignore", str(script), *options]

@@ -30,7 +30,7 @@ def _table(*rows: tuple[Any, ...]) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as tables: what the source is, the configuration, the names of the weights, what is dropped; and its notes."""
+    """The plan as tables: the source, the configuration, the names of the weights, what is dropped; and its notes."""
     model = plan.model
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.state_dict().values()})
     summary = [
