@@ -53,8 +53,8 @@ class LionVisionPatchEmbeddings(nn.Module):
         height, width = pixel_values.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"The image is {height} x {width} pixels, which patch_size {self.patch_size} does not divide. Resize or "
-                "crop both sides to a multiple of it."
+                f"The image is {height} x {width} pixels, which patch_size {self.patch_size} does not divide. Resize "
+                "or crop both sides to a multiple of it."
             )
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
@@ -110,8 +110,8 @@ class LionVisionEmbeddings(nn.Module):
         if not interpolate:
             sides = [n * self.patch_size for n in (*grid, *self.grid_size)]
             raise ValueError(
-                f"The image is {sides[0]} x {sides[1]} pixels, but the position table was made for {sides[2]} x {sides[3]}. "
-                "Resize the image or pass interpolate_pos_encoding=True."
+                f"The image is {sides[0]} x {sides[1]} pixels, but the position table was made for "
+                f"{sides[2]} x {sides[3]}. Resize the image or pass interpolate_pos_encoding=True."
             )
         table = self.position_embeddings[:, 1:].unflatten(1, self.grid_size).permute(0, 3, 1, 2)
         table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
@@ -286,7 +286,7 @@ class LionForMaskedImageModeling(LionVisionPreTrainedModel):
 
 
 def _grid_features(hidden_states: Tensor, pixel_values: Tensor, patch_size: int) -> Tensor:
-    """Tokens (batch, 1 + rows * columns, channels) as a map (batch, channels, rows, columns), without the class token."""
+    """Tokens (batch, 1 + rows * columns, channels) as a map (batch, channels, rows, columns), class token removed."""
     grid = tuple(side // patch_size for side in pixel_values.shape[2:])
     return hidden_states[:, 1:].transpose(1, 2).unflatten(2, grid)
 

@@ -1,4 +1,4 @@
-"""A stack of blocks over tokens: of text, of images, of anything else. Masks, packing and unpadding are settled here."""
+"""A stack of blocks over tokens: of text, images or anything else. Masks, packing and unpadding are settled here."""
 
 from collections.abc import Callable, Iterable, Sequence
 
