@@ -8,8 +8,8 @@ of its own chunk directly and all that lies beyond through two states, one from 
     scan      turns what the chunks send into what reaches each of them
     mix       the outputs of one tile of rows
 
-A chunk as long as the text has no states, and the chunk form *is* the full form, in one launch (two for LION-S). LION-LIT
-has no decay: beyond one chunk its states are one sum over the whole text, and `mix` reads nothing else.
+A chunk as long as the text has no states, and the chunk form *is* the full form, in one launch (two for LION-S).
+LION-LIT has no decay: beyond one chunk its states are one sum over the whole text, and `mix` reads nothing else.
 
 Between a tile I of rows and a tile J of columns the mask is a row scale times a column scale, so that only tiles on the
 diagonal take an exponential per element. With the sums a, b of a tile (of its gates e exclusive and f inclusive: a = e,
@@ -20,8 +20,8 @@ b = f, and a = f, b = e for the transposed mask), its total G and "between", the
     J right of I   exp(G_I - b_i) * exp(between + b_j)
 
 and every exponent is <= 0. The backward pass runs the same kernels, since the operator is closed under differentiation:
-with dP_ij = r_i (dy_i . v_j + delta_i), where r = 1 / (s c + eps) and delta_i = -dy_i . y_i if normalised (else r = 1 and
-delta the gradient of the denominator; y is rounded to its dtype, as in other fused kernels),
+with dP_ij = r_i (dy_i . v_j + delta_i), where r = 1 / (s c + eps) and delta_i = -dy_i . y_i if normalised (else r = 1
+and delta the gradient of the denominator; y is rounded to its dtype, as in other fused kernels),
 
     dq = mix(dy, v, k; M)      dk = mix(v, dy, q; M^T)      dv = mix(k, q, dy; M^T)
 
@@ -48,6 +48,7 @@ from .parts import (
     diagonal_only,
     diagonal_tile,
     divide,
+    from_side,
     load_columns,
     load_gates,
     load_numbers,
@@ -55,7 +56,6 @@ from .parts import (
     load_tokens,
     of_head,
     product,
-    read_state,
     span,
     store_rows,
     store_split,
@@ -64,7 +64,6 @@ from .parts import (
     tile_sums,
     tl,
     triton,
-    walk_tiles,
 )
 
 
@@ -151,7 +150,7 @@ def states_kernel(
 def scan_kernel(
     states, chunk_totals, borders, heads, chunks, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr
 ):
-    """In place, on (chunks, H, sides, SIZE): what reaches each chunk from the left (side 0) and from the right (side 1).
+    """In place, on (chunks, H, sides, SIZE): what reaches each chunk from the left (side 0) and the right (side 1).
     Without decay the sum over a sequence, in the place of its first chunk."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     side, sides = tl.program_id(2), tl.num_programs(2)
@@ -191,9 +190,10 @@ def mix_kernel(
     (B, H, 3, L), takes reference_i . out_i from the left, from the right, and of the latter the state's part."""
     tile, head = tl.program_id(0), tl.program_id(1)
     all_tiles, heads = tl.num_programs(0), tl.num_programs(1)
-    chunk = tile // tiles
+    chunk, own = tile // tiles, tile % tiles
     batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
-    begin = start + (tile % tiles) * TILE
+    sender = (first if DECAY == 0 else chunk).to(tl.int64) * heads + head
+    begin = start + own * TILE
     if begin >= stop:
         return
     plane = (batch * heads + head).to(tl.int64) * length
@@ -221,26 +221,18 @@ def mix_kernel(
         mixed += product(own_scores, z_own, PRECISION) if split is None else diagonal_only(own_scores, z_own, TILE)
 
     for side in tl.static_range(0, 1 if DECAY == 0 else 2):  # left, right; without decay everything at once
-        part, part_sum, between = walk_tiles(
-            x_tile, y, z, states, bias, weight, key_mask, decay, sums, totals, y_l, z_l, decay_l, tile, tile % tiles, start, stop,
-            length, row_bias, WIDTH_X, WIDTH_Z, BLOCK_X, BLOCK_Z, TILE, DECAY, TRANSPOSED, PRECISION, side,
+        part, part_sum, read = from_side(
+            x_tile, y, z, states, bias, weight, key_mask, decay, sums, totals, y_l, z_l, decay_l, tile, own, start,
+            stop, length, sender, row_bias, WIDTH_X, WIDTH_Z, BLOCK_X, BLOCK_Z, TILE, DECAY, TRANSPOSED, FLIPPED,
+            RESULT, PRECISION, side,
         )  # fmt: skip
-        read = part
-        if states is not None:
-            sender = (first if DECAY == 0 else chunk).to(tl.int64) * heads + head
-            read, read_sum = read_state(
-                x_tile, states, bias, sender, row_bias, between, WIDTH_X, WIDTH_Z, BLOCK_X, BLOCK_Z,
-                DECAY, TRANSPOSED, FLIPPED, RESULT, PRECISION, side,
-            )  # fmt: skip
-            part += read
-            part_sum += read_sum
         side_scale = row_scale if DECAY == 0 else row_scale * tl.exp(from_left if side == 0 else from_right)
         part *= side_scale[:, None]
         row_sum += part_sum * side_scale
         if split is not None:
             part += strict_half(own_scores, z_own, side, TILE, PRECISION)
             target = load_tokens(reference, rows, kept, reference_l, WIDTH_Z, BLOCK_Z).to(tl.float32)
-            store_split(split, target, part, read, states, side_scale, scale, length, rows, stop, side)
+            store_split(split, states, target, part, read, side_scale, scale, length, rows, stop, side)
         mixed += part
 
     mixed, row_sum = divide(mixed, row_sum, scale, eps, RESULT == 1)

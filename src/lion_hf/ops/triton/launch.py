@@ -62,6 +62,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(batch: int, length: int, cu_seqlens: Tensor | None, full: bool, largest: int) -> _Layout:
+    """Cuts a batch of texts, or a row of packed sequences, into tiles of at most `largest` tokens and into chunks."""
     tile = min(largest, max(16, triton.next_power_of_2(length)))
     tiles = triton.cdiv(length if full else min(_CHUNK, length), tile)
     size = tiles * tile
@@ -86,6 +87,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Strides of batch, head and token of a (batch, heads, length, ...) tensor."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
@@ -96,6 +98,7 @@ def _heads_last(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def _block(width: int) -> int:
+    """The power of two that holds so many features: products take 16 at least."""
     return max(16, triton.next_power_of_2(width))
 
 
@@ -135,6 +138,7 @@ class _Operator:
         return self.layout.all_chunks * programs_per_chunk, self.heads
 
     def _sum(self) -> None:
+        """Makes `sums`, (batch, heads, 2, length), and `totals`, (heads, tiles, 2), of the gates."""
         layout = self.layout
         self.sums = self.decay.new_empty(self.batch, self.heads, 2, self.length, dtype=torch.float32)
         self.totals = self.decay.new_empty(self.heads, layout.all_chunks * layout.tiles, 2, dtype=torch.float32)
@@ -154,8 +158,8 @@ class _Operator:
             self.chunk_totals = y.new_empty(layout.all_chunks, self.heads, dtype=torch.float32)
         blocks = _block(y.shape[-1]), _block(z.shape[-1])
         states_kernel[self._grid(1)](
-            y, z, states, self.chunk_totals, bias, weight, self.key_mask, self.decay, self.sums, self.totals, layout.table,
-            *_strides(y), *_strides(z), *self.decay_strides, self.length, layout.chunks, layout.tiles,
+            y, z, states, self.chunk_totals, bias, weight, self.key_mask, self.decay, self.sums, self.totals,
+            layout.table, *_strides(y), *_strides(z), *self.decay_strides, self.length, layout.chunks, layout.tiles,
             WIDTH_Y=y.shape[-1], WIDTH_Z=z.shape[-1], BLOCK_Y=blocks[0], BLOCK_Z=blocks[1], TILE=layout.tile,
             DECAY=self.kind, TRANSPOSED=transposed, PRECISION=self.precision, **self.resources,
         )  # fmt: skip
@@ -170,19 +174,21 @@ class _Operator:
         self, x, y, z, out, states, *, flipped=False, transposed=False, bias=None, weight=None,
         result=NUMERATOR, eps=0.0, row_sums=None, reference=None, split=None,
     ) -> None:  # fmt: skip
-        """Fills `out`, which lies as `_heads_last` makes it, and `row_sums` and `split` where given. `flipped`: x has the
-        width of values, not of queries."""
+        """Fills `out`, which lies in memory as `_heads_last` makes it, and `row_sums` and `split` where given.
+        `flipped`: x has the width of values, not of queries."""
         layout, width_x, width_z = self.layout, x.shape[-1], z.shape[-1]
         blocks = _block(width_x), _block(width_z)
         mix_kernel[self._grid(layout.tiles)](
-            x, y, z, out, row_sums, states, bias, weight, self.key_mask, self.decay, self.sums, self.totals, layout.table,
-            reference, split, *_strides(x), *_strides(y), *_strides(z), *self.decay_strides, *_strides(reference),
+            x, y, z, out, row_sums, states, bias, weight, self.key_mask, self.decay, self.sums, self.totals,
+            layout.table, reference, split,
+            *_strides(x), *_strides(y), *_strides(z), *self.decay_strides, *_strides(reference),
             self.length, layout.chunks, layout.tiles, self.scale, eps,
             WIDTH_X=width_x, WIDTH_Z=width_z, BLOCK_X=blocks[0], BLOCK_Z=blocks[1], TILE=layout.tile, DECAY=self.kind,
             TRANSPOSED=transposed, FLIPPED=flipped, RESULT=result, PRECISION=self.precision, **self.resources,
         )  # fmt: skip
 
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:
+        """-d_out_i . out_i, (batch, heads, length)."""
         delta = out.new_empty(self.batch, self.heads, self.length, dtype=torch.float32)
         width, tile = self.value_dim, self.layout.tile
         tiles = triton.cdiv(self.length, tile)
@@ -193,6 +199,7 @@ class _Operator:
         return delta
 
     def gate_gradient(self, query_split, key_split, states, query_states, biased: bool) -> Tensor:
+        """The gradient of the log-decays, (batch, heads, length), from the splits that `mix` has filled."""
         layout, size = self.layout, self.head_dim * self.value_dim
         out = query_split.new_empty(self.batch, self.heads, self.length)
         gate_gradient_kernel[self._grid(1)](
@@ -356,8 +363,8 @@ def fused_linear_attention(
     result: str,
     full: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The operator on a GPU, in the full form or in chunks. Other arguments as in `bidirectional_linear_attention`, which
-    has checked them; `result` is "numerator", "normalized" or "both"."""
+    """The operator on a GPU, in the full form or in chunks. Other arguments as in `bidirectional_linear_attention`,
+    which has checked them; `result` is "numerator", "normalized" or "both"."""
     kind = ("numerator", "normalized", "both").index(result)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(query.device)
     out, row_sums = _mix(query, key, value, log_decay, key_mask, cu_seqlens, scale, float(eps), kind, full)

@@ -1,8 +1,10 @@
 """Parts of the fused GPU kernels, in Triton: what kernels.py puts together, and explains in its head.
 
-Pointers are those of one head of one row of the batch ("moved" there by the kernels), unless a part takes a batch. TILE is
-the number of tokens in a tile, BLOCK the power of two that holds WIDTH features. PRECISION says what factors of products
-are rounded to: "bf16", "tf32", or "ieee" (float32). Arguments stand in the order of `mix_kernel`.
+Pointers are those of one head of one row of the batch, where the kernels move them, unless a part takes a batch.
+TILE is the number of tokens in a tile, BLOCK the power of two that holds WIDTH features. PRECISION says what factors
+of products are rounded to: "bf16", "tf32", or "ieee" (float32). Arguments stand in the order of `mix_kernel`.
+
+Triton before 3.3 takes no tuples as arguments, which is why the lists of arguments are long.
 """
 
 try:
@@ -86,8 +88,8 @@ def load_rows(
 
 @triton.jit
 def load_columns(
-    y, z, bias, weight, key_mask, y_l, z_l, columns, stop,
-    WIDTH_Y: tl.constexpr, WIDTH_Z: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_Z: tl.constexpr, TRANSPOSED: tl.constexpr,
+    y, z, bias, weight, key_mask, y_l, z_l, columns, stop, WIDTH_Y: tl.constexpr, WIDTH_Z: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_Z: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
     """Tokens as columns: their y, (TILE, BLOCK_Y), their z, (TILE, BLOCK_Z), their scale and bias, (TILE,) each.
 
@@ -190,7 +192,7 @@ def diagonal_tile(
 
 @triton.jit
 def strict_half(scores, z_tile, SIDE: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
-    """What the tokens of the diagonal tile add to the rows on one SIDE of them: left (0) or right (1); (TILE, BLOCK_Z)."""
+    """What the rows of the diagonal tile get from its tokens on one SIDE: left (0) or right (1); (TILE, BLOCK_Z)."""
     index = tl.arange(0, TILE)
     if SIDE == 0:
         strict = index[:, None] > index[None, :]
@@ -205,47 +207,6 @@ def diagonal_only(scores, z_tile, TILE: tl.constexpr):
     index = tl.arange(0, TILE)
     itself = tl.sum(tl.where(index[:, None] == index[None, :], scores, 0.0), 1)
     return itself[:, None] * z_tile.to(tl.float32)
-
-
-@triton.jit
-def walk_tiles(
-    x_tile, y, z, states, bias, weight, key_mask, decay, sums, totals, y_l, z_l, decay_l, tile, own, start, stop, length,
-    row_bias, WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Z: tl.constexpr,
-    TILE: tl.constexpr, DECAY: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, SIDE: tl.constexpr,
-):  # fmt: skip
-    """What the chunk's tiles on one SIDE (0 left, 1 right) send to that edge of a tile of rows, (TILE, BLOCK_Z), their row
-    sums, (TILE,), and their log-decay, a number. Without decay all tiles send, or none where states hold them."""
-    part = tl.zeros((TILE, BLOCK_Z), tl.float32)
-    part_sum = tl.zeros_like(row_bias)
-    between = 0.0
-    used = tl.cdiv(stop - start, TILE)
-    if DECAY == 0:
-        nearest, steps, direction = 0, used if states is None else 0, 1
-    elif SIDE == 0:
-        nearest, steps, direction = own - 1, own, -1
-    else:
-        nearest, steps, direction = own + 1, used - 1 - own, 1
-    for step in range(0, steps):
-        other = nearest + direction * step
-        other_begin = start + other * TILE
-        y_tile, z_tile, column_scale, column_bias = load_columns(
-            y, z, bias, weight, key_mask, y_l, z_l, other_begin + tl.arange(0, TILE), stop,
-            WIDTH_X, WIDTH_Z, BLOCK_X, BLOCK_Z, TRANSPOSED,
-        )  # fmt: skip
-        if DECAY != 0:
-            a, a_rest, b, b_rest, total, total_rest = tile_sums(
-                decay, sums, totals, decay_l, tile - own + other, other_begin, stop, length, TILE, DECAY, TRANSPOSED
-            )
-            if SIDE == 0:
-                column_scale *= tl.exp(between + ((total - a) + (total_rest - a_rest)))
-            else:
-                column_scale *= tl.exp(between + (b + b_rest))
-            between += total + total_rest
-        scores = pair_scores(x_tile, y_tile, row_bias, column_bias, PRECISION)
-        scores *= column_scale[None, :]
-        part_sum += tl.sum(scores, 1)
-        part += product(scores, z_tile, PRECISION)
-    return part, part_sum, between
 
 
 # ------------------------------------------------------------------------------------------------ states
@@ -273,8 +234,8 @@ def store_state(
 
 @triton.jit
 def crossing_pairs(keys, queries, SIZE: tl.constexpr, USED: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum over the pairs that cross a chunk, a number, from what reaches it on both sides, (2, SIZE): keys from the left with
-    queries from the right, and the other way round."""
+    """Sum over the pairs that cross a chunk, a number, from what reaches it on both sides, (2, SIZE): keys from the
+    left with queries from the right, and the other way round."""
     total = 0.0
     for begin in range(0, USED, BLOCK):
         entry = begin + tl.arange(0, BLOCK)
@@ -310,12 +271,80 @@ def read_state(
     return read * tl.exp(between), read_sum
 
 
+# ------------------------------------------------------------------------------------------------ one side of a tile
+
+
+@triton.jit
+def walk_tiles(
+    x_tile, y, z, states, bias, weight, key_mask, decay, sums, totals, y_l, z_l, decay_l, tile, own, start, stop,
+    length, row_bias, WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Z: tl.constexpr,
+    TILE: tl.constexpr, DECAY: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, SIDE: tl.constexpr,
+):  # fmt: skip
+    """What the chunk's tiles on one SIDE (0 left, 1 right) send to that edge of a tile of rows, (TILE, BLOCK_Z), their
+    row sums, (TILE,), and their log-decay, a number. Without decay all tiles send, or none where states hold them."""
+    part = tl.zeros((TILE, BLOCK_Z), tl.float32)
+    part_sum = tl.zeros_like(row_bias)
+    between = 0.0
+    used = tl.cdiv(stop - start, TILE)
+    if DECAY == 0:
+        nearest, steps, direction = 0, used if states is None else 0, 1
+    elif SIDE == 0:
+        nearest, steps, direction = own - 1, own, -1
+    else:
+        nearest, steps, direction = own + 1, used - 1 - own, 1
+    for step in range(0, steps):
+        other = nearest + direction * step
+        other_begin = start + other * TILE
+        y_tile, z_tile, column_scale, column_bias = load_columns(
+            y, z, bias, weight, key_mask, y_l, z_l, other_begin + tl.arange(0, TILE), stop,
+            WIDTH_X, WIDTH_Z, BLOCK_X, BLOCK_Z, TRANSPOSED,
+        )  # fmt: skip
+        if DECAY != 0:
+            a, a_rest, b, b_rest, total, total_rest = tile_sums(
+                decay, sums, totals, decay_l, tile - own + other, other_begin, stop, length, TILE, DECAY, TRANSPOSED
+            )
+            if SIDE == 0:
+                column_scale *= tl.exp(between + ((total - a) + (total_rest - a_rest)))
+            else:
+                column_scale *= tl.exp(between + (b + b_rest))
+            between += total + total_rest
+        scores = pair_scores(x_tile, y_tile, row_bias, column_bias, PRECISION)
+        scores *= column_scale[None, :]
+        part_sum += tl.sum(scores, 1)
+        part += product(scores, z_tile, PRECISION)
+    return part, part_sum, between
+
+
+@triton.jit
+def from_side(
+    x_tile, y, z, states, bias, weight, key_mask, decay, sums, totals, y_l, z_l, decay_l, tile, own, start, stop,
+    length, sender, row_bias,
+    WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Z: tl.constexpr, TILE: tl.constexpr,
+    DECAY: tl.constexpr, TRANSPOSED: tl.constexpr, FLIPPED: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr,
+    SIDE: tl.constexpr,
+):  # fmt: skip
+    """What reaches the edge of a tile of rows from one SIDE, (TILE, BLOCK_Z), its row sums, (TILE,), and the part of
+    the former that comes from beyond the chunk, (TILE, BLOCK_Z)."""
+    part, part_sum, between = walk_tiles(
+        x_tile, y, z, states, bias, weight, key_mask, decay, sums, totals, y_l, z_l, decay_l, tile, own, start, stop,
+        length, row_bias, WIDTH_X, WIDTH_Z, BLOCK_X, BLOCK_Z, TILE, DECAY, TRANSPOSED, PRECISION, SIDE,
+    )  # fmt: skip
+    if states is None:
+        return part, part_sum, part  # the last is not used
+    else:
+        read, read_sum = read_state(
+            x_tile, states, bias, sender, row_bias, between, WIDTH_X, WIDTH_Z, BLOCK_X, BLOCK_Z,
+            DECAY, TRANSPOSED, FLIPPED, RESULT, PRECISION, SIDE,
+        )  # fmt: skip
+        return part + read, part_sum + read_sum, read
+
+
 # ------------------------------------------------------------------------------------------------ results
 
 
 @triton.jit
 def store_split(
-    split, target, part, read, states, side_scale, scale, length, rows, stop, SIDE: tl.constexpr
+    split, states, target, part, read, side_scale, scale, length, rows, stop, SIDE: tl.constexpr
 ):  # fmt: skip
     """Writes target_i . part_i, (TILE,), of one SIDE into (3, length), from the right also the states' part of it."""
     tl.store(split + SIDE * length + rows, scale * tl.sum(target * part, 1), mask=rows < stop)
@@ -328,7 +357,8 @@ def store_split(
 
 @triton.jit
 def divide(mixed, row_sum, scale, eps, NORMALIZED: tl.constexpr):
-    """The outputs, (TILE, BLOCK_Z), and row sums, (TILE,), times the scale; if NORMALIZED, divided by row sums plus eps."""
+    """The outputs, (TILE, BLOCK_Z), and row sums, (TILE,), times the scale; if NORMALIZED the outputs are divided by
+    the row sums plus eps."""
     mixed *= scale
     row_sum = row_sum * scale
     if NORMALIZED:
