@@ -4,10 +4,9 @@
     python benchmarks/bench_versions.py ../before/src
     python benchmarks/bench_versions.py ../before/src --cases text --seconds 30
 
-Both versions compute with the same weights and inputs: training steps and inference of text models in each form, of image
-models in both orders, and the operator alone. A ratio below 1 means that this version is faster. Each ratio is the median
-of the ratios of neighbouring runs.
-"""
+Both versions compute with the same weights and inputs: training steps and inference of text models in each form and of
+Both versions compute with the same weights and inputs: training steps and inference of text models in each form and
+the median of the ratios of neighbouring runs.
 
 import argparse
 import statistics
@@ -115,7 +114,7 @@ def operator_cases(versions: dict[str, ModuleType]):
 
 
 def paired_ratio(runs: dict[str, Candidate], seconds: float, rounds: int) -> dict[str, float]:
-    """Median milliseconds of both runs, and the median of the ratios of neighbouring ones, the second over the first."""
+    """Median milliseconds of both runs, and the median of the ratios of neighbouring ones, second over first."""
     (_, first), (_, second) = runs.items()
     first(), second()
     times: list[tuple[float, float]] = []
