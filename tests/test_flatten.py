@@ -322,10 +322,9 @@ def test_the_package_and_a_copy_of_its_code_work_in_one_process(tmp_path, backen
     assert done.returncode == 0, done.stderr
 
 
-def test_a_model_of_copied_code_is_saved_with_that_code(tmp_path, monkeypatch):
+def test_a_model_of_copied_code_is_saved_with_that_code(tmp_path, modules_cache):
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     first = lion_hf.save_with_code(lion_hf.LionForImageClassification(vision_config()), tmp_path / "first")
     loaded = get_class_from_dynamic_module("modeling_lion_vision.LionForImageClassification", first)
     second = lion_hf.save_with_code(loaded.from_pretrained(first), tmp_path / "second")
