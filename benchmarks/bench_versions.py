@@ -4,10 +4,29 @@
     python benchmarks/bench_versions.py ../before/src
     python benchmarks/bench_versions.py ../before/src --cases text --seconds 30
 
-Both versions compute with the same weights and inputs: training steps and inference of text models in each form and of
-image models in both orders, and the operator alone. A ratio below 1 means that this version is faster. Each ratio is
-the median of the ratios of neighbouring runs.
-"""The package in a folder of sources, beside any other version of it."""
+Both versions compute with the same weights and inputs: training steps and inference of text models in each form and
+of image models in both orders, and the operator alone. A ratio below 1 means that this version is faster. Each ratio
+is the median of the ratios of neighbouring runs.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from common import VARIANTS, Candidate, count, output_folder, print_table, save, wall_time
+
+
+TEXT = {"hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "intermediate_size": 3072}
+IMAGE = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
+FORMS = ("attention", "chunk", "rnn")
+
+
+def load_version(source: Path) -> ModuleType:
+    """The package in a folder of sources, beside any other version of it."""
     ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "lion_hf"}
     for name in ours:
         del sys.modules[name]
