@@ -77,7 +77,7 @@ def advise(rows: list[dict], chunks: list[int]) -> tuple[int, dict[str, int]]:
 
 def require_kernels(device: torch.device) -> None:
     try:
-        from lion_hf import lion_triton
+        from lion_hf.ops.triton import launch as lion_triton
     except ImportError as error:
         raise argparse.ArgumentError(None, f"autotune times the fused kernels, and {error}") from error
     reason = lion_triton.unsupported(*Inputs(1, 1, device).leaves)

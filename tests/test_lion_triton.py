@@ -285,7 +285,7 @@ def test_float32_is_exact_unless_tf32_is_allowed(dtypes, allowed, precision, mon
 def test_tf32_is_allowed_by_old_and_new_settings(setting, allowed):
     if "fp32_precision" in setting and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         pytest.skip("this PyTorch has no such setting")
-    code = f"import torch; {setting}; from lion_hf import lion_triton; print(lion_triton._tf32_is_allowed())"
+    code = f"import torch; {setting}; from lion_hf.ops.triton import launch; print(launch._tf32_is_allowed())"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == str(allowed)
 
