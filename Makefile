@@ -15,10 +15,10 @@ demo: .venv/installed
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 -q -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m 'not slow'
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -n 2 -q -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -1,0 +1,30 @@
+import pytest
+from image_script import picture
+
+
+@pytest.fixture
+def without_curves(monkeypatch):
+    """Drawing takes longer than a tiny training."""
+    from lion_hf.training import reports
+
+    monkeypatch.setattr(reports, "plot_curves", lambda *args: None)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder of images, three classes of eight images, not square."""
+    root = tmp_path_factory.mktemp("images")
+    for number, name in enumerate(("ash", "elm", "oak")):
+        (root / name).mkdir()
+        for i in range(8):
+            picture(8 * number + i).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def run_glue(tmp_path, monkeypatch):
+    """The script's main, in an empty folder."""
+    import run_glue
+
+    monkeypatch.chdir(tmp_path)
+    return run_glue.main
