@@ -13,7 +13,7 @@ from gpu_operator import KINDS, Inputs, lion
 
 
 def kernels(inputs: Inputs, format: str, variant: str, constants: dict[str, int]) -> Callable:
-    """Forward and backward of the kernels with these constants of lion_triton."""
+    """Forward and backward of the kernels with these constants of ops/triton/launch.py."""
     run = inputs.runner(lion(format, "triton"), variant)
 
     def with_constants():
@@ -62,8 +62,8 @@ def search_chunks(arguments, timer, constants: dict[str, int]) -> list[dict]:
 
 
 def advise(rows: list[dict], chunks: list[int]) -> tuple[int, dict[str, int]]:
-    """The chunk size that is best on the mean over lengths with more than one chunk of any size, and by kind of decay the
-    last length up to which the full form is no slower (0: none)."""
+    """The chunk size that is best on the mean over lengths with more than one chunk of any size, and by kind of decay
+    the last length up to which the full form is no slower (0: none)."""
     several = [row for row in rows if row["length"] > max(chunks)] or rows
     means = {c: statistics.geometric_mean([row[f"chunk {c}"] for row in several]) for c in chunks}
     chunk = min(chunks, key=lambda c: math.inf if math.isnan(means[c]) else means[c])
@@ -77,10 +77,10 @@ def advise(rows: list[dict], chunks: list[int]) -> tuple[int, dict[str, int]]:
 
 def require_kernels(device: torch.device) -> None:
     try:
-        from lion_hf.ops.triton import launch as lion_triton
+        from lion_hf.ops.triton import launch
     except ImportError as error:
         raise argparse.ArgumentError(None, f"autotune times the fused kernels, and {error}") from error
-    reason = lion_triton.unsupported(*Inputs(1, 1, device).leaves)
+    reason = launch.unsupported(*Inputs(1, 1, device).leaves)
     if reason is not None:
         raise argparse.ArgumentError(None, f"autotune times the kernels alone, and {reason}")
 
@@ -92,7 +92,7 @@ def main(arguments) -> None:
     chunk_rows = search_chunks(arguments, timer, constants)
     chunk, crossover = advise(chunk_rows, arguments.chunks)
     settings = ", ".join(f"{name} = {value}" for name, value in (constants | {"_CHUNK": chunk}).items())
-    print(f'lion_triton: {settings}\nlion_ops: CROSSOVER["accelerator"] = {crossover}')
+    print(f'ops/triton/launch.py: {settings}\nops/api.py: CROSSOVER["accelerator"] = {crossover}')
 
     def picture(axis):
         drawn = [row | {"full / chunk": row["full"] / row[f"chunk {chunk}"]} for row in chunk_rows]

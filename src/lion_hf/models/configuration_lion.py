@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from ..nn.names import FEATURE_MAPS, MLP_TYPES, NORM_POSITIONS
+from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES
 from ..nn.variants import VARIANTS, variant_class
 
 
@@ -17,9 +17,9 @@ from ..nn.variants import VARIANTS, variant_class
 _SPELLINGS = {
     "format": {name: name for name in ("attention", "rnn", "chunk", "auto")},
     "order": {"normal": "normal", "s": "s", "snake": "s"},
-    "norm_position": {name: name for name in NORM_POSITIONS},
     "mlp_type": {name: name for name in MLP_TYPES},
     "feature_map": {name: name for name in FEATURE_MAPS},
+    **{option: {name: name for name in names} for option, names in BLOCK_OPTIONS.items()},
 }
 
 _COUNTS = (
@@ -43,7 +43,7 @@ STRUCTURAL = (
     "pos_emb",
     "layer_norm_after",
     "softmax_layers",
-    "norm_position",
+    *BLOCK_OPTIONS,
     "mlp_type",
     "feature_map",
     "normalize",

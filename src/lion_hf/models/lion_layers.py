@@ -13,6 +13,7 @@ from ..nn.block import Block
 from ..nn.encoder import drop_path_rates
 from ..nn.mixer import Mixer, TokenMixer
 from ..nn.mlp import MLP
+from ..nn.names import BLOCK_OPTIONS
 from ..nn.softmax import SoftmaxMixer
 from ..nn.variants import variant_class
 
@@ -79,16 +80,11 @@ class LionLayer(GradientCheckpointingLayer, Block):
             config.hidden_size,
             make_mixer(config, layer_idx),
             make_mlp(config, mlp_dropout),
-            norm_position=config.norm_position,
             norm_eps=config.layer_norm_eps,
             dropout=config.hidden_dropout_prob,
             drop_path=rates[layer_idx],
+            **{name: getattr(config, name) for name in BLOCK_OPTIONS},
         )
-
-
-def final_norm(config) -> nn.LayerNorm | None:
-    """The norm after the last layer, where layers are pre-norm."""
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_position == "pre" else None
 
 
 def mixing_options(config) -> dict[str, object]:

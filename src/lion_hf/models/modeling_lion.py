@@ -23,7 +23,7 @@ from ..nn.mixer import TokenMixer
 from ..ops.checks import is_binary, values_can_be_read
 from ..ops.packing import first_tokens, packed_bounds, packed_positions
 from .configuration_lion import LionConfig
-from .lion_layers import LionLayer, LionPreTrainedMixin, final_norm, mixing_options, sequence_classification_loss
+from .lion_layers import LionLayer, LionPreTrainedMixin, mixing_options, sequence_classification_loss
 
 
 logger = logging.get_logger(__name__)
@@ -139,7 +139,7 @@ class LionModel(LionPreTrainedModel):
         super().__init__(config)
         self.embeddings = LionEmbeddings(config)
         self.layers = nn.ModuleList([LionLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = final_norm(config)
+        self.norm = self.layers[-1].final_norm()
         self.pooler = LionPooler(config) if add_pooling_layer else None
         self.post_init()
 

@@ -26,7 +26,6 @@ from .configuration_lion import LionVisionConfig
 from .lion_layers import (
     LionLayer,
     LionPreTrainedMixin,
-    final_norm,
     mixing_options,
     scans_of,
     sequence_classification_loss,
@@ -160,7 +159,7 @@ class LionVisionModel(LionVisionPreTrainedModel):
         super().__init__(config)
         self.embeddings = LionVisionEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList([LionVisionLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = final_norm(config)
+        self.norm = self.layers[-1].final_norm()
         self.post_init()
 
     @merge_with_config_defaults
