@@ -39,7 +39,7 @@ cards: .venv/installed
 
 # The API page, from the docstrings: open build/api/index.html
 docs: .venv/installed
-	$(BIN)/python -m pdoc --docformat google --output-directory build/api lion_hf lion_hf.convert
+	$(BIN)/python -m pdoc --docformat google --output-directory build/api lion_hf lion_hf.nn lion_hf.ops lion_hf.convert
 
 clean:
 	rm -rf .venv build dist outputs .pytest_cache .ruff_cache .hypothesis src/*.egg-info

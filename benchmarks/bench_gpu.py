@@ -20,8 +20,8 @@ Each part is meant to take less than 8 minutes on an H100, most of it compilatio
 A candidate that fails for want of memory is n/a. "peak MiB" is what a run takes beyond weights, states of the optimizer
 and inputs. Tables, as Markdown, are printed: those of the README are copies of them, with the device's name, which the
 last lines tell; `operator` and `training` end with the goals, met or not. JSON and pictures go to benchmarks/results.
-To look for failures in the kernels: pytest tests/ops/test_lion_triton.py. Without a GPU the same commands try this script
-at the sizes you give, with the forms in PyTorch (`autotune` in Triton's interpreter, TRITON_INTERPRET=1): no
+To look for failures in the kernels: pytest tests/ops/test_lion_triton.py. Without a GPU the same commands try this
+script at the sizes you give, with the forms in PyTorch (`autotune` in Triton's interpreter, TRITON_INTERPRET=1): no
 measurement.
 """
 

@@ -28,8 +28,8 @@ from lion_hf.training.models import existing_config
 
 
 def layer_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """The decays of each layer with any: (layers, scans * heads) where a head has one; for one input, where each token has
-    its own, their mean over heads and scans (layers, tokens), without an image's class token."""
+    """The decays of each layer with any: (layers, scans * heads) where a head has one; for one input, where each token
+    has its own, their mean over heads and scans (layers, tokens), without an image's class token."""
     layers: list[torch.Tensor] = []
 
     def keep(mixer: Mixer, arguments: tuple) -> None:

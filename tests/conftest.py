@@ -43,3 +43,18 @@ def examples():
     sys.path.insert(0, folder)
     yield folder
     sys.path.remove(folder)
+
+
+@pytest.fixture
+def modules_cache(tmp_path, monkeypatch):
+    """Code that comes with checkpoints is copied to, and imported from, a folder of this test alone."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    forget()

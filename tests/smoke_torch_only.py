@@ -26,7 +26,7 @@ def layers() -> None:
     """A mixer and an encoder run, and padding changes nothing."""
     mixer = lion_hf.nn.Mixer(24, 3)
     mixer(torch.randn(2, 7, 24))
-    encoder = lion_hf.nn.Encoder([lion_hf.nn.Block(24, mixer=lion_hf.nn.Mixer(24, 3)) for _ in range(2)]).eval()
+    encoder = lion_hf.nn.Encoder(24, depth=2, heads=3).eval()
     x = torch.randn(1, 7, 24)
     mask = torch.arange(9)[None] < 7
     padded = torch.nn.functional.pad(x, (0, 0, 0, 2))

@@ -133,6 +133,17 @@ def test_packing_is_timed_on_documents_of_a_folder(monkeypatch, tmp_path):
     assert all(row["tokens/s"] > 0 for row in rows) and rows[0]["ratio"] == 1
 
 
+def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
+    import lion_hf
+
+    source = str(Path(lion_hf.__file__).parents[1])
+    few = ["--cases", "operator", "--rounds", "1", "--seconds", "0"]
+    rows = run_script(monkeypatch, "bench_versions", tmp_path, source, *few)
+    assert {row["form"] for row in rows} == {"attention", "chunk", "rnn"}
+    assert all(row["ratio"] == pytest.approx(row["now ms"] / row["before ms"]) for row in rows)
+    assert sys.modules["lion_hf"] is lion_hf, "the other version takes the place of this one"
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -140,6 +151,7 @@ def test_packing_is_timed_on_documents_of_a_folder(monkeypatch, tmp_path):
         ("bench_models", ["--lengths", "0"], "must be at least 1"),
         ("bench_models", ["--output", __file__], "not a folder that can be written to"),
         ("bench_packing", ["--data", "nowhere"], "nowhere is not a folder with .txt files"),
+        ("bench_versions", ["nowhere"], "nowhere holds no package lion_hf"),
         ("bench_gpu", ["operator", "--device", "gpu"], "'gpu' cannot be used"),
         ("bench_warm_start", ["--model", "bert", "--text", "nowhere.txt"], "no file nowhere.txt"),
     ],

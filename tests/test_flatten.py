@@ -31,7 +31,7 @@ def text_of(module):
     return (place / "__init__.py" if place.is_dir() else place.with_suffix(".py")).read_text(encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------------------- our files
+# ----------------------------------------------------------------------------------------------------------- our files
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -284,7 +284,7 @@ def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
         flat_files("lion_hf.models.modeling_lion", [first, second])
 
 
-# ------------------------------------------------------------------------------------- the package and a copy of its code
+# ----------------------------------------------------------------------------------- the package and a copy of its code
 
 MEETING = """
 import os, sys, torch
@@ -322,10 +322,9 @@ def test_the_package_and_a_copy_of_its_code_work_in_one_process(tmp_path, backen
     assert done.returncode == 0, done.stderr
 
 
-def test_a_model_of_copied_code_is_saved_with_that_code(tmp_path, monkeypatch):
+def test_a_model_of_copied_code_is_saved_with_that_code(tmp_path, modules_cache):
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     first = lion_hf.save_with_code(lion_hf.LionForImageClassification(vision_config()), tmp_path / "first")
     loaded = get_class_from_dynamic_module("modeling_lion_vision.LionForImageClassification", first)
     second = lion_hf.save_with_code(loaded.from_pretrained(first), tmp_path / "second")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lion_hf
 
@@ -63,7 +64,8 @@ def test_what_needs_transformers_says_so_where_it_is_not_installed():
         "    try:\n"
         "        getattr(lion_hf, name)\n"
         "    except ImportError as error:\n"
-        "        assert f'lion_hf.{name} needs Transformers' in str(error) and 'pip install transformers' in str(error)\n"
+        "        assert f'lion_hf.{name} needs Transformers' in str(error), error\n"
+        "        assert 'pip install transformers' in str(error), error\n"
         "    else:\n"
         "        raise AssertionError(name)\n"
         "try:\n"
@@ -80,8 +82,14 @@ def test_what_needs_transformers_says_so_where_it_is_not_installed():
 def test_a_broken_transformers_is_not_taken_for_an_absent_one(tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("import something_it_needs")
-    code = "try:\n    import lion_hf\nexcept ModuleNotFoundError as error:\n    assert error.name == 'something_it_needs'\n"
-    code += "else:\n    raise AssertionError"
+    code = (
+        "try:\n"
+        "    import lion_hf\n"
+        "except ModuleNotFoundError as error:\n"
+        "    assert error.name == 'something_it_needs'\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
     path = os.pathsep.join([str(tmp_path), str(ROOT.parent)])
     run(code, env=os.environ | {"PYTHONPATH": path})
 
@@ -90,7 +98,8 @@ def test_the_import_alone_is_enough_for_auto_classes_and_is_silent():
     code = (
         "import lion_hf, lion_hf.convert.command\n"  # no old path of 0.1 either: it would warn
         "from transformers import AutoConfig, AutoModelForMaskedLM\n"
-        "config = AutoConfig.for_model('lion', vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
+        "small = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
+        "config = AutoConfig.for_model('lion', **small)\n"
         "assert isinstance(AutoModelForMaskedLM.from_config(config), lion_hf.LionForMaskedLM)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
@@ -105,9 +114,16 @@ def test_public_names_and_folders_are_there():
     assert all(hasattr(lion_hf.convert, name) for name in lion_hf.convert.__all__)
 
 
-def test_the_version_is_that_of_the_metadata():
-    setup = (ROOT.parents[1] / "setup.cfg").read_text(encoding="utf-8")
+def test_metadata_and_citation_have_the_version():
+    setup, citation, readme = (
+        (ROOT.parents[1] / name).read_text(encoding="utf-8") for name in ("setup.cfg", "CITATION.cff", "README.md")
+    )
     assert f"\nversion = {lion_hf.__version__}\n" in setup
+    citation = yaml.safe_load(citation)
+    assert citation["version"] == lion_hf.__version__
+    paper = citation["preferred-citation"]
+    names = " and ".join(f"{x['family-names']}, {x['given-names']}" for x in paper["authors"])
+    assert f"author    = {{{names}}}" in readme and f"title     = {{{paper['title']}}}" in readme
 
 
 @pytest.mark.slow

@@ -91,7 +91,8 @@ WRONG = {
     "folder": (["below"], "lion_hf: error: there is no script 'below'.\n"),
     "module": (
         ["--import", "nowhere_at.all", "below/fails.py"],
-        "lion_hf: error: --import nowhere_at.all: there is no module 'nowhere_at' in the current folder or installed.\n",
+        "lion_hf: error: --import nowhere_at.all: there is no module 'nowhere_at' in the current folder or "
+        "installed.\n",
     ),
 }
 

@@ -125,9 +125,8 @@ def test_a_seed_gives_the_weights_that_it_gave(kind, variant):
 
 
 @pytest.fixture
-def with_code(tmp_path, monkeypatch):
-    """A copy of the folder that carries 0.1's code, which Transformers runs from a cache of its own."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def with_code(tmp_path, modules_cache):
+    """A copy of the folder that carries 0.1's code."""
     return shutil.copytree(DATA / "text_decay_with_code", tmp_path / "folder")
 
 
@@ -167,7 +166,7 @@ def test_the_code_of_a_folder_is_renewed_by_saving_it_again(with_code, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------ Trainer and PEFT
+# ---------------------------------------------------------------------------------------------------- Trainer and PEFT
 
 
 def test_trainer_resumes_and_reaches_the_same_weights(tmp_path):

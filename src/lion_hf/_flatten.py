@@ -1,8 +1,8 @@
 """Modules of the package as flat files, the only form in which Transformers carries code beside weights.
 
 A file is named by the path of its module: `lion_hf.ops.api` becomes lion_ops_api.py, the package `lion_hf.ops` becomes
-lion_ops.py. Modules of `lion_hf.models` keep their own names, by which configurations name them. Imports of other modules
-are rewritten to `from .name import x`, the only ones that Transformers follows.
+lion_ops.py. Modules of `lion_hf.models` keep their own names, by which configurations name them. Imports of other
+modules are rewritten to `from .name import x`, the only ones that Transformers follows.
 """
 
 import ast
@@ -27,8 +27,8 @@ def flat_files(module: str, foreign: Sequence[type] = ()) -> dict[str, str]:
     """The file of a module and of all modules of the package that it imports, directly or through others.
 
     Args:
-        module: its full name, such as "lion_hf.models.modeling_lion". The files of a module that came with a checkpoint,
-            "transformers_modules...", are flat already and stay as they are.
+        module: its full name, such as "lion_hf.models.modeling_lion". The files of a module that came with a
+            checkpoint, "transformers_modules...", are flat already and stay as they are.
         foreign: classes from outside the package that register themselves when their modules are imported. Their files
             come along under their own names, and the modules of `lion_hf.models` import them.
 
@@ -133,7 +133,7 @@ def _require_names(target: str, node: ast.ImportFrom, module: str, owner: type |
 
 
 def _require_elsewhere(name: str, node: ast.stmt, module: str, owner: type | None) -> None:
-    """Raises ValueError for `import x` of this package, and for files that lie beside a user's and do not come along."""
+    """Raises ValueError for `import x` of this package, and for a user's other files, which do not come along."""
     top = name.partition(".")[0]
     if top == _PACKAGE:
         _refuse(node, module, owner, f"say what is imported, as in `from {_PACKAGE}.nn import x`")
@@ -150,7 +150,7 @@ def _refuse(node: ast.stmt, module: str, owner: type | None, remedy: str) -> Non
     raise ValueError(f"{reason}." if owner is None else _refusal(owner, reason))
 
 
-# -------------------------------------------------------------------------------------- classes from outside the package
+# ------------------------------------------------------------------------------------ classes from outside the package
 
 
 def _file_of(cls: type) -> Path:

@@ -36,7 +36,7 @@ MOVED = {
         "ops.recurrent",
         "ops.global_state",
     ),
-    "lion_kernels": ("ops.triton.kernels",),
+    "lion_kernels": ("ops.triton.kernels", "ops.triton.parts"),
     "lion_layer": ("models.lion_layers", "nn.mixer", "nn.softmax", "nn.features"),
     "lion_ops": ("ops.api", "ops.scans", "ops.backend"),
     "lion_packing": ("ops.packing",),

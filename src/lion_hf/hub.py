@@ -85,8 +85,8 @@ def _kind(model: PreTrainedModel) -> str:
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind not in _AUTO_MAPS:
         raise ValueError(
-            f"{type(model).__name__} (model_type {kind!r}) is not a LION model; allowed are {', '.join(_AUTO_MAPS)}. Use "
-            "save_pretrained for it."
+            f"{type(model).__name__} (model_type {kind!r}) is not a LION model; allowed are {', '.join(_AUTO_MAPS)}. "
+            "Use save_pretrained for it."
         )
     classes = {reference.split(".")[1] for reference in _AUTO_MAPS[kind].values()}
     home = type(model).__module__.partition(".")[0]
@@ -146,8 +146,9 @@ def push(
         model: any LION model of this package.
         folder: where to write; made if absent.
         repo_id: "user/name" on the Hub; the repository is made if absent.
-        card: a card, or the path of one, to become README.md; by default the README.md that is already in the folder. It is
-            not changed: that of lion-convert tells how to load without this package only if `--with-code` was given.
+        card: a card, or the path of one, to become README.md; by default the README.md that is in the folder.
+            It is not changed: that of lion-convert tells how to load without this package only where `--with-code` was
+            given.
         processor: the tokenizer or image processor of the model, saved beside it.
         dry_run: write the folder, upload nothing. Needs no network and no token.
         private: whether a new repository is private; by default the account's choice.
@@ -157,9 +158,9 @@ def push(
         Path and size in bytes of every file that was uploaded, or would be.
 
     Raises:
-        ValueError: for a model that is not from this package, a place that is no folder or holds another kind of model, a
-            repo_id that the Hub does not take, a processor that is none, or a card that is missing, malformed or without
-            metadata. Nothing is written then.
+        ValueError: for a model that is not from this package, a place that is no folder or holds another kind of model,
+            a repo_id that the Hub does not take, a processor that is none, or a card that is missing, malformed or
+            without metadata. Nothing is written then.
 
     ```python
     >>> for file in lion_hf.push(model, "to-upload", "user/lion", card="card.md", dry_run=True):
@@ -170,8 +171,8 @@ def push(
     _require_repo_id(repo_id)
     if not isinstance(processor, PushToHubMixin | None):
         raise ValueError(
-            f"processor is {processor!r}; it must be a tokenizer or image processor, such as AutoTokenizer.from_pretrained(...) "
-            "returns."
+            f"processor is {processor!r}; it must be a tokenizer or image processor, such as "
+            "AutoTokenizer.from_pretrained(...) returns."
         )
     card = _load_card(folder / "README.md" if card is None else card)
     save_with_code(model, folder)
@@ -189,8 +190,8 @@ def _require_place(folder: Path) -> None:
         raise ValueError(f"The folder cannot be {str(folder)!r}: {str(existing)!r} is a file. Give another place.")
     if (folder / "config.json").exists() and not holds_lion(folder):
         raise ValueError(
-            f"{str(folder)!r} holds the config.json of something other than a LION model, which would be overwritten. Give a "
-            "new folder, or that of a LION model."
+            f"{str(folder)!r} holds the config.json of something other than a LION model, which would be overwritten. "
+            "Give a new folder, or that of a LION model."
         )
 
 
@@ -206,20 +207,20 @@ def _load_card(card: ModelCard | str | Path) -> ModelCard:
         path = Path(card)
         if not os.path.isfile(path):  # Path.is_file() raises where the text of a card is given, too long for a name
             raise ValueError(
-                f"There is no card at {str(path)!r}. Give card=, a ModelCard or the path of a Markdown file that starts "
-                "with metadata between two lines '---'."
+                f"There is no card at {str(path)!r}. Give card=, a ModelCard or the path of a Markdown file that "
+                "starts with metadata between two lines '---'."
             )
         try:
             card = ModelCard.load(path)
         except Exception as error:  # of YAML, of the encoding, or of the type of a field
             raise ValueError(
-                f"The card {str(path)!r} is malformed; mend the metadata between its first two lines '---', which must be "
-                f"YAML such as 'license: apache-2.0', in UTF-8: {' '.join(str(error).split())}"
+                f"The card {str(path)!r} is malformed; mend the metadata between its first two lines '---', which "
+                f"must be YAML such as 'license: apache-2.0', in UTF-8: {' '.join(str(error).split())}"
             ) from error
     if not card.data.to_dict():
         raise ValueError(
-            "The card has no metadata, without which the Hub knows neither licence nor task. Start it with lines such as "
-            "'license: apache-2.0' and 'library_name: transformers' between two lines '---'."
+            "The card has no metadata, without which the Hub knows neither licence nor task. Start it with lines such "
+            "as 'license: apache-2.0' and 'library_name: transformers' between two lines '---'."
         )
     return card
 

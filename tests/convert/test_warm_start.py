@@ -25,6 +25,8 @@ from transformers.utils import logging as hf_logging
 import lion_hf
 from lion_hf.convert import from_bert, from_vit, head_windows, hidden_state_distillation_loss
 from lion_hf.convert.bert import CLASSES as TEXT_CLASSES
+from lion_hf.convert.warm_start import MADE_ANEW
+from lion_hf.models.configuration_lion import STRUCTURAL
 
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
@@ -325,6 +327,22 @@ def test_the_norm_after_mixing_starts_with_the_size_of_mixed_values(mask_type):
 
 
 # -------------------------------------------------------------------------------------------------------- refusals
+
+
+OTHER_BLOCKS = {"norm_position": ("pre", "post"), "mlp_type": ("glu", "glu"), "normalize": (True, False)}
+OTHER_BLOCKS["feature_map"] = ("unit_silu", "elu")
+
+
+@pytest.mark.parametrize("name", [name for name in STRUCTURAL if name not in MADE_ANEW])
+@pytest.mark.parametrize("start, source", [(from_bert, bert), (from_vit, vit)], ids=["bert", "vit"])
+def test_blocks_that_the_source_does_not_have_are_refused(start, source, name):
+    """Every option of the structure that a warm start does not make anew: one that is added later is refused, too."""
+    other = OTHER_BLOCKS[name][start is from_vit]
+    options = {name: other} | ({"feature_map": "elu"} if name == "normalize" and other else {})
+    with pytest.raises(ValueError, match=f"({name}|feature_map)=.* cannot be chosen: the copied weights are of blocks"):
+        start(source(), **options)
+    kept = {n: v for n, v in start(source()).config.structure().items() if n not in MADE_ANEW}
+    assert start(source(), **kept).config.structure() == start(source()).config.structure()
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from PIL import Image
 
 import lion_hf
 import lion_hf.convert
+from lion_hf.nn.variants import VARIANTS
 from lion_hf.ops.api import CROSSOVER
 
 
@@ -39,8 +41,9 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "uses"], ids=lambda page: page.stem)
 def test_python_of_a_page_runs(page):  # uses.md: test_uses.py
-    for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-        exec(compile(code, page.name, "exec"), {})
+    with patch.dict(VARIANTS):  # a page may register one
+        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            exec(compile(code, page.name, "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -96,5 +99,6 @@ def test_the_api_page_holds_every_public_name_with_its_docstring(tmp_path):
         assert f'id="{name}"' in page
     assert "Bidirectional linear attention with a decay mask" in page
     assert "<strong>chunk_size" in page  # arguments are a list, not a paragraph
-    convert = (tmp_path / "lion_hf" / "convert.html").read_text(encoding="utf-8")
-    assert all(f'id="{name}"' in convert for name in lion_hf.convert.__all__)
+    for module in (lion_hf.nn, lion_hf.ops, lion_hf.convert):
+        page = tmp_path.joinpath(*module.__name__.split(".")).with_suffix(".html").read_text(encoding="utf-8")
+        assert all(f'id="{name}"' in page for name in module.__all__), module

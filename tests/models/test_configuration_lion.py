@@ -7,7 +7,7 @@ from small_models import VARIANTS, text_config, vision_config
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 
 import lion_hf
-from lion_hf import PRESETS, LionConfig, LionVisionConfig
+from lion_hf import PAPER_PRESETS, PRESETS, LionConfig, LionVisionConfig
 
 
 CONFIGS = {"text": LionConfig, "image": LionVisionConfig}
@@ -20,9 +20,13 @@ SPELLINGS = [
     *(("format", given, "chunk") for given in ("chunk", "Chunk", "CHUNK")),
     *(("format", given, "auto") for given in ("auto", "Auto", "AUTO")),
     *(("order", given, "normal") for given in ("normal", "Normal", "NORMAL")),
-    *(("order", given, "s") for given in ("s", "S")),
+    *(("order", given, "s") for given in ("s", "S", "snake", "Snake")),
+    *(("norm_position", given, "pre") for given in ("pre", "Pre")),
+    *(("mlp_type", given, "glu") for given in ("glu", "GLU")),
+    *(("feature_map", given, "unit_silu") for given in ("unit_silu", "Unit_SiLU")),
 ]
 INVALID = [("mask_type", "softmax"), ("mask_type", "lion"), ("format", "nonsense"), ("format", ""), ("order", "z")]
+INVALID += [("norm_position", "sandwich"), ("mlp_type", "moe"), ("feature_map", "relu")]
 
 # Parameters of the published models, tied weights counted once.
 PARAMETERS = {
@@ -55,6 +59,14 @@ def classes_with(option):
 
 
 # ------------------------------------------------------------------------------------------------------- defaults
+
+
+def test_the_models_of_the_paper_are_frozen():
+    assert PAPER_PRESETS is PRESETS and PAPER_PRESETS.keys() == PARAMETERS.keys()
+    with pytest.raises(TypeError):
+        PAPER_PRESETS["lion-s-tiny"] = {}
+    with pytest.raises(TypeError):
+        PAPER_PRESETS["lion-s-base"]["hidden_size"] = 1
 
 
 def test_text_defaults_are_bert_base_with_lion_s():

@@ -62,7 +62,8 @@ CLASSES = {
 _SIZES = (*SIZES, "vocab_size", "max_position_embeddings", "type_vocab_size", "tie_word_embeddings")
 _SHARED = (*SHARED, "pad_token_id", "bos_token_id", "eos_token_id", "classifier_dropout")
 
-# Share of the logits in the expansion of softmax: at 1, outliers among them swamp the mean; at 0, heads see distance only.
+# Share of the logits in the expansion of softmax: at 1, outliers among them swamp the mean; at 0, heads see distance
+# only.
 _LOGIT_SHARE = 0.25
 # Root mean square of what softmax attention mixes, over that of one value: averaging leaves about a third.
 _MIXED_SHARE = 0.35
@@ -139,8 +140,8 @@ def config_from_bert(
     pos_emb: bool = True,
     **config_overrides,
 ) -> LionConfig:
-    """The configuration of what [`from_bert`] makes of a source with this one. It needs no weights, so that wrong options
-    can be found early; they raise the same ValueError, and the arguments are the same.
+    """The configuration of what [`from_bert`] makes of a source with this one. It needs no weights, so that wrong
+    options can be found early; they raise the same ValueError, and the arguments are the same.
     """
     _require_encoder(source)
     options = config_options(source, _SIZES, _SHARED, {"layer_norm_after": True, **config_overrides})
@@ -156,8 +157,8 @@ def _require_encoder(config: PreTrainedConfig) -> None:
         value = getattr(config, name, allowed)
         if value != allowed:
             raise ValueError(
-                f"the source has {name}={value!r}, which LION, an encoder with absolute positions or none, cannot carry "
-                f"over; only {name}={allowed!r} is allowed."
+                f"the source has {name}={value!r}, which LION, an encoder with absolute positions or none, cannot "
+                f"carry over; only {name}={allowed!r} is allowed."
             )
 
 
@@ -209,8 +210,8 @@ def _row_sums(mixer: Mixer, windows: Tensor, length: int) -> Tensor:
 
 
 def _least_used(query: Tensor, key: Tensor) -> Tensor:
-    """Per head, the unit vector (heads, head_dim) along which queries and keys together vary least, for inputs that vary
-    alike in every feature. Weights are (heads, head_dim, hidden_size)."""
+    """Per head, the unit vector (heads, head_dim) along which queries and keys together vary least, for inputs that
+    vary alike in every feature. Weights are (heads, head_dim, hidden_size)."""
     spread = sum(x @ x.transpose(1, 2) / x.square().sum((1, 2))[:, None, None] for x in (query, key))
     return torch.linalg.eigh(spread).eigenvectors[..., 0]
 

@@ -1,4 +1,4 @@
-"""The authors' checkpoints to folders of this package, and back: each is verified, then written as a whole or not at all.
+"""The authors' checkpoints to folders of this package, and back: verified, then written as a whole or not at all.
 
 A checkpoint is read without running anything in it (source.py), its configuration is inferred (config.py), its tensors
 get our names (names.py), and all is verified (plan.py) before anything is written.
@@ -28,8 +28,8 @@ _WRITTEN += ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", 
 
 @contextmanager
 def _published(out: Path) -> Iterator[Path]:
-    """A path beside `out` to write to. It becomes `out` when the block ends, in one step, and is gone if the block fails;
-    only then is what was at `out` removed."""
+    """A path beside `out` to write to. It becomes `out` when the block ends, in one step, and only then is what was at
+    `out` removed; it is gone if the block fails."""
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         new, old = Path(work, "new"), Path(work, "old")
         yield new

@@ -30,7 +30,7 @@ def _table(*rows: tuple[Any, ...]) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as tables: what the source is, the configuration, the names of the weights, what is dropped; and its notes."""
+    """The plan as tables: the source, the configuration, the names of the weights, what is dropped; and its notes."""
     model = plan.model
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.state_dict().values()})
     summary = [
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--mask-type", **choice, choices=spellings("mask_type"), help="the variant; shown by the decays if any")
     add("--num-heads", type=int, dest="num_attention_heads", metavar="N", help="heads of a LION-LIT model")
     add("--cls-tok", **choice, choices=("true", "false"), help="images: classify from the class token")
-    add("--order", **choice, choices=("normal", "s"), help="images: the scan of a LION-LIT model")
+    add("--order", **choice, choices=spellings("order"), help="images: the scan of a LION-LIT model")
     add("--pos-emb", **choice, choices=("true", "false"), help="whether the position table is in use")
     add("--image-size", type=int, metavar="N", help="images: side in pixels of a model without position table")
     return parser

@@ -34,8 +34,8 @@ The weights were trained with [the paper authors' code]({code}) and converted by
 ## Licence of the weights
 
 The authors publish their code and weights under a **non-commercial licence**, and converted weights keep it: read the
-licence in [their repository]({code}) before you use or share them. The Apache-2.0 licence of lion_hf covers its code, not
-these weights.
+licence in [their repository]({code}) before you use or share them. The Apache-2.0 licence of lion_hf covers its code,
+not these weights.
 
 ## Use
 
@@ -66,7 +66,8 @@ def load_tokenizer(name: str | None, source: Source, vocab_size: int) -> PreTrai
         ) from error
     if len(tokenizer) > vocab_size:
         raise ConversionError(
-            f"{origin} has {len(tokenizer):,} tokens, but the model only {vocab_size:,}; give the one it was trained with."
+            f"{origin} has {len(tokenizer):,} tokens, but the model only {vocab_size:,}; give the one it was trained "
+            "with."
         )
     return tokenizer
 

@@ -243,8 +243,8 @@ def _variant(
     mask_type = options.settle("mask_type", stated=_VARIANTS.get(_lower(stated)), weights=found)
     if heads is None and mask_type not in ("lit", None):
         raise ConversionError(
-            f"mask_type is {mask_type!r} according to the {options.origins['mask_type']}, but the weights hold no decay "
-            f"({decay} or {selective})."
+            f"mask_type is {mask_type!r} according to the {options.origins['mask_type']}, but the weights hold no "
+            f"decay ({decay} or {selective})."
         )
     return mask_type, heads
 

@@ -1,7 +1,7 @@
 """Names of the authors' checkpoints to names of this package, and back.
 
-All maps are linear in the tensors: they serve for gradients as well as for weights, and keys may be missing. Tables that
-the configuration does not use are dropped.
+All maps are linear in the tensors: they serve for gradients as well as for weights, and keys may be missing. Tables
+that the configuration does not use are dropped.
 """
 
 import re
@@ -59,8 +59,8 @@ _TEXT_NAMES = {
 _TEXT_UNUSED = re.compile(r"(^|\.)(position_ids|distance_embedding\.weight)$")
 
 _UNKNOWN = (
-    "is not a name of the authors' {} models; remove the tensor, or, where all names begin with a wrapper's prefix such as "
-    "'module.', the prefix."
+    "is not a name of the authors' {} models; remove the tensor, or, where all names begin with a wrapper's prefix "
+    "such as 'module.', the prefix."
 )
 _NO_COUNTERPART = (
     "has no counterpart in the authors' models; only their image classifier and text heads can be written."

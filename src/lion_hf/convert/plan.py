@@ -39,8 +39,8 @@ class Plan:
 
 
 def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan:
-    """Converts a checkpoint in memory and verifies the result: every tensor is used or listed as dropped, none is missing
-    or of another shape, parameters are as many as before, all are finite, and so is a forward.
+    """Converts a checkpoint in memory and verifies the result: every tensor is used or listed as dropped, none is
+    missing or of another shape, parameters are as many as before, all are finite, and so is a forward.
 
     Args:
         source: from [`read_source`].
@@ -75,7 +75,8 @@ def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan
     kept = sum(source.weights[name].numel() for name in renamed)
     if kept != model.num_parameters():
         raise ConversionError(
-            f"{source.path} holds {kept:,} parameters, but the model has {model.num_parameters():,}: some are twice there."
+            f"{source.path} holds {kept:,} parameters, but the model has {model.num_parameters():,}: some are there "
+            "twice."
         )
     _check_forward(model, source)
     return Plan(source, model, origins, renamed, dropped)
@@ -123,8 +124,8 @@ def _loaded(
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ConversionError(
-                f"{source.path}: {name}, from {authors_name(name, source.kind)}, has the shape {tuple(tensor.shape)}, but "
-                f"the configuration gives {tuple(expected[name].shape)}."
+                f"{source.path}: {name}, from {authors_name(name, source.kind)}, has the shape {tuple(tensor.shape)}, "
+                f"but the configuration gives {tuple(expected[name].shape)}."
             )
     owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     model.load_state_dict(owned, strict=False, assign=True)  # strict but for the tied decoder, which follows

@@ -58,8 +58,8 @@ def authors_checkpoint(config: LionConfig | LionVisionConfig, state: dict[str, T
     """
     if config.softmax_layers:
         raise ConversionError(
-            f"softmax_layers is {config.softmax_layers}, but the authors' models have no softmax layers: only a model without "
-            "any has a place in their layout."
+            f"softmax_layers is {config.softmax_layers}, but the authors' models have no softmax layers: only a model "
+            "without any has a place in their layout."
         )
     try:
         if isinstance(config, LionVisionConfig):
@@ -90,8 +90,8 @@ def lost_names(ours: LionConfig | LionVisionConfig, read_back: LionConfig | Lion
         return []
     first = next(iter(ours.id2label.values()))
     return [
-        f"dropped id2label: {ours.num_labels} names of classes ({first!r}, ...), for which the authors' layout of image models "
-        "has no place; keep the folder's config.json"
+        f"dropped id2label: {ours.num_labels} names of classes ({first!r}, ...), for which the authors' layout of "
+        "image models has no place; keep the folder's config.json"
     ]
 
 

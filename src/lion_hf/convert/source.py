@@ -50,8 +50,8 @@ _KINDS = {"image": "patch_embed.proj.weight", "text": "bert.embeddings.word_embe
 
 
 class _Unread:
-    """Stands for NumPy's objects, of which the random state in a Composer checkpoint is made. It is not needed, and NumPy's
-    own constructors would follow pointers that a forged file holds."""
+    """Stands for NumPy's objects, of which the random state in a Composer checkpoint is made. It is not needed, and
+    NumPy's own constructors would follow pointers that a forged file holds."""
 
     def __init__(self, *args):
         pass
@@ -80,7 +80,8 @@ def read_source(path: str | Path, *, ema: bool = False) -> Source:
 
     Raises:
         ConversionError: as [`interpret`], and for a file that is missing, truncated, of another kind, or that holds
-            objects other than tensors, plain Python, argparse.Namespace, datetime.timedelta and NumPy arrays, which are not read.
+            objects other than tensors, plain Python, argparse.Namespace, datetime.timedelta and NumPy arrays, which are
+            not read.
     """
     return interpret(_load(Path(path)), Path(path), ema=ema)
 

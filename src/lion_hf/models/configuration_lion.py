@@ -1,4 +1,4 @@
-"""Configurations of the LION text encoder (`LionConfig`) and image encoder (`LionVisionConfig`), and their named sizes."""
+"""Configurations of the LION text encoder (`LionConfig`) and image encoder (`LionVisionConfig`), and named sizes."""
 
 import difflib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from ..nn.names import FEATURE_MAPS, MLP_TYPES, NORM_POSITIONS
+from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES
 from ..nn.variants import VARIANTS, variant_class
 
 
@@ -17,9 +17,9 @@ from ..nn.variants import VARIANTS, variant_class
 _SPELLINGS = {
     "format": {name: name for name in ("attention", "rnn", "chunk", "auto")},
     "order": {"normal": "normal", "s": "s", "snake": "s"},
-    "norm_position": {name: name for name in NORM_POSITIONS},
     "mlp_type": {name: name for name in MLP_TYPES},
     "feature_map": {name: name for name in FEATURE_MAPS},
+    **{option: {name: name for name in names} for option, names in BLOCK_OPTIONS.items()},
 }
 
 _COUNTS = (
@@ -43,7 +43,7 @@ STRUCTURAL = (
     "pos_emb",
     "layer_norm_after",
     "softmax_layers",
-    "norm_position",
+    *BLOCK_OPTIONS,
     "mlp_type",
     "feature_map",
     "normalize",
@@ -138,8 +138,8 @@ class _LionOptions:
             )
         if self.softmax_layers and self.softmax_layers[-1] >= self.num_hidden_layers:
             raise ValueError(
-                f"softmax_layers is {self.softmax_layers}; with num_hidden_layers {self.num_hidden_layers} its numbers must "
-                f"be from 0 to {self.num_hidden_layers - 1}."
+                f"softmax_layers is {self.softmax_layers}; with num_hidden_layers {self.num_hidden_layers} its numbers "
+                f"must be from 0 to {self.num_hidden_layers - 1}."
             )
         activations = _activations()
         if activations is not None and self.hidden_act not in activations:
@@ -200,8 +200,8 @@ def _sorted_layers(value: Any) -> list[int]:
     value = [] if value is None else value
     if not isinstance(value, (list, tuple, range)) or any(type(layer) is not int or layer < 0 for layer in value):
         raise ValueError(
-            f"softmax_layers is {value!r}; it must be a list of layer numbers, whole and counted from 0 at the embeddings "
-            "([0, 1] are the first two; negative numbers are not taken)."
+            f"softmax_layers is {value!r}; it must be a list of layer numbers, whole and counted from 0 at the "
+            "embeddings ([0, 1] are the first two; negative numbers are not taken)."
         )
     if len(set(value)) < len(value):
         raise ValueError(f"softmax_layers is {value!r}; it must name each layer once.")
@@ -216,9 +216,9 @@ class LionConfig(_LionOptions, PreTrainedConfig):
 
     Args:
         mask_type (`str`, defaults to `"selective"`):
-            The variant: `"lit"` (no decay), `"decay"` (one learned decay per head), `"selective"` (a decay per token and
-            head), or one that was registered with `lion_hf.nn.register_variant`. The authors' spellings `"Lit"`, `"Decay"`,
-            `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"` mean the same.
+            The variant: `"lit"` (no decay), `"decay"` (one learned decay per head), `"selective"` (a decay per token
+            and head), or one that was registered with `lion_hf.nn.register_variant`. The authors' spellings `"Lit"`,
+            `"Decay"`, `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"` mean the same.
         format (`str`, defaults to `"auto"`):
             How the same function is computed: `"attention"` (quadratic), `"chunk"` (linear time), `"rnn"` (linear time,
             constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time.
@@ -239,8 +239,9 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             after the last. Real tokens, pooled rows and their gradients are the same (a row of padding alone keeps its
             first token); only outputs at padded positions differ. By default in training on a CPU, outside
             `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average (3 at base width);
-            `True`: in every batch, `False`: in none. Never where the hidden states of all layers, attentions or attention
-            dropout are asked for, which need the batch as it is, nor in float16 and exported graphs. Can be changed at any time.
+            `True`: in every batch, `False`: in none. Never where the hidden states of all layers, attentions or
+            attention dropout are asked for, which need the batch as it is, nor in float16 and exported graphs. Can be
+            changed at any time.
         classifier_dropout (`float`, *optional*):
             Dropout before the classification heads; `hidden_dropout_prob` by default.
         norm_position (`str`, defaults to `"post"`):
@@ -248,11 +249,11 @@ class LionConfig(_LionOptions, PreTrainedConfig):
         mlp_type (`str`, defaults to `"mlp"`):
             `"mlp"`, or `"glu"` for MLPs whose values are multiplied by a gate, a third projection.
         feature_map (`str`, defaults to `"identity"`):
-            Function of queries and keys: `"identity"`, `"elu"` (elu + 1) or `"unit_silu"` (silu + 1/2 at length 1). `None`
-            is the variant's own where outputs are normalised.
+            Function of queries and keys: `"identity"`, `"elu"` (elu + 1) or `"unit_silu"` (silu + 1/2 at length 1).
+            `None` is the variant's own where outputs are normalised.
         normalize (`bool`, defaults to `False`):
-            Divide outputs by their row sums, as the image models do. It needs another feature map than `"identity"`, and
-            attention dropout does not go with it.
+            Divide outputs by their row sums, as the image models do. It needs another feature map than `"identity"`,
+            and attention dropout does not go with it.
         gate_eps (`float`, defaults to 1e-7):
             Added to the decays of `"selective"` before their logarithm, as the authors' text models do.
 
@@ -318,8 +319,8 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             )
         if self.normalize and self.attention_probs_dropout_prob > 0:
             raise ValueError(
-                f"attention_probs_dropout_prob is {self.attention_probs_dropout_prob} with normalize=True, where rows of the "
-                "attention matrix keep their sums and nothing is dropped. Set one of them to 0 or False."
+                f"attention_probs_dropout_prob is {self.attention_probs_dropout_prob} with normalize=True, where rows "
+                "of the attention matrix keep their sums and nothing is dropped. Set one of them to 0 or False."
             )
 
 
@@ -337,8 +338,8 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
         mask_type, format, chunk_size, softmax_layers:
             As in [`LionConfig`].
         order (`str`, defaults to `"normal"`):
-            `"normal"` reads patches row by row; `"s"` (or `"snake"`) averages two snake scans, along rows and along columns
-            (the natural variants of the paper). Without decay it changes nothing.
+            `"normal"` reads patches row by row; `"s"` (or `"snake"`) averages two snake scans, along rows and along
+            columns (the natural variants of the paper). Without decay it changes nothing.
         pos_emb (`bool`, defaults to `False`):
             Add a learned position table. Without it, any image size divisible by `patch_size` is accepted.
         cls_tok (`bool`, defaults to `False`):
@@ -426,8 +427,8 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     def encoder_stride(self, value: int) -> None:
         if value != self.patch_size:
             raise ValueError(
-                f"encoder_stride is {value}, but patch_size is {self.patch_size}; the reconstruction has the size of the "
-                "image only if they are equal. Leave encoder_stride out: it follows patch_size."
+                f"encoder_stride is {value}, but patch_size is {self.patch_size}; the reconstruction has the size of "
+                "the image only if they are equal. Leave encoder_stride out: it follows patch_size."
             )
 
     @property
@@ -475,7 +476,7 @@ def _sizes(mask_type: str, width: int, layers: int, heads: int) -> dict[str, Any
     }
 
 
-# Every model of the paper by name: 6 text encoders and 15 image encoders. Not the list of what exists: a variant needs none.
+# Every model of the paper by name: 6 text encoders and 15 image encoders. Other models, and variants, need no preset.
 PAPER_PRESETS: Mapping[str, Mapping[str, Any]] = _presets()
 PRESETS = PAPER_PRESETS  # the name in 0.1
 

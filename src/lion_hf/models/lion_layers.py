@@ -13,6 +13,7 @@ from ..nn.block import Block
 from ..nn.encoder import drop_path_rates
 from ..nn.mixer import Mixer, TokenMixer
 from ..nn.mlp import MLP
+from ..nn.names import BLOCK_OPTIONS
 from ..nn.softmax import SoftmaxMixer
 from ..nn.variants import variant_class
 
@@ -79,16 +80,11 @@ class LionLayer(GradientCheckpointingLayer, Block):
             config.hidden_size,
             make_mixer(config, layer_idx),
             make_mlp(config, mlp_dropout),
-            norm_position=config.norm_position,
             norm_eps=config.layer_norm_eps,
             dropout=config.hidden_dropout_prob,
             drop_path=rates[layer_idx],
+            **{name: getattr(config, name) for name in BLOCK_OPTIONS},
         )
-
-
-def final_norm(config) -> nn.LayerNorm | None:
-    """The norm after the last layer, where layers are pre-norm."""
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm_position == "pre" else None
 
 
 def mixing_options(config) -> dict[str, object]:
@@ -113,9 +109,9 @@ class LionPreTrainedMixin:
         expected = self.config_class
         if getattr(config, "model_type", None) != expected.model_type:
             raise ValueError(
-                f"{type(self).__name__} needs a {expected.__name__} (model_type {expected.model_type!r}), but was given "
-                f"{type(config).__name__} with model_type {getattr(config, 'model_type', None)!r}. Text models take a "
-                "LionConfig, image models a LionVisionConfig; AutoModel picks the class that fits a checkpoint."
+                f"{type(self).__name__} needs a {expected.__name__} (model_type {expected.model_type!r}), but was "
+                f"given {type(config).__name__} with model_type {getattr(config, 'model_type', None)!r}. Text models "
+                "take a LionConfig, image models a LionVisionConfig; AutoModel picks the class that fits a checkpoint."
             )
         super().__init__(config, *args, **kwargs)
         # A decay close to 1 needs more than 8 bits: it stays float32 when a model is loaded in half precision.
@@ -125,8 +121,8 @@ class LionPreTrainedMixin:
         self._built = config.structure()
 
     def _initialize_weights(self, module, *args, **kwargs):
-        """As in Transformers, which passes over a mixer without parameters of its own: its variant may fill those of the
-        modules in it. The functions leave loaded values alone."""
+        """As in Transformers, which passes over a mixer without parameters of its own: its variant may fill those of
+        the modules in it. The functions leave loaded values alone."""
         initialized = getattr(module, "_is_hf_initialized", False)
         super()._initialize_weights(module, *args, **kwargs)
         if isinstance(module, Mixer) and not initialized:
@@ -149,15 +145,15 @@ class LionPreTrainedMixin:
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in Transformers, but a configuration that was changed after the model was built, and describes other modules
-        now (`configuration_lion.STRUCTURAL`), raises ValueError: the weights would not fit it."""
+        """As in Transformers, but a configuration that was changed after the model was built, and describes other
+        modules now (`configuration_lion.STRUCTURAL`), raises ValueError: the weights would not fit it."""
         structure = self.config.structure()
         for name, built in _built_options(self.base_model).items():
             stated = structure[name]
             if stated != built:
                 raise ValueError(
-                    f"config.{name} is {stated!r}, but the model was built with {name}={built!r}, which decides its modules. Set "
-                    "it back to save this model, or build a new one from the changed configuration."
+                    f"config.{name} is {stated!r}, but the model was built with {name}={built!r}, which decides its "
+                    "modules. Set it back to save this model, or build a new one from the changed configuration."
                 )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -165,8 +161,8 @@ class LionPreTrainedMixin:
         if attn_implementation in (None, "eager"):
             return "eager"
         raise ValueError(
-            f"attn_implementation is {attn_implementation!r}, but LION has no softmax attention to replace. Choose how it "
-            "is computed by config.format: 'attention', 'rnn', 'chunk' or 'auto'. (softmax_layers always use SDPA.)"
+            f"attn_implementation is {attn_implementation!r}, but LION has no softmax attention to replace. Choose how "
+            "it is computed by config.format: 'attention', 'rnn', 'chunk' or 'auto'. (softmax_layers always use SDPA.)"
         )
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
@@ -179,8 +175,8 @@ _MIXER_OPTIONS = ("mask_type", "order", "layer_norm_after", "feature_map", "norm
 
 
 def _built_options(encoder: nn.Module) -> dict[str, object]:
-    """The options of a configuration that decided the modules of an encoder. One that shows nowhere, such as the order of a
-    model without decay, is absent. Layers may have been removed since."""
+    """The options of a configuration that decided the modules of an encoder. One that shows nowhere, such as the order
+    of a model without decay, is absent. Layers may have been removed since."""
     mixers = [layer.mixer for layer in encoder.layers]
     variant = next((mixer.variant for mixer in mixers if isinstance(mixer, Mixer)), None)
     hidden = _MIXER_OPTIONS if variant is None else ("order",) if variant.scans == 1 else ()

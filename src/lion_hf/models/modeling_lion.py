@@ -23,7 +23,7 @@ from ..nn.mixer import TokenMixer
 from ..ops.checks import is_binary, values_can_be_read
 from ..ops.packing import first_tokens, packed_bounds, packed_positions
 from .configuration_lion import LionConfig
-from .lion_layers import LionLayer, LionPreTrainedMixin, final_norm, mixing_options, sequence_classification_loss
+from .lion_layers import LionLayer, LionPreTrainedMixin, mixing_options, sequence_classification_loss
 
 
 logger = logging.get_logger(__name__)
@@ -57,8 +57,8 @@ class LionEmbeddings(nn.Module):
             embeddings = embeddings + self._positions(position_ids, embeddings)
         elif position_ids is not None:
             logger.warning_once(
-                "position_ids are ignored: this LION model has no position table (pos_emb=False), it tells positions by "
-                "its decay."
+                "position_ids are ignored: this LION model has no position table (pos_emb=False), it tells positions "
+                "by its decay."
             )
         return self.dropout(self.norm(embeddings))
 
@@ -68,13 +68,14 @@ class LionEmbeddings(nn.Module):
             if length > positions:
                 raise ValueError(
                     f"The input has {length} tokens, but this model has a table of max_position_embeddings = "
-                    f"{positions} positions. Truncate the input, or use a LION-D or LION-S model, which take any length."
+                    f"{positions} positions. Truncate the input, or use a LION-D or LION-S model, "
+                    "which take any length."
                 )
             position_ids = torch.arange(length, device=embeddings.device)
         elif values_can_be_read(position_ids) and position_ids.numel() and int(position_ids.max()) >= positions:
             raise ValueError(
-                f"position_ids reach {int(position_ids.max())}, but this model has a table of max_position_embeddings = "
-                f"{positions} positions, counted from 0."
+                f"position_ids reach {int(position_ids.max())}, but this model has a table of "
+                f"max_position_embeddings = {positions} positions, counted from 0."
             )
         return self.position_embeddings(position_ids)
 
@@ -94,8 +95,8 @@ class LionPooler(nn.Module):
         if cu_seqlens is not None:
             if int(cu_seqlens.diff().min()) == 0:
                 raise ValueError(
-                    "A sequence of this packed row is empty and has no first token to pool. Leave empty sequences out, or "
-                    "build the model with add_pooling_layer=False."
+                    "A sequence of this packed row is empty and has no first token to pool. Leave empty sequences out, "
+                    "or build the model with add_pooling_layer=False."
                 )
             first = hidden_states[0, first_tokens(cu_seqlens, key_mask).to(hidden_states.device)]
         elif key_mask is None:
@@ -138,7 +139,7 @@ class LionModel(LionPreTrainedModel):
         super().__init__(config)
         self.embeddings = LionEmbeddings(config)
         self.layers = nn.ModuleList([LionLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = final_norm(config)
+        self.norm = self.layers[-1].final_norm()
         self.pooler = LionPooler(config) if add_pooling_layer else None
         self.post_init()
 
@@ -164,11 +165,12 @@ class LionModel(LionPreTrainedModel):
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
             True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` is accepted too.
             A mask over pairs of tokens or an additive mask raises ValueError: LION masks keys only.
-        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)` or `(1, sequence_length)`, *optional*):
-            Rows of the position table, where the model has one. In a batch of one row without attention_mask, positions
-            that start again at 0 (every entry 0 or one more than the entry before it) tell that the row holds several
-            sequences, as `DataCollatorWithFlattening` packs them; so do its `cu_seq_lens_q` and `seq_idx`, which take an
-            attention_mask as well. No sequence reads another, and the pooler returns the first real token of each.
+        position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Rows of the position table, where the model has one; `(1, sequence_length)` is accepted too. In a batch of
+            one row without attention_mask, positions that start again at 0 (every entry 0 or one more than the entry
+            before it) tell that the row holds several sequences, as `DataCollatorWithFlattening` packs them; so do its
+            `cu_seq_lens_q` and `seq_idx`, which take an attention_mask as well. No sequence reads another, and the
+            pooler returns the first real token of each.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds; both or neither were given.")
@@ -208,8 +210,9 @@ def _check_positions(position_ids: Tensor | None, batch: int, length: int) -> No
         return
     if position_ids.shape[-1:] != (length,) or position_ids.shape[:-1] not in ((), (1,), (batch,)):
         raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; it must be (batch, length) = ({batch}, {length}) as the "
-            f"tokens, or (1, {length}) for all rows. Give every token one position, or leave position_ids out to count them."
+            f"position_ids has shape {tuple(position_ids.shape)}; it must be (batch, length) = ({batch}, {length}) as "
+            f"the tokens, or (1, {length}) for all rows. "
+            "Give every token one position, or leave position_ids out to count them."
         )
 
 
@@ -228,8 +231,8 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
     if values_can_be_read(mask):
         if not is_binary(mask):
             raise ValueError(
-                "attention_mask holds values other than 0 and 1; LION takes 1 for real tokens and 0 for padding, not an "
-                "additive mask. Pass the tokenizer's attention_mask as it is."
+                "attention_mask holds values other than 0 and 1; LION takes 1 for real tokens and 0 for padding, not "
+                "an additive mask. Pass the tokenizer's attention_mask as it is."
             )
         if bool(mask.all()):
             return None
@@ -417,8 +420,8 @@ def _check_answers(name: str, positions: Tensor, key_mask: Tensor | None) -> Non
     if bool(masked.any()):
         row = int(masked.nonzero()[0])
         raise ValueError(
-            f"{name}[{row}] is {int(positions[row])}, where attention_mask is 0; an answer must stand on real tokens. For no "
-            "answer give the first real token, or a position beyond the row to leave the row out of the loss."
+            f"{name}[{row}] is {int(positions[row])}, where attention_mask is 0; an answer must stand on real tokens. "
+            "For no answer give the first real token, or a position beyond the row to leave the row out of the loss."
         )
 
 
@@ -449,8 +452,8 @@ class LionForMultipleChoice(LionPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | MultipleChoiceModelOutput:
         r"""
-        input_ids, attention_mask, token_type_ids, position_ids (`torch.Tensor` of shape `(batch_size, num_choices, sequence_length)`):
-            As in the other heads, with one more dimension for the choices.
+        input_ids, attention_mask, token_type_ids, position_ids (`torch.Tensor`):
+            As in the other heads, with a dimension more for the choices: `(batch_size, num_choices, sequence_length)`.
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_choices, sequence_length, hidden_size)`, *optional*):
             Embeddings in place of input_ids.
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
@@ -458,8 +461,8 @@ class LionForMultipleChoice(LionPreTrainedModel):
         """
         if input_ids is not None and input_ids.dim() != 3:
             raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; multiple choice takes (batch, num_choices, length). Use "
-                "unsqueeze(0) for a batch of one question."
+                f"input_ids has shape {tuple(input_ids.shape)}; multiple choice takes (batch, num_choices, length). "
+                "Use unsqueeze(0) for a batch of one question."
             )
         choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
         flat = [

@@ -26,7 +26,6 @@ from .configuration_lion import LionVisionConfig
 from .lion_layers import (
     LionLayer,
     LionPreTrainedMixin,
-    final_norm,
     mixing_options,
     scans_of,
     sequence_classification_loss,
@@ -53,8 +52,8 @@ class LionVisionPatchEmbeddings(nn.Module):
         height, width = pixel_values.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"The image is {height} x {width} pixels, which patch_size {self.patch_size} does not divide. Resize or "
-                "crop both sides to a multiple of it."
+                f"The image is {height} x {width} pixels, which patch_size {self.patch_size} does not divide. Resize "
+                "or crop both sides to a multiple of it."
             )
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
@@ -110,8 +109,8 @@ class LionVisionEmbeddings(nn.Module):
         if not interpolate:
             sides = [n * self.patch_size for n in (*grid, *self.grid_size)]
             raise ValueError(
-                f"The image is {sides[0]} x {sides[1]} pixels, but the position table was made for {sides[2]} x {sides[3]}. "
-                "Resize the image or pass interpolate_pos_encoding=True."
+                f"The image is {sides[0]} x {sides[1]} pixels, but the position table was made for "
+                f"{sides[2]} x {sides[3]}. Resize the image or pass interpolate_pos_encoding=True."
             )
         table = self.position_embeddings[:, 1:].unflatten(1, self.grid_size).permute(0, 3, 1, 2)
         table = F.interpolate(table, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
@@ -133,7 +132,7 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     input_modalities = ("image",)
     _input_embed_layer = "patch_embeddings"
     _no_split_modules = ["LionVisionEmbeddings", "LionVisionLayer"]
-    _can_record_outputs = {"hidden_states": LionVisionLayer, "attentions": TokenMixer}
+    _can_record_outputs = {"hidden_states": LionLayer, "attentions": TokenMixer}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -160,7 +159,7 @@ class LionVisionModel(LionVisionPreTrainedModel):
         super().__init__(config)
         self.embeddings = LionVisionEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList([LionVisionLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = final_norm(config)
+        self.norm = self.layers[-1].final_norm()
         self.post_init()
 
     @merge_with_config_defaults
@@ -286,7 +285,7 @@ class LionForMaskedImageModeling(LionVisionPreTrainedModel):
 
 
 def _grid_features(hidden_states: Tensor, pixel_values: Tensor, patch_size: int) -> Tensor:
-    """Tokens (batch, 1 + rows * columns, channels) as a map (batch, channels, rows, columns), without the class token."""
+    """Tokens (batch, 1 + rows * columns, channels) as a map (batch, channels, rows, columns), class token removed."""
     grid = tuple(side // patch_size for side in pixel_values.shape[2:])
     return hidden_states[:, 1:].transpose(1, 2).unflatten(2, grid)
 

@@ -4,7 +4,7 @@ import functools
 
 from torch import Tensor, nn
 
-from .names import NORM_POSITIONS, require_name
+from .names import BLOCK_OPTIONS, require_name
 
 
 class DropPath(nn.Module):
@@ -52,9 +52,9 @@ class Block(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        require_name("norm_position", norm_position, NORM_POSITIONS)
+        require_name("norm_position", norm_position, BLOCK_OPTIONS["norm_position"])
         self.norm_position = norm_position
-        norm = functools.partial(nn.LayerNorm, dim, eps=norm_eps)
+        self._norm = norm = functools.partial(nn.LayerNorm, dim, eps=norm_eps)
         # In the order in which tokens meet them: states of optimizers number the parameters.
         if norm_position == "pre":
             self.mixer_norm, self.mixer, self.mlp_norm, self.mlp = norm(), mixer, norm(), mlp
@@ -70,6 +70,10 @@ class Block(nn.Module):
             return hidden_states + self._branch(self.mlp(self.mlp_norm(hidden_states)))
         hidden_states = self.mixer_norm(hidden_states + self._mix(hidden_states, key_mask, mixing))
         return self.mlp_norm(hidden_states + self._branch(self.mlp(hidden_states)))
+
+    def final_norm(self) -> nn.Module | None:
+        """A new norm for the end of a stack of such blocks; None where they are post-norm and need none."""
+        return self._norm() if self.norm_position == "pre" else None
 
     def _mix(self, x: Tensor, key_mask: Tensor | None, mixing: dict) -> Tensor:
         mixed = self.mixer(x, key_mask, **mixing)

@@ -1,4 +1,4 @@
-"""A stack of blocks over tokens: of text, of images, of anything else. Masks, packing and unpadding are settled here."""
+"""A stack of blocks over tokens: of text, images or anything else. Masks, packing and unpadding are settled here."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -10,7 +10,7 @@ from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
 from .mixer import Mixer
 from .mlp import MLP
-from .names import MLP_TYPES, require_name
+from .names import BLOCK_OPTIONS, MLP_TYPES, require_name
 from .softmax import SoftmaxMixer
 
 
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         attention_dropout: share of the attention matrix that training drops, see [`Mixer.forward`].
         softmax_layers: blocks, counted from 0, that mix by softmax attention.
         unpad: whether padding is taken out of batches, see [`run_blocks`].
-        mixer_options: further arguments of [`Mixer`], such as `normalize`, `scans` or `prefix_tokens`.
+        options: further options of [`Block`], and arguments of [`Mixer`] such as `normalize` or `prefix_tokens`.
 
     Raises:
         ValueError: for options that do not fit.
@@ -125,20 +125,22 @@ class Encoder(nn.Module):
         attention_dropout: float = 0.0,
         softmax_layers: Sequence[int] = (),
         unpad: bool | None = None,
-        **mixer_options,
+        **options,
     ):
         super().__init__()
         require_name("mlp_type", mlp_type, MLP_TYPES)
         self.attention_dropout = attention_dropout
+        block_options = {"norm_position": norm_position, "norm_eps": norm_eps, "dropout": dropout}
+        block_options |= {name: options.pop(name) for name in BLOCK_OPTIONS if name in options}
         # Without padding several rows become one, in which only the first tokens would count as prefix.
-        self.unpad = False if mixer_options.get("prefix_tokens") and unpad is None else unpad
-        softmax_options = {k: v for k, v in mixer_options.items() if k == "qkv_bias"}
+        self.unpad = False if options.get("prefix_tokens") and unpad is None else unpad
+        softmax_options = {k: v for k, v in options.items() if k == "qkv_bias"}
 
         def block(i: int) -> Block:
             if i in softmax_layers:
                 mixer = SoftmaxMixer(dim, heads, **softmax_options)
             else:
-                mixer = Mixer(dim, heads, variant, layer_idx=i, num_layers=depth, **mixer_options)
+                mixer = Mixer(dim, heads, variant, layer_idx=i, num_layers=depth, **options)
             mlp = MLP(
                 dim,
                 4 * dim if hidden is None else hidden,
@@ -147,12 +149,10 @@ class Encoder(nn.Module):
                 dropout=dropout,
             )
             rate = drop_path_rates(drop_path, depth)[i]
-            return Block(
-                dim, mixer, mlp, norm_position=norm_position, norm_eps=norm_eps, dropout=dropout, drop_path=rate
-            )
+            return Block(dim, mixer, mlp, drop_path=rate, **block_options)
 
         self.layers = nn.ModuleList(block(i) for i in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=norm_eps) if norm_position == "pre" else None
+        self.norm = self.layers[-1].final_norm() if depth else None
 
     def forward(
         self,

@@ -77,10 +77,10 @@ class Mixer(TokenMixer):
     Args:
         dim: width of the tokens, a multiple of `heads`.
         heads: number of heads.
-        variant: name of a registered variant: "lit" (no decay), "decay" (a learned decay per head), "selective" (a decay per
-            token and head), or one of your own, see `register_variant`.
-        feature_map: function of query and key: "identity", "elu" or "unit_silu". By default the variant's where outputs are
-            normalised, else "identity".
+        variant: name of a registered variant: "lit" (no decay), "decay" (a learned decay per head), "selective" (a
+            decay per token and head), or one of your own, see `register_variant`.
+        feature_map: function of query and key: "identity", "elu" or "unit_silu". By default the variant's where outputs
+            are normalised, else "identity".
         normalize: divide outputs by their row sums. By default as the variant states (the paper's do). Scores must be
             positive then, which "elu" and "unit_silu" see to.
         norm: LayerNorm (eps 1e-5) over all heads before the output projection.
@@ -91,7 +91,7 @@ class Mixer(TokenMixer):
         layer_idx, num_layers: place in the encoder, for variants that depend on it.
 
     Raises:
-        ValueError: for a name that is not known, sizes that do not fit, and a feature map that does not fit `normalize`.
+        ValueError: for an unknown name, sizes that do not fit, and a feature map that does not fit `normalize`.
     """
 
     def __init__(
@@ -180,8 +180,8 @@ class Mixer(TokenMixer):
             divided by its row sums where the mixer normalises.
 
         Raises:
-            ValueError: where the matrix is needed (`output_attentions`, or dropout in training) and `format` is "rnn" or
-                "chunk"; for a mask or scans that the variant does not take; for two scans without paths.
+            ValueError: where the matrix is needed (`output_attentions`, or dropout in training) and `format` is "rnn"
+                or "chunk"; for a mask or scans that the variant does not take; for two scans without paths.
         """
         dropout = dropout if self.training and not self.normalize else 0.0
         self._check_call(key_mask, cu_seqlens, paths)
@@ -202,13 +202,13 @@ class Mixer(TokenMixer):
         first = recurrences[0]
         if first.operator not in OPERATORS or first.operator not in self.variant.operators:
             raise ValueError(
-                f"{self.variant.label} asks for the operator {first.operator!r}; it states {self.variant.operators!r}, and there "
-                f"are {', '.join(map(repr, OPERATORS))}."
+                f"{self.variant.label} asks for the operator {first.operator!r}; it states {self.variant.operators!r}, "
+                f"and there are {', '.join(map(repr, OPERATORS))}."
             )
         if any(a is not b for other in recurrences[1:] for a, b in zip(first[:3], other[:3], strict=True)):
             raise ValueError(
-                f"{self.variant.label} changes query, key or value, which several scans share: it can take one scan only, and "
-                "must state scans = 1."
+                f"{self.variant.label} changes query, key or value, which several scans share: it can take one scan "
+                "only, and must state scans = 1."
             )
         return OPERATORS[first.operator]
 
@@ -240,8 +240,8 @@ class Mixer(TokenMixer):
     def _check_call(self, key_mask, cu_seqlens, paths) -> None:
         if cu_seqlens is not None and self.prefix_tokens:
             raise ValueError(
-                f"This mixer has prefix_tokens={self.prefix_tokens}, the first of a row, and takes no packed rows (cu_seqlens, "
-                "unpadding). Give every sequence a row of its own."
+                f"This mixer has prefix_tokens={self.prefix_tokens}, the first of a row, and takes no packed rows "
+                "(cu_seqlens, unpadding). Give every sequence a row of its own."
             )
         taken = self.variant.masks
         for name, given in (("key_mask", key_mask), ("cu_seqlens", cu_seqlens)):
@@ -251,16 +251,20 @@ class Mixer(TokenMixer):
             return
         if paths is None or len(paths) != self.scans:
             raise ValueError(
-                f"This mixer averages {self.scans} scans, so it needs as many paths; give paths=snake_orders(height, width)."
+                f"This mixer averages {self.scans} scans, so it needs as many paths; "
+                "give paths=snake_orders(height, width)."
             )
         if key_mask is not None or cu_seqlens is not None:
             raise ValueError(
-                f"This mixer averages {self.scans} scans of a grid, which take neither key_mask nor cu_seqlens. Leave them "
-                "out, or build it with scans=1."
+                f"This mixer averages {self.scans} scans of a grid, which take neither key_mask nor cu_seqlens. Leave "
+                "them out, or build it with scans=1."
             )
 
     def extra_repr(self) -> str:
-        return f"variant={self.variant.name!r}, feature_map={self.feature_map!r}, normalize={self.normalize}, scans={self.scans}"
+        return (
+            f"variant={self.variant.name!r}, feature_map={self.feature_map!r}, normalize={self.normalize}, "
+            f"scans={self.scans}"
+        )
 
 
 def chosen_feature_map(variant: type[Variant], name: str | None, normalize: bool) -> str:
@@ -274,8 +278,8 @@ def chosen_feature_map(variant: type[Variant], name: str | None, normalize: bool
     require_name("feature_map", name, FEATURE_MAPS)
     if normalize and name == "identity" and variant.feature_map != "identity":
         raise ValueError(
-            "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Choose 'elu' or "
-            "'unit_silu', or normalize=False."
+            "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Choose "
+            "'elu' or 'unit_silu', or normalize=False."
         )
     return name
 
@@ -285,6 +289,7 @@ def require_matrix(format: str, output_attentions: bool) -> None:
     if format.lower() not in ("attention", "auto"):
         cause = "output_attentions=True" if output_attentions else "attention_probs_dropout_prob > 0 in training"
         raise ValueError(
-            f"{cause} needs the attention matrix, which format={format!r} never builds. Set format (model.config.format) to "
-            "'attention' or 'auto'" + ("." if output_attentions else ", or attention_probs_dropout_prob to 0.")
+            f"{cause} needs the attention matrix, which format={format!r} never builds. Set format "
+            "(model.config.format) to 'attention' or 'auto'"
+            + ("." if output_attentions else ", or attention_probs_dropout_prob to 0.")
         )

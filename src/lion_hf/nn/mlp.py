@@ -35,7 +35,8 @@ class MLP(nn.Module):
         if isinstance(activation, str):
             if activation not in ACTIVATIONS:
                 raise ValueError(
-                    f"activation is {activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}, or a module or function."
+                    f"activation is {activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}, "
+                    "or a module or function."
                 )
             activation = ACTIVATIONS[activation]()
         self.up_proj = nn.Linear(dim, hidden)

@@ -2,8 +2,8 @@
 
 # Functions of query and key, see features.py.
 FEATURE_MAPS = ("identity", "elu", "unit_silu")
-# Where a block has its norms, see block.py.
-NORM_POSITIONS = ("post", "pre")
+# Options of a block, see block.py. Encoders and configurations take them on by this table.
+BLOCK_OPTIONS = {"norm_position": ("post", "pre")}
 # What works on each token alone, see mlp.py: two layers, or a gated pair and one.
 MLP_TYPES = ("mlp", "glu")
 

@@ -26,8 +26,8 @@ class SoftmaxMixer(TokenMixer):
         dropout: float = 0.0,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `Mixer.forward`. `paths`, `format` and `chunk_size` change nothing, and the matrix is there in every format.
-        Rows whose keys are all masked read 0."""
+        """As `Mixer.forward`. `paths`, `format` and `chunk_size` change nothing, and the matrix is there in every
+        format. Rows whose keys are all masked read 0."""
         query, key, value = self.project(x)
         dropout = dropout if self.training else 0.0
 

@@ -13,8 +13,8 @@ change to this package:
         def prepare(self, x, query, key, value, prefix_tokens):
             return Recurrence(query, key, value, log_decay=query.new_full((self.heads,), -0.1))
 
-`LionConfig(mask_type="fixed")`, `lion_hf.nn.Mixer(dim, heads, variant="fixed")`, cards, reports, pictures and warm starts
-then know it.
+`LionConfig(mask_type="fixed")`, `lion_hf.nn.Mixer(dim, heads, variant="fixed")`, cards, reports, pictures and warm
+starts then know it.
 """
 
 from collections.abc import Callable
@@ -57,9 +57,9 @@ class Recurrence(NamedTuple):
 class Variant:
     """Base class of all variants, and the variant without any decay, parameters or changes.
 
-    An instance is a view on one scan of a mixer. Mixers make it anew for every use, so it holds no state: weights belong to
-    the mixer (their names in state dicts are `mixer.NAME`, and `mixer.NAME_2` for a second scan), and are read here as
-    attributes.
+    An instance is a view on one scan of a mixer. Mixers make it anew for every use, so it holds no state: weights
+    belong to the mixer (their names in state dicts are `mixer.NAME`, and `mixer.NAME_2` for a second scan), and are
+    read here as attributes.
 
     Class attributes, which a variant overrides:
         label: name for people, as in reports and cards.
@@ -126,8 +126,8 @@ class Variant:
         """Adds the variant's parameters and modules, uninitialised where `init_weights` fills them."""
 
     def init_weights(self, init: Any) -> None:
-        """Fills what `build` added, with the functions of `init`: torch.nn.init, or Transformers' own, which leave loaded
-        values alone. Linear layers have been filled already, as every linear layer of the model."""
+        """Fills what `build` added, with the functions of `init`: torch.nn.init, or Transformers' own, which leave
+        loaded values alone. Linear layers have been filled already, as every linear layer of the model."""
 
     def prepare(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix_tokens: int) -> Recurrence:
         """What the mixer computes for these inputs.
@@ -193,8 +193,8 @@ def variant_class(name: str) -> type[Variant]:
     if cls is None:
         known = ", ".join(repr(word) for name, cls in VARIANTS.items() for word in (name, *cls.spellings))
         raise ValueError(
-            f"{name!r} is not a variant; known are {known}, in any case. A variant of your own must be registered before it "
-            "is used: import the file with its class, decorated with lion_hf.nn.register_variant."
+            f"{name!r} is not a variant; known are {known}, in any case. A variant of your own must be registered "
+            "before it is used: import the file with its class, decorated with lion_hf.nn.register_variant."
         )
     return cls
 

@@ -19,8 +19,8 @@ Cost per batch element and head, for L tokens, widths D and V, chunks of K token
     rnn         L (K (D + V) + 4 D V)       linear in L, one chunk after the other, O(D V) memory
     LIT         2 L D V                     (no decay: chunk and rnn are one global product)
 
-Each form and its gradient have a file of their own beside this one; triton/ holds the kernels that replace them on a GPU.
-Second derivatives are not supported; asking for one raises an error.
+Each form and its gradient have a file of their own beside this one; triton/ holds the kernels that replace them on a
+GPU. Second derivatives are not supported; asking for one raises an error.
 """
 
 import torch

@@ -60,18 +60,18 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
     """Raises ValueError unless `cu_seqlens` divides a single row of `length` tokens into sequences."""
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(
-            f"cu_seqlens is a {type(cu_seqlens).__name__}; it must be an int32 or int64 tensor of shape (sequences + 1,). Use "
-            "torch.tensor(cu_seqlens)."
+            f"cu_seqlens is a {type(cu_seqlens).__name__}; it must be an int32 or int64 tensor of shape "
+            "(sequences + 1,). Use torch.tensor(cu_seqlens)."
         )
     if batch != 1:
         raise ValueError(
-            f"cu_seqlens was given with a batch of {batch}; sequences are packed into a single row, so the batch must be "
-            "1. Join the rows along their tokens."
+            f"cu_seqlens was given with a batch of {batch}; sequences are packed into a single row, so the batch must "
+            "be 1. Join the rows along their tokens."
         )
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
-            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be int32 or int64 of "
-            "shape (sequences + 1,), with the bounds of at least one sequence."
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be int32 or int64 "
+            "of shape (sequences + 1,), with the bounds of at least one sequence."
         )
     if values_can_be_read(cu_seqlens):
         first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())

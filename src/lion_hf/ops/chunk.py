@@ -10,7 +10,7 @@ from .decays import Factors, clamped_gates, cumulative_sums, decay_factors, gate
 from .tokens import Tokens
 
 
-# States of chunks are linked by one (chunks x chunks) product up to this many chunks; beyond, a carry links such groups.
+# Up to this many chunks, one (chunks x chunks) product links their states; beyond, a carry links groups of this size.
 PROPAGATION_GROUP = 64
 
 

@@ -37,7 +37,7 @@ def pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype) -> Te
 
 
 def exp_(x: Tensor) -> Tensor:
-    """exp, and 0 for what comes near the dtype's smallest normal number: exponentials and products below it are slow."""
+    """exp, and 0 for what comes near the dtype's smallest normal number: exp and products below it are slow."""
     smallest = math.log(torch.finfo(x.dtype).tiny) + 0.5
     y = x.clamp_(min=smallest).exp_()
     return F.threshold(y, 1.01 * math.exp(smallest), 0.0, inplace=not y.requires_grad)

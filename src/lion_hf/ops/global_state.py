@@ -1,4 +1,4 @@
-"""Without decay both directions end in the same state, sum_j k_j v_j^T, which every token reads: chunk and rnn in one."""
+"""The chunk and rnn forms without decay: every token reads the same state, sum_j k_j v_j^T, from both directions."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Rows without padding: sequences that a caller packed into one row, and padded batches turned into such a row and back."""
+"""Rows without padding: sequences that a caller packed into one row, and padded batches made into one and restored."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,8 +11,8 @@ from .checks import check_cu_seqlens, is_exporting
 
 
 # unpad=None removes padding where rows have this many features of it on average, positions times hidden_size: one row
-# after another costs some time for each row and layer, a padded position the more the wider the model. Measured on a CPU
-# (training steps of widths 128 to 768).
+# after another costs some time for each row and layer, a padded position the more the wider the model. Measured on a
+# CPU (training steps of widths 128 to 768).
 LEAST_PADDING = 2048
 
 
@@ -24,7 +24,7 @@ def packed_bounds(
     cu_seqlens: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor | None:
-    """Bounds of the sequences that a caller packed into one row, (sequences + 1,) on the CPU; None if it holds just one.
+    """Bounds of the sequences that a caller packed into one row, (sequences + 1,) on the CPU; None if it holds one.
 
     They are told by the first of these that is given, as Transformers' `DataCollatorWithFlattening` makes them:
 
@@ -97,8 +97,8 @@ class UnpaddedRow(NamedTuple):
 
 
 def unpad(key_mask: Tensor, least_padding: float = 1) -> UnpaddedRow | None:
-    """Joins the rows of a key mask (batch, length) without the False at their left and right ends; of a row that is False
-    throughout the first token stays, which the pooler reads.
+    """Joins the rows of a key mask (batch, length) without the False at their left and right ends; of a row that is
+    False throughout the first token stays, which the pooler reads.
 
     None where these are fewer than `least_padding` positions in the whole batch, or there is none.
     """

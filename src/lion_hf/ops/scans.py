@@ -1,4 +1,4 @@
-"""Scans of a grid along several paths, and their mean: the natural variants of the image encoders (arXiv 2502.16249)."""
+"""Scans of a grid along several paths, and their mean: the natural variants of image encoders (arXiv 2502.16249)."""
 
 from collections.abc import Sequence
 
@@ -42,14 +42,15 @@ def averaged_scans(
     chunk_size: int = 64,
     eps: float = 1e-6,
 ) -> Tensor:
-    """The normalised operator under the mean of several masks, each along an order of its own: the snake scans of images.
+    """The normalised operator under the mean of several masks, each along its own order: the snake scans of images.
 
     The attention form builds the mean mask and multiplies once; the others run one scan after the other and add
     numerators and denominators before the one division.
 
     Args:
         query: (batch, heads, length, head_dim), as in [`bidirectional_linear_attention`], and so `key` and `value`.
-        log_decays: one for each scan, all (heads,), or all (batch, heads, length) with the tokens in the order of `query`.
+        log_decays: one for each scan, all (heads,), or all (batch, heads, length) with the tokens in the order of
+            `query`.
         orders: one for each scan, see [`snake_orders`].
         format: as in [`bidirectional_linear_attention`], and so `chunk_size`.
         eps: added to the mean row sums before the division.

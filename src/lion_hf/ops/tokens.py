@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 
 # What stays in the cache of a CPU, about 1 MiB in float32. The chunk form walks its chunks one after the other (the rnn
-# functions) once a query has more elements, so that no buffer is paged in anew for every step. The attention form takes as many
-# rows of a batch at a time as have no more scores, and the walk makes as many decay factors.
+# functions) once a query has more elements, so that no buffer is paged in anew for every step. The attention form takes
+# as many rows of a batch at a time as have no more scores, and the walk makes as many decay factors.
 CPU_CACHE_ELEMENTS = 2**18
 
 ALL = slice(None)

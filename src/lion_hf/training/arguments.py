@@ -8,6 +8,8 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from ..nn.variants import VARIANTS
+
 
 # Model arguments that are no options of a configuration, or are passed on their own.
 _NO_OPTIONS = ("model_name_or_path", "model_type", "warm_start", "warm_start_distillation", "preset", "format")
@@ -33,7 +35,8 @@ class ModelArguments:
     )
     preset: str | None = field(default=None, metadata={"help": "Named size of the paper, such as lion-s-base."})
     mask_type: str | None = field(
-        default=None, metadata={"help": "Decay: lit (none), decay (LION-D), selective (LION-S)."}
+        default=None,
+        metadata={"help": f"Variant: {', '.join(f'{name} ({cls.label})' for name, cls in VARIANTS.items())}."},
     )
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the model."})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of layers."})

@@ -36,8 +36,8 @@ class LionTrainer(Trainer):
         self._last_log, self._evaluation_time = None, 0.0
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """All parameters with `decay_all`; else no biases, norms, class token, position table and 1-D ones, and none that a
-        variant spares."""
+        """All parameters with `decay_all`; else no biases, norms, class token, position table and 1-D ones, and none
+        that a variant spares."""
         sizes = {name: parameter.dim() for name, parameter in model.named_parameters(remove_duplicate=False)}
         if self.args.decay_all:
             return list(sizes)

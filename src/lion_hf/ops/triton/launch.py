@@ -1,4 +1,4 @@
-"""LION's operator on a GPU: launches of the kernels in lion_kernels.py, as operators of PyTorch with gradients.
+"""LION's operator on a GPU: launches of the kernels in kernels.py, as operators of PyTorch with gradients.
 
 Tested in Triton's interpreter; not yet timed on a GPU.
 """
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kernels import (
-    FLOOR,
     INTERPRETED,
     delta_kernel,
     gate_gradient_kernel,
@@ -21,9 +20,8 @@ from .kernels import (
     scan_kernel,
     states_kernel,
     sums_kernel,
-    tl,
-    triton,
 )
+from .parts import FLOOR, triton
 
 
 # PyTorch's operators have one name in a process, and a second definition frees the first. A copy of this file that came
@@ -64,6 +62,7 @@ class _Layout(NamedTuple):
 
 
 def _layout(batch: int, length: int, cu_seqlens: Tensor | None, full: bool, largest: int) -> _Layout:
+    """Cuts a batch of texts, or a row of packed sequences, into tiles of at most `largest` tokens and into chunks."""
     tile = min(largest, max(16, triton.next_power_of_2(length)))
     tiles = triton.cdiv(length if full else min(_CHUNK, length), tile)
     size = tiles * tile
@@ -88,6 +87,7 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Strides of batch, head and token of a (batch, heads, length, ...) tensor."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
@@ -98,6 +98,7 @@ def _heads_last(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
 
 
 def _block(width: int) -> int:
+    """The power of two that holds so many features: products take 16 at least."""
     return max(16, triton.next_power_of_2(width))
 
 
@@ -109,7 +110,7 @@ def _tf32_is_allowed() -> bool:
 
 
 class _Operator:
-    """The launches for one set of inputs; see the head of lion_kernels.py."""
+    """The launches for one set of inputs; see the head of kernels.py."""
 
     def __init__(self, query, key, value, log_decay, key_mask, cu_seqlens, scale, full):
         self.batch, self.heads, self.length, self.head_dim = query.shape
@@ -120,12 +121,11 @@ class _Operator:
         self.key_mask = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
         self.scale = scale
         dtypes = {query.dtype, key.dtype, value.dtype}
-        # float16 fits into the mantissa of tf32, whose range holds the factors that its own does not.
-        self.operand = tl.bfloat16 if dtypes == {torch.bfloat16} else tl.float32
         exact = torch.float32 in dtypes and not _tf32_is_allowed()
-        self.precision = "ieee" if exact else "tf32"
+        # float16 fits into the mantissa of tf32, whose range holds the factors that its own does not.
+        self.precision = "bf16" if dtypes == {torch.bfloat16} else "ieee" if exact else "tf32"
         wide = max(self.head_dim, self.value_dim) > 64
-        small = exact or (wide and self.operand == tl.float32)
+        small = exact or (wide and self.precision != "bf16")
         largest = min(_TILE, _FLOAT32_TILE) if small else _TILE
         self.layout = _layout(self.batch, self.length, cu_seqlens, full, largest)
         self.resources = {"num_warps": 2 * _WARPS if exact or wide else _WARPS, "num_stages": _STAGES}
@@ -138,35 +138,34 @@ class _Operator:
         return self.layout.all_chunks * programs_per_chunk, self.heads
 
     def _sum(self) -> None:
+        """Makes `sums`, (batch, heads, 2, length), and `totals`, (heads, tiles, 2), of the gates."""
         layout = self.layout
         self.sums = self.decay.new_empty(self.batch, self.heads, 2, self.length, dtype=torch.float32)
-        self.totals = self.decay.new_empty(layout.all_chunks * layout.tiles, self.heads, 2, dtype=torch.float32)
+        self.totals = self.decay.new_empty(self.heads, layout.all_chunks * layout.tiles, 2, dtype=torch.float32)
         sums_kernel[self._grid(layout.tiles)](
             self.decay, self.sums, self.totals, layout.table, *self.decay_strides,
-            self.length, self.heads, layout.chunks, layout.tiles, TILE=layout.tile,
+            self.length, layout.chunks, layout.tiles, TILE=layout.tile,
         )  # fmt: skip
 
     def states(self, y, z, bias=None, weight=None, transposed=False) -> Tensor | None:
-        """What reaches each chunk, (sides, chunks, heads, D * E + D); None in the full form."""
+        """What reaches each chunk, (chunks, heads, sides, D * E + D); None in the full form."""
         if not self.has_states:
             return None
         layout = self.layout
-        size = self.head_dim * (self.value_dim + 1)
-        states = y.new_empty(1 if self.kind == NONE else 2, layout.all_chunks, self.heads, size, dtype=torch.float32)
+        sides, size = 1 if self.kind == NONE else 2, self.head_dim * (self.value_dim + 1)
+        states = y.new_empty(layout.all_chunks, self.heads, sides, size, dtype=torch.float32)
         if self.kind != NONE:
             self.chunk_totals = y.new_empty(layout.all_chunks, self.heads, dtype=torch.float32)
         blocks = _block(y.shape[-1]), _block(z.shape[-1])
         states_kernel[self._grid(1)](
-            y, z, states, self.chunk_totals, bias, weight, self.key_mask, self.decay, self.sums, self.totals, layout.table,
-            *_strides(y), *_strides(z), *self.decay_strides,
-            self.length, self.heads, layout.chunks, layout.tiles, layout.all_chunks,
+            y, z, states, self.chunk_totals, bias, weight, self.key_mask, self.decay, self.sums, self.totals,
+            layout.table, *_strides(y), *_strides(z), *self.decay_strides, self.length, layout.chunks, layout.tiles,
             WIDTH_Y=y.shape[-1], WIDTH_Z=z.shape[-1], BLOCK_Y=blocks[0], BLOCK_Z=blocks[1], TILE=layout.tile,
-            DECAY=self.kind, TRANSPOSED=transposed, OPERAND=self.operand, PRECISION=self.precision,
-            **self.resources,
+            DECAY=self.kind, TRANSPOSED=transposed, PRECISION=self.precision, **self.resources,
         )  # fmt: skip
         block = 256
-        scan_kernel[(layout.sequences * self.heads, triton.cdiv(size, block), states.shape[0])](
-            states, self.chunk_totals, layout.borders, self.heads, layout.chunks, layout.all_chunks,
+        scan_kernel[(layout.sequences * self.heads, triton.cdiv(size, block), sides)](
+            states, self.chunk_totals, layout.borders, self.heads, layout.chunks,
             SIZE=size, BLOCK=block, DECAY=self.kind,
         )  # fmt: skip
         return states
@@ -175,35 +174,37 @@ class _Operator:
         self, x, y, z, out, states, *, flipped=False, transposed=False, bias=None, weight=None,
         result=NUMERATOR, eps=0.0, row_sums=None, reference=None, split=None,
     ) -> None:  # fmt: skip
-        """Fills `out`, and `row_sums` and `split` where given. `flipped`: x has the width of values, not of queries."""
+        """Fills `out`, which lies in memory as `_heads_last` makes it, and `row_sums` and `split` where given.
+        `flipped`: x has the width of values, not of queries."""
         layout, width_x, width_z = self.layout, x.shape[-1], z.shape[-1]
         blocks = _block(width_x), _block(width_z)
         mix_kernel[self._grid(layout.tiles)](
-            x, y, z, out, row_sums, states, bias, weight, self.key_mask, self.decay, self.sums, self.totals, layout.table,
-            reference, split, *_strides(x), *_strides(y), *_strides(z), *_strides(out), *_strides(reference),
-            *self.decay_strides, *((1, self.value_dim) if flipped else (self.value_dim, 1)),
-            self.length, self.heads, layout.chunks, layout.tiles, layout.all_chunks, self.scale, eps,
-            WIDTH_X=width_x, WIDTH_Z=width_z, WIDTH_VECTOR=self.head_dim, BLOCK_X=blocks[0], BLOCK_Z=blocks[1],
-            TILE=layout.tile, DECAY=self.kind, TRANSPOSED=transposed, RESULT=result, OPERAND=self.operand,
-            PRECISION=self.precision, **self.resources,
+            x, y, z, out, row_sums, states, bias, weight, self.key_mask, self.decay, self.sums, self.totals,
+            layout.table, reference, split,
+            *_strides(x), *_strides(y), *_strides(z), *self.decay_strides, *_strides(reference),
+            self.length, layout.chunks, layout.tiles, self.scale, eps,
+            WIDTH_X=width_x, WIDTH_Z=width_z, BLOCK_X=blocks[0], BLOCK_Z=blocks[1], TILE=layout.tile, DECAY=self.kind,
+            TRANSPOSED=transposed, FLIPPED=flipped, RESULT=result, PRECISION=self.precision, **self.resources,
         )  # fmt: skip
 
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:
+        """-d_out_i . out_i, (batch, heads, length)."""
         delta = out.new_empty(self.batch, self.heads, self.length, dtype=torch.float32)
         width, tile = self.value_dim, self.layout.tile
         tiles = triton.cdiv(self.length, tile)
         delta_kernel[self.batch * tiles, self.heads](
-            out, d_out, delta, *_strides(out), *_strides(d_out), self.length, self.heads, tiles,
+            out, d_out, delta, *_strides(out), *_strides(d_out), self.length, tiles,
             WIDTH=width, BLOCK=_block(width), TILE=tile,
         )  # fmt: skip
         return delta
 
     def gate_gradient(self, query_split, key_split, states, query_states, biased: bool) -> Tensor:
+        """The gradient of the log-decays, (batch, heads, length), from the splits that `mix` has filled."""
         layout, size = self.layout, self.head_dim * self.value_dim
         out = query_split.new_empty(self.batch, self.heads, self.length)
         gate_gradient_kernel[self._grid(1)](
             query_split, key_split, states, query_states, self.chunk_totals, out, layout.table,
-            self.length, self.heads, layout.chunks, layout.tiles, layout.all_chunks, self.scale,
+            self.length, layout.chunks, layout.tiles, self.scale,
             SIZE=size + self.head_dim, USED=size + biased * self.head_dim, BLOCK=1024, TILE=layout.tile,
         )  # fmt: skip
         return out
@@ -342,7 +343,7 @@ def _differentiate(ctx, d_out, d_row_sums):
 def _refuse(ctx, *gradients):
     raise RuntimeError(
         "LION's fused kernels have no second derivative. Leave create_graph out, or build the output from "
-        "lion_hf.lion_ops.attention_scores, which has one."
+        "lion_hf.ops.attention_scores, which has one."
     )
 
 
@@ -362,8 +363,8 @@ def fused_linear_attention(
     result: str,
     full: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The operator on a GPU, in the full form or in chunks. Other arguments as in `bidirectional_linear_attention`, which
-    has checked them; `result` is "numerator", "normalized" or "both"."""
+    """The operator on a GPU, in the full form or in chunks. Other arguments as in `bidirectional_linear_attention`,
+    which has checked them; `result` is "numerator", "normalized" or "both"."""
     kind = ("numerator", "normalized", "both").index(result)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(query.device)
     out, row_sums = _mix(query, key, value, log_decay, key_mask, cu_seqlens, scale, float(eps), kind, full)

@@ -1,0 +1,149 @@
+"""Counts the files and lines that one opens to understand a part of the package; prints them as a table, and a list.
+
+    python docs/contributing/what_one_opens.py
+
+A file is counted as a whole, or by the definitions named here, with their decorators, docstrings and comments inside.
+"""
+
+import ast
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[2]
+SRC = "src/lion_hf/"
+TRAINING = SRC + "training/"
+
+# Files below src/lion_hf with the names of definitions in them; no names: the whole file.
+PARTS = {
+    "the operator: what it computes": {"ops/reference.py": ()},
+    "the operator: checks and all forms": {
+        f"ops/{name}.py": ()
+        for name in (
+            "api", "checks", "autograd", "tokens", "decays", "attention", "chunk", "recurrent", "global_state",
+        )
+    },
+    "the masks": {
+        "ops/reference.py": ("textbook_mask",),
+        "ops/decays.py": (
+            "FLOOR", "clamped_gates", "sum_dtype", "cumulative_sums", "pair_weights", "exp_", "differences",
+        ),
+        "ops/attention.py": ("attention_weights",),
+    },
+    "padding": {
+        "models/modeling_lion.py": ("_key_mask",),
+        "nn/encoder.py": ("run_blocks", "unpadded_row"),
+        "ops/packing.py": ("LEAST_PADDING", "UnpaddedRow", "unpad", "map_sequences", "_split_row"),
+        "ops/tokens.py": ("Tokens",),
+        "nn/softmax.py": ("_masked_and_visible",),
+    },
+    "the snake scan": {
+        "models/lion_layers.py": ("scans_of",),
+        "models/modeling_lion_vision.py": ("LionVisionModel.forward",),
+        "nn/mixer.py": ("Mixer._mixed", "Mixer._matrix", "Mixer._check_call"),
+        "ops/scans.py": (),
+        "ops/attention.py": ("attention_weights", "_along", "_decay_masks"),
+    },
+    "the format switch": {
+        "models/lion_layers.py": ("mixing_options",),
+        "nn/mixer.py": ("Mixer.forward", "Mixer._mixed", "require_matrix"),
+        "ops/api.py": ("CROSSOVER", "bidirectional_linear_attention", "_run_form", "resolve_format"),
+        "ops/backend.py": ("fused_kernels",),
+        "ops/tokens.py": ("CPU_CACHE_ELEMENTS", "walks_chunks"),
+    },
+    "an option (norm_position)": {
+        "nn/names.py": (),
+        "nn/block.py": ("Block",),
+        "nn/encoder.py": ("Encoder.__init__",),
+        "models/lion_layers.py": ("LionLayer",),
+        "models/configuration_lion.py": (
+            "_SPELLINGS", "STRUCTURAL", "_LionOptions.from_dict", "_LionOptions.require_structure",
+            "_LionOptions.structure", "spellings", "_normalised",
+        ),
+    },
+}  # fmt: skip
+# A head: its class, and the lines that name it or its Auto class elsewhere.
+HEAD = ("models/modeling_lion.py", "LionForTokenClassification", "AutoModelForTokenClassification")
+# A recipe: the file, its script, and all of lion_hf.training that the script imports, directly or not.
+RECIPES = {"mlm": "run_mlm.py", "glue": "run_glue.py", "imagenet": "run_image_classification.py"}
+
+
+def lines_of(file, names):
+    """Numbers of the lines of some definitions of a file, of all lines without names."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    if not names:
+        return set(range(1, len(text.splitlines()) + 1))
+    found = {}
+    for node in ast.parse(text).body:
+        found |= dict.fromkeys(defined(node), node)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{name}": x for x in node.body for name in defined(x)}
+    missing = set(names) - found.keys()
+    if missing:
+        raise SystemExit(f"{file} does not define {', '.join(sorted(missing))}; mend PARTS in {__file__}")
+    return {line for name in names for line in span(found[name])}
+
+
+def defined(node):
+    """Names that a statement defines."""
+    if isinstance(node, ast.Assign):
+        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+    if isinstance(node, ast.AnnAssign):
+        return [node.target.id]
+    return [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+
+
+def span(node):
+    first = min([node.lineno, *(x.lineno for x in getattr(node, "decorator_list", []))])
+    return range(first, node.end_lineno + 1)
+
+
+def head():
+    file, *names = HEAD
+    lines = {SRC + file: lines_of(SRC + file, names[:1])}
+    for other in ("__init__.py", "hub.py"):
+        text = (ROOT / SRC / other).read_text(encoding="utf-8").splitlines()
+        lines[SRC + other] = {i for i, line in enumerate(text, 1) if any(name in line for name in names)}
+    return lines
+
+
+def recipe(family, script):
+    waiting, seen = [f"examples/{script}"], {f"examples/recipes/{family}/lion.yaml"}
+    while waiting:
+        file = waiting.pop()
+        if file not in seen:
+            seen.add(file)
+            waiting += imported(file)
+    return {file: lines_of(file, ()) for file in seen}
+
+
+def imported(file):
+    """Files of lion_hf.training that a file imports."""
+    package = Path(file).parent
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            up = (package, *package.parents)[node.level - 1] if node.level else Path("src")
+            place = up.joinpath(*(node.module or "").split("."))
+            for found in (place, *(place / alias.name for alias in node.names)):
+                if (ROOT / found).with_suffix(".py").is_file() and str(found).startswith(TRAINING):
+                    yield str(found.with_suffix(".py"))
+
+
+def main():
+    parts = {
+        name: {SRC + file: lines_of(SRC + file, names) for file, names in files.items()}
+        for name, files in PARTS.items()
+    }
+    parts["a head (token classification)"] = head()
+    parts |= {f"a recipe ({script})": recipe(family, script) for family, script in RECIPES.items()}
+    print("| to understand | files | lines |\n|---|---|---|")
+    for name, files in parts.items():
+        print(f"| {name} | {len(files)} | {sum(map(len, files.values())):,} |")
+    for name, files in parts.items():
+        print(f"\n{name}:")
+        for file, lines in sorted(files.items()):
+            names = PARTS.get(name, {}).get(file.removeprefix(SRC), ())
+            print(f"  {len(lines):4} {file}" + (f": {', '.join(names)}" if names else ""))
+
+
+if __name__ == "__main__":
+    main()
