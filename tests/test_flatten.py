@@ -332,3 +332,32 @@ def test_a_model_of_copied_code_is_saved_with_that_code(tmp_path, modules_cache)
     assert {file.name: file.read_text(encoding="utf-8") for file in second.glob("*.py")} == code
     maps = [json.loads((folder / "config.json").read_text(encoding="utf-8"))["auto_map"] for folder in (first, second)]
     assert maps[0] == maps[1]
+
+
+# ------------------------------------------------------------------------------------------------------ without PyTorch
+
+WITHOUT_TORCH = """
+import sys
+
+sys.modules["torch"] = None
+sys.path.insert(0, sys.argv[1])
+from copied.configuration_lion import LionConfig, LionVisionConfig
+
+assert LionConfig(mask_type="LION-LIT").pos_emb and LionVisionConfig(order="snake").order == "s"
+for options in ({"mask_type": "other"}, {"norm_position": "other"}, {"format": "other"}):
+    try:
+        LionConfig(**options)
+    except Exception as error:
+        assert "is 'other' in LionConfig; allowed are" in str(error.__cause__ or error), error
+    else:
+        raise AssertionError(options)
+"""
+
+
+def test_configurations_check_names_without_pytorch(tmp_path):
+    """What travels with a configuration: the tables of names need no torch."""
+    (tmp_path / "copied").mkdir()
+    for name, text in flat_files("lion_hf.models.configuration_lion").items():
+        (tmp_path / "copied" / name).write_text(text, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

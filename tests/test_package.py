@@ -123,7 +123,8 @@ def test_metadata_and_citation_have_the_version():
     assert citation["version"] == lion_hf.__version__
     paper = citation["preferred-citation"]
     names = " and ".join(f"{x['family-names']}, {x['given-names']}" for x in paper["authors"])
-    assert f"author    = {{{names}}}" in readme and f"title     = {{{paper['title']}}}" in readme
+    readme = " ".join(readme.split())
+    assert f"author = {{{names}}}" in readme and f"title = {{{paper['title']}}}" in readme
 
 
 @pytest.mark.slow

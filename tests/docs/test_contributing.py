@@ -19,6 +19,8 @@ MOST_FILES = {"variant": 1, "option": 4, "head": 3}
 @pytest.fixture
 def copy(tmp_path):
     """What the patches change and the checks read, without a repository around it."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("src", "tests"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)

@@ -397,22 +397,24 @@ def test_wrong_options_are_said(text_file, tmp_path, flags, message):
 
 
 def test_drawn_decays_are_the_ones_the_model_uses(tmp_path, tokenizer):
-    from draw_decays import draw_decays, head_decays, token_decays
+    from draw_decays import draw_decays, layer_decays
 
     from lion_hf.training.errors import UserError
 
     model = lion_hf.LionModel(text_config("decay")).eval()
-    first = model.layers[0].mixer
-    used = first._log_decay(torch.zeros(1, 1, model.config.hidden_size)).exp()
-    torch.testing.assert_close(head_decays(model)[0], used)
-    assert head_decays(model).shape == (model.config.num_hidden_layers, model.config.num_attention_heads)
+    torch.testing.assert_close(layer_decays(model)[0], model.layers[0].mixer.decay_logit.sigmoid())
+    assert layer_decays(model).shape == (model.config.num_hidden_layers, model.config.num_attention_heads)
 
     config = vision_config("selective", order="s")
     model = lion_hf.LionForImageClassification(config).eval()
     pixels = torch.randn(1, config.num_channels, config.image_size, config.image_size)
     patches = math.prod(config.grid_size)
-    decays = token_decays(model, pixel_values=pixels)
+    decays = layer_decays(model, pixel_values=pixels)
     assert decays.shape == (config.num_hidden_layers, patches) and ((decays > 0) & (decays < 1)).all()
+    tokens = model.lion_vision.embeddings(pixels)
+    mixer, norm = model.lion_vision.layers[0].mixer, model.lion_vision.layers[0].mixer_norm
+    gates = torch.stack([gate(norm(tokens))[0, 1:] for gate in (mixer.decay_proj, mixer.decay_proj_2)])
+    torch.testing.assert_close(decays[0], torch.sigmoid(-gates).mean((0, 2)))
 
     lit = lion_hf.LionForMaskedLM(text_config("lit"))
     lit.save_pretrained(tmp_path / "lit")

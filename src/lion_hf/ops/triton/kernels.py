@@ -3,10 +3,10 @@
 One family of kernels serves every length. Tokens are cut into chunks, chunks into tiles. A tile of rows reads the tiles
 of its own chunk directly and all that lies beyond through two states, one from the left and one from the right:
 
-    sums      cumulative sums of the decays inside each tile (LION-S only)
-    states    the two states that each chunk sends on, from one reading of its keys and values
-    scan      turns what the chunks send into what reaches each of them
-    mix       the outputs of one tile of rows
+    sums         cumulative sums of the decays inside each tile (LION-S only)
+    states       the two states that each chunk sends on, from one reading of its keys and values
+    propagate    turns what the chunks send into what reaches each of them
+    mix          the outputs of one tile of rows
 
 A chunk as long as the text has no states, and the chunk form *is* the full form, in one launch (two for LION-S).
 LION-LIT has no decay: beyond one chunk its states are one sum over the whole text, and `mix` reads nothing else.
@@ -147,7 +147,7 @@ def states_kernel(
 
 
 @_any_length
-def scan_kernel(
+def propagate_kernel(
     states, chunk_totals, borders, heads, chunks, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr
 ):
     """In place, on (chunks, H, sides, SIZE): what reaches each chunk from the left (side 0) and the right (side 1).

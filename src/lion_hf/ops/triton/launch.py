@@ -17,7 +17,7 @@ from .kernels import (
     delta_kernel,
     gate_gradient_kernel,
     mix_kernel,
-    scan_kernel,
+    propagate_kernel,
     states_kernel,
     sums_kernel,
 )
@@ -49,7 +49,7 @@ _STAGES = 3
 # ------------------------------------------------------------------------------------------------ launches
 
 
-class _Layout(NamedTuple):
+class _Tiling(NamedTuple):
     """How tokens are cut."""
 
     tile: int  # tokens in a tile
@@ -61,14 +61,14 @@ class _Layout(NamedTuple):
     borders: Tensor | None  # (sequences + 1,) int32: the sequences' first chunks
 
 
-def _layout(batch: int, length: int, cu_seqlens: Tensor | None, full: bool, largest: int) -> _Layout:
+def _tiling(batch: int, length: int, cu_seqlens: Tensor | None, full: bool, largest: int) -> _Tiling:
     """Cuts a batch of texts, or a row of packed sequences, into tiles of at most `largest` tokens and into chunks."""
     tile = min(largest, max(16, triton.next_power_of_2(length)))
     tiles = triton.cdiv(length if full else min(_CHUNK, length), tile)
     size = tiles * tile
     if cu_seqlens is None:
         chunks = triton.cdiv(length, size)
-        return _Layout(tile, tiles, chunks, batch * chunks, batch, None, None)
+        return _Tiling(tile, tiles, chunks, batch * chunks, batch, None, None)
     # No length is read back: the number of chunks is bounded by what the whole row needs and one more per sequence.
     sequences = cu_seqlens.numel() - 1
     all_chunks = length // size + sequences
@@ -79,7 +79,7 @@ def _layout(batch: int, length: int, cu_seqlens: Tensor | None, full: bool, larg
     start = cu_seqlens[sequence] + (chunk - borders[sequence]) * size
     stop = torch.minimum(start + size, cu_seqlens[sequence + 1])
     table = torch.stack([start, torch.maximum(start, stop), borders[sequence]], 1)
-    return _Layout(tile, tiles, 0, all_chunks, sequences, table.int(), borders.int())
+    return _Tiling(tile, tiles, 0, all_chunks, sequences, table.int(), borders.int())
 
 
 def _last_contiguous(x: Tensor) -> Tensor:
@@ -127,45 +127,45 @@ class _Operator:
         wide = max(self.head_dim, self.value_dim) > 64
         small = exact or (wide and self.precision != "bf16")
         largest = min(_TILE, _FLOAT32_TILE) if small else _TILE
-        self.layout = _layout(self.batch, self.length, cu_seqlens, full, largest)
+        self.tiling = _tiling(self.batch, self.length, cu_seqlens, full, largest)
         self.resources = {"num_warps": 2 * _WARPS if exact or wide else _WARPS, "num_stages": _STAGES}
-        self.has_states = self.layout.table is not None or self.layout.chunks > 1
+        self.has_states = self.tiling.table is not None or self.tiling.chunks > 1
         self.sums = self.totals = self.chunk_totals = None
         if self.kind == TOKEN:
             self._sum()
 
     def _grid(self, programs_per_chunk: int) -> tuple[int, int]:
-        return self.layout.all_chunks * programs_per_chunk, self.heads
+        return self.tiling.all_chunks * programs_per_chunk, self.heads
 
     def _sum(self) -> None:
         """Makes `sums`, (batch, heads, 2, length), and `totals`, (heads, tiles, 2), of the gates."""
-        layout = self.layout
+        tiling = self.tiling
         self.sums = self.decay.new_empty(self.batch, self.heads, 2, self.length, dtype=torch.float32)
-        self.totals = self.decay.new_empty(self.heads, layout.all_chunks * layout.tiles, 2, dtype=torch.float32)
-        sums_kernel[self._grid(layout.tiles)](
-            self.decay, self.sums, self.totals, layout.table, *self.decay_strides,
-            self.length, layout.chunks, layout.tiles, TILE=layout.tile,
+        self.totals = self.decay.new_empty(self.heads, tiling.all_chunks * tiling.tiles, 2, dtype=torch.float32)
+        sums_kernel[self._grid(tiling.tiles)](
+            self.decay, self.sums, self.totals, tiling.table, *self.decay_strides,
+            self.length, tiling.chunks, tiling.tiles, TILE=tiling.tile,
         )  # fmt: skip
 
     def states(self, y, z, bias=None, weight=None, transposed=False) -> Tensor | None:
         """What reaches each chunk, (chunks, heads, sides, D * E + D); None in the full form."""
         if not self.has_states:
             return None
-        layout = self.layout
+        tiling = self.tiling
         sides, size = 1 if self.kind == NONE else 2, self.head_dim * (self.value_dim + 1)
-        states = y.new_empty(layout.all_chunks, self.heads, sides, size, dtype=torch.float32)
+        states = y.new_empty(tiling.all_chunks, self.heads, sides, size, dtype=torch.float32)
         if self.kind != NONE:
-            self.chunk_totals = y.new_empty(layout.all_chunks, self.heads, dtype=torch.float32)
+            self.chunk_totals = y.new_empty(tiling.all_chunks, self.heads, dtype=torch.float32)
         blocks = _block(y.shape[-1]), _block(z.shape[-1])
         states_kernel[self._grid(1)](
             y, z, states, self.chunk_totals, bias, weight, self.key_mask, self.decay, self.sums, self.totals,
-            layout.table, *_strides(y), *_strides(z), *self.decay_strides, self.length, layout.chunks, layout.tiles,
-            WIDTH_Y=y.shape[-1], WIDTH_Z=z.shape[-1], BLOCK_Y=blocks[0], BLOCK_Z=blocks[1], TILE=layout.tile,
+            tiling.table, *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks, tiling.tiles,
+            WIDTH_Y=y.shape[-1], WIDTH_Z=z.shape[-1], BLOCK_Y=blocks[0], BLOCK_Z=blocks[1], TILE=tiling.tile,
             DECAY=self.kind, TRANSPOSED=transposed, PRECISION=self.precision, **self.resources,
         )  # fmt: skip
         block = 256
-        scan_kernel[(layout.sequences * self.heads, triton.cdiv(size, block), sides)](
-            states, self.chunk_totals, layout.borders, self.heads, layout.chunks,
+        propagate_kernel[(tiling.sequences * self.heads, triton.cdiv(size, block), sides)](
+            states, self.chunk_totals, tiling.borders, self.heads, tiling.chunks,
             SIZE=size, BLOCK=block, DECAY=self.kind,
         )  # fmt: skip
         return states
@@ -176,21 +176,21 @@ class _Operator:
     ) -> None:  # fmt: skip
         """Fills `out`, which lies in memory as `_heads_last` makes it, and `row_sums` and `split` where given.
         `flipped`: x has the width of values, not of queries."""
-        layout, width_x, width_z = self.layout, x.shape[-1], z.shape[-1]
+        tiling, width_x, width_z = self.tiling, x.shape[-1], z.shape[-1]
         blocks = _block(width_x), _block(width_z)
-        mix_kernel[self._grid(layout.tiles)](
+        mix_kernel[self._grid(tiling.tiles)](
             x, y, z, out, row_sums, states, bias, weight, self.key_mask, self.decay, self.sums, self.totals,
-            layout.table, reference, split,
+            tiling.table, reference, split,
             *_strides(x), *_strides(y), *_strides(z), *self.decay_strides, *_strides(reference),
-            self.length, layout.chunks, layout.tiles, self.scale, eps,
-            WIDTH_X=width_x, WIDTH_Z=width_z, BLOCK_X=blocks[0], BLOCK_Z=blocks[1], TILE=layout.tile, DECAY=self.kind,
+            self.length, tiling.chunks, tiling.tiles, self.scale, eps,
+            WIDTH_X=width_x, WIDTH_Z=width_z, BLOCK_X=blocks[0], BLOCK_Z=blocks[1], TILE=tiling.tile, DECAY=self.kind,
             TRANSPOSED=transposed, FLIPPED=flipped, RESULT=result, PRECISION=self.precision, **self.resources,
         )  # fmt: skip
 
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:
         """-d_out_i . out_i, (batch, heads, length)."""
         delta = out.new_empty(self.batch, self.heads, self.length, dtype=torch.float32)
-        width, tile = self.value_dim, self.layout.tile
+        width, tile = self.value_dim, self.tiling.tile
         tiles = triton.cdiv(self.length, tile)
         delta_kernel[self.batch * tiles, self.heads](
             out, d_out, delta, *_strides(out), *_strides(d_out), self.length, tiles,
@@ -200,12 +200,12 @@ class _Operator:
 
     def gate_gradient(self, query_split, key_split, states, query_states, biased: bool) -> Tensor:
         """The gradient of the log-decays, (batch, heads, length), from the splits that `mix` has filled."""
-        layout, size = self.layout, self.head_dim * self.value_dim
+        tiling, size = self.tiling, self.head_dim * self.value_dim
         out = query_split.new_empty(self.batch, self.heads, self.length)
         gate_gradient_kernel[self._grid(1)](
-            query_split, key_split, states, query_states, self.chunk_totals, out, layout.table,
-            self.length, layout.chunks, layout.tiles, self.scale,
-            SIZE=size + self.head_dim, USED=size + biased * self.head_dim, BLOCK=1024, TILE=layout.tile,
+            query_split, key_split, states, query_states, self.chunk_totals, out, tiling.table,
+            self.length, tiling.chunks, tiling.tiles, self.scale,
+            SIZE=size + self.head_dim, USED=size + biased * self.head_dim, BLOCK=1024, TILE=tiling.tile,
         )  # fmt: skip
         return out
 
