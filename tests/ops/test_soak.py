@@ -14,6 +14,7 @@ from small_models import FORMS, VARIANTS, spread_decays, text_config, text_input
 
 import lion_hf
 from lion_hf import bidirectional_linear_attention
+from lion_hf.nn.mixer import OPERATORS
 from lion_hf.ops.reference import textbook
 from lion_hf.ops.scans import averaged_scans, snake_orders
 
@@ -136,16 +137,25 @@ def check_model(model, inputs, what, times):
     assert_equal_bits(function, parameters, what, times)
 
 
-def replace_operator(monkeypatch):
-    """Models are computed by the textbook in place of every form, wherever the operator was imported."""
+@pytest.fixture
+def by_the_textbook(monkeypatch):
+    """Computes the logits of a model with the textbook in place of every form."""
+    calls = []
 
     def by_definition(query, key, value, log_decay=None, *, key_mask=None, normalize=False, cu_seqlens=None, **_):
         assert cu_seqlens is None
+        calls.append(query.dtype)
         return textbook(query, key, value, log_decay, key_mask, normalize)
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("lion_hf") and hasattr(module, "bidirectional_linear_attention"):
-            monkeypatch.setattr(module, "bidirectional_linear_attention", by_definition)
+    def logits(model, inputs):
+        before = len(calls)
+        with monkeypatch.context() as patch:
+            patch.setitem(OPERATORS, "linear_attention", OPERATORS["linear_attention"]._replace(run=by_definition))
+            found = model(**inputs).logits
+        assert calls[before:] == [torch.float64] * model.config.num_hidden_layers
+        return found
+
+    return logits
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -156,12 +166,11 @@ def test_a_few_runs_give_equal_bits(kind, layout, form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mask_type", VARIANTS)
-def test_a_text_model_is_the_textbook_to_rounding(mask_type, form, monkeypatch):
+def test_a_text_model_is_the_textbook_to_rounding(mask_type, form, by_the_textbook):
     model, inputs = text_model(mask_type, form)
     real = inputs["attention_mask"].bool()
     logits = model(**inputs).logits[real]
-    replace_operator(monkeypatch)
-    torch.testing.assert_close(logits, model(**inputs).logits[real], rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(logits, by_the_textbook(model, inputs)[real], rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.slow
@@ -182,13 +191,10 @@ def test_two_hundred_runs_of_a_model_under_load_give_equal_bits(model, mask_type
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mask_type", VARIANTS)
-def test_two_hundred_new_text_models_under_load_are_the_textbook_to_rounding(mask_type, form, load, monkeypatch):
-    models = [text_model(mask_type, form) for _ in range(200)]
-    logits = []
-    for model, inputs in models:
+def test_two_hundred_new_text_models_under_load_are_the_textbook_to_rounding(mask_type, form, load, by_the_textbook):
+    for _ in range(200):
+        model, inputs = text_model(mask_type, form)
+        real = inputs["attention_mask"].bool()
         poison_free_memory()
-        logits.append(model(**inputs).logits[inputs["attention_mask"].bool()])
-    replace_operator(monkeypatch)
-    for found, (model, inputs) in zip(logits, models, strict=True):
-        expected = model(**inputs).logits[inputs["attention_mask"].bool()]
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+        logits = model(**inputs).logits[real]
+        torch.testing.assert_close(logits, by_the_textbook(model, inputs)[real], rtol=1e-12, atol=1e-13)
