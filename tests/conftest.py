@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("lion", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("lion")
 atexit.register(gc.unfreeze)  # or libraries report at the end what nobody has released
+gc.set_threshold(50_000, 20, 100)  # compilers make many objects, and none of these processes lives long
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 

@@ -49,19 +49,19 @@ def test_text_heads_compile_into_one_graph(head):
     form = {lion_hf.LionModel: "rnn", lion_hf.LionForMaskedLM: "chunk"}.get(head, "attention")
     model = spread_decays(head(text_config(format=form))).eval()
     inputs = inputs_for(head, text_inputs(*SHORT))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(first(compiled(**inputs)), first(model(**inputs)))
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mask_type, order", [("lit", "normal"), ("decay", "normal"), ("selective", "s")])
 def test_image_heads_compile_into_one_graph(mask_type, order, form):
-    """Every pair of a variant, a form and a head: the heads alternate."""
+    """Every pair of a variant, a form and a head: the heads alternate. Two scans go through autograd's compiler too."""
     number = VARIANTS.index(mask_type) + FORMS.index(form)
     head = (lion_hf.LionVisionModel, lion_hf.LionForImageClassification)[number % 2]
     model = spread_decays(head(vision_config(mask_type, order=order, format=form))).eval()
     pixels = torch.randn(2, 3, 8, 8)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if order == "s" else "eager")
     torch.testing.assert_close(first(compiled(pixels)), first(model(pixels)))
 
 
