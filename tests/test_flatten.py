@@ -313,8 +313,8 @@ assert (kernels >= {"launch", "lion_ops_triton_launch"}) == (os.environ["LION_BA
 def test_the_package_and_a_copy_of_its_code_work_in_one_process(tmp_path, backend):
     if backend == "triton":
         pytest.importorskip("triton")
-    model = spread_decays(lion_hf.LionForMaskedLM(text_config(format="chunk", hidden_size=48)))
-    folder, inputs = lion_hf.save_with_code(model, tmp_path / "model"), text_inputs()
+    model = spread_decays(lion_hf.LionForMaskedLM(text_config(format="chunk", num_hidden_layers=1)))
+    folder, inputs = lion_hf.save_with_code(model, tmp_path / "model"), text_inputs(2, 5)
     torch.save(inputs | {"labels": inputs["input_ids"]}, tmp_path / "inputs.pt")
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "LION_BACKEND": backend, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", MEETING, str(folder), str(tmp_path / "inputs.pt")]

@@ -59,7 +59,7 @@ def test_image_heads_compile_into_one_graph(mask_type, order, form):
     """Every pair of a variant, a form and a head: the heads alternate. Two scans go through autograd's compiler too."""
     number = VARIANTS.index(mask_type) + FORMS.index(form)
     head = (lion_hf.LionVisionModel, lion_hf.LionForImageClassification)[number % 2]
-    model = spread_decays(head(vision_config(mask_type, order=order, format=form))).eval()
+    model = spread_decays(head(vision_config(mask_type, order=order, format=form, num_hidden_layers=1))).eval()
     pixels = torch.randn(2, 3, 8, 8)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if order == "s" else "eager")
     torch.testing.assert_close(first(compiled(pixels)), first(model(pixels)))
@@ -67,7 +67,7 @@ def test_image_heads_compile_into_one_graph(mask_type, order, form):
 
 @pytest.mark.parametrize("head", [lion_hf.LionForMaskedImageModeling, lion_hf.LionBackbone])
 def test_further_image_heads_compile_and_export(head):
-    model = spread_decays(head(vision_config(order="s", format="attention"))).eval()
+    model = spread_decays(head(vision_config(order="s", format="attention", num_hidden_layers=1))).eval()
     pixels = torch.randn(5, 3, 8, 8)
     expected = first(model(pixels))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -80,7 +80,7 @@ def test_further_image_heads_compile_and_export(head):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mask_type", VARIANTS)
 def test_compiled_training_step_has_the_same_gradients(mask_type, form):
-    model = spread_decays(lion_hf.LionForMaskedLM(text_config(mask_type, format=form)))
+    model = spread_decays(lion_hf.LionForMaskedLM(text_config(mask_type, format=form, num_hidden_layers=1)))
     inputs = text_inputs(*SHORT)
     inputs["labels"] = inputs["input_ids"]
     model(**inputs).loss.backward()
