@@ -166,7 +166,7 @@ def image_models(variants: list[str], shape: dict[str, object], snake: bool = Tr
         config._attn_implementation = attention
         models[name] = ViTForImageClassification(config)
     for variant in variants:
-        for order in ("normal", "s") if snake and variant_class(variant).scans > 1 else ("normal",):
+        for order in ("normal", "s") if snake and variant_class(variant).scans_taken(2) > 1 else ("normal",):
             config = LionVisionConfig(mask_type=variant, order=order, num_labels=1000, **shape)
             models[variant + ("-snake" if order == "s" else "")] = LionForImageClassification(config)
     return models

@@ -34,7 +34,7 @@ def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int 
         raise ValueError("tokens is missing; the operations of a text model depend on the length of its input.")
     width, heads = config.hidden_size, config.num_attention_heads
     variant = variant_class(config.mask_type)
-    scans = min(2 if getattr(config, "order", "normal") == "s" else 1, variant.scans)
+    scans = variant.scans_taken(2 if getattr(config, "order", "normal") == "s" else 1)
     gated = tokens - config.prefix_tokens  # the class token has no gate
     head_dim = width // heads
     # Chunks carry the denominator as one more feature of the value; attention adds up its scores.

@@ -131,6 +131,7 @@ from lion_hf.nn.variants import register_variant
 @register_variant("own")
 class Own(Variant):
     label = "own"
+    decay = "head"
 
     def prepare(self, x, query, key, value, prefix_tokens):
         return Recurrence(query, key, value, torch.full((self.heads,), -0.3))
@@ -190,6 +191,24 @@ def test_a_folder_with_a_variant_of_the_user_registers_it_where_neither_is_insta
     with torch.no_grad():
         expected = model(input_ids=torch.arange(1, 12)[None]).logits
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), expected, rtol=0, atol=0)
+
+
+def test_a_file_whose_name_begins_as_ours_comes_along_too(tmp_path, monkeypatch):
+    imported(tmp_path / "user", monkeypatch, OWN.replace('"own"', '"own_too"'), "lion_hf_variants")
+    folder = lion_hf.save_with_code(lion_hf.LionModel(text_config("own_too")), tmp_path / "model")
+    del VARIANTS["own_too"]
+    assert (folder / "lion_hf_variants.py").is_file()
+
+
+def test_copied_code_with_a_variant_of_the_user_is_saved_again(tmp_path, monkeypatch, modules_cache):
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    imported(tmp_path / "user", monkeypatch, OWN)
+    first = lion_hf.save_with_code(lion_hf.LionModel(text_config("own")), tmp_path / "first")
+    del VARIANTS["own"]
+    loaded = get_class_from_dynamic_module("modeling_lion.LionModel", first).from_pretrained(first)
+    second = lion_hf.save_with_code(loaded, tmp_path / "second")
+    assert (second / "own_variant.py").read_text() == (first / "own_variant.py").read_text()
 
 
 def test_what_only_the_users_file_imports_comes_along(tmp_path, monkeypatch):

@@ -28,9 +28,14 @@ def known(own):
     return [type(own).__name__, lion, "own_variants" in sys.modules, __name__, sys.argv]
 
 
+def given_back(own):
+    return own
+
+
 if __name__ == "__main__":
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         spawned = pool.apply(known, (Own(),))
+        assert isinstance(pool.map_async(given_back, [Own()]).get(60)[0], Own)
     here = [sys.argv, sys.path[0], __name__, __file__, Own.__module__, helper.__file__]
     print(json.dumps({"here": here, "known": known(Own()), "spawned": spawned}))
 """

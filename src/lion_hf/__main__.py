@@ -13,12 +13,18 @@ import sys
 from ._script import run_script
 
 
+IMPORT_HELP = "module to import before the script, such as one with a variant of your own; repeatable"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns 2 after an error in it (one line); else what the script does decides."""
     options = _parser().parse_args(arguments)
     if not os.path.isfile(options.script):
         return _error(f"there is no script {options.script!r}")
     for module in options.imports:
+        if not all(part.isidentifier() for part in module.split(".")) or module.endswith(".py"):
+            name = os.path.splitext(module)[0].replace(os.sep, ".")
+            return _error(f"--import {module}: give the name of the module, {name}, not its file")
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -36,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--import", dest="imports", metavar="MODULE", action="append", default=[], help="import it first; repeatable")
+    add("--import", dest="imports", metavar="MODULE", action="append", default=[], help=IMPORT_HELP)
     add("script", metavar="SCRIPT", help="the file to run")
     add("args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
     return parser

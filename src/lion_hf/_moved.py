@@ -82,7 +82,12 @@ class _Moved(ModuleType):
     def __getattr__(self, name: str) -> Any:
         modules = [importlib.import_module(target) for target in targets(self.__name__)]
         if name == "__all__":
-            return [x for module in modules for x in getattr(module, "__all__", _public_names(module))]
+            own = getattr(modules[0], "__all__", None)
+            return (
+                list(own)
+                if own
+                else [x for module in modules for x in getattr(module, "__all__", _public_names(module))]
+            )
         for module in modules:
             if not name.startswith("__") and hasattr(module, name):
                 return getattr(module, name)
@@ -128,7 +133,7 @@ def _warn(name: str) -> None:
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (_PACKAGE, "importlib"):
         frame = frame.f_back
     warnings.warn_explicit(
-        f"{name} is now {_places(name)}; the old path works through lion_hf 0.2 and goes with 0.3.",
+        f"{name} is now {_places(name)}; the old path works through lion_hf 0.2 and is removed in 0.3.",
         FutureWarning,
         frame.f_code.co_filename,
         frame.f_lineno,

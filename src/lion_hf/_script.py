@@ -34,7 +34,7 @@ def run_script(script: str, arguments: Sequence[str], imports: Sequence[str] = (
     main = ModuleType("__main__")
     main.__file__ = file
     main.__spec__ = ModuleSpec(__name__, None, origin=file)
-    sys.modules["__main__"] = main
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main  # spawned processes name its classes by the latter
     sys.excepthook = _Traceback(file, sys.excepthook)
     exec(_compiled(file), vars(main))
 

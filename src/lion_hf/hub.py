@@ -102,9 +102,10 @@ def _kind(model: PreTrainedModel) -> str:
 
 def _foreign_classes(model: PreTrainedModel) -> list[type]:
     """The classes from outside the package that a model uses; their files come along with its code."""
+    if type(model).__module__.partition(".")[0] != __package__:
+        return []  # it came with a checkpoint, and its code with all that belongs to it
     variant = variant_class(model.config.mask_type)
-    home = type(model).__module__.rpartition(".")[0].removesuffix(".models")
-    return [] if variant.__module__.startswith(home) else [variant]
+    return [] if variant.__module__.partition(".")[0] == __package__ else [variant]
 
 
 def holds_lion(folder: Path) -> bool:

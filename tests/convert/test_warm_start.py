@@ -27,6 +27,7 @@ from lion_hf.convert import from_bert, from_vit, head_windows, hidden_state_dist
 from lion_hf.convert.bert import CLASSES as TEXT_CLASSES
 from lion_hf.convert.warm_start import MADE_ANEW
 from lion_hf.models.configuration_lion import STRUCTURAL
+from lion_hf.nn.names import BLOCK_OPTIONS
 
 
 SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
@@ -329,15 +330,22 @@ def test_the_norm_after_mixing_starts_with_the_size_of_mixed_values(mask_type):
 # -------------------------------------------------------------------------------------------------------- refusals
 
 
-OTHER_BLOCKS = {"norm_position": ("pre", "post"), "mlp_type": ("glu", "glu"), "normalize": (True, False)}
-OTHER_BLOCKS["feature_map"] = ("unit_silu", "elu")
+# A value that blocks of neither source have, or one for each.
+OTHER_BLOCKS = {"mlp_type": ("glu", "glu"), "normalize": (True, False), "feature_map": ("unit_silu", "elu")}
+
+
+def other_value(name, config):
+    """Another value of an option of the structure than a source's blocks have."""
+    if name in BLOCK_OPTIONS:
+        return next(value for value in BLOCK_OPTIONS[name] if value != getattr(config, name))
+    return OTHER_BLOCKS[name][config.model_type == "lion_vision"]
 
 
 @pytest.mark.parametrize("name", [name for name in STRUCTURAL if name not in MADE_ANEW])
 @pytest.mark.parametrize("start, source", [(from_bert, bert), (from_vit, vit)], ids=["bert", "vit"])
 def test_blocks_that_the_source_does_not_have_are_refused(start, source, name):
     """Every option of the structure that a warm start does not make anew: one that is added later is refused, too."""
-    other = OTHER_BLOCKS[name][start is from_vit]
+    other = other_value(name, start(source()).config)
     options = {name: other} | ({"feature_map": "elu"} if name == "normalize" and other else {})
     with pytest.raises(ValueError, match=f"({name}|feature_map)=.* cannot be chosen: the copied weights are of blocks"):
         start(source(), **options)

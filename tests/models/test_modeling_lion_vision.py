@@ -224,6 +224,17 @@ def test_without_decay_the_order_of_patches_means_nothing_unless_positions_are_l
     assert change(mask_type="selective") > 1e-5
 
 
+@pytest.mark.parametrize("change", [{"order": "normal"}, {"mask_type": "lit"}])
+def test_a_built_model_stays_as_it_is_when_its_configuration_serves_for_another(change):
+    config = vision_config("selective", order="s")
+    model, pixels = lion_hf.LionVisionModel(config).eval(), images()
+    before = model(pixels).last_hidden_state
+    for name, value in change.items():
+        setattr(config, name, value)
+    lion_hf.LionVisionModel(config)
+    assert torch.equal(model(pixels).last_hidden_state, before)
+
+
 # ---------------------------------------------------------------------------------------- decay of the class token
 
 

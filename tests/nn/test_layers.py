@@ -170,3 +170,21 @@ def test_layers_can_be_built_without_memory():
 def test_what_does_not_fit_is_told(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("variant", ["decay", "selective"])
+def test_two_scans_are_averaged_alike_in_every_form(variant, normalize):
+    mixer = Mixer(24, 3, variant, scans=2, prefix_tokens=1, normalize=normalize).double().eval()
+    x, paths = torch.randn(2, 13, 24, dtype=torch.float64), snake_orders(3, 4)
+    expected, matrix = mixer(x, paths=paths, output_attentions=True)
+    for form in FORMS:
+        torch.testing.assert_close(mixer(x, paths=paths, format=form, chunk_size=4), expected, rtol=1e-9, atol=1e-11)
+    value = mixer.project(x)[2]
+    torch.testing.assert_close(expected, mixer.o_proj((matrix @ value).transpose(1, 2).flatten(2)))
+
+
+@pytest.mark.parametrize("options", [{"softmax_layers": [2]}, {"softmax_layers": [-1]}, {"attention_dropout": 0.1}])
+def test_options_without_effect_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is "):
+        Encoder(24, 2, 3, **options)

@@ -195,6 +195,8 @@ def test_a_run_of_masked_language_modelling_ends_with_its_report(mask_type, tmp_
     label = variant_class(mask_type).label
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f"# Masked language model, {label}" in card and "| eval_masked_accuracy |" in card
+    assert "import lion_hf\nimport two_variants\n" in card
+    assert "python -m lion_hf --import two_variants examples/run_mlm.py" in card
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "all_results.json").read_text())["eval_loss"] > 0
     assert AutoModelForMaskedLM.from_pretrained(tmp_path).config.mask_type == mask_type
@@ -215,11 +217,15 @@ def test_code_of_the_user_travels_with_the_model(mask_type, tmp_path):
 
 def test_the_papers_variants_are_registered_with_the_authors_spellings():
     assert [VARIANTS[name].label for name in PAPER] == ["LION-LIT", "LION-D", "LION-S"]
-    assert spellings("mask_type") == {
-        word: name
-        for name, words in zip(PAPER, ("lion-lit", "lion-d", "lion-s"), strict=True)
-        for word in (name, words)
-    } | {"head_times_token": "head_times_token", "lion-ht": "head_times_token", "gated_key": "gated_key"}
+    assert (
+        spellings("mask_type").items()
+        >= {
+            word: name
+            for name, words in zip(PAPER, ("lion-lit", "lion-d", "lion-s"), strict=True)
+            for word in (name, words)
+        }.items()
+    )
+    assert spellings("mask_type")["lion-ht"] == "head_times_token"
 
 
 @pytest.mark.parametrize("spelling", ["LION-HT", "head_times_token", "Lion-ht"])
@@ -241,6 +247,9 @@ class Plain(Variant):
         ("New", {}, "'New'; it must be in lower case"),
         ("new", {"label": None}, "has no label"),
         ("new", {"feature_map": "relu"}, "feature_map is 'relu'; allowed are 'identity', 'elu', 'unit_silu'"),
+        ("new", {"decay": "channel"}, "decay is 'channel'; allowed are None, 'head', 'token'"),
+        ("new", {"masks": ("padding",)}, "masks is 'padding'; allowed are 'key_mask', 'cu_seqlens'"),
+        ("new", {"lable": "x"}, "has the attribute 'lable'; did you mean 'label'?"),
     ],
 )
 def test_what_cannot_be_registered_is_refused(name, attributes, message):
@@ -250,7 +259,7 @@ def test_what_cannot_be_registered_is_refused(name, attributes, message):
 
 
 def test_only_variants_can_be_registered():
-    with pytest.raises(TypeError, match="is no subclass of lion_hf.nn.Variant"):
+    with pytest.raises(TypeError, match="is not a subclass of lion_hf.nn.Variant"):
         register_variant("new")(nn.Module)
 
 
@@ -267,16 +276,21 @@ def test_a_name_that_the_mixer_has_is_refused(registered):
             self.add("q_proj", nn.Linear(2, 2))
 
     registered(Own)
-    with pytest.raises(ValueError, match="Own adds 'q_proj', which a mixer has already"):
+    with pytest.raises(ValueError, match="Own adds 'q_proj', which a mixer or a variant has already"):
         Mixer(24, 3, "new")
+    for name in ("norm", "decay", "heads", "prepare"):
+        Own.build = lambda self, name=name: self.add(name, nn.Parameter(torch.zeros(3)))
+        with pytest.raises(ValueError, match=f"Own adds '{name}'"):
+            Mixer(24, 3, "new")
 
 
 def test_masks_scans_and_operators_that_a_variant_does_not_state_are_refused(registered):
     class Own(Plain):
+        decay = "head"
         masks = ("key_mask",)
 
         def prepare(self, x, query, key, value, prefix_tokens):
-            return Recurrence(query, key + 1, value, operator="other")
+            return Recurrence(query, key + 1, value, torch.zeros(3), operator="other")
 
     registered(Own)
     x = torch.randn(1, 5, 24)
@@ -284,7 +298,40 @@ def test_masks_scans_and_operators_that_a_variant_does_not_state_are_refused(reg
         Mixer(24, 3, "new")(x, cu_seqlens=torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="asks for the operator 'other'; it states"):
         Mixer(24, 3, "new")(x)
-    Own.prepare = lambda self, x, query, key, value, prefix_tokens: Recurrence(query, key + 1, value)
+    Own.prepare = lambda self, x, query, key, value, prefix_tokens: Recurrence(query, key + 1, value, torch.zeros(3))
     paths = lion_hf.ops.snake_orders(2, 2)
     with pytest.raises(ValueError, match="changes query, key or value, .* must state scans = 1"):
         Mixer(24, 3, "new", scans=2)(x, paths=paths)
+
+
+def test_prepare_returns_what_its_class_states(registered):
+    class Own(Plain):
+        decay = "head"
+
+    registered(Own)
+    with pytest.raises(ValueError, match="Own states decay = 'head', but prepare returned no log_decay"):
+        Mixer(24, 3, "new")(torch.randn(1, 5, 24))
+    Own.prepare = lambda self, x, query, key, value, prefix_tokens: (query, key, value)
+    with pytest.raises(TypeError, match="Own.prepare returned tuple; it must return a Recurrence"):
+        Mixer(24, 3, "new")(torch.randn(1, 5, 24))
+
+
+def test_padding_stays_where_a_variant_mixes_neighbours(registered):
+    """Unpadding joins rows, which such a variant does not take; it is no option that the user chose."""
+
+    class Own(Plain):
+        masks = ("key_mask",)
+
+        def prepare(self, x, query, key, value, prefix_tokens):
+            return Recurrence(query, key + key.roll(1, 2), value)
+
+    registered(Own)
+    mask = (torch.arange(80) < torch.tensor([[20], [10]])).long()
+    for unpad in (None, True):
+        model = lion_hf.LionModel(text_config("new", unpad=unpad, max_position_embeddings=80)).train()
+        assert model(torch.ones(2, 80).long(), attention_mask=mask).last_hidden_state.isfinite().all()
+
+
+def test_the_decorator_wants_a_name():
+    with pytest.raises(TypeError, match="write @register_variant"):
+        register_variant(Plain)

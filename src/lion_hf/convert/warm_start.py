@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 # Options that the copied weights decide.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
 # Options of the structure that a warm start does not take from its source.
-MADE_ANEW = ("mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers")
+MADE_ANEW = ("mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers", "gate_eps")
 # Options that both kinds of encoders have, and that may be overridden.
 SHARED = ("hidden_act", "hidden_dropout_prob", "initializer_range", "id2label", "label2id", "problem_type")
 

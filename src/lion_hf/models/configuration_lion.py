@@ -47,6 +47,7 @@ STRUCTURAL = (
     "mlp_type",
     "feature_map",
     "normalize",
+    "gate_eps",
 )
 
 
@@ -99,7 +100,8 @@ class _LionOptions:
             if _normalised(name, value, cls) != built[name]:
                 raise ValueError(
                     f"{name}={value!r} contradicts the checkpoint, which has {name}={built[name]!r}. "
-                    f"{name} decides the parameters of the model and cannot change at load: leave it out, or build a "
+                    f"{name} decides the parameters of the model, or what they mean, and cannot change at load: leave "
+                    "it out, or build a "
                     "new model from a new configuration."
                 )
 
@@ -182,8 +184,8 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
     allowed = spellings(name)
     if value.lower() not in allowed:
         hint = (
-            " A variant of your own must be registered before: import the file with its class, decorated with "
-            "lion_hf.nn.register_variant."
+            " A variant of your own must be registered before it is used: import the file with its class, decorated "
+            "with lion_hf.nn.register_variant (for a script: python -m lion_hf --import MODULE SCRIPT)."
             if name == "mask_type"
             else ""
         )
@@ -296,7 +298,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     mlp_type: str = "mlp"
     feature_map: str | None = "identity"
     normalize: bool = False
-    gate_eps: float = 1e-7
+    gate_eps: float | int = 1e-7
 
     def __post_init__(self, **kwargs):
         order = kwargs.pop("order", None)  # refused unless it means nothing here
@@ -398,7 +400,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     mlp_type: str = "mlp"
     feature_map: str | None = None
     normalize: bool = True
-    gate_eps: float = 0.0
+    gate_eps: float | int = 0.0
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

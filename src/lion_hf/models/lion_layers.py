@@ -51,7 +51,7 @@ def make_mixer(config, layer_idx: int) -> TokenMixer:
 def scans_of(config) -> int:
     """Scans of the tokens that each layer averages."""
     asked = 2 if getattr(config, "order", "normal") == "s" else 1
-    return min(asked, variant_class(config.mask_type).scans)
+    return variant_class(config.mask_type).scans_taken(asked)
 
 
 def make_mlp(config, dropout: float = 0.0) -> MLP:
@@ -179,7 +179,7 @@ def _built_options(encoder: nn.Module) -> dict[str, object]:
     of a model without decay, is absent. Layers may have been removed since."""
     mixers = [layer.mixer for layer in encoder.layers]
     variant = next((mixer.variant for mixer in mixers if isinstance(mixer, Mixer)), None)
-    hidden = _MIXER_OPTIONS if variant is None else ("order",) if variant.scans == 1 else ()
+    hidden = _MIXER_OPTIONS if variant is None else ("order",) if variant.scans_taken(2) == 1 else ()
     built = {name: value for name, value in encoder._built.items() if name not in hidden}
     return built | {"softmax_layers": [i for i, mixer in enumerate(mixers) if isinstance(mixer, SoftmaxMixer)]}
 

@@ -160,6 +160,7 @@ class LionVisionModel(LionVisionPreTrainedModel):
         self.embeddings = LionVisionEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList([LionVisionLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = self.layers[-1].final_norm()
+        self.scans = scans_of(config)  # as the layers are built, whatever becomes of the configuration
         self.post_init()
 
     @merge_with_config_defaults
@@ -186,7 +187,7 @@ class LionVisionModel(LionVisionPreTrainedModel):
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, bool_masked_pos)
         paths = None
-        if scans_of(self.config) > 1:
+        if self.scans > 1:
             height, width = (side // self.config.patch_size for side in pixel_values.shape[2:])
             paths = snake_orders(height, width, hidden_states.device)
         hidden_states = run_blocks(

@@ -1,6 +1,6 @@
 """A stack of blocks over tokens: of text, images or anything else. Masks, packing and unpadding are settled here."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ NO_MATRIX_OF_PACKED_ROWS = (
 
 
 def run_blocks(
-    blocks: Iterable[nn.Module],
+    blocks: Sequence[nn.Module],
     x: Tensor,
     key_mask: Tensor | None = None,
     *,
@@ -40,7 +40,8 @@ def run_blocks(
         key_mask: (batch, length), True for real tokens, or None where all are.
         cu_seqlens: (sequences + 1,), the bounds of the sequences of a packed row (batch 1).
         unpadding: take the padding at the ends of rows out before the first block, and put zeros in its place after the
-            last. True: wherever there is any; None: in training on a CPU, where it pays; False: never.
+            last. True: wherever there is any; None: in training on a CPU, where it pays; False: never. It makes one row
+            of several, so that nothing is taken out where a mixer takes no packed rows.
         keep_shape: leave the padding where it is, for those who look at what happens inside.
         training: whether the blocks train, for `unpadding=None`, and for `dropout`.
         mixing: further arguments of the mixers, such as `format` and `paths`.
@@ -56,7 +57,8 @@ def run_blocks(
         raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
     batch, length = x.shape[:2]
     row = None
-    if key_mask is not None and cu_seqlens is None and not needs_matrix and not keep_shape:
+    packs = all(getattr(block.mixer, "takes_packed_rows", True) for block in blocks)
+    if key_mask is not None and cu_seqlens is None and packs and not needs_matrix and not keep_shape:
         row = unpadded_row(key_mask, x, unpadding, training)
     if row is not None:
         x, key_mask, cu_seqlens = row.join(x), row.key_mask, row.cu_seqlens
@@ -129,11 +131,13 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         require_name("mlp_type", mlp_type, MLP_TYPES)
-        self.attention_dropout = attention_dropout
+        if not all(0 <= i < depth for i in softmax_layers):
+            raise ValueError(
+                f"softmax_layers is {softmax_layers!r}; with depth {depth} its numbers must be from 0 to {depth - 1}."
+            )
+        self.attention_dropout, self.unpad = attention_dropout, unpad
         block_options = {"norm_position": norm_position, "norm_eps": norm_eps, "dropout": dropout}
         block_options |= {name: options.pop(name) for name in BLOCK_OPTIONS if name in options}
-        # Without padding several rows become one, in which only the first tokens would count as prefix.
-        self.unpad = False if options.get("prefix_tokens") and unpad is None else unpad
         softmax_options = {k: v for k, v in options.items() if k == "qkv_bias"}
 
         def block(i: int) -> Block:
@@ -153,6 +157,11 @@ class Encoder(nn.Module):
 
         self.layers = nn.ModuleList(block(i) for i in range(depth))
         self.norm = self.layers[-1].final_norm() if depth else None
+        if attention_dropout and all(getattr(layer.mixer, "normalize", False) for layer in self.layers):
+            raise ValueError(
+                f"attention_dropout is {attention_dropout}, but all mixers normalise and drop nothing. Set it to 0, or "
+                "normalize=False."
+            )
 
     def forward(
         self,

@@ -17,6 +17,9 @@ from .variants import Recurrence, Variant, variant_class
 
 Path = tuple[Tensor, Tensor]
 
+# Dimensions of a log-decay, by what a variant states.
+_LOG_DECAY_DIMS = {None: None, "head": 1, "token": 3}
+
 
 class Operator(NamedTuple):
     """An operator as mixers use it.
@@ -59,6 +62,11 @@ class TokenMixer(nn.Module):
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.o_proj = nn.Linear(dim, dim)
 
+    @property
+    def takes_packed_rows(self) -> bool:
+        """Whether several sequences may stand in one row."""
+        return True
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, (batch, heads, length, head_dim), of (batch, length, dim)."""
         heads = (self.num_heads, self.head_dim)
@@ -81,7 +89,8 @@ class Mixer(TokenMixer):
             decay per token and head), or one of your own, see `register_variant`.
         feature_map: function of query and key: "identity", "elu" or "unit_silu". By default the variant's where outputs
             are normalised, else "identity".
-        normalize: divide outputs by their row sums. By default as the variant states (the paper's do). Scores must be
+        normalize: divide outputs by their row sums. By default as the variant states: True in the paper's variants. The
+            paper's text models set it to False. Scores must be
             positive then, which "elu" and "unit_silu" see to.
         norm: LayerNorm (eps 1e-5) over all heads before the output projection.
         scans: 1, or 2 for the mean of two scans of a grid, each with decays of its own. A variant may take fewer.
@@ -114,7 +123,7 @@ class Mixer(TokenMixer):
         self.variant: type[Variant] = variant_class(variant)
         self.normalize = self.variant.normalize if normalize is None else normalize
         self.feature_map = chosen_feature_map(self.variant, feature_map, self.normalize)
-        self.scans = min(scans, self.variant.scans)
+        self.scans = self.variant.scans_taken(scans)
         self.prefix_tokens, self.gate_eps = prefix_tokens, gate_eps
         self.layer_idx, self.num_layers = layer_idx, num_layers
         self.variant_weights: list[str] = []  # own names of what the variant adds
@@ -137,6 +146,10 @@ class Mixer(TokenMixer):
         """The variant's view of each scan."""
         return (self.variant(self, scan) for scan in range(self.scans))
 
+    @property
+    def takes_packed_rows(self) -> bool:
+        return "cu_seqlens" in self.variant.masks and not self.prefix_tokens
+
     def weight_names(self) -> list[str]:
         """How the names of the weights begin, in the mixer's own state dict, that its variant added."""
         weights = (getattr(self, name) for name in self.variant_weights)
@@ -149,7 +162,10 @@ class Mixer(TokenMixer):
         query, key, value = self.project(x)
         feature_map = FUNCTIONS[self.feature_map]
         query, key = feature_map(query), feature_map(key)
-        return [view.prepare(x, query, key, value, self.prefix_tokens) for view in self.views()]
+        recurrences = [view.prepare(x, query, key, value, self.prefix_tokens) for view in self.views()]
+        for recurrence in recurrences:
+            _require_stated(self.variant, recurrence)
+        return recurrences
 
     def forward(
         self,
@@ -205,7 +221,7 @@ class Mixer(TokenMixer):
                 f"{self.variant.label} asks for the operator {first.operator!r}; it states {self.variant.operators!r}, "
                 f"and there are {', '.join(map(repr, OPERATORS))}."
             )
-        if any(a is not b for other in recurrences[1:] for a, b in zip(first[:3], other[:3], strict=True)):
+        if any(a is not b for other in recurrences[1:] for a, b in zip(_shared(first), _shared(other), strict=True)):
             raise ValueError(
                 f"{self.variant.label} changes query, key or value, which several scans share: it can take one scan "
                 "only, and must state scans = 1."
@@ -213,14 +229,13 @@ class Mixer(TokenMixer):
         return OPERATORS[first.operator]
 
     def _mixed(self, recurrences: list[Recurrence], key_mask, cu_seqlens, paths, form: dict) -> Tensor:
-        first, operator = recurrences[0], self._operator(recurrences)
+        operator = self._operator(recurrences)
+        query, key, value, log_decay, _, arguments = recurrences[0]
+        options = {"normalize": self.normalize, **arguments, **form}
         if len(recurrences) == 1:
-            return operator.run(
-                first.query, first.key, first.value, first.log_decay, normalize=self.normalize, key_mask=key_mask,
-                cu_seqlens=cu_seqlens, **first.arguments, **form,
-            )  # fmt: skip
+            return operator.run(query, key, value, log_decay, key_mask=key_mask, cu_seqlens=cu_seqlens, **options)
         decays = [recurrence.log_decay for recurrence in recurrences]
-        return operator.average(first.query, first.key, first.value, decays, paths, **first.arguments, **form)
+        return operator.average(query, key, value, decays, paths, **options)
 
     def _matrix(self, recurrences: list[Recurrence], key_mask, paths) -> Tensor:
         score = self._operator(recurrences).scores
@@ -265,6 +280,26 @@ class Mixer(TokenMixer):
             f"variant={self.variant.name!r}, feature_map={self.feature_map!r}, normalize={self.normalize}, "
             f"scans={self.scans}"
         )
+
+
+def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:
+    """Raises an error where `prepare` returned something other than its class states."""
+    if not isinstance(recurrence, Recurrence):
+        raise TypeError(
+            f"{variant.__name__}.prepare returned {type(recurrence).__name__}; it must return a Recurrence."
+        )
+    decay = recurrence.log_decay
+    if (None if decay is None else decay.dim()) != _LOG_DECAY_DIMS[variant.decay]:
+        found = "no log_decay" if decay is None else f"a log_decay of shape {tuple(decay.shape)}"
+        raise ValueError(
+            f"{variant.__name__} states decay = {variant.decay!r}, but prepare returned {found}. 'head' is (heads,), "
+            "'token' is (batch, heads, length), and None is no log_decay."
+        )
+
+
+def _shared(recurrence: Recurrence) -> list:
+    """What the scans of a mixer have in common."""
+    return [*recurrence[:3], *(value for _, value in sorted(recurrence.arguments.items()))]
 
 
 def chosen_feature_map(variant: type[Variant], name: str | None, normalize: bool) -> str:

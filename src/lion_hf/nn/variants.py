@@ -17,6 +17,7 @@ change to this package:
 starts then know it.
 """
 
+import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,7 +73,8 @@ class Variant:
         norm: whether text models have a LayerNorm over all heads after mixing by default.
         operators: names of the operators that `prepare` may ask for.
         masks: "key_mask" where padding may be masked, "cu_seqlens" where rows may be packed.
-        scans: scans of a grid that can be averaged, at most; 1 where the order of the tokens changes nothing.
+        scans: scans of a grid that can be averaged, at most. 1 where `prepare` changes query, key or value, which
+            several scans share. Without a decay the order of the tokens changes nothing, and there is one scan.
         float32_weights: names of weights that stay float32 when a model is loaded in half precision.
         weight_decay: whether optimizers may shrink the variant's own weights.
 
@@ -105,6 +107,11 @@ class Variant:
             raise AttributeError(name)
         return getattr(self.mixer, self.weight_name(name, self.scan))
 
+    @classmethod
+    def scans_taken(cls, asked: int) -> int:
+        """How many scans a mixer averages that is asked for so many."""
+        return min(asked, cls.scans) if cls.decay else 1
+
     @staticmethod
     def weight_name(name: str, scan: int) -> str:
         """The name that the mixer gives to a weight of a scan."""
@@ -117,8 +124,10 @@ class Variant:
             ValueError: for a name that the mixer has already.
         """
         own = self.weight_name(name, self.scan)
-        if hasattr(self.mixer, own):
-            raise ValueError(f"{type(self).__name__} adds {own!r}, which a mixer has already; choose another name.")
+        if hasattr(self.mixer, own) or hasattr(type(self), name) or name in vars(self):
+            raise ValueError(
+                f"{type(self).__name__} adds {own!r}, which a mixer or a variant has already; choose another name."
+            )
         setattr(self.mixer, own, weight)
         self.mixer.variant_weights.append(own)
 
@@ -133,7 +142,8 @@ class Variant:
         """What the mixer computes for these inputs.
 
         Args:
-            x: (batch, length, dim), the mixer's input.
+            x: (batch, length, dim), the mixer's input. A packed row holds several sequences, whose tokens must not mix
+                here: a variant that mixes neighbours leaves "cu_seqlens" out of `masks`.
             query: (batch, heads, length, head_dim), after the feature map, and so `key`; `value` as projected.
             prefix_tokens: first tokens of a row that shall not decay (the class token of an image).
         """
@@ -152,31 +162,51 @@ def register_variant(name: str) -> Callable[[type[Variant]], type[Variant]]:
     """Class decorator that makes a variant known under a name, in lower case, to mixers and as `mask_type`.
 
     Raises:
-        TypeError: for a class that is no `Variant`.
-        ValueError: for a name or spelling that another variant has, a missing label, and attributes that are not known.
+        TypeError: for a class that is not a `Variant`, and for the decorator without a name.
+        ValueError: for a name or spelling that another variant has, a missing label, values that attributes cannot
+            have, and names that are close to those of attributes.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"register_variant was given {name!r}; write @register_variant('name') above the class.")
 
     def register(cls: type[Variant]) -> type[Variant]:
         if not (isinstance(cls, type) and issubclass(cls, Variant)):
-            raise TypeError(f"{cls!r} is no subclass of lion_hf.nn.Variant; derive the variant from it.")
+            raise TypeError(f"{cls!r} is not a subclass of lion_hf.nn.Variant; derive the variant from it.")
         for word in (name, *cls.spellings):
             if word != word.lower() or not word:
-                raise ValueError(f"the variant's name is {word!r}; it must be in lower case.")
+                raise ValueError(f"the variant's name is {word!r}; it must be in lower case, and not empty.")
             other = _found(word)
             if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ValueError(
-                    f"{word!r} is the variant {other.__module__}.{other.__qualname__} already; choose another name."
+                    f"{word!r} is the variant {other.__module__}.{other.__qualname__} already; choose another name or "
+                    f"spelling (a class derived from another variant has its spellings, unless it states its own)."
                 )
         if not getattr(cls, "label", None):
             raise ValueError(
                 f"{cls.__name__} has no label; give it one, such as label = 'LION-S', for reports and cards."
             )
-        require_name(f"{cls.__name__}.feature_map", cls.feature_map, FEATURE_MAPS)
+        _require_known_attributes(cls)
         cls.name = name
         VARIANTS[name] = cls
         return cls
 
     return register
+
+
+def _require_known_attributes(cls: type[Variant]) -> None:
+    require_name(f"{cls.__name__}.feature_map", cls.feature_map, FEATURE_MAPS)
+    require_name(f"{cls.__name__}.decay", cls.decay, (None, "head", "token"))
+    for mask in cls.masks:
+        require_name(f"{cls.__name__}.masks", mask, Variant.masks)
+    for own, value in vars(cls).items():
+        known = own in _STATED or own.startswith("_") or callable(value)
+        near = [] if known else difflib.get_close_matches(own, _STATED, 1, 0.75)
+        if near:
+            raise ValueError(f"{cls.__name__} has the attribute {own!r}; did you mean {near[0]!r}?")
+
+
+# What a variant can state or define.
+_STATED = {name for name in (*Variant.__annotations__, *vars(Variant)) if not name.startswith("_")}
 
 
 def _found(word: str) -> type[Variant] | None:

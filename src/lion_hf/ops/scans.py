@@ -40,9 +40,10 @@ def averaged_scans(
     *,
     format: str = "attention",
     chunk_size: int = 64,
+    normalize: bool = True,
     eps: float = 1e-6,
 ) -> Tensor:
-    """The normalised operator under the mean of several masks, each along its own order: the snake scans of images.
+    """The operator under the mean of several masks, each along its own order: the snake scans of images.
 
     The attention form builds the mean mask and multiplies once; the others run one scan after the other and add
     numerators and denominators before the one division.
@@ -53,6 +54,7 @@ def averaged_scans(
             `query`.
         orders: one for each scan, see [`snake_orders`].
         format: as in [`bidirectional_linear_attention`], and so `chunk_size`.
+        normalize: divide by the mean row sums.
         eps: added to the mean row sums before the division.
 
     Returns:
@@ -70,7 +72,8 @@ def averaged_scans(
         form = check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
     form = resolve_format(form, query.shape[2], query.device, log_decays[0])
     if form == "attention" and fused_kernels(query, key, value, form) is None:
-        options = form, chunk_size, query.shape[-1] ** -0.5, "normalized", eps, list(orders)
+        result = "normalized" if normalize else "numerator"
+        options = form, chunk_size, query.shape[-1] ** -0.5, result, eps, list(orders)
         with torch.autocast(query.device.type, enabled=False):
             return LionFunction.apply(query, key, value, None, options, *log_decays).to(value.dtype)
     numerator = denominator = 0
@@ -82,4 +85,5 @@ def averaged_scans(
         )
         numerator = numerator + n.index_select(2, inverse)
         denominator = denominator + c.index_select(2, inverse)
-    return (numerator / (denominator.unsqueeze(-1) + len(log_decays) * eps)).to(value.dtype)
+    scans = len(log_decays)
+    return (numerator / (denominator.unsqueeze(-1) + scans * eps if normalize else scans)).to(value.dtype)

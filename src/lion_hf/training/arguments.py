@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
+from ..nn.names import FEATURE_MAPS
 from ..nn.variants import VARIANTS
 
 
@@ -36,7 +37,10 @@ class ModelArguments:
     preset: str | None = field(default=None, metadata={"help": "Named size of the paper, such as lion-s-base."})
     mask_type: str | None = field(
         default=None,
-        metadata={"help": f"Variant: {', '.join(f'{name} ({cls.label})' for name, cls in VARIANTS.items())}."},
+        metadata={
+            "help": f"Variant: {', '.join(f'{name} ({cls.label})' for name, cls in VARIANTS.items())}, or your own "
+            "(python -m lion_hf --import MODULE SCRIPT)."
+        },
     )
     hidden_size: int | None = field(default=None, metadata={"help": "Width of the model."})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of layers."})
@@ -53,6 +57,12 @@ class ModelArguments:
     softmax_layers: list[int] | None = field(
         default=None, metadata={"help": "Layers, counted from 0, that keep softmax attention (a hybrid)."}
     )
+    norm_position: str | None = field(default=None, metadata={"help": "Norms after (post) or before (pre) the layers."})
+    mlp_type: str | None = field(default=None, metadata={"help": "mlp, or glu for gated MLPs."})
+    feature_map: str | None = field(
+        default=None, metadata={"help": f"Function of queries and keys: {', '.join(FEATURE_MAPS)}."}
+    )
+    normalize: bool | None = field(default=None, metadata={"help": "Divide LION's outputs by their row sums."})
     format: str = field(default="auto", metadata={"help": "How LION is computed: auto, attention, rnn or chunk."})
 
     def __post_init__(self):

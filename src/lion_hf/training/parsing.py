@@ -40,7 +40,7 @@ def parse_arguments(
         UserError: for unknown flags or keys, wrong values, a preset that the file does not know or needs, and a missing
             `output_dir`.
     """
-    argv = _merge(argv, smoke)
+    given, argv = argv, _merge(argv, smoke)
     if smoke is not None:
         description = f"{description}\n--smoke shrinks any recipe to two steps of a tiny model on built-in data."
     parser = _Parser(classes, description=description, allow_abbrev=False)
@@ -53,8 +53,13 @@ def parse_arguments(
         hint = "a file of arguments comes before all flags" if is_file else "no flag before it takes it"
         raise UserError(f"unexpected {unknown[0]!r}: {hint}")
     if unknown:
+        if unknown[0] not in given and not given[0].startswith("-"):
+            raise UserError(
+                f"{given[0]} sets {unknown[0].removeprefix('--')!r}, which this script does not know; is it made for "
+                "another script?"
+            )
         known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, 0.7)
         raise UserError(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     training = next(x for x in parsed if isinstance(x, TrainingArguments))
     if "--output_dir" not in {flag.split("=")[0].replace("-dir", "_dir") for flag in argv}:

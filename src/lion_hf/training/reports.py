@@ -138,6 +138,7 @@ def write_card(path: Path, model, metrics: dict[str, float], report: Report) -> 
     is_lion = config.model_type.startswith("lion")
     kind = f"LION with mask type `{config.mask_type}`" if is_lion else f"`{config.model_type}`, a baseline for LION"
     tags = "\n- lion\n- linear-attention" if is_lion else f"\n- {config.model_type}"
+    usage, command = _with_own_variant(config, report) if is_lion else (report.usage, report.command)
     size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads"
     rows = [f"| {name} | {value:,.4f} |" for name, value in metrics.items() if _is_number(value)]
     versions = {
@@ -159,7 +160,7 @@ tags:{tags}
 [Linear Attention for Efficient Bidirectional Sequence Modeling](https://arxiv.org/abs/2502.16249).
 
 ```python
-{report.usage}
+{usage}
 ```
 
 ## Data
@@ -169,7 +170,7 @@ tags:{tags}
 ## Training
 
 ```bash
-{report.command}
+{command}
 ```
 
 Versions: {", ".join(f"{name} {version}" for name, version in versions.items())}.
@@ -183,6 +184,15 @@ Versions: {", ".join(f"{name} {version}" for name, version in versions.items())}
 ![loss and metric against optimizer steps](curves.png)
 """
     path.write_text(card, encoding="utf-8")
+
+
+def _with_own_variant(config, report: Report) -> tuple[str, str]:
+    """How to use and repeat a run: where the variant is not from this package, its module has to be imported first."""
+    module = variant_class(config.mask_type).__module__
+    if module.partition(".")[0] == variant_class.__module__.partition(".")[0]:
+        return report.usage, report.command
+    usage = report.usage.replace("import lion_hf\n", f"import lion_hf\nimport {module}\n", 1)
+    return usage, report.command.replace("python ", f"python -m lion_hf --import {module} ", 1)
 
 
 def _is_number(value: Any) -> bool:
