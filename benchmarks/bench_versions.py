@@ -71,21 +71,21 @@ def model_cases(build: Callable[[ModuleType], torch.nn.Module], inputs: dict, ve
     }
 
 
-def text_cases(versions: dict[str, ModuleType]):
+def text_cases(versions: dict[str, ModuleType], length: int):
     for variant in VARIANTS:
-        for form, length in (("attention", 128), ("chunk", 1024), ("rnn", 1024)):
-            options = {"mask_type": variant, "format": form, "max_position_embeddings": length, **TEXT}
-            inputs = {"input_ids": torch.randint(1, 30000, (max(1, 1024 // length), length))}
+        for form, tokens in (("attention", length // 8), ("chunk", length), ("rnn", length)):
+            options = {"mask_type": variant, "format": form, "max_position_embeddings": tokens, **TEXT}
+            inputs = {"input_ids": torch.randint(1, 30000, (length // tokens, tokens))}
 
             def build(version, options=options):
                 config = version.LionConfig(hidden_dropout_prob=0.0, **options)
                 return version.LionModel(config, add_pooling_layer=False)
 
             for mode, runs in model_cases(build, inputs, versions).items():
-                yield {"case": f"text {length}", "variant": variant, "form": form, "mode": mode}, runs
+                yield {"case": f"text {tokens}", "variant": variant, "form": form, "mode": mode}, runs
 
 
-def image_cases(versions: dict[str, ModuleType]):
+def image_cases(versions: dict[str, ModuleType], length: int):
     for variant in VARIANTS:
         for order in ("normal", "s"):
             options = {"mask_type": variant, "order": order, **IMAGE}
@@ -98,9 +98,9 @@ def image_cases(versions: dict[str, ModuleType]):
                 yield {"case": f"image, {order}", "variant": variant, "form": "auto", "mode": mode}, runs
 
 
-def operator_cases(versions: dict[str, ModuleType]):
-    decays = {"none": None, "head": -torch.rand(12), "token": -torch.rand(1, 12, 1024)}
-    query, key, value = (torch.randn(1, 12, 1024, 64, requires_grad=True) for _ in range(3))
+def operator_cases(versions: dict[str, ModuleType], length: int):
+    decays = {"none": None, "head": -torch.rand(12), "token": -torch.rand(1, 12, length)}
+    query, key, value = (torch.randn(1, 12, length, 64, requires_grad=True) for _ in range(3))
     for kind, decay in decays.items():
         decay = decay if decay is None else decay.requires_grad_()
         for form in FORMS:
@@ -111,7 +111,7 @@ def operator_cases(versions: dict[str, ModuleType]):
                 )
 
             runs = {name: run(version) for name, version in versions.items()}
-            yield {"case": "operator 1024", "variant": f"{kind} decay", "form": form, "mode": "training"}, runs
+            yield {"case": f"operator {length}", "variant": f"{kind} decay", "form": form, "mode": "training"}, runs
 
 
 def paired_ratio(runs: dict[str, Candidate], seconds: float, rounds: int) -> dict[str, float]:
@@ -139,6 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="folder that holds the package lion_hf of the other version")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--length", type=count, default=1024, help="tokens of texts, an eighth in the attention form")
     parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each comparison, at least")
     parser.add_argument("--rounds", type=count, default=11, help="pairs of runs of each comparison, at least")
     parser.add_argument("--output", type=output_folder, default="benchmarks/results")
@@ -152,7 +153,10 @@ def main() -> None:
     print(" against ".join(f"{version.__version__} ({Path(version.__file__).parent})" for version in versions.values()))
     rows = []
     for name in arguments.cases:
-        timed = [case | paired_ratio(runs, arguments.seconds, arguments.rounds) for case, runs in CASES[name](versions)]
+        timed = [
+            case | paired_ratio(runs, arguments.seconds, arguments.rounds)
+            for case, runs in CASES[name](versions, arguments.length)
+        ]
         print_table(timed)
         rows += timed
     ratios = [row["ratio"] for row in rows]

@@ -56,6 +56,7 @@ def modules_cache(tmp_path, monkeypatch):
 
     forget()
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    elsewhere = [folder for folder in sys.path if not Path(folder, "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", elsewhere)
     yield
     forget()

@@ -137,7 +137,7 @@ def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
     import lion_hf
 
     source = str(Path(lion_hf.__file__).parents[1])
-    few = ["--cases", "operator", "--rounds", "1", "--seconds", "0"]
+    few = ["--cases", "operator", "--rounds", "1", "--seconds", "0", "--length", "64"]
     rows = run_script(monkeypatch, "bench_versions", tmp_path, source, *few)
     assert {row["form"] for row in rows} == {"attention", "chunk", "rnn"}
     assert all(row["ratio"] == pytest.approx(row["now ms"] / row["before ms"]) for row in rows)

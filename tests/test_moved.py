@@ -155,6 +155,7 @@ def test_a_configuration_pickled_by_0_1_loads(forgotten):
     assert type(loaded) is lion_hf.LionConfig and loaded.to_dict() == config.to_dict()
 
 
+@pytest.mark.slow
 def test_the_old_command_is_the_new_one(tmp_path):
     def run(module):
         command = [sys.executable, "-m", module, "absent.pth", "out"]

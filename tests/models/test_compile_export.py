@@ -53,10 +53,19 @@ def test_text_heads_compile_into_one_graph(head):
     torch.testing.assert_close(first(compiled(**inputs)), first(model(**inputs)))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type, order", [("lit", "normal"), ("decay", "normal"), ("selective", "s")])
-def test_image_heads_compile_into_one_graph(mask_type, order, form):
+def pairs(variants):
+    """Every pair of a variant and a form. The quick ones have each variant and each form once."""
+    for i, variant in enumerate(variants):
+        for j, form in enumerate(FORMS):
+            marks = [] if (i + j) % 3 == 1 else [pytest.mark.slow]
+            name = "-".join([variant] if isinstance(variant, str) else variant)
+            yield pytest.param(variant, form, id=f"{name}-{form}", marks=marks)
+
+
+@pytest.mark.parametrize("variant, form", pairs([("lit", "normal"), ("decay", "normal"), ("selective", "s")]))
+def test_image_heads_compile_into_one_graph(variant, form):
     """Every pair of a variant, a form and a head: the heads alternate. Two scans go through autograd's compiler too."""
+    mask_type, order = variant
     number = VARIANTS.index(mask_type) + FORMS.index(form)
     head = (lion_hf.LionVisionModel, lion_hf.LionForImageClassification)[number % 2]
     model = spread_decays(head(vision_config(mask_type, order=order, format=form, num_hidden_layers=1))).eval()
@@ -77,8 +86,7 @@ def test_further_image_heads_compile_and_export(head):
     torch.testing.assert_close(first(program.module()(pixel_values=pixels)), expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type, form", pairs(VARIANTS))
 def test_compiled_training_step_has_the_same_gradients(mask_type, form):
     model = spread_decays(lion_hf.LionForMaskedLM(text_config(mask_type, format=form, num_hidden_layers=1)))
     inputs = text_inputs(*SHORT)

@@ -204,7 +204,9 @@ def test_a_cuda_graph_replays_with_new_inputs(packed):
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
-@pytest.mark.parametrize("result", [0, 1, 2])
+@pytest.mark.parametrize(
+    "result", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_operators_of_pytorch_are_what_they_say(result):
     """Forward and backward: what they change, shapes, strides and dtypes of what they return, and under compilers."""
     leaves, mask = inputs(20, "token")

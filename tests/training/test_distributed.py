@@ -114,7 +114,7 @@ def test_a_process_without_a_row_does_not_count(tmp_path, command):
     assert_same_run(one, two, 1e-5)
 
 
-@pytest.mark.parametrize("kind", COMMANDS)
+@pytest.mark.parametrize("kind", ["text", pytest.param("image", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kind):
     """kill -9 between two checkpoints; a newer checkpoint that was cut off while being written is skipped."""
     flags = ["--max_steps=60", "--per_device_train_batch_size=8", "--save_strategy=steps", "--save_steps=7"]
