@@ -79,6 +79,7 @@ def test_what_needs_transformers_says_so_where_it_is_not_installed():
     run(code)
 
 
+@pytest.mark.slow
 def test_a_broken_transformers_is_not_taken_for_an_absent_one(tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("import something_it_needs")

@@ -147,6 +147,7 @@ def test_the_code_of_0_1_runs_beside_the_package(with_code):
             assert_as_before(model, "text_decay_with_code")
 
 
+@pytest.mark.slow
 def test_the_code_of_a_folder_is_renewed_by_saving_it_again(with_code, tmp_path):
     model = lion_hf.LionForMaskedLM.from_pretrained(with_code)
     folder = lion_hf.save_with_code(model, tmp_path / "renewed")

@@ -214,6 +214,7 @@ class Hostile:
         return os.mkdir, (str(self.marker),)
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_command_and_refuses_a_hostile_pickle_in_one_line(tmp_path, out):
     source = save({"model": Hostile(tmp_path / "marker")}, tmp_path / "source.pth")
     module = [sys.executable, "-m", "lion_hf.convert"]

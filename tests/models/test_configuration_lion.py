@@ -61,6 +61,10 @@ def classes_with(option):
 # ------------------------------------------------------------------------------------------------------- defaults
 
 
+def test_an_option_of_an_image_processor_is_no_typo():
+    assert LionVisionConfig(do_normalize=True).normalize and LionVisionConfig(do_normalize=False).do_normalize is False
+
+
 def test_the_models_of_the_paper_are_frozen():
     assert PAPER_PRESETS is PRESETS and PAPER_PRESETS.keys() == PARAMETERS.keys()
     with pytest.raises(TypeError):

@@ -63,7 +63,8 @@ class _LionOptions:
     def __post_init__(self, **kwargs):
         fields = {name for name in dir(type(self)) if not name.startswith("_")}
         for name in kwargs:
-            near = [] if name in fields else difflib.get_close_matches(name, type(self).__dataclass_fields__, 1, 0.75)
+            foreign = name in fields or name.startswith("do_")  # of an image processor
+            near = [] if foreign else difflib.get_close_matches(name, type(self).__dataclass_fields__, 1, 0.75)
             if near:
                 raise ValueError(
                     f"{type(self).__name__} has no option {name!r}; did you mean {near[0]!r}? The options are the "
