@@ -9,7 +9,7 @@
 All candidates of one length are timed in turn, by the device's own clock, from cold caches, and the median counts; what
 the host needs to launch small kernels is hidden. Repeats, or more until the seconds have passed, for each comparison:
 
-    autotune     10, 1 s    tiles, warps and stages of LION-S; chunk sizes and the full form of every variant
+    autotune     10, 1 s    tiles and warps of the kernels; the crossover of the forms in PyTorch
     operator     20, 2 s    bfloat16, 16k tokens, 12 heads of 64; without and with backward
     training      5, 5 s    bfloat16 autocast, AdamW. Images: base, 256 of 224 pixels. Text: bare encoders of
                             BERT-large's shape, 32k tokens. Eager and with every layer compiled. Random weights, no

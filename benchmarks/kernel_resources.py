@@ -30,7 +30,7 @@ POINTERS = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Recorder:
@@ -59,9 +59,9 @@ def record(dtype, width, decay, normalized, packed):
         gates = {"none": None, "head": torch.zeros(4), "token": torch.zeros(x.shape[:3])}[decay]
         bounds = torch.tensor([0, 500, 1024]) if packed else None
         result = lion_triton.NORMALIZED if normalized else lion_triton.NUMERATOR
-        out, sums = lion_triton._mix(x, x, x, gates, None, bounds, 0.125, 1e-6, result, False)
+        out, sums = lion_triton._mix(x, x, x, gates, None, bounds, None, 0.125, 1e-6, result)
         kept = (out, sums) if normalized else (None, None)
-        lion_triton._mix_backward(x, x, x, gates, None, bounds, *kept, out, None, 0.125, False)
+        lion_triton._mix_backward(x, x, x, gates, None, bounds, None, *kept, out, None, 0.125)
     finally:
         for name, kernel in kernels.items():
             setattr(lion_triton, name, kernel)
@@ -102,7 +102,11 @@ def main():
     parser.add_argument("--decays", nargs="+", default=["none", "head", "token"], choices=["none", "head", "token"])
     parser.add_argument("--packed", action="store_true")
     parser.add_argument("--tf32", action="store_true", help="allow tf32 in products of float32")
+    for name in ("forward", "backward"):
+        default = getattr(lion_triton, f"_{name.upper()}")
+        parser.add_argument(f"--{name}", type=int, nargs=2, default=default, metavar=("TILE", "WARPS"))
     arguments = parser.parse_args()
+    lion_triton._FORWARD, lion_triton._BACKWARD = arguments.forward, arguments.backward
     torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
     rows = []
     for dtype in arguments.dtypes:
@@ -118,7 +122,8 @@ def main():
                             "dtype": dtype,
                             "width": width,
                             "decay": decay,
-                            "transposed": launch.get("TRANSPOSED", ""),
+                            "tile": launch.get("TILE", ""),
+                            "warps": options.get("num_warps", ""),
                             "registers": used["REG"],
                             "stack (bytes)": used["STACK"],
                             "shared (KiB)": compiled.metadata.shared / 1024,

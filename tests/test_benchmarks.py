@@ -67,23 +67,13 @@ def test_resolution(bench, tmp_path):
 @pytest.mark.slow
 def test_autotune(bench, tmp_path, capsys):
     pytest.importorskip("triton")
-    sizes = (
-        "--lengths",
-        "17",
-        "--batch_tokens",
-        "17",
-        "--tiles",
-        "16",
-        "--warps",
-        "4",
-        "--stages",
-        "2",
-        "--chunks",
-        "16",
-    )
-    rows = run(bench, "autotune", tmp_path, *sizes)
-    assert rows[0]["_TILE"] == 16
-    assert all(row["full"] > 0 and row["chunk 16"] > 0 for row in rows[1:])
+    sizes = "--lengths", "17", "--batch_tokens", "17", "--tiles", "16", "--warps", "4"
+    tiles, forms = [], []
+    for row in run(bench, "autotune", tmp_path, *sizes):
+        (tiles if "tile" in row else forms).append(row)
+    assert len(tiles) == len(forms) == 3
+    assert all(row["forward"] > 0 and row["tile"] == 16 for row in tiles)
+    assert all(row["attention"] > 0 and row["chunk"] > 0 for row in forms)
     assert 'CROSSOVER["accelerator"] = {' in capsys.readouterr().out
 
 
@@ -170,15 +160,15 @@ def test_crossover_is_timed(monkeypatch, tmp_path):
 
 
 def test_advice_follows_the_times(bench):
-    def row(length, kind, full, small, large):
-        return {"length": length, "decay": kind, "full": full, "chunk 16": small, "chunk 32": large}
-
-    rows = []
-    for kind, last in (("none", 0), ("head", 64), ("token", 128)):
-        rows += [row(n, kind, 1.0 if n <= last else 9.0, 3.0, 2.0) for n in (128, 64, 256)]
-    assert bench.gpu_autotune.advise(rows, [16, 32]) == (32, {"none": 0, "head": 64, "token": 128})
-    failed = [r | {"chunk 16": math.nan} for r in rows]
-    assert bench.gpu_autotune.advise(failed, [16, 32])[0] == 32
+    """The best on the mean over lengths; what failed once is not chosen."""
+    times = {(64, 4): (1.0, 4.0), (64, 8): (3.0, 2.0), (128, 8): (0.1, math.nan)}
+    rows = [
+        {"tile": tile, "warps": warps, "forward": forward, "backward": 1 / forward}
+        for (tile, warps), pair in times.items()
+        for forward in pair
+    ]
+    assert bench.gpu_autotune.best(rows, "forward") == (64, 4)
+    assert bench.gpu_autotune.best(rows, "backward") == (64, 8)
 
 
 def causal(query, key, value, log_decay):

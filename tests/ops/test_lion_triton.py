@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lion_hf.nn.features import unit_silu
 from lion_hf.ops import backend
 from lion_hf.ops.api import bidirectional_linear_attention
+from lion_hf.ops.scans import averaged_scans, snake_orders
 
 
 lion_triton = pytest.importorskip("lion_hf.ops.triton.launch", reason="Triton is not installed", exc_type=ImportError)
@@ -29,8 +31,10 @@ def kernels(monkeypatch):
     no kernel writes to reads as NaN."""
     monkeypatch.setattr(backend, "BACKEND", "triton")
     if not ON_GPU:
-        monkeypatch.setattr(lion_triton, "_TILE", 16)
-        monkeypatch.setattr(lion_triton, "_CHUNK", 32)
+        monkeypatch.setattr(lion_triton, "_FORWARD", (16, 4))
+        monkeypatch.setattr(lion_triton, "_BACKWARD", (16, 4))
+        monkeypatch.setattr(lion_triton, "_ONE_TILE", (32, 8))
+        monkeypatch.setattr(lion_triton, "_GROUP", 2)
     new_empty = torch.Tensor.new_empty
 
     def poisoned(self, *shape, **options):
@@ -210,7 +214,7 @@ def test_a_cuda_graph_replays_with_new_inputs(packed):
 def test_operators_of_pytorch_are_what_they_say(result):
     """Forward and backward: what they change, shapes, strides and dtypes of what they return, and under compilers."""
     leaves, mask = inputs(20, "token")
-    torch.library.opcheck(lion_triton._mix, (*leaves, mask, None, 0.25, 1e-6, result, False))
+    torch.library.opcheck(lion_triton._mix, (*leaves, mask, None, None, 0.25, 1e-6, result))
 
 
 def test_backend_is_chosen_and_explained(monkeypatch):
@@ -269,7 +273,7 @@ FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
 )
 def test_float32_is_exact_unless_tf32_is_allowed(dtypes, allowed, precision, monkeypatch):
     monkeypatch.setattr(lion_triton, "_tf32_is_allowed", lambda: allowed)
-    operator = lion_triton._Operator(*(torch.zeros(1, 1, 5, 16, dtype=x) for x in dtypes), None, None, None, 1.0, True)
+    operator = lion_triton._Operator(*(torch.zeros(1, 1, 5, 16, dtype=x) for x in dtypes), None, None, None, None, 1.0)
     assert operator.precision == precision
 
 
@@ -304,11 +308,12 @@ def test_grids_hold_very_long_texts(monkeypatch):
 
     for name in [name for name in vars(lion_triton) if name.endswith("_kernel")]:
         monkeypatch.setattr(lion_triton, name, Recorder())
-    x = torch.zeros(1).expand(1, 1, 65536 * lion_triton._TILE + 1, 16)
-    operator = lion_triton._Operator(x, x, x, None, None, None, 1.0, True)
+    x = torch.zeros(1).expand(1, 1, 65536 * 64 + 1, 16)
+    operator = lion_triton._Operator(x, x, x, None, None, None, None, 1.0)
     operator.delta(x, x)
-    operator.mix(x, x, x, x, None)
-    assert len(grids) == 2
+    operator.forward(x, None, 0, 0.0)
+    operator.backward(x, x, x, x, None, None, None)
+    assert len(grids) == 9
     assert all(max(grid[1:]) <= 65535 for grid in grids)
 
 
@@ -330,7 +335,47 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(options):
     table = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     rows = [dict(zip(header, row, strict=True)) for row in rows]
-    assert {row["kernel"] for row in rows} >= {"states", "propagate", "mix", "delta"}
+    assert {row["kernel"] for row in rows} >= {"states", "propagate", "forward", "backward", "delta"}
     assert all(int(row["stack (bytes)"]) < 1024 for row in rows)
     assert all(float(row["shared (KiB)"]) <= 227 for row in rows)
-    assert all(int(row["tensor core"]) > 0 for row in rows if row["kernel"] in ("states", "mix"))
+    assert all(int(row["tensor core"]) > 0 for row in rows if row["kernel"] in ("states", "forward", "backward"))
+
+
+@pytest.mark.parametrize("decay", ["head", "token"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_scans_read_tokens_where_they_lie(decay, normalize, monkeypatch):
+    """Outputs and gradients of two snake scans, without a copy of any token."""
+    leaves, _ = inputs(1 + 5 * 7, decay, heads=2)
+    leaves[:2] = [x.detach().abs().requires_grad_() for x in leaves[:2]]
+    orders = snake_orders(5, 7, DEVICE)
+
+    def run(leaves):
+        query, key, value, log_decay = leaves
+        out = averaged_scans(query, key, value, [log_decay, 2 * log_decay], orders, format="chunk", normalize=normalize)
+        weight = torch.linspace(-1, 1, out.numel(), device=DEVICE, dtype=out.dtype).view_as(out)
+        return [out, *torch.autograd.grad((weight * out).sum(), leaves)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "BACKEND", "torch")
+        expected = run([x.detach().double().requires_grad_() for x in leaves])
+    monkeypatch.setattr(torch.Tensor, "index_select", None)
+    assert_close(run(leaves), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [20, 64])
+def test_features_of_images(width, dtype, monkeypatch):
+    """Values and gradients of the first and the second order, of a view as heads are."""
+    x = (3 * torch.randn(2, 19, 3, width)).to(DEVICE, dtype).transpose(1, 2).requires_grad_()
+    weight = torch.randn(x.shape).to(DEVICE)
+
+    def run(x, first_order):
+        y = unit_silu(x)
+        (dx,) = torch.autograd.grad((y * weight).sum(), x, create_graph=not first_order)
+        return [y, dx] if first_order else [torch.autograd.grad((dx * weight).sum(), x)[0]]
+
+    results = run(x, True) + run(x, False)
+    assert results[0].stride() == x.stride()
+    monkeypatch.setattr(backend, "BACKEND", "torch")
+    wide = x.detach().double().requires_grad_()
+    assert_close(results, run(wide, True) + run(wide, False), dtype)

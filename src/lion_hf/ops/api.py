@@ -103,9 +103,8 @@ def bidirectional_linear_attention(
     result = "both" if return_denominator else "normalized" if normalize else "numerator"
     kernels = fused_kernels(query, key, value, form)
     if kernels is not None:
-        full = resolve_format(form, query.shape[2], query.device, log_decay) == "attention"
         with torch.autocast(query.device.type, enabled=False):
-            return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result, full)
+            return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result)
 
     def run(query, key, value, log_decay, key_mask):
         return _run_form(query, key, value, log_decay, key_mask, form, chunk_size, scale, result, eps)

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .checks import is_exporting
@@ -43,3 +44,14 @@ def fused_kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> Calla
         )
     warn_once(f"LION runs without its fused GPU kernels: {reason}. LION_BACKEND=torch silences this warning.")
     return None
+
+
+def fused_unit_silu(x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The feature map of ops/triton, where it takes this input: not in graphs, whose compilers fuse it themselves."""
+    if BACKEND == "torch" or not (BACKEND or x.is_cuda) or torch.compiler.is_compiling() or x.dtype == torch.float64:
+        return None
+    try:
+        from .triton.features import unit_silu
+    except ImportError:  # the operator has warned
+        return None
+    return unit_silu

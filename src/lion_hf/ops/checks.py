@@ -92,5 +92,6 @@ def is_binary(mask: Tensor) -> bool:
 
 
 def is_exporting() -> bool:
-    check = getattr(torch.compiler, "is_exporting", None)  # torch >= 2.7
-    return check() if check is not None else torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+    # Not torch.compiler.is_exporting(): in the graphs of torch.compile some releases (2.11) answer it with True.
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling() if flag is None else flag

@@ -71,19 +71,31 @@ def averaged_scans(
     for log_decay in log_decays:
         form = check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
     form = resolve_format(form, query.shape[2], query.device, log_decays[0])
-    if form == "attention" and fused_kernels(query, key, value, form) is None:
+    kernels = fused_kernels(query, key, value, form)
+    if form == "attention" and kernels is None:
         result = "normalized" if normalize else "numerator"
         options = form, chunk_size, query.shape[-1] ** -0.5, result, eps, list(orders)
         with torch.autocast(query.device.type, enabled=False):
             return LionFunction.apply(query, key, value, None, options, *log_decays).to(value.dtype)
     numerator = denominator = 0
     for log_decay, (order, inverse) in zip(log_decays, orders, strict=True):
-        log_decay = log_decay if log_decay.dim() == 1 else log_decay.index_select(2, order)
-        along = (x.index_select(2, order) for x in (query, key, value))
-        n, c = bidirectional_linear_attention(
-            *along, log_decay, format=form, chunk_size=chunk_size, return_denominator=True
-        )
-        numerator = numerator + n.index_select(2, inverse)
-        denominator = denominator + c.index_select(2, inverse)
+        if kernels is not None:
+            n, c = kernels(query, key, value, log_decay, None, None, query.shape[-1] ** -0.5, eps, "both", path=order)
+        else:
+            n, c = _along(order, inverse, query, key, value, log_decay, form, chunk_size)
+        numerator, denominator = numerator + n, denominator + c
     scans = len(log_decays)
     return (numerator / (denominator.unsqueeze(-1) + scans * eps if normalize else scans)).to(value.dtype)
+
+
+def _along(order, inverse, query, key, value, log_decay, form: str, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of one scan."""
+    log_decay = log_decay if log_decay.dim() == 1 else log_decay.index_select(2, order)
+    n, c = bidirectional_linear_attention(
+        *(x.index_select(2, order) for x in (query, key, value)),
+        log_decay,
+        format=form,
+        chunk_size=chunk_size,
+        return_denominator=True,
+    )
+    return n.index_select(2, inverse), c.index_select(2, inverse)

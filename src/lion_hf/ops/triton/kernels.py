@@ -1,40 +1,42 @@
 """Fused GPU kernels of LION's operator, in Triton: scores and masks live in registers only.
 
-One family of kernels serves every length. Tokens are cut into chunks, chunks into tiles. A tile of rows reads the tiles
-of its own chunk directly and all that lies beyond through two states, one from the left and one from the right:
+One family of kernels serves every length. Tokens are cut into chunks of one tile each. A tile of rows reads its own
+tokens directly and all others through two states, one from the left and one from the right:
 
-    sums         cumulative sums of the decays inside each tile (LION-S only)
     states       the two states that each chunk sends on, from one reading of its keys and values
     propagate    turns what the chunks send into what reaches each of them
-    mix          the outputs of one tile of rows
+    forward      the outputs of one tile of rows
+    backward     the gradients of one tile of tokens
 
-A chunk as long as the text has no states, and the chunk form *is* the full form, in one launch (two for LION-S).
-LION-LIT has no decay: beyond one chunk its states are one sum over the whole text, and `mix` reads nothing else.
+A text of one tile has no states and takes one launch. LION-LIT has no decay: beyond one tile its states are one sum
+over the whole text, `forward` and `backward` read nothing else, and its chunks hold several tiles.
 
-Between a tile I of rows and a tile J of columns the mask is a row scale times a column scale, so that only tiles on the
-diagonal take an exponential per element. With the sums a, b of a tile (of its gates e exclusive and f inclusive: a = e,
-b = f, and a = f, b = e for the transposed mask), its total G and "between", the totals of the tiles between both,
+With the exclusive sums e and the inclusive sums f of the gates of a tile, and their total G, the decay mask is
 
-    J left of I    exp(a_i)       * exp(between + G_J - a_j)
-    J = I          exp(min(a_i - a_j, b_j - b_i))
-    J right of I   exp(G_I - b_i) * exp(between + b_j)
+    exp(min(e_i - e_j, f_j - f_i))      inside the tile (the one is positive where the other is the exponent)
+    exp(e_i)                            from its left edge to row i of a state of keys
+    exp(G - f_i)                        from its right edge
 
-and every exponent is <= 0. The backward pass runs the same kernels, since the operator is closed under differentiation:
-with dP_ij = r_i (dy_i . v_j + delta_i), where r = 1 / (s c + eps) and delta_i = -dy_i . y_i if normalised (else r = 1
-and delta the gradient of the denominator; y is rounded to its dtype, as in other fused kernels),
+and every exponent is <= 0. A chunk sends its keys to the right with exp(G - e_j), to the left with exp(f_j). For
+queries, which the gradients of keys and values read, e and f change places. The gradients are, with the mask M,
+dP_ij = r_i (dy_i . v_j + delta_i), r = 1 / (s c + eps) and delta_i = -dy_i . y_i if normalised (else r = 1 and delta
+the gradient of the denominator; y is rounded to its dtype, as in other fused kernels),
 
-    dq = mix(dy, v, k; M)      dk = mix(v, dy, q; M^T)      dv = mix(k, q, dy; M^T)
+    dq = s (M dP) k      dk = s (M dP)^T q      dv = s (M r S)^T dy      dM_ij M_ij = s M_ij dP_ij S_ij, S = q k^T
 
-and the gradient of the decays follows from q . dq and k . dk, split by the half of the mask they come from. Nothing
-quadratic is kept, states are computed again, and no two programs add to one number: every run gives the same bits.
+where tokens outside the tile count through the states of keys (k v^T) and of queries (q dy^T). The gradient of a gate
+is the sum of the last over the pairs whose way passes it. Nothing quadratic is kept, states are computed again, and no
+two programs add to one number: every run gives the same bits.
 
-A kernel runs one program for each head (the grid's second dimension) of each tile (sums, mix, delta) or chunk (states,
-gate_gradient); parts.py has the parts they are made of. Arguments stand in this order everywhere, None where absent:
+A kernel runs one program for each head (the grid's second dimension) of each chunk (states) or tile; parts.py has the
+parts they are made of. Arguments stand in this order everywhere, None where absent:
 
-    tensors     x, y, z, then what is written; states; bias, weight, key_mask; decay, sums, totals; table
+    tensors     query, key, value, what is written; states, vectors; bias, row sums, key_mask; decay; table, path
     strides     of batch, head and token, tensor by tensor; the last dimension is contiguous
     numbers     length, chunks (of a text), tiles (of a chunk), scale, eps
     constants   widths, blocks that hold them, tile, then what kind of mask, input and result
+
+A scan along another order than that in memory (`path`) reads and writes each token where it lies: nothing is copied.
 
 Sums of gates are kept in two float32 parts, multiples of 1/512 and the rest. The first is exact inside a tile and the
 second tiny, so exponents are exact to their rounding; one float32 would lose what stands beside a saturated gate.
@@ -43,27 +45,24 @@ second tiny, so exponents are exact to their rounding; one float32 would lose wh
 from triton.runtime.interpreter import InterpretedFunction
 
 from .parts import (
-    add_to_state,
-    crossing_pairs,
-    diagonal_only,
-    diagonal_tile,
-    divide,
-    from_side,
-    load_columns,
-    load_gates,
-    load_numbers,
-    load_rows,
+    FLOOR,
+    carry_over,
+    load_state,
     load_tokens,
+    load_vector,
+    load_weights,
     of_head,
+    place_of,
+    places,
     product,
     span,
     store_rows,
-    store_split,
     store_state,
-    strict_half,
+    tile_mask,
     tile_sums,
     tl,
     triton,
+    unmasked,
 )
 
 
@@ -72,221 +71,285 @@ _any_length = triton.jit(do_not_specialize=["length", "chunks", "tiles", "decay_
 
 
 @_any_length
-def sums_kernel(decay, sums, totals, table, decay_b, decay_h, decay_l, length, chunks, tiles, TILE: tl.constexpr):
-    """Exclusive sums of the gates inside each tile, (B, H, 2, L), and their totals, (H, tiles, 2)."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    all_tiles, heads = tl.num_programs(0), tl.num_programs(1)
-    batch, start, stop, _ = span(tile // tiles, table, length, chunks, tiles * TILE)
-    tokens = start + (tile % tiles) * TILE + tl.arange(0, TILE)
-    keep = tokens < stop
-    high, low = load_gates(of_head(decay, batch, head, decay_b, decay_h), tokens, keep, decay_l)
-    row = sums + (batch * heads + head).to(tl.int64) * 2 * length + tokens
-    tl.store(row, tl.cumsum(high, 0) - high, mask=keep)
-    tl.store(row + length, tl.cumsum(low, 0) - low, mask=keep)
-    total = totals + (head.to(tl.int64) * all_tiles + tile) * 2
-    tl.store(total, tl.sum(high, 0))
-    tl.store(total + 1, tl.sum(low, 0))
-
-
-@_any_length
 def states_kernel(
-    y, z, states, chunk_totals, bias, weight, key_mask, decay, sums, totals, table,
+    y, z, states, vectors, chunk_totals, bias, row_sums, key_mask, decay, table, path,
     y_b, y_h, y_l, z_b, z_h, z_l, decay_b, decay_h, decay_l, length, chunks, tiles,
-    WIDTH_Y: tl.constexpr, WIDTH_Z: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_Z: tl.constexpr, TILE: tl.constexpr,
-    DECAY: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
+    DECAY: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk sends to the right and to the left: sum_p w_p r_p y_p z_p^T, and behind it the vector
-    sum_p w_p r_p bias_p y_p. Without decay both are the same sum, and it is written once."""
-    chunk, head = tl.program_id(0), tl.program_id(1)
-    all_chunks, heads = tl.num_programs(0), tl.num_programs(1)
+    """What each chunk sends to the right and to the left: sum_p w_p r_p y_p z_p^T, of keys and values, or of QUERIES
+    and output gradients, and the vectors sum_p w_p y_p (times r_p bias_p for queries). Without decay both are the same
+    sum, and it is written once."""
+    chunk, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, start, stop, _ = span(chunk, table, length, chunks, tiles * TILE)
     plane = (batch * heads + head).to(tl.int64) * length
     y, z = of_head(y, batch, head, y_b, y_h), of_head(z, batch, head, z_b, z_h)
     bias = None if bias is None else bias + plane
-    weight = None if weight is None else weight + plane
+    row_sums = None if row_sums is None else row_sums + plane
     key_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * length
     decay = None if decay is None else of_head(decay, batch, head, decay_b, decay_h)
-    sums = None if sums is None else sums + 2 * plane
-    totals = None if totals is None else totals + head.to(tl.int64) * all_chunks * tiles * 2
-
-    to_right, to_left = tl.zeros((BLOCK_Y, BLOCK_Z), tl.float32), tl.zeros((BLOCK_Y, BLOCK_Z), tl.float32)
-    vector_right, vector_left = tl.zeros((BLOCK_Y,), tl.float32), tl.zeros((BLOCK_Y,), tl.float32)
-    before = 0.0
-    for step in range(0, tl.cdiv(stop - start, TILE)):
+    state, vector = tl.zeros((BLOCK_K, BLOCK_V), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    for step in range(0, tl.cdiv(stop - start, TILE) if DECAY == 0 else 1):
         begin = start + step * TILE
-        y_tile, z_tile, factor, y_bias = load_columns(
-            y, z, bias, weight, key_mask, y_l, z_l, begin + tl.arange(0, TILE), stop,
-            WIDTH_Y, WIDTH_Z, BLOCK_Y, BLOCK_Z, TRANSPOSED,
-        )  # fmt: skip
-        y_tile = y_tile.to(tl.float32)
-        if bias is None:  # the vector is the sum of y then, which row sums read
-            y_bias += 1
-        if DECAY == 0:
-            to_right, vector_right = add_to_state(to_right, vector_right, y_tile, z_tile, factor, y_bias, PRECISION)
+        tokens = begin + tl.arange(0, TILE)
+        keep = tokens < stop
+        at = places(path, tokens, keep)
+        if QUERIES:
+            weight, shift = load_weights(bias, row_sums, at, keep)
         else:
-            a, a_rest, b, b_rest, total, total_rest = tile_sums(
-                decay, sums, totals, decay_l, chunk * tiles + step, begin, stop, length, TILE, DECAY, TRANSPOSED
-            )
-            to_edge = factor * tl.exp((total - a) + (total_rest - a_rest))
-            through = tl.exp(total + total_rest)
-            to_right, vector_right = add_to_state(
-                to_right * through, vector_right * through, y_tile, z_tile, to_edge, y_bias, PRECISION
-            )
-            to_edge = factor * tl.exp(before + (b + b_rest))
-            to_left, vector_left = add_to_state(to_left, vector_left, y_tile, z_tile, to_edge, y_bias, PRECISION)
-            before += total + total_rest
-
-    size = WIDTH_Y * WIDTH_Z + WIDTH_Y
+            keep = unmasked(key_mask, at, keep)
+            weight = keep.to(tl.float32)
+            shift = weight
+        y_tile = load_tokens(y, at, keep, y_l, WIDTH_K, BLOCK_K).to(tl.float32)
+        z_tile = load_tokens(z, at, keep, z_l, WIDTH_V, BLOCK_V)
+        if DECAY == 0:
+            written = y_tile * weight[:, None]
+            state += product(tl.trans(written), z_tile, PRECISION)
+            vector += tl.sum(written * shift[:, None], 0)
+        else:
+            e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
+            tl.store(chunk_totals + chunk * heads + head, total + total_rest)
+            for side in tl.static_range(2):  # of the receiver: where what is sent to the right comes from the left
+                inner, rest = (e, e_rest) if (side == 0) != QUERIES else (f, f_rest)
+                to_edge = (total - inner) + (total_rest - rest) if side == 0 else inner + rest
+                written = y_tile * (weight * tl.exp(to_edge))[:, None]
+                store_state(
+                    states, vectors, place_of(chunk, head, heads, side, DECAY),
+                    product(tl.trans(written), z_tile, PRECISION), tl.sum(written * shift[:, None], 0),
+                    WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V,
+                )  # fmt: skip
     if DECAY == 0:
-        place = states + (chunk.to(tl.int64) * heads + head) * size
-    else:
-        place = states + (chunk.to(tl.int64) * heads + head) * 2 * size
-        store_state(place + size, to_left, vector_left, WIDTH_Y, WIDTH_Z, BLOCK_Y, BLOCK_Z)
-        tl.store(chunk_totals + chunk * heads + head, before)
-    store_state(place, to_right, vector_right, WIDTH_Y, WIDTH_Z, BLOCK_Y, BLOCK_Z)
+        place = place_of(chunk, head, heads, 0, DECAY)
+        store_state(states, vectors, place, state, vector, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
 
 
 @_any_length
 def propagate_kernel(
-    states, chunk_totals, borders, heads, chunks, SIZE: tl.constexpr, BLOCK: tl.constexpr, DECAY: tl.constexpr
-):
-    """In place, on (chunks, H, sides, SIZE): what reaches each chunk from the left (side 0) and the right (side 1).
-    Without decay the sum over a sequence, in the place of its first chunk."""
+    states, vectors, chunk_totals, borders, heads, chunks,
+    SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, DECAY: tl.constexpr,
+):  # fmt: skip
+    """In place, on states (chunks, H, sides, SIZE) and vectors (.., WIDTH): what reaches each chunk from the left (side
+    0) and the right (side 1). The last program of the second dimension takes the vectors, where there are any."""
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    side, sides = tl.program_id(2), tl.num_programs(2)
+    block, side = tl.program_id(1), tl.program_id(2)
     if borders is None:
         first, last = sequence * chunks, (sequence + 1) * chunks
     else:
         first, last = tl.load(borders + sequence), tl.load(borders + sequence + 1)
-    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = entry < SIZE
-    base = states + (head * sides + side).to(tl.int64) * SIZE + entry
-    carry = tl.zeros((BLOCK,), tl.float32)
-    for step in range(0, last - first):
-        chunk = first + step if DECAY == 0 else first + step + side * (last - first - 1 - 2 * step)
-        place = base + chunk.to(tl.int64) * heads * sides * SIZE
-        sent = tl.load(place, mask=inside, other=0.0)
-        if DECAY == 0:
-            carry += sent
-        else:
-            tl.store(place, carry, mask=inside)
-            carry = carry * tl.exp(tl.load(chunk_totals + chunk * heads + head)) + sent
-    if DECAY == 0:  # an empty sequence has no chunk to write to
-        place = base + first.to(tl.int64) * heads * SIZE
-        tl.store(place, carry, mask=inside & (last - first > 0 * entry))
+    if block * BLOCK < SIZE:
+        carry_over(states, chunk_totals, first, last, head, heads, block, side, SIZE, BLOCK, GROUP, DECAY)
+    elif vectors is not None:
+        carry_over(vectors, chunk_totals, first, last, head, heads, 0, side, WIDTH, BLOCK, GROUP, DECAY)
 
 
 @_any_length
-def mix_kernel(
-    x, y, z, out, row_sums, states, bias, weight, key_mask, decay, sums, totals, table, reference, split,
-    x_b, x_h, x_l, y_b, y_h, y_l, z_b, z_h, z_l, decay_b, decay_h, decay_l, reference_b, reference_h, reference_l,
-    length, chunks, tiles, scale, eps,
-    WIDTH_X: tl.constexpr, WIDTH_Z: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Z: tl.constexpr, TILE: tl.constexpr,
-    DECAY: tl.constexpr, TRANSPOSED: tl.constexpr, FLIPPED: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr,
+def forward_kernel(
+    query, key, value, out, row_sums, states, vectors, key_mask, decay, table, path,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, decay_b, decay_h, decay_l, length, chunks, tiles, scale, eps,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
+    DECAY: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of out_i = s sum_j M_ij r (x_i . y_j + bias) z_j, with its row sums where RESULT needs them.
-
-    Rows are queries, or keys if TRANSPOSED; bias and weight (r) belong to queries, the mask to keys. `split`,
-    (B, H, 3, L), takes reference_i . out_i from the left, from the right, and of the latter the state's part."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    all_tiles, heads = tl.num_programs(0), tl.num_programs(1)
-    chunk, own = tile // tiles, tile % tiles
+    """One tile of rows of s sum_j M_ij (q_i . k_j) v_j, and its row sums where RESULT needs them."""
+    tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    chunk = tile // tiles
     batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
-    sender = (first if DECAY == 0 else chunk).to(tl.int64) * heads + head
-    begin = start + own * TILE
+    begin = start + (tile % tiles) * TILE
     if begin >= stop:
         return
-    plane = (batch * heads + head).to(tl.int64) * length
-    x, y, z = of_head(x, batch, head, x_b, x_h), of_head(y, batch, head, y_b, y_h), of_head(z, batch, head, z_b, z_h)
-    bias = None if bias is None else bias + plane
-    weight = None if weight is None else weight + plane
-    key_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * length
-    decay = None if decay is None else of_head(decay, batch, head, decay_b, decay_h)
-    sums = None if sums is None else sums + 2 * plane
-    totals = None if totals is None else totals + head.to(tl.int64) * all_tiles * 2
-    reference = None if reference is None else of_head(reference, batch, head, reference_b, reference_h)
-    split = None if split is None else split + 3 * plane
     rows = begin + tl.arange(0, TILE)
-    x_tile, kept, row_scale, row_bias = load_rows(
-        x, bias, weight, key_mask, x_l, rows, stop, WIDTH_X, BLOCK_X, TRANSPOSED
-    )
-    mixed, row_sum = tl.zeros((TILE, BLOCK_Z), tl.float32), tl.zeros_like(row_scale)
-
+    keep = rows < stop
+    at = places(path, rows, keep)
+    plane = (batch * heads + head).to(tl.int64) * length
+    kept = unmasked(None if key_mask is None else key_mask + batch.to(tl.int64) * length, at, keep)
+    # Everything is read before anything is computed: programs are few, and each would wait for its reads one by one.
+    q_tile = load_tokens(of_head(query, batch, head, q_b, q_h), at, keep, q_l, WIDTH_K, BLOCK_K)
+    if DECAY != 0 or states is None:
+        k_tile = load_tokens(of_head(key, batch, head, k_b, k_h), at, kept, k_l, WIDTH_K, BLOCK_K)
+        v_tile = load_tokens(of_head(value, batch, head, v_b, v_h), at, kept, v_l, WIDTH_V, BLOCK_V)
+    if states is not None:
+        place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
+        left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if DECAY != 0:
+            right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+    mixed, row_sum = tl.zeros((TILE, BLOCK_V), tl.float32), tl.zeros((TILE,), tl.float32)
     if DECAY != 0:
-        own_scores, z_own, from_left, from_right = diagonal_tile(
-            x_tile, y, z, bias, weight, key_mask, decay, sums, totals, y_l, z_l, decay_l, tile, begin, stop, length,
-            row_scale, row_bias, WIDTH_X, WIDTH_Z, BLOCK_X, BLOCK_Z, TILE, DECAY, TRANSPOSED, PRECISION,
-        )  # fmt: skip
-        row_sum += tl.sum(own_scores, 1)
-        mixed += product(own_scores, z_own, PRECISION) if split is None else diagonal_only(own_scores, z_own, TILE)
-
-    for side in tl.static_range(0, 1 if DECAY == 0 else 2):  # left, right; without decay everything at once
-        part, part_sum, read = from_side(
-            x_tile, y, z, states, bias, weight, key_mask, decay, sums, totals, y_l, z_l, decay_l, tile, own, start,
-            stop, length, sender, row_bias, WIDTH_X, WIDTH_Z, BLOCK_X, BLOCK_Z, TILE, DECAY, TRANSPOSED, FLIPPED,
-            RESULT, PRECISION, side,
-        )  # fmt: skip
-        side_scale = row_scale if DECAY == 0 else row_scale * tl.exp(from_left if side == 0 else from_right)
-        part *= side_scale[:, None]
-        row_sum += part_sum * side_scale
-        if split is not None:
-            part += strict_half(own_scores, z_own, side, TILE, PRECISION)
-            target = load_tokens(reference, rows, kept, reference_l, WIDTH_Z, BLOCK_Z).to(tl.float32)
-            store_split(split, states, target, part, read, side_scale, scale, length, rows, stop, side)
-        mixed += part
-
-    mixed, row_sum = divide(mixed, row_sum, scale, eps, RESULT == 1)
+        decay = of_head(decay, batch, head, decay_b, decay_h)
+        e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
+    if states is not None:
+        reading = q_tile
+        if DECAY != 0:
+            reading = q_tile.to(tl.float32) * tl.exp(e + e_rest)[:, None]
+        mixed += product(reading, left_state, PRECISION)
+        if RESULT != 0:
+            row_sum += tl.sum(reading.to(tl.float32) * load_vector(vectors, place, WIDTH_K, BLOCK_K)[None, :], 1)
+        if DECAY != 0:
+            reading = q_tile.to(tl.float32) * tl.exp((total - f) + (total_rest - f_rest))[:, None]
+            mixed += product(reading, right_state, PRECISION)
+            if RESULT != 0:
+                row_sum += tl.sum(reading * load_vector(vectors, place + 1, WIDTH_K, BLOCK_K)[None, :], 1)
+    if DECAY != 0 or states is None:
+        scores = product(q_tile, tl.trans(k_tile), PRECISION)
+        if DECAY != 0:
+            scores *= tile_mask(e, e_rest, f, f_rest, PRECISION)
+        row_sum += tl.sum(scores, 1)
+        mixed += product(scores, v_tile, PRECISION)
+    mixed *= scale
+    row_sum *= scale
+    if RESULT == 1:
+        row_sum += eps
+        mixed = mixed / row_sum[:, None]
     if RESULT != 0:
-        tl.store(row_sums + plane + rows, row_sum, mask=rows < stop)
-    store_rows(out, mixed, batch, head, heads, length, rows, stop, WIDTH_Z, BLOCK_Z)
+        tl.store(row_sums + plane + at, row_sum, mask=keep)
+    store_rows(out, mixed, batch, head, heads, length, at, keep, WIDTH_V, BLOCK_V)
 
 
 @_any_length
 def delta_kernel(
-    y, dy, delta, y_b, y_h, y_l, dy_b, dy_h, dy_l, length, tiles,
+    out, d_out, delta, out_b, out_h, out_l, d_out_b, d_out_h, d_out_l, length, tiles,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """delta_i = -dy_i . y_i, (B, H, L)."""
     batch, head, heads = tl.program_id(0) // tiles, tl.program_id(1), tl.num_programs(1)
     tokens = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     keep = tokens < length
-    left = load_tokens(of_head(y, batch, head, y_b, y_h), tokens, keep, y_l, WIDTH, BLOCK).to(tl.float32)
-    right = load_tokens(of_head(dy, batch, head, dy_b, dy_h), tokens, keep, dy_l, WIDTH, BLOCK).to(tl.float32)
+    y = load_tokens(of_head(out, batch, head, out_b, out_h), tokens, keep, out_l, WIDTH, BLOCK)
+    dy = load_tokens(of_head(d_out, batch, head, d_out_b, d_out_h), tokens, keep, d_out_l, WIDTH, BLOCK)
     place = delta + (batch * heads + head).to(tl.int64) * length + tokens
-    tl.store(place, -tl.sum(left * right, 1), mask=keep)
+    tl.store(place, -tl.sum(y.to(tl.float32) * dy.to(tl.float32), 1), mask=keep)
 
 
 @_any_length
-def gate_gradient_kernel(
-    query_split, key_split, states, query_states, chunk_totals, out, table, length, chunks, tiles, scale,
-    SIZE: tl.constexpr, USED: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+def backward_kernel(
+    query, key, value, d_out, d_query, d_key, d_value, d_decay, key_states, key_vectors, query_states, query_vectors,
+    bias, row_sums, key_mask, decay, table, path,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, d_out_b, d_out_h, d_out_l, decay_b, decay_h, decay_l,
+    length, chunks, tiles, scale,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the log-decays of one chunk, (B, H, L): from pairs that begin or end in it, and pairs that cross it.
-    USED entries of a state belong to the score: the vector does where there is a bias."""
-    chunk, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    batch, start, stop, _ = span(chunk, table, length, chunks, tiles * TILE)
+    """The gradients of one tile of queries, keys and values, and of the gates: (B, H, L), or with one gate for each
+    head the tile's share of its gradient, (tiles, H)."""
+    tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    chunk = tile // tiles
+    batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
+    begin = start + (tile % tiles) * TILE
+    if begin >= stop:
+        if DECAY == 1:
+            tl.store(d_decay + tile * heads + head, 0.0)
+        return
+    tokens = begin + tl.arange(0, TILE)
+    keep = tokens < stop
+    at = places(path, tokens, keep)
     plane = (batch * heads + head).to(tl.int64) * length
-    query_split, key_split, out = query_split + 3 * plane, key_split + 3 * plane, out + plane
-    used = tl.cdiv(stop - start, TILE)
-    carry = 0.0
-    if states is not None:
-        place = (chunk.to(tl.int64) * heads + head) * 2 * SIZE
-        carry = crossing_pairs(states + place, query_states + place, SIZE, USED, BLOCK)
-        carry *= scale * tl.exp(tl.load(chunk_totals + chunk * heads + head))
-        for step in range(0, used):
-            tokens = start + step * TILE + tl.arange(0, TILE)
-            carry += tl.sum(load_numbers(query_split + 2 * length, tokens, stop), 0)
-            carry += tl.sum(load_numbers(key_split + 2 * length, tokens, stop), 0)
-    for step in range(0, used):
-        tokens = start + (used - 1 - step) * TILE + tl.arange(0, TILE)
-        # Row i of the left half and column i of the left half: e_i enters the one and leaves the other.
-        de = load_numbers(query_split, tokens, stop) - load_numbers(key_split + length, tokens, stop)
-        df = load_numbers(key_split, tokens, stop) - load_numbers(query_split + length, tokens, stop)
-        both = de + df
-        suffix = tl.cumsum(both, 0, reverse=True)
-        tl.store(out + tokens, carry + suffix - de, mask=tokens < stop)
-        carry += tl.sum(both, 0)
+    kept = unmasked(None if key_mask is None else key_mask + batch.to(tl.int64) * length, at, keep)
+    weight, shift = load_weights(
+        None if bias is None else bias + plane, None if row_sums is None else row_sums + plane, at, keep
+    )
+    q_tile = load_tokens(of_head(query, batch, head, q_b, q_h), at, keep, q_l, WIDTH_K, BLOCK_K)
+    k_tile = load_tokens(of_head(key, batch, head, k_b, k_h), at, kept, k_l, WIDTH_K, BLOCK_K)
+    v_tile = load_tokens(of_head(value, batch, head, v_b, v_h), at, kept, v_l, WIDTH_V, BLOCK_V)
+    dy_tile = load_tokens(of_head(d_out, batch, head, d_out_b, d_out_h), at, keep, d_out_l, WIDTH_V, BLOCK_V)
+    if key_states is not None:
+        place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
+        left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if DECAY != 0:
+            right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+    # What the gradients of queries are multiplied by, and those of keys and values; tokens on the left and on the right
+    # are seen through the gates on the way to that edge of the tile.
+    reading, writing = weight * scale, kept.to(tl.float32) * scale
+    if DECAY != 0:
+        decay = of_head(decay, batch, head, decay_b, decay_h)
+        e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
+        left_reading = reading * tl.exp(e + e_rest)
+        right_reading = reading * tl.exp((total - f) + (total_rest - f_rest))
+        left_writing = writing * tl.exp(f + f_rest)
+        right_writing = writing * tl.exp((total - e) + (total_rest - e_rest))
+    else:
+        left_reading, left_writing = reading, writing
+
+    # Each gradient is stored before the next is begun: together they need more registers than there are.
+    dv = tl.zeros((TILE, BLOCK_V), tl.float32)
+    if DECAY != 0 or key_states is None:
+        factor = reading[:, None] * kept.to(tl.float32)[None, :]
+        if DECAY != 0:
+            factor *= tile_mask(e, e_rest, f, f_rest, PRECISION)
+        scores = product(q_tile, tl.trans(k_tile), PRECISION) * factor
+        dv += product(tl.trans(scores), dy_tile, PRECISION)
+    if key_states is not None:
+        dv += product(k_tile, left_queries, PRECISION) * left_writing[:, None]
+        if DECAY != 0:
+            dv += product(k_tile, right_queries, PRECISION) * right_writing[:, None]
+        left_keys = load_state(key_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if DECAY != 0:
+            right_keys = load_state(key_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+    store_rows(d_value, dv, batch, head, heads, length, at, keep, WIDTH_V, BLOCK_V)
+
+    # The gradient of gate t is a sum over the pairs whose way passes it: all that `cross` the tile, of those that end
+    # in it `begun` up to t, `to_come` from t on, and `own` at t.
+    cross, to_come, own = 0.0, tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    dk = tl.zeros((TILE, BLOCK_K), tl.float32)
+    if DECAY != 0 or key_states is None:
+        d_scores = product(dy_tile, tl.trans(v_tile), PRECISION) + shift[:, None]
+        pairs = scores * d_scores
+        index = tl.arange(0, TILE)
+        from_right = tl.where(index[:, None] < index[None, :], pairs, 0.0)
+        right = tl.sum(from_right, 1) - tl.sum(from_right, 0)
+        own -= right
+        begun = (
+            tl.sum(pairs, 0) - tl.sum(pairs, 1) + 2 * right
+        )  # columns less rows on the left, the reverse on the right
+        d_scores *= factor
+        dk += product(tl.trans(d_scores), q_tile, PRECISION)
+    if key_states is not None:
+        part = product(v_tile, tl.trans(left_queries), PRECISION)
+        if query_vectors is not None:
+            part += load_vector(query_vectors, place, WIDTH_K, BLOCK_K)[None, :]
+        dk += part * left_writing[:, None]
+        if DECAY != 0:
+            to_come += tl.sum(k_tile.to(tl.float32) * part, 1) * left_writing
+            part = product(v_tile, tl.trans(right_queries), PRECISION)
+            if query_vectors is not None:
+                part += load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K)[None, :]
+            dk += part * right_writing[:, None]
+            begun += tl.sum(k_tile.to(tl.float32) * part, 1) * right_writing
+            cross += tl.sum(tl.sum(left_keys.to(tl.float32) * right_queries.to(tl.float32), 1), 0)
+            cross += tl.sum(tl.sum(right_keys.to(tl.float32) * left_queries.to(tl.float32), 1), 0)
+    store_rows(d_key, dk, batch, head, heads, length, at, keep, WIDTH_K, BLOCK_K)
+
+    dq = tl.zeros((TILE, BLOCK_K), tl.float32)
+    if DECAY != 0 or key_states is None:
+        dq += product(d_scores, k_tile, PRECISION)
+    if key_states is not None:
+        part = product(dy_tile, tl.trans(left_keys), PRECISION)
+        if key_vectors is not None:
+            left_vector = load_vector(key_vectors, place, WIDTH_K, BLOCK_K)
+            part += shift[:, None] * left_vector[None, :]
+        dq += part * left_reading[:, None]
+        if DECAY != 0:
+            rows = tl.sum(q_tile.to(tl.float32) * part, 1) * left_reading
+            to_come += rows
+            own -= rows
+            part = product(dy_tile, tl.trans(right_keys), PRECISION)
+            if key_vectors is not None:
+                right_vector = load_vector(key_vectors, place + 1, WIDTH_K, BLOCK_K)
+                part += shift[:, None] * right_vector[None, :]
+                cross += tl.sum(left_vector * load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K), 0)
+                cross += tl.sum(right_vector * load_vector(query_vectors, place, WIDTH_K, BLOCK_K), 0)
+            dq += part * right_reading[:, None]
+            rows = tl.sum(q_tile.to(tl.float32) * part, 1) * right_reading
+            begun += rows
+            own -= rows
+    store_rows(d_query, dq, batch, head, heads, length, at, keep, WIDTH_K, BLOCK_K)
+
+    if DECAY != 0:
+        gradient = cross * scale * tl.exp(total + total_rest)
+        gradient += tl.cumsum(begun, 0) + tl.cumsum(to_come, 0, reverse=True) + own
+        if DECAY == 1:
+            tl.store(d_decay + tile * heads + head, tl.sum(tl.where(keep, gradient, 0.0), 0))
+        else:
+            gate = tl.load(decay + at.to(tl.int64) * decay_l, mask=keep, other=0.0)
+            tl.store(d_decay + plane + at, tl.where(gate < FLOOR, 0.0, gradient), mask=keep)
 
 
 # With TRITON_INTERPRET=1 at import: the kernels run on a CPU, too.
-INTERPRETED = isinstance(mix_kernel, InterpretedFunction)
+INTERPRETED = isinstance(forward_kernel, InterpretedFunction)

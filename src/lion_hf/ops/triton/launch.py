@@ -1,7 +1,4 @@
-"""LION's operator on a GPU: launches of the kernels in kernels.py, as operators of PyTorch with gradients.
-
-Tested in Triton's interpreter; not yet timed on a GPU.
-"""
+"""LION's operator on a GPU: launches of the kernels in kernels.py, as operators of PyTorch with gradients."""
 
 import functools
 import re
@@ -14,12 +11,11 @@ from torch.nn import functional as F
 
 from .kernels import (
     INTERPRETED,
+    backward_kernel,
     delta_kernel,
-    gate_gradient_kernel,
-    mix_kernel,
+    forward_kernel,
     propagate_kernel,
     states_kernel,
-    sums_kernel,
 )
 from .parts import FLOOR, triton
 
@@ -34,16 +30,18 @@ NUMERATOR, NORMALIZED, BOTH = 0, 1, 2  # kinds of results
 # Wider heads would need more registers than a program has.
 MAX_WIDTH = 128
 
-# Tokens in a chunk, where not the whole text is one: enough that few states reach memory. Tokens in a tile at most.
-_CHUNK = 256
-_TILE = 64
-# The same in float32 without tensor cores, whose products need the registers that larger tiles would fill, and where
-# operands in float32 are wide: larger tiles of them do not fit into shared memory.
+# Tokens in a tile at most and warps of a program, for heads of at most 64 features; texts of up to _ONE_TILE tokens are
+# one tile, since states cost more than larger tiles do. Measured on an H100 by benchmarks/bench_gpu.py.
+_FORWARD = (64, 4)
+_BACKWARD = (64, 4)
+_ONE_TILE = (128, 8)
+# Tokens in float32 without tensor cores, whose products need the registers that larger tiles would fill, and where
+# operands in float32 are wide: larger tiles of them do not fit into shared memory. Wide heads take twice the warps.
 _FLOAT32_TILE = 32
 
-# Warps of a program whose heads have at most 64 features, half as many as of one with more; stages of its loads.
-_WARPS = 4
-_STAGES = 3
+# Tiles of a chunk of LION-LIT, whose states are summed up anyway; chunks whose states are propagated at a time.
+_TILES = 4
+_GROUP = 8
 
 
 # ------------------------------------------------------------------------------------------------ launches
@@ -61,10 +59,11 @@ class _Tiling(NamedTuple):
     borders: Tensor | None  # (sequences + 1,) int32: the sequences' first chunks
 
 
-def _tiling(batch: int, length: int, cu_seqlens: Tensor | None, full: bool, largest: int) -> _Tiling:
-    """Cuts a batch of texts, or a row of packed sequences, into tiles of at most `largest` tokens and into chunks."""
+def _tiling(batch: int, length: int, cu_seqlens: Tensor | None, largest: int, tiles: int) -> _Tiling:
+    """Cuts a batch of texts, or a row of packed sequences, into tiles of at most `largest` tokens, and chunks of at
+    most so many tiles."""
     tile = min(largest, max(16, triton.next_power_of_2(length)))
-    tiles = triton.cdiv(length if full else min(_CHUNK, length), tile)
+    tiles = min(tiles, triton.cdiv(length, tile))
     size = tiles * tile
     if cu_seqlens is None:
         chunks = triton.cdiv(length, size)
@@ -112,13 +111,14 @@ def _tf32_is_allowed() -> bool:
 class _Operator:
     """The launches for one set of inputs; see the head of kernels.py."""
 
-    def __init__(self, query, key, value, log_decay, key_mask, cu_seqlens, scale, full):
+    def __init__(self, query, key, value, log_decay, key_mask, cu_seqlens, path, scale, backward=False):
+        self.query, self.key, self.value, self.decay = query, key, value, log_decay
         self.batch, self.heads, self.length, self.head_dim = query.shape
         self.value_dim = value.shape[-1]
         self.kind = NONE if log_decay is None else HEAD if log_decay.dim() == 1 else TOKEN
-        self.decay = log_decay
         self.decay_strides = (0, log_decay.stride(0), 0) if self.kind == HEAD else _strides(log_decay)
         self.key_mask = None if key_mask is None else key_mask.to(torch.uint8).contiguous()
+        self.path = None if path is None else path.to(torch.int32)
         self.scale = scale
         dtypes = {query.dtype, key.dtype, value.dtype}
         exact = torch.float32 in dtypes and not _tf32_is_allowed()
@@ -126,88 +126,87 @@ class _Operator:
         self.precision = "bf16" if dtypes == {torch.bfloat16} else "ieee" if exact else "tf32"
         wide = max(self.head_dim, self.value_dim) > 64
         small = exact or (wide and self.precision != "bf16")
-        largest = min(_TILE, _FLOAT32_TILE) if small else _TILE
-        self.tiling = _tiling(self.batch, self.length, cu_seqlens, full, largest)
-        self.resources = {"num_warps": 2 * _WARPS if exact or wide else _WARPS, "num_stages": _STAGES}
-        self.has_states = self.tiling.table is not None or self.tiling.chunks > 1
-        self.sums = self.totals = self.chunk_totals = None
-        if self.kind == TOKEN:
-            self._sum()
+        tile, warps = _BACKWARD if backward else _FORWARD
+        if tile < self.length <= _ONE_TILE[0] and cu_seqlens is None:
+            tile, warps = _ONE_TILE
+        tiles = _TILES if self.kind == NONE else 1
+        self.tiling = _tiling(self.batch, self.length, cu_seqlens, min(tile, _FLOAT32_TILE) if small else tile, tiles)
+        self.has_states = self.length > self.tiling.tile or cu_seqlens is not None
+        self.sizes = {
+            "WIDTH_K": self.head_dim,
+            "WIDTH_V": self.value_dim,
+            "BLOCK_K": _block(self.head_dim),
+            "BLOCK_V": _block(self.value_dim),
+            "TILE": self.tiling.tile,
+            "DECAY": self.kind,
+            "PRECISION": self.precision,
+            "num_warps": min(8, 2 * warps) if exact or wide else warps,
+            "num_stages": 2,
+        }
 
-    def _grid(self, programs_per_chunk: int) -> tuple[int, int]:
-        return self.tiling.all_chunks * programs_per_chunk, self.heads
-
-    def _sum(self) -> None:
-        """Makes `sums`, (batch, heads, 2, length), and `totals`, (heads, tiles, 2), of the gates."""
-        tiling = self.tiling
-        self.sums = self.decay.new_empty(self.batch, self.heads, 2, self.length, dtype=torch.float32)
-        self.totals = self.decay.new_empty(self.heads, tiling.all_chunks * tiling.tiles, 2, dtype=torch.float32)
-        sums_kernel[self._grid(tiling.tiles)](
-            self.decay, self.sums, self.totals, tiling.table, *self.decay_strides,
-            self.length, tiling.chunks, tiling.tiles, TILE=tiling.tile,
-        )  # fmt: skip
-
-    def states(self, y, z, bias=None, weight=None, transposed=False) -> Tensor | None:
-        """What reaches each chunk, (chunks, heads, sides, D * E + D); None in the full form."""
+    def _states(self, y, z, wants_vectors, bias=None, row_sums=None, queries=False) -> tuple:
+        """What reaches each chunk: states (chunks, H, sides, D, E) and, where wanted, vectors (chunks, H, sides, D)."""
         if not self.has_states:
-            return None
-        tiling = self.tiling
-        sides, size = 1 if self.kind == NONE else 2, self.head_dim * (self.value_dim + 1)
-        states = y.new_empty(tiling.all_chunks, self.heads, sides, size, dtype=torch.float32)
-        if self.kind != NONE:
-            self.chunk_totals = y.new_empty(tiling.all_chunks, self.heads, dtype=torch.float32)
-        blocks = _block(y.shape[-1]), _block(z.shape[-1])
-        states_kernel[self._grid(1)](
-            y, z, states, self.chunk_totals, bias, weight, self.key_mask, self.decay, self.sums, self.totals,
-            tiling.table, *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks, tiling.tiles,
-            WIDTH_Y=y.shape[-1], WIDTH_Z=z.shape[-1], BLOCK_Y=blocks[0], BLOCK_Z=blocks[1], TILE=tiling.tile,
-            DECAY=self.kind, TRANSPOSED=transposed, PRECISION=self.precision, **self.resources,
+            return None, None
+        tiling, sides = self.tiling, 1 if self.kind == NONE else 2
+        # What products round to bfloat16 anyway need not be kept wider; the sum without decay is small.
+        dtype = torch.bfloat16 if self.precision == "bf16" and self.kind != NONE else torch.float32
+        shape = tiling.all_chunks, self.heads, sides, self.head_dim
+        states = y.new_empty(*shape, self.value_dim, dtype=dtype)
+        vectors = y.new_empty(shape, dtype=torch.float32) if wants_vectors else None
+        totals = None if self.kind == NONE else y.new_empty(shape[:2], dtype=torch.float32)
+        states_kernel[tiling.all_chunks, self.heads](
+            y, z, states, vectors, totals, bias, row_sums, self.key_mask, self.decay, tiling.table, self.path,
+            *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks, tiling.tiles,
+            **self.sizes, QUERIES=queries,
         )  # fmt: skip
-        block = 256
-        propagate_kernel[(tiling.sequences * self.heads, triton.cdiv(size, block), sides)](
-            states, self.chunk_totals, tiling.borders, self.heads, tiling.chunks,
-            SIZE=size, BLOCK=block, DECAY=self.kind,
+        size, block = self.head_dim * self.value_dim, 256
+        propagate_kernel[tiling.sequences * self.heads, triton.cdiv(size, block) + wants_vectors, sides](
+            states, vectors, totals, tiling.borders, self.heads, tiling.chunks,
+            SIZE=size, WIDTH=self.head_dim, BLOCK=block, GROUP=_GROUP, DECAY=self.kind, num_warps=1,
         )  # fmt: skip
-        return states
+        return states, vectors
 
-    def mix(
-        self, x, y, z, out, states, *, flipped=False, transposed=False, bias=None, weight=None,
-        result=NUMERATOR, eps=0.0, row_sums=None, reference=None, split=None,
-    ) -> None:  # fmt: skip
-        """Fills `out`, which lies in memory as `_heads_last` makes it, and `row_sums` and `split` where given.
-        `flipped`: x has the width of values, not of queries."""
-        tiling, width_x, width_z = self.tiling, x.shape[-1], z.shape[-1]
-        blocks = _block(width_x), _block(width_z)
-        mix_kernel[self._grid(tiling.tiles)](
-            x, y, z, out, row_sums, states, bias, weight, self.key_mask, self.decay, self.sums, self.totals,
-            tiling.table, reference, split,
-            *_strides(x), *_strides(y), *_strides(z), *self.decay_strides, *_strides(reference),
-            self.length, tiling.chunks, tiling.tiles, self.scale, eps,
-            WIDTH_X=width_x, WIDTH_Z=width_z, BLOCK_X=blocks[0], BLOCK_Z=blocks[1], TILE=tiling.tile, DECAY=self.kind,
-            TRANSPOSED=transposed, FLIPPED=flipped, RESULT=result, PRECISION=self.precision, **self.resources,
+    def _grid(self) -> tuple[int, int]:
+        return self.tiling.all_chunks * self.tiling.tiles, self.heads
+
+    def forward(self, out: Tensor, row_sums: Tensor, result: int, eps: float) -> None:
+        """Fills `out`, which lies in memory as `_heads_last` makes it, and `row_sums` unless `result` is NUMERATOR."""
+        query, key, value, tiling = self.query, self.key, self.value, self.tiling
+        states, vectors = self._states(key, value, result != NUMERATOR)
+        forward_kernel[self._grid()](
+            query, key, value, out, row_sums, states, vectors, self.key_mask, self.decay, tiling.table, self.path,
+            *_strides(query), *_strides(key), *_strides(value), *self.decay_strides,
+            self.length, tiling.chunks, tiling.tiles, self.scale, eps, **self.sizes, RESULT=result,
         )  # fmt: skip
 
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:
         """-d_out_i . out_i, (batch, heads, length)."""
         delta = out.new_empty(self.batch, self.heads, self.length, dtype=torch.float32)
-        width, tile = self.value_dim, self.tiling.tile
+        tile = self.tiling.tile
         tiles = triton.cdiv(self.length, tile)
         delta_kernel[self.batch * tiles, self.heads](
             out, d_out, delta, *_strides(out), *_strides(d_out), self.length, tiles,
-            WIDTH=width, BLOCK=_block(width), TILE=tile,
+            WIDTH=self.value_dim, BLOCK=self.sizes["BLOCK_V"], TILE=tile,
         )  # fmt: skip
         return delta
 
-    def gate_gradient(self, query_split, key_split, states, query_states, biased: bool) -> Tensor:
-        """The gradient of the log-decays, (batch, heads, length), from the splits that `mix` has filled."""
-        tiling, size = self.tiling, self.head_dim * self.value_dim
-        out = query_split.new_empty(self.batch, self.heads, self.length)
-        gate_gradient_kernel[self._grid(1)](
-            query_split, key_split, states, query_states, self.chunk_totals, out, tiling.table,
-            self.length, tiling.chunks, tiling.tiles, self.scale,
-            SIZE=size + self.head_dim, USED=size + biased * self.head_dim, BLOCK=1024, TILE=tiling.tile,
+    def backward(self, d_out, d_query, d_key, d_value, d_decay, bias, row_sums) -> None:
+        """Fills the gradients, which lie in memory as `_gradients` makes them."""
+        query, key, value, tiling = self.query, self.key, self.value, self.tiling
+        key_states, key_vectors = self._states(key, value, bias is not None)
+        query_states, query_vectors = self._states(query, d_out, bias is not None, bias, row_sums, queries=True)
+        shares = d_decay
+        if self.kind == HEAD:
+            shares = query.new_empty(tiling.all_chunks, self.heads, dtype=torch.float32)
+        backward_kernel[self._grid()](
+            query, key, value, d_out, d_query, d_key, d_value, shares,
+            key_states, key_vectors, query_states, query_vectors, bias, row_sums, self.key_mask, self.decay,
+            tiling.table, self.path, *_strides(query), *_strides(key), *_strides(value), *_strides(d_out),
+            *self.decay_strides, self.length, tiling.chunks, tiling.tiles, self.scale, **self.sizes,
         )  # fmt: skip
-        return out
+        if self.kind == HEAD:
+            d_decay.copy_(torch.where(self.decay >= FLOOR.value, shares.sum(0), 0))
 
 
 # ------------------------------------------------------------------------------------------------ operators of PyTorch
@@ -233,23 +232,22 @@ def _mix(
     log_decay: Tensor | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    path: Tensor | None,
     scale: float,
     eps: float,
     result: int,
-    full: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output (numerator, or normalised) and the row sums: c for BOTH, c + eps for NORMALIZED, else empty."""
     query, key, value = (_last_contiguous(x) for x in (query, key, value))
     out, row_sums = _outputs(query, value, result)
     if out.numel() or row_sums.numel():
-        operator = _Operator(query, key, value, log_decay, key_mask, cu_seqlens, scale, full)
-        states = operator.states(key, value)
-        operator.mix(query, key, value, out, states, result=result, eps=eps, row_sums=row_sums if result else None)
+        operator = _Operator(query, key, value, log_decay, key_mask, cu_seqlens, path, scale)
+        operator.forward(out, row_sums if result else None, result, eps)
     return out, row_sums
 
 
 @_mix.register_fake
-def _(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result, full):
+def _(query, key, value, log_decay, key_mask, cu_seqlens, path, scale, eps, result):
     return _outputs(query, value, result)
 
 
@@ -267,76 +265,47 @@ def _mix_backward(
     log_decay: Tensor | None,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    path: Tensor | None,
     out: Tensor | None,
     row_sums: Tensor | None,
     d_out: Tensor,
     d_row_sums: Tensor | None,
     scale: float,
-    full: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and log_decay (empty where there is none). `out` and `row_sums` are those of a
     normalised result, `d_row_sums` is that of BOTH."""
     grads = _gradients(query, key, value, log_decay)
-    dq, dk, dv, d_decay = grads
     if not query.numel():
         return tuple(g.zero_() for g in grads)
     query, key, value, d_out = (_last_contiguous(x) for x in (query, key, value, d_out))
-    operator = _Operator(query, key, value, log_decay, key_mask, cu_seqlens, scale, full)
-    bias, weight = d_row_sums, None
-    if row_sums is not None:
-        bias, weight = operator.delta(out, d_out), row_sums.reciprocal()
-    elif bias is not None:
-        bias = bias.float().contiguous()
-    split = {}
-    if log_decay is not None:
-        split = {
-            name: query.new_empty(*query.shape[:2], 3, query.shape[2], dtype=torch.float32) for name in ("dq", "dk")
-        }
-    options = {"bias": bias, "weight": weight}
-    states = operator.states(key, value)
-    query_states = operator.states(query, d_out, transposed=True, **options)
-    operator.mix(d_out, value, key, dq, states, flipped=True, reference=query, split=split.get("dq"), **options)
-    operator.mix(
-        value,
-        d_out,
-        query,
-        dk,
-        query_states,
-        flipped=True,
-        transposed=True,
-        reference=key,
-        split=split.get("dk"),
-        **options,
-    )
-    operator.mix(key, query, d_out, dv, query_states, transposed=True, weight=weight)
-    if log_decay is not None:
-        gradient = operator.gate_gradient(split["dq"], split["dk"], states, query_states, biased=bias is not None)
-        gradient = gradient.sum((0, 2)) if log_decay.dim() == 1 else gradient
-        d_decay = torch.where(log_decay >= FLOOR.value, gradient, 0).to(log_decay.dtype)
-    return dq, dk, dv, d_decay
+    operator = _Operator(query, key, value, log_decay, key_mask, cu_seqlens, path, scale, backward=True)
+    bias = operator.delta(out, d_out) if row_sums is not None else d_row_sums
+    bias = bias if bias is None else bias.float().contiguous()
+    operator.backward(d_out, *grads, bias, row_sums)
+    return grads
 
 
 @_mix_backward.register_fake
-def _(query, key, value, log_decay, key_mask, cu_seqlens, out, row_sums, d_out, d_row_sums, scale, full):
+def _(query, key, value, log_decay, key_mask, cu_seqlens, path, out, row_sums, d_out, d_row_sums, scale):
     return _gradients(query, key, value, log_decay)
 
 
 def _gradients(query, key, value, log_decay) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     like = (_heads_last(x, x.shape[-1], x.dtype) for x in (query, key, value))
-    return *like, query.new_empty(0) if log_decay is None else torch.empty_like(log_decay)
+    return *like, query.new_empty(0) if log_decay is None else log_decay.new_empty(log_decay.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, scale, _, result, full = inputs
+    *tensors, scale, _, result = inputs
     normalized = output if result == NORMALIZED else (None, None)
     ctx.save_for_backward(*tensors, *normalized)
-    ctx.options = result, scale, full
+    ctx.options = result, scale
 
 
 def _differentiate(ctx, d_out, d_row_sums):
-    result, scale, full = ctx.options
+    result, scale = ctx.options
     d_row_sums = d_row_sums if result == BOTH else None
-    *grads, d_decay = _mix_backward(*ctx.saved_tensors, d_out, d_row_sums, scale, full)
+    *grads, d_decay = _mix_backward(*ctx.saved_tensors, d_out, d_row_sums, scale)
     return *grads, None if ctx.saved_tensors[3] is None else d_decay, *[None] * 6
 
 
@@ -361,13 +330,14 @@ def fused_linear_attention(
     scale: float,
     eps: float,
     result: str,
-    full: bool,
+    path: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The operator on a GPU, in the full form or in chunks. Other arguments as in `bidirectional_linear_attention`,
+    """The operator on a GPU, in chunks of one tile. `path`, (length,), is the order of a scan: inputs and outputs keep
+    their own. Other arguments as in `bidirectional_linear_attention`,
     which has checked them; `result` is "numerator", "normalized" or "both"."""
     kind = ("numerator", "normalized", "both").index(result)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(query.device)
-    out, row_sums = _mix(query, key, value, log_decay, key_mask, cu_seqlens, scale, float(eps), kind, full)
+    out, row_sums = _mix(query, key, value, log_decay, key_mask, cu_seqlens, path, scale, float(eps), kind)
     return (out, row_sums) if kind == BOTH else out
 
 
