@@ -24,7 +24,7 @@ def kernels(inputs: Inputs, variant: str, backward: bool, choice: tuple[int, int
 
 
 def search_tiles(arguments, timer) -> list[dict]:
-    """Milliseconds of every tile size with every number of warps, by length and kind of decay: forward, and the rest."""
+    """Milliseconds of every tile size with every number of warps, by length and decay: forward, and the rest."""
     rows = []
     grid = list(itertools.product(arguments.tiles, arguments.warps))
     for length, (variant, kind) in itertools.product(arguments.lengths, KINDS.items()):
