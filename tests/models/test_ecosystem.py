@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from small_models import VARIANTS, spread_decays, text_config, text_inputs, vision_config
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer, pipeline
 
 import lion_hf
 
@@ -165,6 +165,23 @@ def test_sentence_transformers_loads_a_folder_and_pools_alike(sentence_folder):
     model.save(str(sentence_folder / "saved"))
     loaded = sentence_transformers.SentenceTransformer(str(sentence_folder / "saved"), device="cpu")
     assert torch.equal(loaded.encode(SENTENCES, normalize_embeddings=True, convert_to_tensor=True), embeddings)
+    options = {"format": "chunk", "chunk_size": 2, "attn_implementation": "sdpa"}
+    chunked = sentence_transformers.SentenceTransformer(str(sentence_folder), device="cpu", model_kwargs=options)
+    assert chunked[0].auto_model.config.format == "chunk"
+    again = chunked.encode(SENTENCES, normalize_embeddings=True, convert_to_tensor=True)
+    torch.testing.assert_close(again, embeddings)
+    chunked.save(str(sentence_folder / "chunked"))
+    stored = sentence_transformers.SentenceTransformer(
+        str(sentence_folder / "chunked"), device="cpu", model_kwargs={"format": None}
+    )
+    assert stored[0].auto_model.config.format == "chunk"
+
+
+def test_pipelines_take_options_of_the_configuration(sentence_folder):
+    filled = pipeline("fill-mask", model=str(sentence_folder), model_kwargs={"format": "chunk", "chunk_size": 2})
+    assert (filled.model.config.format, filled.model.config.chunk_size) == ("chunk", 2)
+    expected = pipeline("fill-mask", model=str(sentence_folder))("the [MASK]")
+    assert [x["token"] for x in filled("the [MASK]")] == [x["token"] for x in expected]
 
 
 # ----------------------------------------------------------------------------------------------------- shards, dtypes

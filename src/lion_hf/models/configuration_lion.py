@@ -1,6 +1,6 @@
 """Configurations of the LION text encoder (`LionConfig`) and image encoder (`LionVisionConfig`), and named sizes."""
 
-import difflib
+import copy
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -8,10 +8,14 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils import logging
 
 from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES
 from ..nn.variants import VARIANTS, variant_class
+from .lion_options import misspelt_option, plain, sorted_layers
 
+
+logger = logging.get_logger(__name__)
 
 # Every accepted spelling, in lower case, of the options that are names. The variants' are in their registry.
 _SPELLINGS = {
@@ -51,41 +55,101 @@ STRUCTURAL = (
 )
 
 
-class _LionOptions:
-    """What both configurations share: spellings, refusal of misspelt names, and presets."""
+_KINDS = ("lion", "lion_vision")
 
+# What a decoder does, and no LION: every token reads both directions.
+_DECODERS = ("is_decoder", "add_cross_attention")
+
+
+class _LionOptions:
+    """What both configurations share: spellings, refusal of misspelt names, options that follow the variant, presets.
+
+    A class with it has `_in_plain_values` above `strict`."""
+
+    # Names of the options that follow the variant now, because nobody set them. In a slot: no option itself.
+    __slots__ = ("_following",)
+
+    # Options that follow the variant until they are set: the attribute of `Variant` that decides, by name.
+    derived_options: Mapping[str, str] = MappingProxyType({})
     # First tokens of every row that do not decay.
     prefix_tokens = 0
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _normalised(name, value, type(self)))
+    # Read by what serves decoders too; they decide nothing here.
+    use_cache = False
+    is_decoder = False
+    add_cross_attention = False
 
     def __post_init__(self, **kwargs):
-        fields = {name for name in dir(type(self)) if not name.startswith("_")}
-        for name in kwargs:
-            foreign = name in fields or name.startswith("do_")  # of an image processor
-            near = [] if foreign else difflib.get_close_matches(name, type(self).__dataclass_fields__, 1, 0.75)
-            if near:
+        use_cache = kwargs.pop("use_cache", self.use_cache)  # Transformers would drop it as one of generation's
+        if not kwargs.pop("_stored", False):
+            self._refuse_misspelt(kwargs)
+        super().__post_init__(**kwargs)
+        if use_cache != self.use_cache:
+            self.use_cache = use_cache
+
+    @classmethod
+    def _refuse_misspelt(cls, names) -> None:
+        for name in names:
+            if meant := misspelt_option(cls, name):
                 raise ValueError(
-                    f"{type(self).__name__} has no option {name!r}; did you mean {near[0]!r}? The options are the "
+                    f"{cls.__name__} has no option {name!r}; did you mean {meant!r}? The options are the "
                     "documented fields of the class."
                 )
-        super().__post_init__(**kwargs)
+
+    @classmethod
+    def _arguments(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """A stored configuration as arguments of the constructor. Options that equal what the stored variant derives
+        count as derived, and names that are close to one of ours are warned of: the file may be another's."""
+        for name in stored:
+            if meant := misspelt_option(cls, name):
+                logger.warning_once(
+                    f"{cls.__name__} has no option {name!r}, which this configuration holds and no LION reads; if "
+                    f"{meant!r} was meant, set that."
+                )
+        mask_type = stored.get("mask_type", cls.__dataclass_fields__["mask_type"].default)
+        variant = variant_class(_normalised("mask_type", mask_type, cls))
+        derived = {name: getattr(variant, attribute) for name, attribute in cls.derived_options.items()}
+        missing = object()
+        return {k: v for k, v in stored.items() if derived.get(k, missing) != v} | {"_stored": True}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in Transformers, but an override that contradicts the stored structure is an error (ValueError)."""
+        """As in Transformers, but an override that contradicts the stored structure, or is misspelt, is an error
+        (ValueError). None leaves the stored value of what decides the structure, and of `format`."""
+        cls._refuse_misspelt(kwargs)
+        kind, own = config_dict.get("model_type"), {getattr(base, "model_type", None) for base in cls.__mro__}
+        if kind in _KINDS and kind not in own:
+            raise ValueError(
+                f"{cls.__name__} was given the configuration of a {kind!r} model. Text models take a LionConfig, image "
+                "models a LionVisionConfig; AutoConfig and AutoModel pick the class that fits a checkpoint."
+            )
         if "order" in kwargs and "order" not in cls.__dataclass_fields__:
             _normalised("order", kwargs.pop("order"), cls)  # refused unless it means nothing here
-        for name in STRUCTURAL:  # None leaves the stored value
+        for name in STRUCTURAL:
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
         cls.require_structure(config_dict, {name: kwargs[name] for name in STRUCTURAL if name in kwargs})
-        result = super().from_dict(config_dict, **kwargs)
+        result = super().from_dict(cls._arguments(config_dict), **kwargs)
         (
             result[0] if isinstance(result, tuple) else result
         ).validate()  # overrides are set one by one, after the checks
         return result
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        """As in Transformers, from a stored configuration."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    def with_options(self, options: dict[str, Any]) -> "PreTrainedConfig":
+        """A copy with those of `options` that are options of this class, which leave the dict; itself where there are
+        none."""
+        own = self.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        chosen = {name: options.pop(name) for name in own & options.keys()}
+        if not chosen:
+            return self
+        config = copy.deepcopy(self)
+        config.update(chosen)
+        config.validate()
+        return config
 
     @classmethod
     def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
@@ -96,7 +160,7 @@ class _LionOptions:
         wanted = {name: value for name, value in wanted.items() if name in cls.__dataclass_fields__}
         if not wanted:
             return
-        built = cls(**{k: v for k, v in stored.items() if k != "model_type"}).structure()
+        built = cls(**cls._arguments({k: v for k, v in stored.items() if k != "model_type"})).structure()
         for name, value in wanted.items():
             if _normalised(name, value, cls) != built[name]:
                 raise ValueError(
@@ -105,6 +169,10 @@ class _LionOptions:
                     "it out, or build a "
                     "new model from a new configuration."
                 )
+
+    def _derived(self, name: str) -> Any:
+        """What the variant makes of an option that follows it."""
+        return getattr(variant_class(self.mask_type), self.derived_options[name])
 
     def structure(self) -> dict[str, Any]:
         """The options that decide the parameters of a model, by name; see `STRUCTURAL`."""
@@ -177,9 +245,36 @@ def spellings(option: str) -> dict[str, str]:
     return _SPELLINGS[option]
 
 
+def _in_plain_values(cls: type) -> type:
+    """Class decorator above `strict`: values are spelt as this package spells them, and made Python's own, before their
+    types are checked, and options that follow the variant are set with it."""
+    checked = cls.__setattr__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        value = _normalised(name, plain(value), type(self))
+        if name == "format" and value is None:  # as it is, or by default
+            value = getattr(self, name)
+        if name in self.derived_options:
+            following = getattr(self, "_following", frozenset())
+            object.__setattr__(self, "_following", following | {name} if value is None else following - {name})
+            value = self._derived(name) if value is None else value
+        checked(self, name, value)
+        if name == "mask_type":
+            for follower in getattr(self, "_following", ()):
+                checked(self, follower, self._derived(follower))
+
+    cls.__setattr__ = __setattr__
+    return cls
+
+
 def _normalised(name: str, value: Any, owner: type) -> Any:
+    if name in _DECODERS and value:
+        raise ValueError(
+            f"{name} is {value!r} in {owner.__name__}; LION is an encoder that reads both directions. Leave it out, or "
+            "choose a decoder such as GPT-2."
+        )
     if name == "softmax_layers":
-        return _sorted_layers(value)
+        return sorted_layers(value)
     if (name != "mask_type" and name not in _SPELLINGS) or not isinstance(value, str):
         return value
     allowed = spellings(name)
@@ -199,18 +294,7 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
     return value
 
 
-def _sorted_layers(value: Any) -> list[int]:
-    value = [] if value is None else value
-    if not isinstance(value, (list, tuple, range)) or any(type(layer) is not int or layer < 0 for layer in value):
-        raise ValueError(
-            f"softmax_layers is {value!r}; it must be a list of layer numbers, whole and counted from 0 at the "
-            "embeddings ([0, 1] are the first two; negative numbers are not taken)."
-        )
-    if len(set(value)) < len(value):
-        raise ValueError(f"softmax_layers is {value!r}; it must name each layer once.")
-    return sorted(value)
-
-
+@_in_plain_values
 @strict
 class LionConfig(_LionOptions, PreTrainedConfig):
     r"""Configuration of [`LionModel`] and its heads: BERT with its attention replaced by LION (arXiv 2502.16249).
@@ -224,13 +308,15 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             `"Decay"`, `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"` mean the same.
         format (`str`, defaults to `"auto"`):
             How the same function is computed: `"attention"` (quadratic), `"chunk"` (linear time), `"rnn"` (linear time,
-            constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time.
+            constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time;
+            `None` leaves what is stored.
         chunk_size (`int`, defaults to 64):
             Most tokens in one chunk of the chunk and rnn forms.
         pos_emb (`bool`, *optional*):
-            Learned absolute positions. By default only for `"lit"`; the other two tell positions by their decay.
+            Learned absolute positions. By default only for `"lit"`; the other two tell positions by their decay. The
+            default follows `mask_type` when that is changed, until `pos_emb` is set.
         layer_norm_after (`bool`, *optional*):
-            LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`.
+            LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`; it follows as `pos_emb` does.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
             Dropout on the attention matrix in training. Only the attention form has that matrix: with `format="auto"`
             it is chosen, with `"rnn"` or `"chunk"` training raises an error. Softmax layers apply it in every format.
@@ -270,6 +356,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     ```"""
 
     model_type = "lion"
+    derived_options = MappingProxyType({"pos_emb": "pos_emb", "layer_norm_after": "norm"})
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -305,11 +392,6 @@ class LionConfig(_LionOptions, PreTrainedConfig):
         order = kwargs.pop("order", None)  # refused unless it means nothing here
         if order is not None:
             _normalised("order", order, type(self))
-        variant = variant_class(self.mask_type)
-        if self.pos_emb is None:
-            self.pos_emb = variant.pos_emb
-        if self.layer_norm_after is None:
-            self.layer_norm_after = variant.norm
         super().__post_init__(**kwargs)
 
     def validate_shape(self):
@@ -319,6 +401,11 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             raise ValueError(
                 f"pad_token_id is {self.pad_token_id}; it must be None or a token of the vocabulary, 0 to "
                 f"{self.vocab_size - 1} (vocab_size - 1)."
+            )
+        if variant_class(self.mask_type).pos_emb and not self.pos_emb:
+            logger.warning_once(
+                f"mask_type is {self.mask_type!r} with pos_emb=False: nothing tells this model the order of its "
+                "tokens. Set pos_emb=True unless a bag of words is wanted."
             )
         if self.normalize and self.attention_probs_dropout_prob > 0:
             raise ValueError(
@@ -331,6 +418,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
 _BACKBONE_DEFAULTS = {"out_features": None, "out_indices": None, "apply_layernorm": True}
 
 
+@_in_plain_values
 @strict
 class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of [`LionVisionModel`], its heads and [`LionBackbone`] (arXiv 2502.16249).

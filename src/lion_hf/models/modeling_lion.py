@@ -241,6 +241,7 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
 
 @auto_docstring(custom_intro="LION with a masked language modelling head, whose decoder is tied to the embeddings.")
 class LionForMaskedLM(LionPreTrainedModel):
+    stated_loss_type = "ForMaskedLM"
     _tied_weights_keys = {"head.decoder.weight": "lion.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: LionConfig):
@@ -290,6 +291,8 @@ def _classifier_dropout(config: LionConfig) -> nn.Dropout:
 
 @auto_docstring(custom_intro="LION with a linear layer on the pooled first token: classification or regression.")
 class LionForSequenceClassification(LionPreTrainedModel):
+    stated_loss_type = "ForSequenceClassification"
+
     def __init__(self, config: LionConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -327,6 +330,8 @@ class LionForSequenceClassification(LionPreTrainedModel):
 
 @auto_docstring(custom_intro="LION with a linear layer on every token, for named entities and the like.")
 class LionForTokenClassification(LionPreTrainedModel):
+    stated_loss_type = "ForTokenClassification"
+
     def __init__(self, config: LionConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -365,6 +370,8 @@ class LionForTokenClassification(LionPreTrainedModel):
 
 @auto_docstring(custom_intro="LION with a linear layer that scores every token as start and end of an answer span.")
 class LionForQuestionAnswering(LionPreTrainedModel):
+    stated_loss_type = "ForQuestionAnswering"
+
     def __init__(self, config: LionConfig):
         super().__init__(config)
         self.lion = LionModel(config, add_pooling_layer=False)

@@ -205,6 +205,8 @@ class LionVisionModel(LionVisionPreTrainedModel):
 
 @auto_docstring(custom_intro="LION image encoder with a linear classifier on the pooled image.")
 class LionForImageClassification(LionVisionPreTrainedModel):
+    stated_loss_type = "ForImageClassification"
+
     def __init__(self, config: LionVisionConfig):
         super().__init__(config)
         self.num_labels = config.num_labels

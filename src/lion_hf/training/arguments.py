@@ -63,7 +63,10 @@ class ModelArguments:
         default=None, metadata={"help": f"Function of queries and keys: {', '.join(FEATURE_MAPS)}."}
     )
     normalize: bool | None = field(default=None, metadata={"help": "Divide LION's outputs by their row sums."})
-    format: str = field(default="auto", metadata={"help": "How LION is computed: auto, attention, rnn or chunk."})
+    format: str | None = field(
+        default=None,
+        metadata={"help": "How LION is computed: auto, attention, rnn or chunk; as stored, auto for new models."},
+    )
 
     def __post_init__(self):
         require_at_least(self, 1, *(name for name, value in dataclasses.asdict(self).items() if type(value) is int))

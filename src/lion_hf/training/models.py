@@ -109,7 +109,7 @@ def _config_to_go_on_with(auto_class, model: ModelArguments) -> PreTrainedConfig
     if first:
         raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
     config = existing_config(model.model_name_or_path, auto_class)
-    if config.model_type not in LION_TYPES and model.format != "auto":
+    if config.model_type not in LION_TYPES and model.format not in (None, "auto"):
         raise UserError(f"--format is an option of LION; {model.model_name_or_path!r} is a {config.model_type!r} model")
     return config
 
@@ -148,7 +148,7 @@ def _options_of_baseline(model_type: str, model: ModelArguments) -> dict[str, An
     """The given options, all of which a model of another kind than LION must have."""
     overrides = model.overrides()
     foreign = next((name for name in LION_OPTIONS if name in overrides), "preset" if model.preset else None)
-    if foreign or model.format != "auto":
+    if foreign or model.format not in (None, "auto"):
         raise UserError(f"--{foreign or 'format'} is an option of LION; a {model_type!r} model has none")
     known = CONFIG_MAPPING[model_type].__dataclass_fields__
     foreign = next((name for name in overrides if name not in known), None)
