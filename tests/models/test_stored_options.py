@@ -47,7 +47,7 @@ def placed():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [*SPECIAL_TOKENS, "position_embedding_type", "pooler_num_attention_heads", "my_note"])
+@pytest.mark.parametrize("name", [*SPECIAL_TOKENS, "position_embedding_type", "pooler_num_attention_heads"])
 def test_what_transformers_knows_can_be_set_stored_and_loaded(tmp_path, said, kind, name):
     model = lion_hf.LionModel(text_config()) if kind == "text" else lion_hf.LionVisionModel(vision_config())
     setattr(model.config, name, 4)
@@ -80,6 +80,17 @@ def test_a_misspelt_name_is_refused_where_a_user_writes_it_and_told_where_it_is_
         loaded = load(tmp_path)
         assert (loaded.chunksize, loaded.chunk_size) == (3, 64)
         assert len(said) == 1 and "no option 'chunksize'" in said.pop() and type(loaded) is cls
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_an_option_that_no_lion_reads_is_told_where_a_user_writes_it(tmp_path, said, kind):
+    kind(num_labels=7, problem_type="regression", output_attentions=True, sep_token_id=4, use_cache=True)
+    assert not said
+    config = kind(sliding_window=7, rope_theta=1e4)
+    assert said == [f"{kind.__name__} keeps sliding_window, rope_theta, which no LION reads and which changes nothing."]
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, revision="main", trust_remote_code=False).sliding_window == 7
+    assert len(said) == 1
 
 
 def test_the_configuration_of_the_other_kind_is_refused(tmp_path):

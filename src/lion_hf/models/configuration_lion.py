@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES
 from ..nn.variants import VARIANTS, variant_class
-from .lion_options import misspelt_option, plain, sorted_layers
+from .lion_options import is_known, misspelt_option, plain, sorted_layers
 
 
 logger = logging.get_logger(__name__)
@@ -82,6 +82,10 @@ class _LionOptions:
         use_cache = kwargs.pop("use_cache", self.use_cache)  # Transformers would drop it as one of generation's
         if not kwargs.pop("_stored", False):
             self._refuse_misspelt(kwargs)
+            if alone := [name for name in kwargs if not is_known(type(self), name)]:
+                logger.warning_once(
+                    f"{type(self).__name__} keeps {', '.join(alone)}, which no LION reads and which changes nothing."
+                )
         super().__post_init__(**kwargs)
         if use_cache != self.use_cache:
             self.use_cache = use_cache

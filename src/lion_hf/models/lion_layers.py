@@ -168,7 +168,8 @@ class LionPreTrainedMixin:
         if kwargs.get("dtype") == "auto":  # as the configuration says
             del kwargs["dtype"]
         model = super()._from_config(config, **kwargs)
-        plan = model._get_dtype_plan(model.config.dtype)
+        model.config.dtype = model.dtype
+        plan = model._get_dtype_plan(model.dtype)
         for name, parameter in model.named_parameters():
             for pattern in filter(lambda pattern: re.search(pattern, name), plan):
                 parameter.data = parameter.data.to(plan[pattern])

@@ -6,24 +6,32 @@ import re
 from typing import Any
 
 import numpy as np
-from transformers import BertConfig, ViTConfig
+from transformers import BertConfig, GenerationConfig, ViTConfig
 
 
-# Names that configurations of Transformers have, or had, beside the fields of BERT and ViT.
+# Names that Transformers keeps in configurations, or kept, beside the fields of BERT and ViT.
 _FOREIGN_NAMES = re.compile(
-    r"do_\w+|pooler_\w+|(\w+_)?token_ids?|position_embedding_type|classifier_activation|use_return_dict"
+    r"_\w+|do_\w+|pooler_\w+|(\w+_)?token_ids?|position_embedding_type|classifier_activation|gradient_checkpointing|"
+    r"(attn|experts)_implementation|(quantization|fusion|distributed)_config|auto_map|transformers_weights|torchscript|"
+    r"tie_(encoder_decoder|last_hidden_states)|use_(return_dict|bfloat16)|pruned_heads|finetuning_task|prefix|"
+    r"tokenizer_class|task_specific_params|cross_attention_hidden_size|output_past|tf_legacy_loss|per_layer_config"
 )
 
 
 @functools.lru_cache
-def misspelt_option(owner: type, name: str) -> str | None:
-    """The option of a configuration class that an unknown name is close to; None for a name that it has, for one that
-    Transformers has, and where none is close."""
+def is_known(owner: type, name: str) -> bool:
+    """Whether a configuration class has an option of that name, or Transformers knows it elsewhere."""
     if name in dir(owner) or name in owner.__dataclass_fields__ or _FOREIGN_NAMES.fullmatch(name):
-        return None
-    if any(name in known.__dataclass_fields__ for known in (BertConfig, ViTConfig)):
-        return None
-    return next(iter(difflib.get_close_matches(name, owner.__dataclass_fields__, 1, 0.75)), None)
+        return True
+    twins = (BertConfig.__dataclass_fields__, ViTConfig.__dataclass_fields__, vars(GenerationConfig()))
+    return any(name in names for names in twins)
+
+
+@functools.lru_cache
+def misspelt_option(owner: type, name: str) -> str | None:
+    """The option of a configuration class that an unknown name is close to, or None."""
+    near = [] if is_known(owner, name) else difflib.get_close_matches(name, owner.__dataclass_fields__, 1, 0.75)
+    return near[0] if near else None
 
 
 def plain(value: Any) -> Any:
