@@ -113,6 +113,7 @@ COPIES = {
     "copy": lambda config, folder: copy.copy(config),
     "deepcopy": lambda config, folder: copy.deepcopy(config),
     "pickle": lambda config, folder: pickle.loads(pickle.dumps(config)),
+    "old pickle": lambda config, folder: pickle.loads(pickle.dumps(config, protocol=0)),
     "folder": from_folder,
     "dict": lambda config, folder: LionConfig.from_dict(config.to_dict()),
     "diff": lambda config, folder: LionConfig.from_dict(config.to_diff_dict()),
@@ -135,6 +136,7 @@ def test_derived_options_follow_the_variant(tmp_path, placed, copied, assign):
             for option, attribute in DERIVED.items():
                 expected = getattr(REGISTERED[after.lower()], attribute)
                 assert getattr(config, option) is config.to_dict()[option] is expected
+        assert not [name for name in config.to_dict() if name.startswith("_") and name != "_name_or_path"]
         copied(config, tmp_path)  # back at the variant that a model of it was built with
 
 

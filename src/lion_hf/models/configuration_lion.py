@@ -66,9 +66,6 @@ class _LionOptions:
 
     A class with it has `_in_plain_values` above `strict`."""
 
-    # Names of the options that follow the variant now, because nobody set them. In a slot: no option itself.
-    __slots__ = ("_following",)
-
     # Options that follow the variant until they are set: the attribute of `Variant` that decides, by name.
     derived_options: Mapping[str, str] = MappingProxyType({})
     # First tokens of every row that do not decay.
@@ -137,6 +134,12 @@ class _LionOptions:
             result[0] if isinstance(result, tuple) else result
         ).validate()  # overrides are set one by one, after the checks
         return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers."""
+        output = super().to_dict()
+        output.pop("_following", None)
+        return output
 
     @classmethod
     def from_json_file(cls, json_file):
@@ -258,9 +261,9 @@ def _in_plain_values(cls: type) -> type:
         value = _normalised(name, plain(value), type(self))
         if name == "format" and value is None:  # as it is, or by default
             value = getattr(self, name)
-        if name in self.derived_options:
+        if name in self.derived_options:  # nobody set those that are None: they follow the variant
             following = getattr(self, "_following", frozenset())
-            object.__setattr__(self, "_following", following | {name} if value is None else following - {name})
+            self.__dict__["_following"] = following | {name} if value is None else following - {name}
             value = self._derived(name) if value is None else value
         checked(self, name, value)
         if name == "mask_type":
