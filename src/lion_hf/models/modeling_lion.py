@@ -396,6 +396,8 @@ class LionForQuestionAnswering(LionPreTrainedModel):
             First and last token of the answer. The loss is the mean of both cross entropies, each over the real tokens
             of a row, so that its padding counts for nothing. One beyond the row is left out; one on padding raises
             ValueError (on the CPU, outside compiled graphs: an accelerator would have to be waited for).
+            Trainer looks for these two by the name of the class: for a subclass of another name say
+            `TrainingArguments(label_names=["start_positions", "end_positions"])`.
         """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
