@@ -99,13 +99,7 @@ class _LionOptions:
     @classmethod
     def _arguments(cls, stored: dict[str, Any]) -> dict[str, Any]:
         """A stored configuration as arguments of the constructor. Options that equal what the stored variant derives
-        count as derived, and names that are close to one of ours are warned of: the file may be another's."""
-        for name in stored:
-            if meant := misspelt_option(cls, name):
-                logger.warning_once(
-                    f"{cls.__name__} has no option {name!r}, which this configuration holds and no LION reads; if "
-                    f"{meant!r} was meant, set that."
-                )
+        count as derived, and no name is refused: the file may be another's."""
         mask_type = stored.get("mask_type", cls.__dataclass_fields__["mask_type"].default)
         variant = variant_class(_normalised("mask_type", mask_type, cls))
         derived = {name: getattr(variant, attribute) for name, attribute in cls.derived_options.items()}
@@ -259,6 +253,10 @@ def _in_plain_values(cls: type) -> type:
 
     def __setattr__(self, name: str, value: Any) -> None:
         value = _normalised(name, plain(value), type(self))
+        if meant := misspelt_option(type(self), name):
+            logger.warning_once(
+                f"{type(self).__name__} keeps {name!r}, which no LION reads; if {meant!r} was meant, set that."
+            )
         if name == "format" and value is None:  # as it is, or by default
             value = getattr(self, name)
         if name in self.derived_options:  # nobody set those that are None: they follow the variant
