@@ -117,13 +117,13 @@ class LionPreTrainedMixin:
                 "take a LionConfig, image models a LionVisionConfig; AutoModel picks the class that fits a checkpoint."
             )
         super().__init__(config, *args, **kwargs)
-        if self.stated_loss_type is not None:
-            self.loss_type = self.stated_loss_type  # Transformers has guessed it from the name of the class
         # A decay close to 1 needs more than 8 bits: it stays float32 when a model is loaded in half precision.
         variant = variant_class(config.mask_type)
         names = {variant.weight_name(name, i) for name in variant.float32_weights for i in range(scans_of(config))}
         self._keep_in_fp32_modules_strict = names
         self._built = config.structure()
+        if self.stated_loss_type is not None:
+            self.loss_type = self.stated_loss_type  # Transformers has guessed it from the name of the class
 
     @classmethod
     def _takes(cls, config) -> bool:
