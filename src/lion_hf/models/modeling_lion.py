@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..nn.encoder import run_blocks
 from ..nn.mixer import TokenMixer
 from ..ops.checks import is_binary, values_can_be_read
-from ..ops.packing import first_tokens, packed_bounds, packed_positions
+from ..ops.packing import first_tokens, packed_bounds, packed_positions, sequence_means
 from .configuration_lion import LionConfig
 from .lion_layers import LionLayer, LionPreTrainedMixin, mixing_options, sequence_classification_loss
 
@@ -81,7 +81,8 @@ class LionEmbeddings(nn.Module):
 
 
 class LionPooler(nn.Module):
-    """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left), (batch, hidden).
+    """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left), or of the mean of all
+    real tokens, (batch, hidden).
 
     Of a packed row, that of every sequence, (sequences, hidden). Where no token is real, the first of all."""
 
@@ -90,21 +91,39 @@ class LionPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: Tensor, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        pooling: str = "first",
     ) -> Tensor:
+        pool = {"first": self._first, "mean": self._mean}[pooling]
+        if cu_seqlens is not None and int(cu_seqlens.diff().min()) == 0:
+            raise ValueError(
+                "A sequence of this packed row is empty and has no first token to pool. Leave empty sequences out, "
+                "or build the model with add_pooling_layer=False."
+            )
+        return torch.tanh(self.dense(pool(hidden_states, key_mask, cu_seqlens)))
+
+    @staticmethod
+    def _first(hidden_states: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         if cu_seqlens is not None:
-            if int(cu_seqlens.diff().min()) == 0:
-                raise ValueError(
-                    "A sequence of this packed row is empty and has no first token to pool. Leave empty sequences out, "
-                    "or build the model with add_pooling_layer=False."
-                )
-            first = hidden_states[0, first_tokens(cu_seqlens, key_mask).to(hidden_states.device)]
-        elif key_mask is None:
-            first = hidden_states[:, 0]
-        else:
-            index = key_mask.int().argmax(1)
-            first = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), index]
-        return torch.tanh(self.dense(first))
+            return hidden_states[0, first_tokens(cu_seqlens, key_mask).to(hidden_states.device)]
+        if key_mask is None:
+            return hidden_states[:, 0]
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        return hidden_states[rows, key_mask.int().argmax(1)]
+
+    @staticmethod
+    def _mean(hidden_states: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is not None:
+            return sequence_means(hidden_states, cu_seqlens, key_mask)
+        if key_mask is None:
+            return hidden_states.mean(1)
+        real = key_mask.scatter(1, key_mask.int().argmax(1, keepdim=True), True)  # the first of all where none is
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        sums = hidden_states.masked_fill(~real.unsqueeze(2), 0).sum(1, dtype=dtype)
+        return (sums / real.sum(1, keepdim=True)).to(hidden_states.dtype)
 
 
 class LionMLMHead(nn.Module):
@@ -129,12 +148,12 @@ class LionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": LionLayer, "attentions": TokenMixer}
 
 
-@auto_docstring(custom_intro="The bare LION text encoder, hidden states and a pooled first token.")
+@auto_docstring(custom_intro="The bare LION text encoder, hidden states and a pooled text.")
 class LionModel(LionPreTrainedModel):
     def __init__(self, config: LionConfig, add_pooling_layer: bool = True):
         r"""
         add_pooling_layer (`bool`, *optional*, defaults to `True`):
-            Whether to add a tanh pooler on the first real token.
+            Whether to add a tanh pooler on what `config.classifier_pooling` says.
         """
         super().__init__(config)
         self.embeddings = LionEmbeddings(config)
@@ -170,7 +189,7 @@ class LionModel(LionPreTrainedModel):
             one row without attention_mask, positions that start again at 0 (every entry 0 or one more than the entry
             before it) tell that the row holds several sequences, as `DataCollatorWithFlattening` packs them; so do its
             `cu_seq_lens_q` and `seq_idx`, which take an attention_mask as well. No sequence reads another, and the
-            pooler returns the first real token of each.
+            pooler returns one vector for each.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds; both or neither were given.")
@@ -200,7 +219,9 @@ class LionModel(LionPreTrainedModel):
             **mixing_options(self.config),
         )
         hidden_states = hidden_states if self.norm is None else self.norm(hidden_states)
-        pooled = self.pooler(hidden_states, key_mask, cu_seqlens) if self.pooler is not None else None
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pooler(hidden_states, key_mask, cu_seqlens, self.config.classifier_pooling)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
@@ -288,7 +309,7 @@ def _classifier_dropout(config: LionConfig) -> nn.Dropout:
     return nn.Dropout(rate)
 
 
-@auto_docstring(custom_intro="LION with a linear layer on the pooled first token: classification or regression.")
+@auto_docstring(custom_intro="LION with a linear layer on the pooled text: classification or regression.")
 class LionForSequenceClassification(LionPreTrainedModel):
     def __init__(self, config: LionConfig):
         super().__init__(config)

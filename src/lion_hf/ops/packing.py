@@ -79,6 +79,19 @@ def first_tokens(cu_seqlens: Tensor, key_mask: Tensor | None = None) -> Tensor:
     return torch.where(found < stops, found, starts)
 
 
+def sequence_means(x: Tensor, cu_seqlens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """(sequences, width): the mean of the tokens of each sequence in a row x (1, length, width) that `key_mask`
+    (1, length) lets in; of a sequence without one, its first token. None of them may be empty."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    owner = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff()).to(x.device)
+    tokens = x[0].to(dtype)
+    if key_mask is not None:
+        real = key_mask[0].index_fill(0, first_tokens(cu_seqlens, key_mask).to(x.device), True)
+        tokens, owner = tokens[real], owner[real]
+    sums = tokens.new_zeros(len(cu_seqlens) - 1, x.shape[2]).index_add(0, owner, tokens)
+    return (sums / owner.bincount(minlength=len(sums)).unsqueeze(1)).to(x.dtype)
+
+
 class UnpaddedRow(NamedTuple):
     """A batch whose rows stand in one row, one after the other, without the padding at their ends."""
 

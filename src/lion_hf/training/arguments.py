@@ -88,6 +88,10 @@ class TextModelArguments(ModelArguments):
     layer_norm_after: bool | None = field(
         default=None, metadata={"help": "LayerNorm over all heads after mixing; default: LION-LIT and warm starts."}
     )
+    classifier_pooling: str | None = field(
+        default=None,
+        metadata={"help": "What a classifier reads: first (the first token) or mean (of all); of existing models too."},
+    )
 
 
 @dataclass
