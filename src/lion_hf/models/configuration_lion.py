@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES
+from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES, require_rate, require_size
 from ..nn.variants import VARIANTS, variant_class
 
 
@@ -132,9 +132,8 @@ class _LionOptions:
         for name in _COUNTS:
             if getattr(self, name, 1) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("layer_norm_eps", "initializer_range", "gate_eps"):
+            require_size(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
@@ -154,12 +153,9 @@ class _LionOptions:
                 "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Choose "
                 "feature_map='elu' or 'unit_silu', or normalize=False."
             )
-        if not self.gate_eps >= 0:
-            raise ValueError(f"gate_eps is {self.gate_eps}; it must not be negative.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
-            value = getattr(self, name, None)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; it must be a probability in [0, 1).")
+            if getattr(self, name, None) is not None:
+                require_rate(name, getattr(self, name))
 
 
 def _activations() -> Mapping | None:

@@ -182,7 +182,8 @@ class LionModel(LionPreTrainedModel):
     ) -> tuple[Tensor] | BaseModelOutputWithPooling:
         r"""
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` is accepted too.
+            True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` is accepted too,
+            and one row for all, `(1, sequence_length)`.
             A mask over pairs of tokens or an additive mask raises ValueError: LION masks keys only.
         position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Rows of the position table, where the model has one; `(1, sequence_length)` is accepted too. In a batch of
@@ -244,10 +245,11 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
     mask = attention_mask
     if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
         mask = mask[:, 0, 0]
-    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] != length:
+    if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != length:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; LION masks keys only, so it must be "
-            f"(batch, length) = ({batch}, {length}) or (batch, 1, 1, length), with 1 for real tokens and 0 for padding."
+            f"(batch, length) = ({batch}, {length}) or (batch, 1, 1, length), with 1 for real tokens and 0 for "
+            "padding, or have one row for all."
         )
     if values_can_be_read(mask):
         if not is_binary(mask):
@@ -257,7 +259,7 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
             )
         if bool(mask.all()):
             return None
-    return mask.to(torch.bool)
+    return mask.to(torch.bool).expand(batch, length)
 
 
 @auto_docstring(custom_intro="LION with a masked language modelling head, whose decoder is tied to the embeddings.")
@@ -485,9 +487,9 @@ class LionForMultipleChoice(LionPreTrainedModel):
                 f"input_ids has shape {tuple(input_ids.shape)}; multiple choice takes (batch, num_choices, length). "
                 "Use unsqueeze(0) for a batch of one question."
             )
-        choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        batch, choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         flat = [
-            x if x is None else x.flatten(0, 1)
+            _flat_choices(x, batch, choices)
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
         outputs = self.lion(*flat, return_dict=True, **kwargs)
@@ -498,6 +500,14 @@ class LionForMultipleChoice(LionPreTrainedModel):
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+def _flat_choices(x: Tensor | None, batch: int, choices: int) -> Tensor | None:
+    """(batch, choices, ...), or with 1 in place of either, as rows of one batch; (1, length) as it is."""
+    if x is None or x.dim() < 3:
+        return x
+    shape = [n if size == 1 else size for n, size in zip((batch, choices), x.shape[:2], strict=True)]
+    return x.expand(*shape, *x.shape[2:]).flatten(0, 1)
 
 
 __all__ = [

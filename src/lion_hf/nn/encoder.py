@@ -10,7 +10,7 @@ from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
 from .mixer import Mixer
 from .mlp import MLP
-from .names import BLOCK_OPTIONS, MLP_TYPES, require_name
+from .names import BLOCK_OPTIONS, MLP_TYPES, require_name, require_rate
 from .softmax import SoftmaxMixer
 
 
@@ -135,6 +135,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"softmax_layers is {softmax_layers!r}; with depth {depth} its numbers must be from 0 to {depth - 1}."
             )
+        require_rate("attention_dropout", attention_dropout)
         self.attention_dropout, self.unpad = attention_dropout, unpad
         block_options = {"norm_position": norm_position, "norm_eps": norm_eps, "dropout": dropout}
         block_options |= {name: options.pop(name) for name in BLOCK_OPTIONS if name in options}
@@ -192,4 +193,5 @@ class Encoder(nn.Module):
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
     """Rates of stochastic depth of `depth` blocks, linearly from 0 to that of the last one."""
+    require_rate("drop_path", last)
     return [last * i / max(depth - 1, 1) for i in range(depth)]
