@@ -15,13 +15,15 @@ from lion_hf.nn import encoder
 
 KINDS = ("none", "head", "token")
 LENGTHS = [1, 7, 0, 3, 4, 5, 13, 0]  # chunks of 4: one less, as many and one more; primes, a single token, none
-COLLATED = [
-    {},
-    {"return_flash_attn_kwargs": True},
-    {"return_seq_idx": True},
-    {"return_flash_attn_kwargs": True, "return_position_ids": False},
-    {"return_seq_idx": True, "return_position_ids": False},
-]
+TOLD = {
+    "position_ids": [{}],
+    "bounds": [
+        {"return_flash_attn_kwargs": True},
+        {"return_seq_idx": True},
+        {"return_flash_attn_kwargs": True, "return_position_ids": False},
+        {"return_seq_idx": True, "return_position_ids": False},
+    ],
+}
 
 
 def bounds(lengths=LENGTHS, dtype=torch.int64):
@@ -155,7 +157,7 @@ def build(head=lion_hf.LionModel, mask_type="selective", dtype=torch.float64, **
     return spread_decays(model).eval()
 
 
-def texts(lengths=(5, 1, 9, 4)):
+def texts(lengths=(5, 2, 9, 4)):
     return [torch.randint(1, 61, (length,)) for length in lengths]
 
 
@@ -175,16 +177,19 @@ def gradients(model, loss):
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize("layers", [[], [0]], ids=["lion", "hybrid"])
 @pytest.mark.parametrize("pos_emb", [False, True], ids=["no-table", "table"])
 @pytest.mark.parametrize("mask_type", VARIANTS)
-def test_a_flattened_batch_equals_its_sequences_in_outputs_and_every_gradient(mask_type, pos_emb, layers):
-    model, sequences = build(mask_type=mask_type, pos_emb=pos_emb, softmax_layers=layers), texts()
+def test_a_flattened_batch_equals_its_sequences_in_outputs_and_every_gradient(mask_type, pos_emb, layers, told):
+    model, sequences = build(mask_type=mask_type, pos_emb=pos_emb, softmax_layers=layers), texts((5, 2, 9, 4))
+    if told != "position_ids":
+        sequences.insert(1, torch.randint(1, 61, (1,)))  # of a single token, which positions do not tell
     separate = [model(ids[None]) for ids in sequences]
     hidden = torch.cat([outputs.last_hidden_state for outputs in separate], 1)
     pooled = torch.cat([outputs.pooler_output for outputs in separate])
     expected = [hidden, pooled, *gradients(model, scalar(hidden) + scalar(pooled))]
-    for options in COLLATED:
+    for options in TOLD[told]:
         outputs = model(**flattened(sequences, **options))
         found = gradients(model, scalar(outputs.last_hidden_state) + scalar(outputs.pooler_output))
         assert_all_close([outputs.last_hidden_state, outputs.pooler_output, *found], expected)
@@ -195,7 +200,7 @@ def test_a_flattened_batch_equals_its_sequences_in_outputs_and_every_gradient(ma
 def test_an_attention_mask_beside_the_bounds_masks_keys(form, layers):
     model, sequences = build(format=form, softmax_layers=layers), texts()
     batch = flattened(sequences, return_flash_attn_kwargs=True)
-    mask = torch.rand(1, 19) > 0.4
+    mask = torch.rand(1, 20) > 0.4
     found = model(**batch, attention_mask=mask).last_hidden_state
     masks = mask.split([len(ids) for ids in sequences], 1)
     separate = [model(ids[None], part).last_hidden_state for ids, part in zip(sequences, masks, strict=True)]
@@ -213,20 +218,6 @@ def test_the_first_token_that_is_not_masked_is_pooled(name):
     options = {"return_flash_attn_kwargs": True} if name == "cu_seq_lens_q" else {"return_seq_idx": True}
     outputs = model(**flattened(sequences, **options), attention_mask=torch.cat(masks, 1))
     torch.testing.assert_close(outputs.pooler_output, separate, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "positions",
-    [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 2, 3], [1, 2, 0, 1, 0, 1], [5, 4, 3, 2, 1, 0], [0, 1, 1, 2, 0, 1]],
-    ids=str,
-)
-def test_positions_that_do_anything_but_start_again_are_positions(positions):
-    model, ids = build(pos_emb=True), torch.randint(1, 61, (1, 6))
-    positions = torch.tensor([positions])
-    embedded = model.embeddings(ids, None, positions)
-    for layer in model.layers:
-        embedded = layer(embedded)
-    torch.testing.assert_close(model(ids, position_ids=positions).last_hidden_state, embedded)
 
 
 def test_positions_beside_a_mask_or_in_a_batch_are_positions():

@@ -187,10 +187,10 @@ class LionModel(LionPreTrainedModel):
             A mask over pairs of tokens or an additive mask raises ValueError: LION masks keys only.
         position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Rows of the position table, where the model has one; `(1, sequence_length)` is accepted too. In a batch of
-            one row without attention_mask, positions that start again at 0 (every entry 0 or one more than the entry
-            before it) tell that the row holds several sequences, as `DataCollatorWithFlattening` packs them; so do its
-            `cu_seq_lens_q` and `seq_idx`, which take an attention_mask as well. No sequence reads another, and the
-            pooler returns one vector for each.
+            one row without attention_mask, positions that rise by 1 inside each text and fall to the next tell that
+            the row holds several texts, as `DataCollatorWithFlattening` packs them, whatever number they start with;
+            so do its `cu_seq_lens_q` and `seq_idx`, which take an attention_mask as well. No text reads another, and
+            the pooler returns one vector for each.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds; both or neither were given.")

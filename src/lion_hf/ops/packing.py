@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backend import warn_once
 from .checks import check_cu_seqlens, is_exporting
 
 
@@ -30,8 +31,9 @@ def packed_bounds(
 
     - `cu_seqlens`, the bounds themselves (its `cu_seq_lens_q`);
     - `seq_idx` (1, length), a number that changes from one sequence to the next;
-    - `position_ids` (1, length) that start again at 0: where the batch is 1 and there is no attention_mask, every entry
-      is 0 or one more than the entry before it, the first is 0, and a later one too. Not in a graph that is exported.
+    - `position_ids` (1, length) that start again: where the batch is 1 and there is no attention_mask, they rise by 1
+      inside each text and fall from one text to the next, whatever their first numbers. Where an entry equals the one
+      before it, as those of padding do, the row is one text, with a warning. Not in a graph that is exported.
 
     Raises:
         ValueError: where `cu_seqlens` or `seq_idx` does not fit a single row of this length.
@@ -56,10 +58,18 @@ def packed_bounds(
 
 
 def _restarts(positions: Tensor) -> Tensor | None:
-    """Where positions (length,) start again at 0; None unless they count from 0 several times and do nothing else."""
-    starts = positions == 0
-    counted = torch.cat([starts[:1], starts[1:] | (positions.diff() == 1)])
-    return starts if bool(counted.all()) and int(starts.sum()) > 1 else None
+    """Where positions (length,) start again; None unless they rise by 1 inside several texts and do nothing else."""
+    steps = positions.diff()
+    rises, falls = steps == 1, steps < 0
+    if bool(rises.any()) and bool(falls.any()) and bool((rises | falls).all()):
+        return F.pad(falls, (1, 0), value=True)
+    if bool((steps <= 0).any()):
+        warn_once(
+            "position_ids of this row repeat or fall, but do not rise by 1 inside each text: they do not tell where "
+            "texts begin, and the row is read as one text. For packed texts give cu_seq_lens_q or seq_idx "
+            "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), for padding an attention_mask."
+        )
+    return None
 
 
 def packed_positions(cu_seqlens: Tensor) -> Tensor:
