@@ -363,7 +363,7 @@ def ends(mask):
 
 def padded_batch(name, batch=3):
     mask = torch.tensor(MASKS[name])
-    return {"input_ids": torch.randint(1, 61, (batch, 6)), "attention_mask": mask}
+    return {"input_ids": torch.randint(1, 61, (batch, 6)).masked_fill(ends(mask), 0), "attention_mask": mask}
 
 
 @pytest.mark.parametrize("layers", [[], [1]], ids=["lion", "hybrid"])
@@ -377,9 +377,8 @@ def test_without_padding_real_tokens_and_their_gradients_are_the_same(name, mask
         outputs = model(**inputs)
         hidden, pooled = outputs.last_hidden_state, outputs.pooler_output
         results[unpad] = [hidden[real], pooled, *gradients(model, scalar(hidden[real]) + scalar(pooled))]
-        assert bool((hidden[ends(real)] == 0).all()) == unpad
-        kept = hidden[~ends(real)]
-        assert bool((kept != 0).all()), "a token masked inside its row is no padding"
+        untouched = (hidden == model.embeddings(inputs["input_ids"])).all(-1)
+        assert torch.equal(untouched, ends(real) & unpad), "a token masked inside its row is no padding"
     assert_all_close(results[True], results[False])
 
 
@@ -392,7 +391,7 @@ def test_every_row_is_pooled_alike_with_its_padding_and_without(mask_type, layer
     mask = torch.tensor(
         [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]
     )
-    inputs = {"input_ids": torch.randint(1, 61, (5, 6)), "attention_mask": mask}
+    inputs = {"input_ids": torch.randint(1, 61, (5, 6)).masked_fill(ends(mask), 0), "attention_mask": mask}
     results, whole = {}, {}
     for unpad in (False, True, None):
         model.config.unpad = unpad
@@ -450,7 +449,8 @@ def test_by_default_evaluation_computes_every_position(mask_type, monkeypatch):
     model, inputs = build(mask_type=mask_type), padded_batch("right")
     default = model(**inputs).last_hidden_state
     model.config.unpad = False
-    assert torch.equal(default, model(**inputs).last_hidden_state) and bool((default != 0).all())
+    assert torch.equal(default, model(**inputs).last_hidden_state)
+    assert bool((default != model.embeddings(inputs["input_ids"])).any(-1).all())
 
 
 def test_by_default_padding_goes_in_training_where_there_is_enough(monkeypatch):
@@ -486,7 +486,7 @@ def test_attention_dropout_in_training_keeps_the_padding():
 
 def test_a_batch_of_padding_alone_keeps_working():
     model = build(lion_hf.LionForSequenceClassification, unpad=True, softmax_layers=[0]).train()
-    outputs = model(torch.ones(2, 5).long(), torch.zeros(2, 5).long(), labels=torch.tensor([0, 1]))
+    outputs = model(torch.zeros(2, 5).long(), torch.zeros(2, 5).long(), labels=torch.tensor([0, 1]))
     assert outputs.logits.shape == (2, 2) and all(x.isfinite().all() for x in gradients(model, outputs.loss))
 
 
@@ -507,7 +507,8 @@ def test_compiled_batches_keep_their_padding(monkeypatch):
     compiled = torch.compile(model, backend="eager", fullgraph=True)(**inputs).last_hidden_state
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(compiled[real], expected[real], rtol=1e-9, atol=1e-12)
-    assert (compiled[~real] != 0).all() and (expected[ends(real)] == 0).all()
+    padding = model.embeddings(inputs["input_ids"])
+    assert (compiled[~real] != padding[~real]).any(-1).all() and (expected == padding)[ends(real)].all()
     torch.compiler.reset()
 
 
@@ -527,7 +528,7 @@ def test_half_precision_training_has_finite_gradients(unpad):
     model = lion_hf.LionForMaskedLM(text_config("selective", hidden_size=240, unpad=unpad)).half().train()
     mask = torch.ones(3, 24, dtype=torch.int64)
     mask[:, 12:] = 0
-    ids = torch.randint(1, 61, (3, 24))
+    ids = torch.randint(1, 61, (3, 24)) * mask
     model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 

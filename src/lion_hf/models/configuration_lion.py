@@ -235,13 +235,13 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             Layers, counted from 0, that keep softmax attention: a hybrid encoder. They have no decay, no
             `layer_norm_after` and quadratic time, whatever the format.
         unpad (`bool`, *optional*):
-            Take the padding at the left and right ends of rows out before the first layer and put zeros in its place
-            after the last. Real tokens, pooled rows and their gradients are the same (a row of padding alone keeps its
-            first token); only outputs at padded positions differ. By default in training on a CPU, outside
-            `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average (3 at base width);
-            `True`: in every batch, `False`: in none. Never where the hidden states of all layers, attentions or
-            attention dropout are asked for, which need the batch as it is, nor in float16 and exported graphs. Can be
-            changed at any time.
+            Take the padding at the left and right ends of rows, masked tokens `pad_token_id`, out before the first
+            layer and put its embeddings back after the last. All other tokens, pooled rows and their gradients are the
+            same (a row of padding alone keeps its first token); only outputs at padding differ. By default in training
+            on a CPU, outside `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average
+            (3 at base width); `True`: in every batch, and with `inputs_embeds`, or without a `pad_token_id`, all
+            that is masked; `False`: in none. Never where the hidden states of all layers, attentions or attention
+            dropout are asked for, which need the batch as it is, nor in exported graphs. Can be changed at any time.
         classifier_dropout (`float`, *optional*):
             Dropout before the classification heads; `hidden_dropout_prob` by default.
         classifier_pooling (`str`, defaults to `"first"`):

@@ -207,13 +207,17 @@ class LionModel(LionPreTrainedModel):
                 position_ids = None  # they have told where the sequences begin
             elif position_ids is None:
                 position_ids = packed_positions(cu_seqlens).to(inputs.device)
+        # A masked token may be read all the same, such as those that expand a query; one of padding is not.
+        pad = self.config.pad_token_id
+        padding = None if input_ids is None or pad is None else input_ids == pad
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         hidden_states = run_blocks(
             self.layers,
             hidden_states,
             key_mask,
             cu_seqlens=cu_seqlens,
-            unpadding=self.config.unpad,
+            padding=padding,
+            unpadding=False if padding is None and self.config.unpad is None else self.config.unpad,
             keep_shape=bool(kwargs.get("output_hidden_states", self.config.output_hidden_states)),
             training=self.training,
             output_attentions=output_attentions,

@@ -113,19 +113,22 @@ class UnpaddedRow(NamedTuple):
         """(batch, length, hidden) -> (1, tokens, hidden)."""
         return hidden_states.flatten(0, 1).index_select(0, self.index)[None]
 
-    def restore(self, hidden_states: Tensor, batch: int, length: int) -> Tensor:
-        """(1, tokens, hidden) -> (batch, length, hidden), 0 where there was padding."""
-        rows = hidden_states.new_zeros(batch * length, hidden_states.shape[-1])
-        return rows.index_copy(0, self.index, hidden_states[0]).unflatten(0, (batch, length))
+    def restore(self, hidden_states: Tensor, padded: Tensor) -> Tensor:
+        """(1, tokens, hidden) -> (batch, length, hidden). Where there was padding it is that of `padded` (the same
+        shape), without a gradient: never 0, whose LayerNorm has a gradient of 1 / sqrt(eps)."""
+        rows = padded.detach().flatten(0, 1).to(hidden_states.dtype)
+        return rows.index_copy(0, self.index, hidden_states[0]).view_as(padded)
 
 
-def unpad(key_mask: Tensor, least_padding: float = 1) -> UnpaddedRow | None:
-    """Joins the rows of a key mask (batch, length) without the False at their left and right ends; of a row that is
-    False throughout the first token stays, which the pooler reads.
+def unpad(key_mask: Tensor, least_padding: float = 1, padding: Tensor | None = None) -> UnpaddedRow | None:
+    """Joins the rows of a key mask (batch, length) without the padding at their left and right ends: what the mask
+    leaves out, or of that only what `padding` (batch, length) marks with True. Of a row without a real token the first
+    stays, which the pooler reads.
 
     None where these are fewer than `least_padding` positions in the whole batch, or there is none.
     """
-    begun, to_come = key_mask.cumsum(1) > 0, key_mask.flip(1).cumsum(1).flip(1) > 0
+    wanted = key_mask if padding is None else key_mask | ~padding
+    begun, to_come = wanted.cumsum(1) > 0, wanted.flip(1).cumsum(1).flip(1) > 0
     kept = begun & to_come
     kept[:, :1] |= ~key_mask.any(1, keepdim=True)
     lengths = kept.sum(1).cpu()
