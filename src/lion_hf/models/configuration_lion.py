@@ -11,6 +11,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES, require_rate, require_size
 from ..nn.variants import VARIANTS, variant_class
+from .lion_adapters import register_adapters
 
 
 # Every accepted spelling, in lower case, of the options that are names. The variants' are in their registry.
@@ -87,6 +88,11 @@ class _LionOptions:
             result[0] if isinstance(result, tuple) else result
         ).validate()  # overrides are set one by one, after the checks
         return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers."""
+        register_adapters(self.model_type)  # PEFT begins with this call
+        return super().to_dict()
 
     @classmethod
     def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
@@ -330,7 +336,12 @@ class LionConfig(_LionOptions, PreTrainedConfig):
 
 
 # Options of `LionBackbone` alone: config.json names them only where they differ from this.
-_BACKBONE_DEFAULTS = {"out_features": None, "out_indices": None, "apply_layernorm": True}
+_BACKBONE_DEFAULTS = {
+    "out_features": None,
+    "out_indices": None,
+    "apply_layernorm": True,
+    "reshape_hidden_states": True,
+}
 
 
 @strict
@@ -358,6 +369,9 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
             `"stage1"`, ... `"stageN"` (the output of each layer). The last stage by default.
         out_indices (`list[int]`, *optional*):
             The same by number: 0 is the stem, negative numbers count from the end.
+        reshape_hidden_states (`bool`, defaults to `True`):
+            Whether [`LionBackbone`] gives feature maps (batch, hidden_size, rows, columns). `False`: tokens (batch,
+            1 + rows * columns, hidden_size), the class token first, as DPT and Depth Anything take them.
         apply_layernorm (`bool`, defaults to `True`):
             Whether [`LionBackbone`] passes the feature maps through the final LayerNorm.
         norm_position (`str`, defaults to `"pre"`), mlp_type, gate_eps (defaults to 0.0):
@@ -398,6 +412,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     pos_emb: bool = False
     cls_tok: bool = False
     softmax_layers: Any = ()  # a list of int, checked at every assignment
+    reshape_hidden_states: bool = True
     apply_layernorm: bool = True
     norm_position: str = "pre"
     mlp_type: str = "mlp"

@@ -336,7 +336,8 @@ class LionBackbone(BackboneMixin, LionVisionPreTrainedModel):
             See [`LionVisionModel`]. A backbone meets images of any size, so here it is the default.
 
         Returns `feature_maps`, one `(batch_size, hidden_size, height / patch_size, width / patch_size)` for each of
-        `config.out_features`, through the final LayerNorm if `config.apply_layernorm`.
+        `config.out_features`, through the final LayerNorm if `config.apply_layernorm`; all tokens, `(batch_size, 1 +
+        num_patches, hidden_size)`, where `config.reshape_hidden_states` is False.
 
         ```python
         >>> from lion_hf import LionBackbone, LionVisionConfig
@@ -351,8 +352,10 @@ class LionBackbone(BackboneMixin, LionVisionPreTrainedModel):
         norm = self.lion_vision.norm
         if self.config.apply_layernorm:
             chosen = [tokens if norm is None else norm(tokens) for tokens in chosen]
+        if self.config.reshape_hidden_states:
+            chosen = [_grid_features(tokens, pixel_values, self.config.patch_size) for tokens in chosen]
         return BackboneOutput(
-            feature_maps=tuple(_grid_features(tokens, pixel_values, self.config.patch_size) for tokens in chosen),
+            feature_maps=tuple(chosen),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
