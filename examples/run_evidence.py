@@ -209,7 +209,8 @@ def sentiment(data: Path, work: Path, results: Path) -> dict:
             seed: f"--model_name_or_path {shlex.quote(folder)}"
             for seed, folder in zip(SEEDS, row["folders"], strict=True)
         }
-        flags, place = f"{files} {SENTIMENT_RECIPE}", f"{work}/sentiment/{name}"
+        pooling = "" if name == "BERT" else "--classifier_pooling first "
+        flags, place = f"{files} {pooling}{SENTIMENT_RECIPE}", f"{work}/sentiment/{name}"
         found, runs, _ = at_best_rate("run_glue.py", flags, SENTIMENT_RATES, place, starts)
         rows[name] = found | {
             "command": found["command"].replace("run_glue.py", "run_glue.py --model_name_or_path FOLDER"),
@@ -233,7 +234,8 @@ def warm_start(data: Path, work: Path, results: Path) -> dict:
     files = f"--train_file {data}/reviews/train.csv --validation_file {data}/reviews/validation.csv"
     rows = {}
     for name, model in warm_models(data / "minilm").items():
-        flags = f"{files} {model} {WARM_RECIPE}"
+        pooling = "--classifier_pooling first " if "from scratch" in name else ""
+        flags = f"{files} {model} {pooling}{WARM_RECIPE}"
         row, runs, _ = at_best_rate("run_glue.py", flags, WARM_RATES, f"{work}/warm_start/{name}")
         rows[name] = row | {"accuracy": [r["eval_accuracy"] for r in runs]}
     return rows
