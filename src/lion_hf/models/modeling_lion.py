@@ -263,7 +263,8 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
             )
         if bool(mask.all()):
             return None
-    return mask.to(torch.bool).expand(batch, length)
+    mask = mask.to(torch.bool)
+    return mask if mask.shape[0] == batch else mask.expand(batch, length)
 
 
 @auto_docstring(custom_intro="LION with a masked language modelling head, whose decoder is tied to the embeddings.")
@@ -510,8 +511,9 @@ def _flat_choices(x: Tensor | None, batch: int, choices: int) -> Tensor | None:
     """(batch, choices, ...), or with 1 in place of either, as rows of one batch; (1, length) as it is."""
     if x is None or x.dim() < 3:
         return x
-    shape = [n if size == 1 else size for n, size in zip((batch, choices), x.shape[:2], strict=True)]
-    return x.expand(*shape, *x.shape[2:]).flatten(0, 1)
+    if x.shape[:2] != (batch, choices):
+        x = x.expand(*(n if size == 1 else size for n, size in zip((batch, choices), x.shape, strict=False)), -1)
+    return x.flatten(0, 1)
 
 
 __all__ = [

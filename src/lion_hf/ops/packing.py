@@ -94,12 +94,13 @@ def sequence_means(x: Tensor, cu_seqlens: Tensor, key_mask: Tensor | None = None
     (1, length) lets in; of a sequence without one, its first token. None of them may be empty."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     owner = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff()).to(x.device)
-    tokens = x[0].to(dtype)
+    tokens, counts = x[0].to(dtype), cu_seqlens.diff().to(x.device, dtype)
     if key_mask is not None:
         real = key_mask[0].index_fill(0, first_tokens(cu_seqlens, key_mask).to(x.device), True)
-        tokens, owner = tokens[real], owner[real]
-    sums = tokens.new_zeros(len(cu_seqlens) - 1, x.shape[2]).index_add(0, owner, tokens)
-    return (sums / owner.bincount(minlength=len(sums)).unsqueeze(1)).to(x.dtype)
+        tokens = tokens.masked_fill(~real.unsqueeze(1), 0)
+        counts = torch.zeros_like(counts).index_add(0, owner, real.to(dtype))
+    sums = tokens.new_zeros(len(counts), x.shape[2]).index_add(0, owner, tokens)
+    return (sums / counts.unsqueeze(1)).to(x.dtype)
 
 
 class UnpaddedRow(NamedTuple):
