@@ -405,3 +405,26 @@ def test_hidden_dropout_acts_in_training_only():
     assert torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
     model.train()
     assert not torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("head", TEXT_HEADS, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_one_row_of_mask_serves_every_row(head, training):
+    model, ids = build(head, dtype=torch.float64).train(training), torch.randint(1, 61, (3, 7))
+    mask = torch.tensor([[0, 1, 1, 1, 0, 1, 0]])
+    if head is lion_hf.LionForMultipleChoice:
+        ids = torch.stack([ids, ids.flip(1)], 1)
+    whole = mask.expand(*ids.shape)
+    labels = {name: value % 6 for name, value in labels_for(head, 3, 7).items()}
+    if head is lion_hf.LionForQuestionAnswering:
+        labels = {name: torch.ones(3).long() for name in labels}
+    expected = model(ids, whole, **labels)
+    shared = [mask, mask[:, None, None]]
+    if ids.dim() == 3:
+        shared = [mask, mask[None], mask.expand(3, 7)[:, None], mask.expand(2, 7)[None]]
+    for row in shared:
+        outputs = model(ids, row, **labels)
+        for a, b in zip(outputs.values(), expected.values(), strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(ids, torch.ones(4, 7) if ids.dim() == 2 else torch.ones(5, 7))

@@ -24,7 +24,7 @@ _HEADS = {
     "LionForSequenceClassification": "BertForSequenceClassification",
 }
 # Options that do not change what a trained model computes, or that say how it is computed: they need no counterpart.
-_FREE = {"_out_features", "_out_indices", "apply_layernorm"}  # a backbone's
+_FREE = {"_out_features", "_out_indices", "apply_layernorm", "reshape_hidden_states"}  # a backbone's
 _FREE |= {"format", "chunk_size", "initializer_range", "attention_probs_dropout_prob", "bos_token_id", "eos_token_id"}
 
 

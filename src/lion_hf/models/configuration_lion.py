@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
 
-from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES
+from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES, require_rate, require_size
 from ..nn.variants import VARIANTS, variant_class
+from .lion_adapters import register_adapters
 from .lion_options import is_known, misspelt_option, plain, sorted_layers
 
 
@@ -23,6 +24,7 @@ _SPELLINGS = {
     "order": {"normal": "normal", "s": "s", "snake": "s"},
     "mlp_type": {name: name for name in MLP_TYPES},
     "feature_map": {name: name for name in FEATURE_MAPS},
+    "classifier_pooling": {name: name for name in ("first", "mean")},
     **{option: {name: name for name in names} for option, names in BLOCK_OPTIONS.items()},
 }
 
@@ -131,6 +133,7 @@ class _LionOptions:
 
     def to_dict(self) -> dict[str, Any]:
         """As in Transformers."""
+        register_adapters(self.model_type)  # PEFT begins with this call
         output = super().to_dict()
         output.pop("_following", None)
         return output
@@ -200,9 +203,8 @@ class _LionOptions:
         for name in _COUNTS:
             if getattr(self, name, 1) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("layer_norm_eps", "initializer_range", "gate_eps"):
+            require_size(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
@@ -222,12 +224,9 @@ class _LionOptions:
                 "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Choose "
                 "feature_map='elu' or 'unit_silu', or normalize=False."
             )
-        if not self.gate_eps >= 0:
-            raise ValueError(f"gate_eps is {self.gate_eps}; it must not be negative.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
-            value = getattr(self, name, None)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; it must be a probability in [0, 1).")
+            if getattr(self, name, None) is not None:
+                require_rate(name, getattr(self, name))
 
 
 def _activations() -> Mapping | None:
@@ -329,15 +328,19 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             Layers, counted from 0, that keep softmax attention: a hybrid encoder. They have no decay, no
             `layer_norm_after` and quadratic time, whatever the format.
         unpad (`bool`, *optional*):
-            Take the padding at the left and right ends of rows out before the first layer and put zeros in its place
-            after the last. Real tokens, pooled rows and their gradients are the same (a row of padding alone keeps its
-            first token); only outputs at padded positions differ. By default in training on a CPU, outside
-            `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average (3 at base width);
-            `True`: in every batch, `False`: in none. Never where the hidden states of all layers, attentions or
-            attention dropout are asked for, which need the batch as it is, nor in float16 and exported graphs. Can be
-            changed at any time.
+            Take the padding at the left and right ends of rows, masked tokens `pad_token_id`, out before the first
+            layer and put its embeddings back after the last. All other tokens, pooled rows and their gradients are the
+            same (a row of padding alone keeps its first token); only outputs at padding differ. By default in training
+            on a CPU, outside `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average
+            (3 at base width); `True`: in every batch, and with `inputs_embeds`, or without a `pad_token_id`, all
+            that is masked; `False`: in none. Never where the hidden states of all layers, attentions or attention
+            dropout are asked for, which need the batch as it is, nor in exported graphs. Can be changed at any time.
         classifier_dropout (`float`, *optional*):
             Dropout before the classification heads; `hidden_dropout_prob` by default.
+        classifier_pooling (`str`, defaults to `"first"`):
+            What sequence classification and multiple choice read, through the pooler: `"first"`, the first real token
+            of a text, as the paper does, or `"mean"`, the mean of its real tokens. With little fine-tuning data the
+            mean learns more (examples/results). Can be changed at any time.
         norm_position (`str`, defaults to `"post"`):
             `"post"` as in BERT, or `"pre"`, which adds a LayerNorm after the last layer.
         mlp_type (`str`, defaults to `"mlp"`):
@@ -379,6 +382,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     classifier_dropout: float | int | None = None
+    classifier_pooling: str = "first"
     tie_word_embeddings: bool = True
     mask_type: str = "selective"
     format: str = "auto"
@@ -420,7 +424,12 @@ class LionConfig(_LionOptions, PreTrainedConfig):
 
 
 # Options of `LionBackbone` alone: config.json names them only where they differ from this.
-_BACKBONE_DEFAULTS = {"out_features": None, "out_indices": None, "apply_layernorm": True}
+_BACKBONE_DEFAULTS = {
+    "out_features": None,
+    "out_indices": None,
+    "apply_layernorm": True,
+    "reshape_hidden_states": True,
+}
 
 
 @_in_plain_values
@@ -449,6 +458,9 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
             `"stage1"`, ... `"stageN"` (the output of each layer). The last stage by default.
         out_indices (`list[int]`, *optional*):
             The same by number: 0 is the stem, negative numbers count from the end.
+        reshape_hidden_states (`bool`, defaults to `True`):
+            Whether [`LionBackbone`] gives feature maps (batch, hidden_size, rows, columns). `False`: tokens (batch,
+            1 + rows * columns, hidden_size), the class token first, as DPT and Depth Anything take them.
         apply_layernorm (`bool`, defaults to `True`):
             Whether [`LionBackbone`] passes the feature maps through the final LayerNorm.
         norm_position (`str`, defaults to `"pre"`), mlp_type, gate_eps (defaults to 0.0):
@@ -489,6 +501,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     pos_emb: bool = False
     cls_tok: bool = False
     softmax_layers: Any = ()  # a list of int, checked at every assignment
+    reshape_hidden_states: bool = True
     apply_layernorm: bool = True
     norm_position: str = "pre"
     mlp_type: str = "mlp"
