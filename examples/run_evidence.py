@@ -3,6 +3,7 @@
     python examples/run_evidence.py text   --data DATA   # encyclopedia text: a learning-rate sweep, then more seeds
     python examples/run_evidence.py images --data DATA   # Fashion-MNIST: several seeds
     python examples/run_evidence.py sentiment --data DATA   # review sentiment, from the models of `text`: sweep, seeds
+    python examples/run_evidence.py pooling --data DATA   # the same from scratch, by what the classifier pools
     python examples/run_evidence.py warm_start --data DATA   # the same, started from a BERT's weights, and from scratch
     python examples/run_evidence.py warm_start_mlm --data DATA   # masked language modelling, warm and cold
 
@@ -62,6 +63,18 @@ SENTIMENT_RECIPE = (
     "--task custom --sentence1_column sentence --max_length 64 --num_train_epochs 1 --per_device_train_batch_size 16 "
     "--eval_strategy no --save_strategy no --disable_tqdm true --use_cpu true"
 )
+# 2,000 sentences twice, and a small model from scratch: what a first trial on data of one's own looks like.
+POOLING_RATES = (3e-4, 1e-3)
+POOLING_RECIPE = (
+    "--task custom --sentence1_column sentence --max_length 48 --vocab_size 4096 --hidden_size 128 "
+    "--num_hidden_layers 2 --num_attention_heads 2 --max_train_samples 2000 --num_train_epochs 2 "
+    "--per_device_train_batch_size 16 --eval_strategy no --save_strategy no --disable_tqdm true --use_cpu true"
+)
+POOLING_MODELS = {
+    f"{name}, {pooling}": f"{TEXT_MODELS[name]} --classifier_pooling {pooling}"
+    for name in ("LION-LIT", "LION-D", "LION-S")
+    for pooling in ("first", "mean")
+} | {"BERT, first": TEXT_MODELS["BERT"]}
 # The sentiment recipe for the 22 M parameters of the encoder, each model at the better of two rates.
 WARM_RATES = (1e-4, 3e-4)
 WARM_RECIPE = (
@@ -114,11 +127,17 @@ def summary(values: list[float], factor: float = 1, digits: int = 2) -> str:
 
 
 def at_best_rate(
-    script: str, flags: str, rates: Sequence[float], folder: str, starts: dict[int, str] | None = None
+    script: str,
+    flags: str,
+    rates: Sequence[float],
+    folder: str,
+    starts: dict[int, str] | None = None,
+    sweep_flags: str | None = None,
 ) -> tuple[dict, list[dict], list[str]]:
     """A run with each learning rate and the first seed, then the best rate (of the lowest evaluation loss) with the
-    other seeds; `starts` are flags by seed that come first. Returns part of a row of the table, and metrics and folders
-    by seed."""
+    other seeds; `starts` are flags by seed that come first. `sweep_flags` take the place of `flags` where rates are
+    compared, to do so on other rows than those that are reported. Returns part of a row of the table, and metrics and
+    folders by seed."""
 
     def place(rate: float, seed: int) -> str:
         return f"{folder}-{rate:g}-{seed}"
@@ -127,13 +146,20 @@ def at_best_rate(
         start = f"{starts[seed]} " if starts else ""
         return run(script, f"{start}{flags} --learning_rate {rate:g} --seed {seed}", Path(place(rate, seed)))
 
-    sweep = {rate: train(rate, SEEDS[0]) for rate in rates}
+    if sweep_flags is None:
+        sweep = {rate: train(rate, SEEDS[0]) for rate in rates}
+    else:
+        sweep = {
+            rate: run(script, f"{sweep_flags} --learning_rate {rate:g} --seed {SEEDS[0]}", Path(f"{folder}-{rate:g}"))
+            for rate in rates
+        }
     best = min(rates, key=lambda rate: sweep[rate]["eval_loss"])
-    runs = [sweep[best], *(train(best, seed) for seed in SEEDS[1:])]
+    runs = [train(best, seed) for seed in SEEDS]  # one that is done is only read
     row = {
         "command": f"python examples/{script} {flags} --learning_rate {best:g}",
         "learning_rate": best,
         "sweep": {f"{rate:g}": metrics["eval_loss"] for rate, metrics in sweep.items()},
+        "swept_on": "rows that are reported" if sweep_flags is None else "held-out rows of the training file",
         "seeds": list(SEEDS),
         "loss": [r["eval_loss"] for r in runs],
         "train_runtime": [r["train_runtime"] for r in runs],
@@ -183,7 +209,8 @@ def sentiment(data: Path, work: Path, results: Path) -> dict:
             seed: f"--model_name_or_path {shlex.quote(folder)}"
             for seed, folder in zip(SEEDS, row["folders"], strict=True)
         }
-        flags, place = f"{files} {SENTIMENT_RECIPE}", f"{work}/sentiment/{name}"
+        pooling = "" if name == "BERT" else "--classifier_pooling first "
+        flags, place = f"{files} {pooling}{SENTIMENT_RECIPE}", f"{work}/sentiment/{name}"
         found, runs, _ = at_best_rate("run_glue.py", flags, SENTIMENT_RATES, place, starts)
         rows[name] = found | {
             "command": found["command"].replace("run_glue.py", "run_glue.py --model_name_or_path FOLDER"),
@@ -192,11 +219,23 @@ def sentiment(data: Path, work: Path, results: Path) -> dict:
     return rows
 
 
+def pooling(data: Path, work: Path, results: Path) -> dict:
+    train, rows = f"--train_file {data}/reviews/train.csv", {}
+    for name, model in POOLING_MODELS.items():
+        flags = f"{train} --validation_file {data}/reviews/validation.csv {model} {POOLING_RECIPE}"
+        held_out = f"{train} --validation_share 0.2 {model} {POOLING_RECIPE}"
+        place = f"{work}/pooling/{name}"
+        row, runs, _ = at_best_rate("run_glue.py", flags, POOLING_RATES, place, sweep_flags=held_out)
+        rows[name] = row | {"accuracy": [r["eval_accuracy"] for r in runs]}
+    return rows
+
+
 def warm_start(data: Path, work: Path, results: Path) -> dict:
     files = f"--train_file {data}/reviews/train.csv --validation_file {data}/reviews/validation.csv"
     rows = {}
     for name, model in warm_models(data / "minilm").items():
-        flags = f"{files} {model} {WARM_RECIPE}"
+        pooling = "--classifier_pooling first " if "from scratch" in name else ""
+        flags = f"{files} {model} {pooling}{WARM_RECIPE}"
         row, runs, _ = at_best_rate("run_glue.py", flags, WARM_RATES, f"{work}/warm_start/{name}")
         rows[name] = row | {"accuracy": [r["eval_accuracy"] for r in runs]}
     return rows
@@ -243,7 +282,8 @@ def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
     sweeps = {name: row["sweep"] for name, row in rows.items() if "sweep" in row}
     if sweeps:
         rates = next(iter(sweeps.values()))
-        lines += ["", "| evaluation loss by learning rate, one seed | " + " | ".join(rates) + " |"]
+        where = first.get("swept_on", "rows that are reported")
+        lines += ["", f"| loss on {where} by learning rate, one seed | " + " | ".join(rates) + " |"]
         lines += ["|---" * (len(rates) + 1) + "|"]
         lines += [f"| {n} | " + " | ".join(f"{v:.3f}" for v in sweep.values()) + " |" for n, sweep in sweeps.items()]
     lines += ["", "Mean and standard deviation over seeds; one CPU thread per run. Commands:", ""]
@@ -277,6 +317,7 @@ KINDS = {
     "text": text,
     "images": images,
     "sentiment": sentiment,
+    "pooling": pooling,
     "warm_start": warm_start,
     "warm_start_mlm": warm_start_mlm,
 }

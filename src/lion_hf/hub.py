@@ -88,7 +88,7 @@ def _kind(model: PreTrainedModel) -> str:
             f"{type(model).__name__} (model_type {kind!r}) is not a LION model; allowed are {', '.join(_AUTO_MAPS)}. "
             "Use save_pretrained for it."
         )
-    classes = {reference.split(".")[1] for reference in _AUTO_MAPS[kind].values()}
+    classes = lion_classes(kind)
     home = type(model).__module__.partition(".")[0]
     # What came with a checkpoint, and its code, has the same classes in modules that Transformers made.
     if type(model).__name__ not in classes or home not in (__package__, "transformers_modules"):
@@ -98,6 +98,11 @@ def _kind(model: PreTrainedModel) -> str:
             "save_pretrained."
         )
     return kind
+
+
+def lion_classes(kind: str) -> set[str]:
+    """Names of the classes of this package for a model_type."""
+    return {reference.split(".")[1] for reference in _AUTO_MAPS[kind].values()}
 
 
 def _foreign_classes(model: PreTrainedModel) -> list[type]:

@@ -3,6 +3,7 @@
 import logging
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -464,3 +465,12 @@ def test_gradients_reach_the_student_only_and_half_precision_is_summed_in_float3
 def test_states_that_do_not_match_are_refused():
     with pytest.raises(ValueError, match="the student has 3 hidden states .* the teacher 4"):
         hidden_state_distillation_loss(states(0)[:3], states(1))
+
+
+def test_numbers_of_numpy_are_taken():
+    source, results = bert(), []
+    for length, layers, windows in ((16, [1], (2.0, 9.0)), (np.int64(16), np.array([1]), np.array([2.0, 9.0]))):
+        torch.manual_seed(0)
+        model = from_bert(source, length=length, softmax_layers=layers, windows=windows, chunk_size=type(length)(8))
+        results.append(model.state_dict())
+    assert all(torch.equal(x, results[1][name]) for name, x in results[0].items())

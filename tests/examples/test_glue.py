@@ -236,6 +236,31 @@ def test_a_checkpoint_in_half_precision_is_trained_in_float32(run_glue):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+def test_what_a_classifier_pools_is_chosen_for_new_and_existing_models(run_glue):
+    from lion_hf.training.arguments import TextModelArguments
+    from lion_hf.training.errors import UserError
+    from lion_hf.training.models import known_config
+
+    data = f"--train_file={write('train.csv', 'text,label' + chr(10) + labelled_rows(16))}"
+    run_glue(["--output_dir=first", *ONE_STEP, data, "--classifier_pooling=first"])
+    run_glue(["--output_dir=small", *ONE_STEP, data])
+    load = AutoModelForSequenceClassification.from_pretrained
+    assert load("first").config.classifier_pooling == "first" != load("small").config.classifier_pooling
+    arguments = TextModelArguments(preset="lion-s-base")
+    paper = known_config(AutoModelForSequenceClassification, "lion", arguments, {"classifier_pooling": "mean"})
+    assert paper.classifier_pooling == "first"
+    flags = [flag for flag in ONE_STEP if "size" not in flag and "num_" not in flag]
+    again = [*flags, data, "--model_name_or_path=first"]
+    run_glue(["--output_dir=same", *again])
+    run_glue(["--output_dir=mean", *again, "--classifier_pooling=mean"])
+    assert [load(name).config.classifier_pooling for name in ("same", "mean")] == ["first", "mean"]
+    run_glue(["--output_dir=bert", *ONE_STEP, data, "--model_type=bert"])
+    baseline = "--classifier_pooling is an option of LION; .* 'bert' model"
+    for model in (["--model_type=bert", *ONE_STEP], [*flags, "--model_name_or_path=bert"]):
+        with pytest.raises(UserError, match=baseline):
+            run_glue(["--output_dir=out", data, *model, "--classifier_pooling=mean"])
+
+
 def test_numbers_are_predicted_and_not_classified(run_glue):
     train = write("train.csv", "text,score\n" + labelled_rows(20, ("0.5", "1.25", "4.0")))
     test = write("test.csv", "text\nwords\nmore words\n")

@@ -3,7 +3,16 @@ import json
 import pytest
 import torch
 from small_models import VARIANTS, spread_decays, vision_config
-from transformers import AutoBackbone, AutoModel, UperNetConfig, UperNetForSemanticSegmentation
+from transformers import (
+    AutoBackbone,
+    AutoModel,
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    DPTConfig,
+    DPTForDepthEstimation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
 from transformers.models.auto import auto_factory
 
 import lion_hf
@@ -202,3 +211,45 @@ def test_the_configuration_that_a_backbone_was_built_from_stays_as_it_is():
     before = config.to_dict()
     lion_hf.LionBackbone(config)
     assert config.to_dict() == before
+
+
+# ------------------------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("apply_layernorm", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+def test_tokens_come_as_they_are_where_they_are_not_reshaped(order, apply_layernorm, tmp_path):
+    backbone = build(order=order, out_indices=[0, 2], apply_layernorm=apply_layernorm)
+    pixels = torch.randn(2, 3, 12, 20)
+    maps = backbone(pixels).feature_maps
+    backbone.config.reshape_hidden_states = False
+    backbone.save_pretrained(tmp_path)
+    for same in (backbone, lion_hf.LionBackbone.from_pretrained(tmp_path).eval()):
+        outputs = same(pixels, output_hidden_states=True)
+        for tokens, feature_map, state in zip(
+            outputs.feature_maps, maps, (outputs.hidden_states[0], outputs.hidden_states[2]), strict=True
+        ):
+            assert tokens.shape == (2, 16, 24)
+            torch.testing.assert_close(tokens[:, 1:].transpose(1, 2), feature_map.flatten(2))
+            expected = backbone.lion_vision.norm(state) if apply_layernorm else state
+            torch.testing.assert_close(tokens, expected)
+    assert "reshape_hidden_states" not in json.loads(lion_hf.LionVisionConfig().to_json_string(use_diff=False))
+
+
+@pytest.mark.parametrize("kind", ["dpt", "depth_anything"])
+def test_depth_models_of_transformers_learn_on_it(kind):
+    config = vision_config(
+        order="s", num_hidden_layers=4, out_indices=[1, 2, 3, 4], reshape_hidden_states=False, apply_layernorm=False
+    )
+    shared = {"backbone_config": config, "reassemble_hidden_size": 24, "neck_hidden_sizes": [8, 8, 8, 8]}
+    shared |= {"fusion_hidden_size": 8, "head_in_index": -1}
+    if kind == "dpt":
+        model = DPTForDepthEstimation(DPTConfig(**shared, is_hybrid=False, hidden_size=24)).train()
+    else:
+        model = DepthAnythingForDepthEstimation(DepthAnythingConfig(**shared, patch_size=4, head_hidden_size=4)).train()
+    assert type(model.backbone) is lion_hf.LionBackbone
+    outputs = model(torch.randn(2, 3, 16, 16))
+    assert outputs.predicted_depth.shape[0] == 2
+    outputs.predicted_depth.sum().backward()
+    gradients = [p.grad for name, p in model.backbone.named_parameters() if "q_proj" in name]
+    assert all(g is not None and g.abs().max() > 0 for g in gradients)

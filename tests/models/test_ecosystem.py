@@ -1,6 +1,8 @@
 """What people put around an encoder: adapters, 8 bits, sentence embeddings, shards, dtypes. Absent libraries skip."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,23 @@ import torch
 from safetensors import safe_open
 from small_models import VARIANTS, spread_decays, text_config, text_inputs, vision_config
 from torch.nn import functional as F
-from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, BertTokenizer, pipeline
 
 import lion_hf
 
 
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+IMPORTS = """
+import {first}, {second}, sys, torch
+assert sys.argv[1] in sys.modules
+from small_models import text_config, vision_config
+for model in (lion_hf.LionForSequenceClassification(text_config()), lion_hf.LionBackbone(vision_config("decay"))):
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2))
+    layers = {{name.split(".lora_")[0].split(".")[-1] for name, p in adapted.named_parameters() if p.requires_grad}}
+    assert layers == {{"q_proj", "v_proj"}}, layers
+"""
 
 
 @pytest.fixture
@@ -56,6 +69,51 @@ def cases():
             [*LINEAR_LAYERS, "decay_proj", "decay_proj_2"],
         ),
     }
+
+
+@pytest.mark.parametrize("kind", ["LoraConfig", "LoHaConfig", "IA3Config", "LNTuningConfig", "VeraConfig", "OSFConfig"])
+@pytest.mark.parametrize("model", ["text", "image"])
+def test_adapters_find_their_layers_where_none_are_named(model, kind):
+    peft = pytest.importorskip("peft")
+    if model == "text":
+        model, inputs = lion_hf.LionForSequenceClassification(text_config()), text_inputs()
+    else:
+        model = lion_hf.LionForImageClassification(vision_config(order="s"))
+        inputs = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    adapted = peft.get_peft_model(model, getattr(peft, kind)())
+    adapted(**inputs).logits.square().sum().backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert trained and not any("decay" in name for name in trained)
+
+
+def test_a_model_that_was_there_before_peft_is_known_to_it(monkeypatch):
+    """As if PEFT were imported now: its tables know nothing of what happened before."""
+    peft, model = pytest.importorskip("peft"), lion_hf.LionModel(text_config())
+    constants = sys.modules.pop("peft.utils.constants")
+    assert model.config.to_dict()["model_type"] == "lion"
+    monkeypatch.setitem(sys.modules, "peft.utils.constants", constants)
+    table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    monkeypatch.setitem(table, "lion", None)
+    del table["lion"]
+    assert {"q_proj", "v_proj"} == peft.get_peft_model(model, peft.LoraConfig()).peft_config["default"].target_modules
+    monkeypatch.setitem(table, "lion", ["k_proj"])  # what a user has registered stands
+    assert {"k_proj"} == peft.get_peft_model(model, peft.LoraConfig()).peft_config["default"].target_modules
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first, second", [("lion_hf", "peft"), ("peft", "lion_hf")])
+def test_adapters_find_their_layers_whichever_library_is_imported_first(first, second):
+    pytest.importorskip("peft")
+    code = IMPORTS.format(first=first, second=second)
+    tests = str(Path(__file__).parents[1])
+    code = f"import sys; sys.path.insert(0, {tests!r})\n{code}"
+    subprocess.run([sys.executable, "-c", code, first], check=True)
+
+
+@pytest.mark.slow
+def test_neither_import_nor_configurations_load_peft():
+    code = "import lion_hf, sys; lion_hf.LionConfig().to_dict(); assert 'peft' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("case", ["text-lit", "text-decay", "text-selective", "image-snake"])
@@ -165,6 +223,23 @@ def test_sentence_transformers_loads_a_folder_and_pools_alike(sentence_folder):
     model.save(str(sentence_folder / "saved"))
     loaded = sentence_transformers.SentenceTransformer(str(sentence_folder / "saved"), device="cpu")
     assert torch.equal(loaded.encode(SENTENCES, normalize_embeddings=True, convert_to_tensor=True), embeddings)
+    options = {"format": "chunk", "chunk_size": 2, "attn_implementation": "sdpa"}
+    chunked = sentence_transformers.SentenceTransformer(str(sentence_folder), device="cpu", model_kwargs=options)
+    assert chunked[0].auto_model.config.format == "chunk"
+    again = chunked.encode(SENTENCES, normalize_embeddings=True, convert_to_tensor=True)
+    torch.testing.assert_close(again, embeddings)
+    chunked.save(str(sentence_folder / "chunked"))
+    stored = sentence_transformers.SentenceTransformer(
+        str(sentence_folder / "chunked"), device="cpu", model_kwargs={"format": None}
+    )
+    assert stored[0].auto_model.config.format == "chunk"
+
+
+def test_pipelines_take_options_of_the_configuration(sentence_folder):
+    filled = pipeline("fill-mask", model=str(sentence_folder), model_kwargs={"format": "chunk", "chunk_size": 2})
+    assert (filled.model.config.format, filled.model.config.chunk_size) == ("chunk", 2)
+    expected = pipeline("fill-mask", model=str(sentence_folder))("the [MASK]")
+    assert [x["token"] for x in filled("the [MASK]")] == [x["token"] for x in expected]
 
 
 # ----------------------------------------------------------------------------------------------------- shards, dtypes

@@ -247,3 +247,18 @@ def test_a_mask_of_another_grid_is_refused_and_values_count_as_yes_or_no():
     torch.testing.assert_close(model(pixels, bool_masked_pos=-3 * mask.view(1, 2, 4)).loss, loss)
     with pytest.raises(ValueError, match="rows, columns"):
         model(pixels, bool_masked_pos=mask.view(1, 4, 2))
+
+
+@pytest.mark.parametrize("order", ["normal", "s"])
+def test_a_batch_without_images_has_the_loss_zero(order):
+    model = build(order=order)
+    outputs = model(torch.randn(0, 3, 16, 16), torch.zeros(0, 16))
+    assert outputs.reconstruction.shape == (0, 3, 16, 16) and outputs.loss == 0
+    outputs.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_pixels_are_shuffled_as_pytorch_does():
+    x = torch.randn(2, 48, 3, 5)
+    found = lion_hf.models.modeling_lion_vision.LionPixelShuffle(4)(x)
+    assert torch.equal(found, torch.nn.functional.pixel_shuffle(x, 4))

@@ -1,5 +1,7 @@
 """Text models: heads, losses, tied weights, initialisation, refusals."""
 
+import re
+
 import pytest
 import torch
 from small_models import TEXT_HEADS, VARIANTS, text_config, text_inputs, vision_config
@@ -292,10 +294,10 @@ def test_an_image_checkpoint_is_refused_by_a_text_model(tmp_path):
         lion_hf.LionModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["sdpa", "flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "paged|eager", "kernels-community/flash"])
 def test_attn_implementation_is_refused_and_names_format(tmp_path, name):
     model = lion_hf.LionModel(text_config())
-    message = f"attn_implementation is '{name}'.*config.format: 'attention', 'rnn', 'chunk' or 'auto'"
+    message = f"attn_implementation is {re.escape(repr(name))}.*config.format: 'attention', 'rnn', 'chunk' or 'auto'"
     with pytest.raises(ValueError, match=message):
         model.set_attn_implementation(name)
     model.save_pretrained(tmp_path)
@@ -305,11 +307,27 @@ def test_attn_implementation_is_refused_and_names_format(tmp_path, name):
         lion_hf.LionModel._from_config(text_config(), attn_implementation=name)
 
 
-def test_attn_implementation_eager_is_no_error(tmp_path):
-    model = lion_hf.LionModel(text_config())
-    model.set_attn_implementation("eager")
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_attn_implementation_eager_is_no_error(tmp_path, name):
+    config, ids = text_config("lit", softmax_layers=[0]), torch.arange(6)[None]
+    model = lion_hf.LionModel(config).eval()
+    expected = model(ids, output_attentions=True)
     model.save_pretrained(tmp_path)
-    lion_hf.LionModel.from_pretrained(tmp_path, attn_implementation="eager")(torch.ones(1, 3).long())
+    load, build = lion_hf.LionModel.from_pretrained, lion_hf.LionModel._from_config
+    for loaded in (
+        load(tmp_path, attn_implementation=name),
+        load(tmp_path, config=config, attn_implementation=name),
+        load(tmp_path, attn_implementation={"": name}),
+        build(text_config("lit", softmax_layers=[0]), attn_implementation=name),
+        model,
+        type("Clinical", (lion_hf.LionModel,), {"__module__": "nowhere"})(text_config("lit", softmax_layers=[0])),
+    ):
+        loaded.load_state_dict(model.state_dict())
+        loaded.set_attn_implementation(name)
+        assert loaded.config._attn_implementation == name and loaded._supports_sdpa
+        outputs = loaded.eval()(ids, output_attentions=True)
+        assert torch.equal(outputs[0], expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(outputs.attentions, expected.attentions, strict=True))
 
 
 @pytest.mark.parametrize("mask_type", VARIANTS)
@@ -387,3 +405,26 @@ def test_hidden_dropout_acts_in_training_only():
     assert torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
     model.train()
     assert not torch.equal(model(**inputs).last_hidden_state, model(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("head", TEXT_HEADS, ids=lambda x: x.__name__)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_one_row_of_mask_serves_every_row(head, training):
+    model, ids = build(head, dtype=torch.float64).train(training), torch.randint(1, 61, (3, 7))
+    mask = torch.tensor([[0, 1, 1, 1, 0, 1, 0]])
+    if head is lion_hf.LionForMultipleChoice:
+        ids = torch.stack([ids, ids.flip(1)], 1)
+    whole = mask.expand(*ids.shape)
+    labels = {name: value % 6 for name, value in labels_for(head, 3, 7).items()}
+    if head is lion_hf.LionForQuestionAnswering:
+        labels = {name: torch.ones(3).long() for name in labels}
+    expected = model(ids, whole, **labels)
+    shared = [mask, mask[:, None, None]]
+    if ids.dim() == 3:
+        shared = [mask, mask[None], mask.expand(3, 7)[:, None], mask.expand(2, 7)[None]]
+    for row in shared:
+        outputs = model(ids, row, **labels)
+        for a, b in zip(outputs.values(), expected.values(), strict=True):
+            assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(ids, torch.ones(4, 7) if ids.dim() == 2 else torch.ones(5, 7))

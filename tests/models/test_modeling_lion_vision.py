@@ -566,9 +566,9 @@ def test_a_text_checkpoint_is_refused_by_an_image_model(tmp_path):
 
 def test_attn_implementation_is_refused_and_names_format(tmp_path):
     model = lion_hf.LionForImageClassification(vision_config())
-    message = "attn_implementation is 'sdpa'.*config.format"
+    message = "attn_implementation is 'flash_attention_2'.*config.format"
     with pytest.raises(ValueError, match=message):
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("flash_attention_2")
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        lion_hf.LionForImageClassification.from_pretrained(tmp_path, attn_implementation="sdpa")
+        lion_hf.LionForImageClassification.from_pretrained(tmp_path, attn_implementation="flash_attention_2")

@@ -15,13 +15,15 @@ from lion_hf.nn import encoder
 
 KINDS = ("none", "head", "token")
 LENGTHS = [1, 7, 0, 3, 4, 5, 13, 0]  # chunks of 4: one less, as many and one more; primes, a single token, none
-COLLATED = [
-    {},
-    {"return_flash_attn_kwargs": True},
-    {"return_seq_idx": True},
-    {"return_flash_attn_kwargs": True, "return_position_ids": False},
-    {"return_seq_idx": True, "return_position_ids": False},
-]
+TOLD = {
+    "position_ids": [{}],
+    "bounds": [
+        {"return_flash_attn_kwargs": True},
+        {"return_seq_idx": True},
+        {"return_flash_attn_kwargs": True, "return_position_ids": False},
+        {"return_seq_idx": True, "return_position_ids": False},
+    ],
+}
 
 
 def bounds(lengths=LENGTHS, dtype=torch.int64):
@@ -155,7 +157,7 @@ def build(head=lion_hf.LionModel, mask_type="selective", dtype=torch.float64, **
     return spread_decays(model).eval()
 
 
-def texts(lengths=(5, 1, 9, 4)):
+def texts(lengths=(5, 2, 9, 4)):
     return [torch.randint(1, 61, (length,)) for length in lengths]
 
 
@@ -175,16 +177,19 @@ def gradients(model, loss):
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize("layers", [[], [0]], ids=["lion", "hybrid"])
 @pytest.mark.parametrize("pos_emb", [False, True], ids=["no-table", "table"])
 @pytest.mark.parametrize("mask_type", VARIANTS)
-def test_a_flattened_batch_equals_its_sequences_in_outputs_and_every_gradient(mask_type, pos_emb, layers):
-    model, sequences = build(mask_type=mask_type, pos_emb=pos_emb, softmax_layers=layers), texts()
+def test_a_flattened_batch_equals_its_sequences_in_outputs_and_every_gradient(mask_type, pos_emb, layers, told):
+    model, sequences = build(mask_type=mask_type, pos_emb=pos_emb, softmax_layers=layers), texts((5, 2, 9, 4))
+    if told != "position_ids":
+        sequences.insert(1, torch.randint(1, 61, (1,)))  # of a single token, which positions do not tell
     separate = [model(ids[None]) for ids in sequences]
     hidden = torch.cat([outputs.last_hidden_state for outputs in separate], 1)
     pooled = torch.cat([outputs.pooler_output for outputs in separate])
     expected = [hidden, pooled, *gradients(model, scalar(hidden) + scalar(pooled))]
-    for options in COLLATED:
+    for options in TOLD[told]:
         outputs = model(**flattened(sequences, **options))
         found = gradients(model, scalar(outputs.last_hidden_state) + scalar(outputs.pooler_output))
         assert_all_close([outputs.last_hidden_state, outputs.pooler_output, *found], expected)
@@ -195,7 +200,7 @@ def test_a_flattened_batch_equals_its_sequences_in_outputs_and_every_gradient(ma
 def test_an_attention_mask_beside_the_bounds_masks_keys(form, layers):
     model, sequences = build(format=form, softmax_layers=layers), texts()
     batch = flattened(sequences, return_flash_attn_kwargs=True)
-    mask = torch.rand(1, 19) > 0.4
+    mask = torch.rand(1, 20) > 0.4
     found = model(**batch, attention_mask=mask).last_hidden_state
     masks = mask.split([len(ids) for ids in sequences], 1)
     separate = [model(ids[None], part).last_hidden_state for ids, part in zip(sequences, masks, strict=True)]
@@ -213,20 +218,6 @@ def test_the_first_token_that_is_not_masked_is_pooled(name):
     options = {"return_flash_attn_kwargs": True} if name == "cu_seq_lens_q" else {"return_seq_idx": True}
     outputs = model(**flattened(sequences, **options), attention_mask=torch.cat(masks, 1))
     torch.testing.assert_close(outputs.pooler_output, separate, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "positions",
-    [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 2, 3], [1, 2, 0, 1, 0, 1], [5, 4, 3, 2, 1, 0], [0, 1, 1, 2, 0, 1]],
-    ids=str,
-)
-def test_positions_that_do_anything_but_start_again_are_positions(positions):
-    model, ids = build(pos_emb=True), torch.randint(1, 61, (1, 6))
-    positions = torch.tensor([positions])
-    embedded = model.embeddings(ids, None, positions)
-    for layer in model.layers:
-        embedded = layer(embedded)
-    torch.testing.assert_close(model(ids, position_ids=positions).last_hidden_state, embedded)
 
 
 def test_positions_beside_a_mask_or_in_a_batch_are_positions():
@@ -372,7 +363,7 @@ def ends(mask):
 
 def padded_batch(name, batch=3):
     mask = torch.tensor(MASKS[name])
-    return {"input_ids": torch.randint(1, 61, (batch, 6)), "attention_mask": mask}
+    return {"input_ids": torch.randint(1, 61, (batch, 6)).masked_fill(ends(mask), 0), "attention_mask": mask}
 
 
 @pytest.mark.parametrize("layers", [[], [1]], ids=["lion", "hybrid"])
@@ -386,9 +377,8 @@ def test_without_padding_real_tokens_and_their_gradients_are_the_same(name, mask
         outputs = model(**inputs)
         hidden, pooled = outputs.last_hidden_state, outputs.pooler_output
         results[unpad] = [hidden[real], pooled, *gradients(model, scalar(hidden[real]) + scalar(pooled))]
-        assert bool((hidden[ends(real)] == 0).all()) == unpad
-        kept = hidden[~ends(real)]
-        assert bool((kept != 0).all()), "a token masked inside its row is no padding"
+        untouched = (hidden == model.embeddings(inputs["input_ids"])).all(-1)
+        assert torch.equal(untouched, ends(real) & unpad), "a token masked inside its row is no padding"
     assert_all_close(results[True], results[False])
 
 
@@ -401,7 +391,7 @@ def test_every_row_is_pooled_alike_with_its_padding_and_without(mask_type, layer
     mask = torch.tensor(
         [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0]]
     )
-    inputs = {"input_ids": torch.randint(1, 61, (5, 6)), "attention_mask": mask}
+    inputs = {"input_ids": torch.randint(1, 61, (5, 6)).masked_fill(ends(mask), 0), "attention_mask": mask}
     results, whole = {}, {}
     for unpad in (False, True, None):
         model.config.unpad = unpad
@@ -459,7 +449,8 @@ def test_by_default_evaluation_computes_every_position(mask_type, monkeypatch):
     model, inputs = build(mask_type=mask_type), padded_batch("right")
     default = model(**inputs).last_hidden_state
     model.config.unpad = False
-    assert torch.equal(default, model(**inputs).last_hidden_state) and bool((default != 0).all())
+    assert torch.equal(default, model(**inputs).last_hidden_state)
+    assert bool((default != model.embeddings(inputs["input_ids"])).any(-1).all())
 
 
 def test_by_default_padding_goes_in_training_where_there_is_enough(monkeypatch):
@@ -495,7 +486,7 @@ def test_attention_dropout_in_training_keeps_the_padding():
 
 def test_a_batch_of_padding_alone_keeps_working():
     model = build(lion_hf.LionForSequenceClassification, unpad=True, softmax_layers=[0]).train()
-    outputs = model(torch.ones(2, 5).long(), torch.zeros(2, 5).long(), labels=torch.tensor([0, 1]))
+    outputs = model(torch.zeros(2, 5).long(), torch.zeros(2, 5).long(), labels=torch.tensor([0, 1]))
     assert outputs.logits.shape == (2, 2) and all(x.isfinite().all() for x in gradients(model, outputs.loss))
 
 
@@ -516,7 +507,8 @@ def test_compiled_batches_keep_their_padding(monkeypatch):
     compiled = torch.compile(model, backend="eager", fullgraph=True)(**inputs).last_hidden_state
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(compiled[real], expected[real], rtol=1e-9, atol=1e-12)
-    assert (compiled[~real] != 0).all() and (expected[ends(real)] == 0).all()
+    padding = model.embeddings(inputs["input_ids"])
+    assert (compiled[~real] != padding[~real]).any(-1).all() and (expected == padding)[ends(real)].all()
     torch.compiler.reset()
 
 
@@ -536,7 +528,7 @@ def test_half_precision_training_has_finite_gradients(unpad):
     model = lion_hf.LionForMaskedLM(text_config("selective", hidden_size=240, unpad=unpad)).half().train()
     mask = torch.ones(3, 24, dtype=torch.int64)
     mask[:, 12:] = 0
-    ids = torch.randint(1, 61, (3, 24))
+    ids = torch.randint(1, 61, (3, 24)) * mask
     model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 

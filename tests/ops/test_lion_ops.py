@@ -342,3 +342,16 @@ X = torch.zeros(2, 3, 5, 4)
 def test_bad_arguments_say_what_was_given_and_what_is_allowed(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         bidirectional_linear_attention(*arguments, **options)
+
+
+@pytest.mark.parametrize("number", ["int64", "uint8"])
+@pytest.mark.parametrize("form", FORMS)
+def test_integers_of_numpy_are_chunk_sizes(form, number):
+    numpy = pytest.importorskip("numpy")
+    q = torch.randn(1, 2, 300, 4, dtype=torch.double, requires_grad=True)
+    log_decay = -torch.rand(1, 2, 300, dtype=torch.double)
+    results = []
+    for size in (3, getattr(numpy, number)(3)):
+        y = bidirectional_linear_attention(q, q, q, log_decay, format=form, chunk_size=size)
+        results.append((y, *torch.autograd.grad(y.square().sum(), q)))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

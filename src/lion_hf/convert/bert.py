@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.configuration_lion import LionConfig
+from ..models.lion_options import plain
 from ..models.modeling_lion import (
     LionForMaskedLM,
     LionForMultipleChoice,
@@ -118,6 +119,7 @@ def from_bert(
         source.config, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **config_overrides
     )
     windows = head_windows((16, 512) if windows is None else windows, config.num_attention_heads)
+    length = plain(length)
     if not isinstance(length, int) or length < 1:
         raise ValueError(f"length is {length!r}; it must be a whole number of tokens, at least 1.")
     model_class = model_class or counterpart(source, CLASSES)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..hub import lion_classes
 from ..models.configuration_lion import LionConfig, LionVisionConfig
 from .names import revert_text_state_dict, revert_vision_state_dict
 from .source import ConversionError, first_line
@@ -23,7 +24,7 @@ _HEADS = {
     "LionForSequenceClassification": "BertForSequenceClassification",
 }
 # Options that do not change what a trained model computes, or that say how it is computed: they need no counterpart.
-_FREE = {"_out_features", "_out_indices", "apply_layernorm"}  # a backbone's
+_FREE = {"_out_features", "_out_indices", "apply_layernorm", "reshape_hidden_states"}  # a backbone's
 _FREE |= {"format", "chunk_size", "initializer_range", "attention_probs_dropout_prob", "bos_token_id", "eos_token_id"}
 
 
@@ -42,10 +43,23 @@ def read_folder(folder: Path) -> tuple[LionConfig | LionVisionConfig, dict[str, 
         raise ConversionError(f"{folder} is not a LION folder of save_pretrained: {first_line(error)}.") from error
     if not state:
         raise ConversionError(f"{folder} holds no model.safetensors; save the model with save_pretrained.")
-    head = (config.architectures or ["no head"])[0]
+    stored = (config.architectures or ["no head"])[0]
+    head = stored if stored in lion_classes(config.model_type) else _head_of(state)
     if head not in _HEADS:
-        raise ConversionError(f"{folder} holds {head}, which the authors do not have; theirs are {', '.join(_HEADS)}.")
+        raise ConversionError(
+            f"{folder} holds {stored}, which the authors do not have; theirs are {', '.join(_HEADS)}."
+        )
+    config.architectures = [head]
     return config, state
+
+
+def _head_of(state: dict[str, Tensor]) -> str | None:
+    """The class of weights that were saved from a subclass with a name of its own; None where the authors have none."""
+    if "lion.pooler.dense.weight" in state and "classifier.weight" in state:
+        return "LionForSequenceClassification"
+    if "lion_vision.embeddings.cls_token" in state and "classifier.weight" in state:
+        return "LionForImageClassification"
+    return "LionForMaskedLM" if "head.dense.weight" in state else None
 
 
 def authors_checkpoint(config: LionConfig | LionVisionConfig, state: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Configurations of the LION text encoder (`LionConfig`) and image encoder (`LionVisionConfig`), and named sizes."""
 
-import difflib
+import copy
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -8,10 +8,15 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils import logging
 
-from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES
+from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES, require_rate, require_size
 from ..nn.variants import VARIANTS, variant_class
+from .lion_adapters import register_adapters
+from .lion_options import is_known, misspelt_option, plain, sorted_layers
 
+
+logger = logging.get_logger(__name__)
 
 # Every accepted spelling, in lower case, of the options that are names. The variants' are in their registry.
 _SPELLINGS = {
@@ -19,6 +24,7 @@ _SPELLINGS = {
     "order": {"normal": "normal", "s": "s", "snake": "s"},
     "mlp_type": {name: name for name in MLP_TYPES},
     "feature_map": {name: name for name in FEATURE_MAPS},
+    "classifier_pooling": {name: name for name in ("first", "mean")},
     **{option: {name: name for name in names} for option, names in BLOCK_OPTIONS.items()},
 }
 
@@ -51,41 +57,103 @@ STRUCTURAL = (
 )
 
 
-class _LionOptions:
-    """What both configurations share: spellings, refusal of misspelt names, and presets."""
+_KINDS = ("lion", "lion_vision")
 
+# What a decoder does, and no LION: every token reads both directions.
+_DECODERS = ("is_decoder", "add_cross_attention")
+
+
+class _LionOptions:
+    """What both configurations share: spellings, refusal of misspelt names, options that follow the variant, presets.
+
+    A class with it has `_in_plain_values` above `strict`."""
+
+    # Options that follow the variant until they are set: the attribute of `Variant` that decides, by name.
+    derived_options: Mapping[str, str] = MappingProxyType({})
     # First tokens of every row that do not decay.
     prefix_tokens = 0
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, _normalised(name, value, type(self)))
+    # Read by what serves decoders too; they decide nothing here.
+    use_cache = False
+    is_decoder = False
+    add_cross_attention = False
 
     def __post_init__(self, **kwargs):
-        fields = {name for name in dir(type(self)) if not name.startswith("_")}
-        for name in kwargs:
-            foreign = name in fields or name.startswith("do_")  # of an image processor
-            near = [] if foreign else difflib.get_close_matches(name, type(self).__dataclass_fields__, 1, 0.75)
-            if near:
-                raise ValueError(
-                    f"{type(self).__name__} has no option {name!r}; did you mean {near[0]!r}? The options are the "
-                    "documented fields of the class."
+        use_cache = kwargs.pop("use_cache", self.use_cache)  # Transformers would drop it as one of generation's
+        if not kwargs.pop("_stored", False):
+            self._refuse_misspelt(kwargs)
+            if alone := [name for name in kwargs if not is_known(type(self), name)]:
+                logger.warning_once(
+                    f"{type(self).__name__} keeps {', '.join(alone)}, which no LION reads and which changes nothing."
                 )
         super().__post_init__(**kwargs)
+        if use_cache != self.use_cache:
+            self.use_cache = use_cache
+
+    @classmethod
+    def _refuse_misspelt(cls, names) -> None:
+        for name in names:
+            if meant := misspelt_option(cls, name):
+                raise ValueError(
+                    f"{cls.__name__} has no option {name!r}; did you mean {meant!r}? The options are the "
+                    "documented fields of the class."
+                )
+
+    @classmethod
+    def _arguments(cls, stored: dict[str, Any]) -> dict[str, Any]:
+        """A stored configuration as arguments of the constructor. Options that equal what the stored variant derives
+        count as derived, and no name is refused: the file may be another's."""
+        mask_type = stored.get("mask_type", cls.__dataclass_fields__["mask_type"].default)
+        variant = variant_class(_normalised("mask_type", mask_type, cls))
+        derived = {name: getattr(variant, attribute) for name, attribute in cls.derived_options.items()}
+        missing = object()
+        return {k: v for k, v in stored.items() if derived.get(k, missing) != v} | {"_stored": True}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in Transformers, but an override that contradicts the stored structure is an error (ValueError)."""
+        """As in Transformers, but an override that contradicts the stored structure, or is misspelt, is an error
+        (ValueError). None leaves the stored value of what decides the structure, and of `format`."""
+        cls._refuse_misspelt(kwargs)
+        kind, own = config_dict.get("model_type"), {getattr(base, "model_type", None) for base in cls.__mro__}
+        if kind in _KINDS and kind not in own:
+            raise ValueError(
+                f"{cls.__name__} was given the configuration of a {kind!r} model. Text models take a LionConfig, image "
+                "models a LionVisionConfig; AutoConfig and AutoModel pick the class that fits a checkpoint."
+            )
         if "order" in kwargs and "order" not in cls.__dataclass_fields__:
             _normalised("order", kwargs.pop("order"), cls)  # refused unless it means nothing here
-        for name in STRUCTURAL:  # None leaves the stored value
+        for name in STRUCTURAL:
             if name in kwargs and kwargs[name] is None:
                 del kwargs[name]
         cls.require_structure(config_dict, {name: kwargs[name] for name in STRUCTURAL if name in kwargs})
-        result = super().from_dict(config_dict, **kwargs)
+        result = super().from_dict(cls._arguments(config_dict), **kwargs)
         (
             result[0] if isinstance(result, tuple) else result
         ).validate()  # overrides are set one by one, after the checks
         return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in Transformers."""
+        register_adapters(self.model_type)  # PEFT begins with this call
+        output = super().to_dict()
+        output.pop("_following", None)
+        return output
+
+    @classmethod
+    def from_json_file(cls, json_file):
+        """As in Transformers, from a stored configuration."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    def with_options(self, options: dict[str, Any]) -> "PreTrainedConfig":
+        """A copy with those of `options` that are options of this class, which leave the dict; itself where there are
+        none."""
+        own = self.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        chosen = {name: options.pop(name) for name in own & options.keys()}
+        if not chosen:
+            return self
+        config = copy.deepcopy(self)
+        config.update(chosen)
+        config.validate()
+        return config
 
     @classmethod
     def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
@@ -96,7 +164,7 @@ class _LionOptions:
         wanted = {name: value for name, value in wanted.items() if name in cls.__dataclass_fields__}
         if not wanted:
             return
-        built = cls(**{k: v for k, v in stored.items() if k != "model_type"}).structure()
+        built = cls(**cls._arguments({k: v for k, v in stored.items() if k != "model_type"})).structure()
         for name, value in wanted.items():
             if _normalised(name, value, cls) != built[name]:
                 raise ValueError(
@@ -105,6 +173,10 @@ class _LionOptions:
                     "it out, or build a "
                     "new model from a new configuration."
                 )
+
+    def _derived(self, name: str) -> Any:
+        """What the variant makes of an option that follows it."""
+        return getattr(variant_class(self.mask_type), self.derived_options[name])
 
     def structure(self) -> dict[str, Any]:
         """The options that decide the parameters of a model, by name; see `STRUCTURAL`."""
@@ -131,9 +203,8 @@ class _LionOptions:
         for name in _COUNTS:
             if getattr(self, name, 1) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("layer_norm_eps", "initializer_range"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative.")
+        for name in ("layer_norm_eps", "initializer_range", "gate_eps"):
+            require_size(name, getattr(self, name))
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
@@ -153,12 +224,9 @@ class _LionOptions:
                 "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Choose "
                 "feature_map='elu' or 'unit_silu', or normalize=False."
             )
-        if not self.gate_eps >= 0:
-            raise ValueError(f"gate_eps is {self.gate_eps}; it must not be negative.")
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
-            value = getattr(self, name, None)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"{name} is {value}; it must be a probability in [0, 1).")
+            if getattr(self, name, None) is not None:
+                require_rate(name, getattr(self, name))
 
 
 def _activations() -> Mapping | None:
@@ -177,9 +245,40 @@ def spellings(option: str) -> dict[str, str]:
     return _SPELLINGS[option]
 
 
+def _in_plain_values(cls: type) -> type:
+    """Class decorator above `strict`: values are spelt as this package spells them, and made Python's own, before their
+    types are checked, and options that follow the variant are set with it."""
+    checked = cls.__setattr__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        value = _normalised(name, plain(value), type(self))
+        if meant := misspelt_option(type(self), name):
+            logger.warning_once(
+                f"{type(self).__name__} keeps {name!r}, which no LION reads; if {meant!r} was meant, set that."
+            )
+        if name == "format" and value is None:  # as it is, or by default
+            value = getattr(self, name)
+        if name in self.derived_options:  # nobody set those that are None: they follow the variant
+            following = getattr(self, "_following", frozenset())
+            self.__dict__["_following"] = following | {name} if value is None else following - {name}
+            value = self._derived(name) if value is None else value
+        checked(self, name, value)
+        if name == "mask_type":
+            for follower in getattr(self, "_following", ()):
+                checked(self, follower, self._derived(follower))
+
+    cls.__setattr__ = __setattr__
+    return cls
+
+
 def _normalised(name: str, value: Any, owner: type) -> Any:
+    if name in _DECODERS and value:
+        raise ValueError(
+            f"{name} is {value!r} in {owner.__name__}; LION is an encoder that reads both directions. Leave it out, or "
+            "choose a decoder such as GPT-2."
+        )
     if name == "softmax_layers":
-        return _sorted_layers(value)
+        return sorted_layers(value)
     if (name != "mask_type" and name not in _SPELLINGS) or not isinstance(value, str):
         return value
     allowed = spellings(name)
@@ -199,18 +298,7 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
     return value
 
 
-def _sorted_layers(value: Any) -> list[int]:
-    value = [] if value is None else value
-    if not isinstance(value, (list, tuple, range)) or any(type(layer) is not int or layer < 0 for layer in value):
-        raise ValueError(
-            f"softmax_layers is {value!r}; it must be a list of layer numbers, whole and counted from 0 at the "
-            "embeddings ([0, 1] are the first two; negative numbers are not taken)."
-        )
-    if len(set(value)) < len(value):
-        raise ValueError(f"softmax_layers is {value!r}; it must name each layer once.")
-    return sorted(value)
-
-
+@_in_plain_values
 @strict
 class LionConfig(_LionOptions, PreTrainedConfig):
     r"""Configuration of [`LionModel`] and its heads: BERT with its attention replaced by LION (arXiv 2502.16249).
@@ -224,13 +312,15 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             `"Decay"`, `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"` mean the same.
         format (`str`, defaults to `"auto"`):
             How the same function is computed: `"attention"` (quadratic), `"chunk"` (linear time), `"rnn"` (linear time,
-            constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time.
+            constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time;
+            `None` leaves what is stored.
         chunk_size (`int`, defaults to 64):
             Most tokens in one chunk of the chunk and rnn forms.
         pos_emb (`bool`, *optional*):
-            Learned absolute positions. By default only for `"lit"`; the other two tell positions by their decay.
+            Learned absolute positions. By default only for `"lit"`; the other two tell positions by their decay. The
+            default follows `mask_type` when that is changed, until `pos_emb` is set.
         layer_norm_after (`bool`, *optional*):
-            LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`.
+            LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`; it follows as `pos_emb` does.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
             Dropout on the attention matrix in training. Only the attention form has that matrix: with `format="auto"`
             it is chosen, with `"rnn"` or `"chunk"` training raises an error. Softmax layers apply it in every format.
@@ -238,15 +328,19 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             Layers, counted from 0, that keep softmax attention: a hybrid encoder. They have no decay, no
             `layer_norm_after` and quadratic time, whatever the format.
         unpad (`bool`, *optional*):
-            Take the padding at the left and right ends of rows out before the first layer and put zeros in its place
-            after the last. Real tokens, pooled rows and their gradients are the same (a row of padding alone keeps its
-            first token); only outputs at padded positions differ. By default in training on a CPU, outside
-            `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average (3 at base width);
-            `True`: in every batch, `False`: in none. Never where the hidden states of all layers, attentions or
-            attention dropout are asked for, which need the batch as it is, nor in float16 and exported graphs. Can be
-            changed at any time.
+            Take the padding at the left and right ends of rows, masked tokens `pad_token_id`, out before the first
+            layer and put its embeddings back after the last. All other tokens, pooled rows and their gradients are the
+            same (a row of padding alone keeps its first token); only outputs at padding differ. By default in training
+            on a CPU, outside `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average
+            (3 at base width); `True`: in every batch, and with `inputs_embeds`, or without a `pad_token_id`, all
+            that is masked; `False`: in none. Never where the hidden states of all layers, attentions or attention
+            dropout are asked for, which need the batch as it is, nor in exported graphs. Can be changed at any time.
         classifier_dropout (`float`, *optional*):
             Dropout before the classification heads; `hidden_dropout_prob` by default.
+        classifier_pooling (`str`, defaults to `"first"`):
+            What sequence classification and multiple choice read, through the pooler: `"first"`, the first real token
+            of a text, as the paper does, or `"mean"`, the mean of its real tokens. With little fine-tuning data the
+            mean learns more (examples/results). Can be changed at any time.
         norm_position (`str`, defaults to `"post"`):
             `"post"` as in BERT, or `"pre"`, which adds a LayerNorm after the last layer.
         mlp_type (`str`, defaults to `"mlp"`):
@@ -270,6 +364,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     ```"""
 
     model_type = "lion"
+    derived_options = MappingProxyType({"pos_emb": "pos_emb", "layer_norm_after": "norm"})
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -287,6 +382,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     classifier_dropout: float | int | None = None
+    classifier_pooling: str = "first"
     tie_word_embeddings: bool = True
     mask_type: str = "selective"
     format: str = "auto"
@@ -305,11 +401,6 @@ class LionConfig(_LionOptions, PreTrainedConfig):
         order = kwargs.pop("order", None)  # refused unless it means nothing here
         if order is not None:
             _normalised("order", order, type(self))
-        variant = variant_class(self.mask_type)
-        if self.pos_emb is None:
-            self.pos_emb = variant.pos_emb
-        if self.layer_norm_after is None:
-            self.layer_norm_after = variant.norm
         super().__post_init__(**kwargs)
 
     def validate_shape(self):
@@ -320,6 +411,11 @@ class LionConfig(_LionOptions, PreTrainedConfig):
                 f"pad_token_id is {self.pad_token_id}; it must be None or a token of the vocabulary, 0 to "
                 f"{self.vocab_size - 1} (vocab_size - 1)."
             )
+        if variant_class(self.mask_type).pos_emb and not self.pos_emb:
+            logger.warning_once(
+                f"mask_type is {self.mask_type!r} with pos_emb=False: nothing tells this model the order of its "
+                "tokens. Set pos_emb=True unless a bag of words is wanted."
+            )
         if self.normalize and self.attention_probs_dropout_prob > 0:
             raise ValueError(
                 f"attention_probs_dropout_prob is {self.attention_probs_dropout_prob} with normalize=True, where rows "
@@ -328,9 +424,15 @@ class LionConfig(_LionOptions, PreTrainedConfig):
 
 
 # Options of `LionBackbone` alone: config.json names them only where they differ from this.
-_BACKBONE_DEFAULTS = {"out_features": None, "out_indices": None, "apply_layernorm": True}
+_BACKBONE_DEFAULTS = {
+    "out_features": None,
+    "out_indices": None,
+    "apply_layernorm": True,
+    "reshape_hidden_states": True,
+}
 
 
+@_in_plain_values
 @strict
 class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of [`LionVisionModel`], its heads and [`LionBackbone`] (arXiv 2502.16249).
@@ -356,6 +458,9 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
             `"stage1"`, ... `"stageN"` (the output of each layer). The last stage by default.
         out_indices (`list[int]`, *optional*):
             The same by number: 0 is the stem, negative numbers count from the end.
+        reshape_hidden_states (`bool`, defaults to `True`):
+            Whether [`LionBackbone`] gives feature maps (batch, hidden_size, rows, columns). `False`: tokens (batch,
+            1 + rows * columns, hidden_size), the class token first, as DPT and Depth Anything take them.
         apply_layernorm (`bool`, defaults to `True`):
             Whether [`LionBackbone`] passes the feature maps through the final LayerNorm.
         norm_position (`str`, defaults to `"pre"`), mlp_type, gate_eps (defaults to 0.0):
@@ -396,6 +501,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     pos_emb: bool = False
     cls_tok: bool = False
     softmax_layers: Any = ()  # a list of int, checked at every assignment
+    reshape_hidden_states: bool = True
     apply_layernorm: bool = True
     norm_position: str = "pre"
     mlp_type: str = "mlp"

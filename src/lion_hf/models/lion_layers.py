@@ -1,6 +1,7 @@
 """What both LION models are made of: layers built from a configuration, and the base of their classes."""
 
 import os
+import re
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -104,10 +105,12 @@ class LionPreTrainedMixin:
     """What the base classes of both encoders share; stands before `PreTrainedModel` in their bases."""
 
     supports_gradient_checkpointing = True
+    # Name of the loss of a head, in Transformers' table; its subclasses have the same, whatever they are called.
+    stated_loss_type: str | None = None
 
     def __init__(self, config, *args, **kwargs):
         expected = self.config_class
-        if getattr(config, "model_type", None) != expected.model_type:
+        if not self._takes(config):
             raise ValueError(
                 f"{type(self).__name__} needs a {expected.__name__} (model_type {expected.model_type!r}), but was "
                 f"given {type(config).__name__} with model_type {getattr(config, 'model_type', None)!r}. Text models "
@@ -119,6 +122,16 @@ class LionPreTrainedMixin:
         names = {variant.weight_name(name, i) for name in variant.float32_weights for i in range(scans_of(config))}
         self._keep_in_fp32_modules_strict = names
         self._built = config.structure()
+        if self.stated_loss_type is not None:
+            self.loss_type = self.stated_loss_type  # Transformers has guessed it from the name of the class
+
+    @classmethod
+    def _takes(cls, config) -> bool:
+        """Whether a configuration is of the kind of this class: a subclass with a model_type of its own is, and so is
+        one of the same model_type whose code came with a checkpoint."""
+        return isinstance(config, cls.config_class) or (
+            isinstance(config, PreTrainedConfig) and config.model_type == cls.config_class.model_type
+        )
 
     def _initialize_weights(self, module, *args, **kwargs):
         """As in Transformers, which passes over a mixer without parameters of its own: its variant may fill those of
@@ -130,19 +143,37 @@ class LionPreTrainedMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """As in Transformers. A configuration object that contradicts the checkpoint's own in what decides the
-        parameters (`configuration_lion.STRUCTURAL`) raises ValueError, as such an option does."""
+        """As in Transformers. Options of the configuration may be given beside a configuration object, too. One that
+        contradicts the checkpoint's own in what decides the parameters (`configuration_lion.STRUCTURAL`) raises
+        ValueError, as such an option does."""
         if isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(config)
-        if isinstance(config, PreTrainedConfig) and config.model_type == cls.config_class.model_type:
+        if cls._takes(config):
+            config = config.with_options(kwargs)
             where = {name: kwargs[name] for name in _WHERE_OPTIONS if name in kwargs}
             try:
                 stored, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)
             except OSError:  # weights without a configuration: the given one is all there is
                 stored = {}
-            if stored.get("model_type") == config.model_type:
+            if stored.get("model_type") in (config.model_type, cls.config_class.model_type):
                 cls.config_class.require_structure(stored, config)
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        """As in Transformers, which the Auto classes call. Options of the configuration may be given, and what stays
+        float32 in a model that is loaded in half precision does so here."""
+        if cls._takes(config):
+            config = config.with_options(kwargs)
+        if kwargs.get("dtype") == "auto":  # as the configuration says
+            del kwargs["dtype"]
+        model = super()._from_config(config, **kwargs)
+        model.config.dtype = model.dtype
+        plan = model._get_dtype_plan(model.dtype)
+        for name, parameter in model.named_parameters():
+            for pattern in filter(lambda pattern: re.search(pattern, name), plan):
+                parameter.data = parameter.data.to(plan[pattern])
+        return model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in Transformers, but a configuration that was changed after the model was built, and describes other
@@ -157,17 +188,25 @@ class LionPreTrainedMixin:
                 )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
-        if attn_implementation in (None, "eager"):
-            return "eager"
-        raise ValueError(
-            f"attn_implementation is {attn_implementation!r}, but LION has no softmax attention to replace. Choose how "
-            "it is computed by config.format: 'attention', 'rnn', 'chunk' or 'auto'. (softmax_layers always use SDPA.)"
-        )
+    # Layers in `softmax_layers` call scaled_dot_product_attention, whatever is chosen.
+    _supports_sdpa = True
 
-    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
-        """LION has no softmax attention: anything but "eager" raises ValueError and names `config.format`."""
-        self._check_and_adjust_attn_implementation(attn_implementation)
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        return self.get_correct_attn_implementation(attn_implementation)
+
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
+        """What is chosen: "eager", the default, or "sdpa", which mean the same. Anything else raises ValueError."""
+        if requested_attention not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation is {requested_attention!r}; LION takes 'eager' and 'sdpa', which mean the same: "
+                "softmax_layers always use SDPA. How linear attention is computed says config.format: 'attention', "
+                "'rnn', 'chunk' or 'auto'."
+            )
+        return requested_attention or "eager"
 
 
 # Options of the configuration that no layer shows where all mix by softmax attention.

@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from ..nn.encoder import run_blocks
 from ..nn.mixer import TokenMixer
 from ..ops.checks import is_binary, values_can_be_read
-from ..ops.packing import first_tokens, packed_bounds, packed_positions
+from ..ops.packing import first_tokens, packed_bounds, packed_positions, sequence_means
 from .configuration_lion import LionConfig
 from .lion_layers import LionLayer, LionPreTrainedMixin, mixing_options, sequence_classification_loss
 
@@ -81,7 +81,8 @@ class LionEmbeddings(nn.Module):
 
 
 class LionPooler(nn.Module):
-    """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left), (batch, hidden).
+    """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left), or of the mean of all
+    real tokens, (batch, hidden).
 
     Of a packed row, that of every sequence, (sequences, hidden). Where no token is real, the first of all."""
 
@@ -90,21 +91,39 @@ class LionPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: Tensor, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        pooling: str = "first",
     ) -> Tensor:
+        pool = {"first": self._first, "mean": self._mean}[pooling]
+        if cu_seqlens is not None and int(cu_seqlens.diff().min()) == 0:
+            raise ValueError(
+                "A sequence of this packed row is empty and has no first token to pool. Leave empty sequences out, "
+                "or build the model with add_pooling_layer=False."
+            )
+        return torch.tanh(self.dense(pool(hidden_states, key_mask, cu_seqlens)))
+
+    @staticmethod
+    def _first(hidden_states: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
         if cu_seqlens is not None:
-            if int(cu_seqlens.diff().min()) == 0:
-                raise ValueError(
-                    "A sequence of this packed row is empty and has no first token to pool. Leave empty sequences out, "
-                    "or build the model with add_pooling_layer=False."
-                )
-            first = hidden_states[0, first_tokens(cu_seqlens, key_mask).to(hidden_states.device)]
-        elif key_mask is None:
-            first = hidden_states[:, 0]
-        else:
-            index = key_mask.int().argmax(1)
-            first = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), index]
-        return torch.tanh(self.dense(first))
+            return hidden_states[0, first_tokens(cu_seqlens, key_mask).to(hidden_states.device)]
+        if key_mask is None:
+            return hidden_states[:, 0]
+        rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+        return hidden_states[rows, key_mask.int().argmax(1)]
+
+    @staticmethod
+    def _mean(hidden_states: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        if cu_seqlens is not None:
+            return sequence_means(hidden_states, cu_seqlens, key_mask)
+        if key_mask is None:
+            return hidden_states.mean(1)
+        real = key_mask.scatter(1, key_mask.int().argmax(1, keepdim=True), True)  # the first of all where none is
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        sums = hidden_states.masked_fill(~real.unsqueeze(2), 0).sum(1, dtype=dtype)
+        return (sums / real.sum(1, keepdim=True)).to(hidden_states.dtype)
 
 
 class LionMLMHead(nn.Module):
@@ -129,12 +148,12 @@ class LionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": LionLayer, "attentions": TokenMixer}
 
 
-@auto_docstring(custom_intro="The bare LION text encoder, hidden states and a pooled first token.")
+@auto_docstring(custom_intro="The bare LION text encoder, hidden states and a pooled text.")
 class LionModel(LionPreTrainedModel):
     def __init__(self, config: LionConfig, add_pooling_layer: bool = True):
         r"""
         add_pooling_layer (`bool`, *optional*, defaults to `True`):
-            Whether to add a tanh pooler on the first real token.
+            Whether to add a tanh pooler on what `config.classifier_pooling` says.
         """
         super().__init__(config)
         self.embeddings = LionEmbeddings(config)
@@ -163,14 +182,15 @@ class LionModel(LionPreTrainedModel):
     ) -> tuple[Tensor] | BaseModelOutputWithPooling:
         r"""
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` is accepted too.
+            True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` is accepted too,
+            and one row for all, `(1, sequence_length)`.
             A mask over pairs of tokens or an additive mask raises ValueError: LION masks keys only.
         position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Rows of the position table, where the model has one; `(1, sequence_length)` is accepted too. In a batch of
-            one row without attention_mask, positions that start again at 0 (every entry 0 or one more than the entry
-            before it) tell that the row holds several sequences, as `DataCollatorWithFlattening` packs them; so do its
-            `cu_seq_lens_q` and `seq_idx`, which take an attention_mask as well. No sequence reads another, and the
-            pooler returns the first real token of each.
+            one row without attention_mask, positions that rise by 1 inside each text and fall to the next tell that
+            the row holds several texts, as `DataCollatorWithFlattening` packs them, whatever number they start with;
+            so do its `cu_seq_lens_q` and `seq_idx`, which take an attention_mask as well. No text reads another, and
+            the pooler returns one vector for each.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds; both or neither were given.")
@@ -187,20 +207,26 @@ class LionModel(LionPreTrainedModel):
                 position_ids = None  # they have told where the sequences begin
             elif position_ids is None:
                 position_ids = packed_positions(cu_seqlens).to(inputs.device)
+        # A masked token may be read all the same, such as those that expand a query; one of padding is not.
+        pad = self.config.pad_token_id
+        padding = None if input_ids is None or pad is None else input_ids == pad
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
         hidden_states = run_blocks(
             self.layers,
             hidden_states,
             key_mask,
             cu_seqlens=cu_seqlens,
-            unpadding=self.config.unpad,
+            padding=padding,
+            unpadding=False if padding is None and self.config.unpad is None else self.config.unpad,
             keep_shape=bool(kwargs.get("output_hidden_states", self.config.output_hidden_states)),
             training=self.training,
             output_attentions=output_attentions,
             **mixing_options(self.config),
         )
         hidden_states = hidden_states if self.norm is None else self.norm(hidden_states)
-        pooled = self.pooler(hidden_states, key_mask, cu_seqlens) if self.pooler is not None else None
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pooler(hidden_states, key_mask, cu_seqlens, self.config.classifier_pooling)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
@@ -223,10 +249,11 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
     mask = attention_mask
     if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
         mask = mask[:, 0, 0]
-    if mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] != length:
+    if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != length:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; LION masks keys only, so it must be "
-            f"(batch, length) = ({batch}, {length}) or (batch, 1, 1, length), with 1 for real tokens and 0 for padding."
+            f"(batch, length) = ({batch}, {length}) or (batch, 1, 1, length), with 1 for real tokens and 0 for "
+            "padding, or have one row for all."
         )
     if values_can_be_read(mask):
         if not is_binary(mask):
@@ -236,11 +263,13 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
             )
         if bool(mask.all()):
             return None
-    return mask.to(torch.bool)
+    mask = mask.to(torch.bool)
+    return mask if mask.shape[0] == batch else mask.expand(batch, length)
 
 
 @auto_docstring(custom_intro="LION with a masked language modelling head, whose decoder is tied to the embeddings.")
 class LionForMaskedLM(LionPreTrainedModel):
+    stated_loss_type = "ForMaskedLM"
     _tied_weights_keys = {"head.decoder.weight": "lion.embeddings.word_embeddings.weight"}
 
     def __init__(self, config: LionConfig):
@@ -288,8 +317,10 @@ def _classifier_dropout(config: LionConfig) -> nn.Dropout:
     return nn.Dropout(rate)
 
 
-@auto_docstring(custom_intro="LION with a linear layer on the pooled first token: classification or regression.")
+@auto_docstring(custom_intro="LION with a linear layer on the pooled text: classification or regression.")
 class LionForSequenceClassification(LionPreTrainedModel):
+    stated_loss_type = "ForSequenceClassification"
+
     def __init__(self, config: LionConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -327,6 +358,8 @@ class LionForSequenceClassification(LionPreTrainedModel):
 
 @auto_docstring(custom_intro="LION with a linear layer on every token, for named entities and the like.")
 class LionForTokenClassification(LionPreTrainedModel):
+    stated_loss_type = "ForTokenClassification"
+
     def __init__(self, config: LionConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -365,6 +398,8 @@ class LionForTokenClassification(LionPreTrainedModel):
 
 @auto_docstring(custom_intro="LION with a linear layer that scores every token as start and end of an answer span.")
 class LionForQuestionAnswering(LionPreTrainedModel):
+    stated_loss_type = "ForQuestionAnswering"
+
     def __init__(self, config: LionConfig):
         super().__init__(config)
         self.lion = LionModel(config, add_pooling_layer=False)
@@ -389,6 +424,8 @@ class LionForQuestionAnswering(LionPreTrainedModel):
             First and last token of the answer. The loss is the mean of both cross entropies, each over the real tokens
             of a row, so that its padding counts for nothing. One beyond the row is left out; one on padding raises
             ValueError (on the CPU, outside compiled graphs: an accelerator would have to be waited for).
+            Trainer looks for these two by the name of the class: for a subclass of another name say
+            `TrainingArguments(label_names=["start_positions", "end_positions"])`.
         """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
@@ -464,9 +501,9 @@ class LionForMultipleChoice(LionPreTrainedModel):
                 f"input_ids has shape {tuple(input_ids.shape)}; multiple choice takes (batch, num_choices, length). "
                 "Use unsqueeze(0) for a batch of one question."
             )
-        choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        batch, choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         flat = [
-            x if x is None else x.flatten(0, 1)
+            _flat_choices(x, batch, choices)
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
         outputs = self.lion(*flat, return_dict=True, **kwargs)
@@ -477,6 +514,15 @@ class LionForMultipleChoice(LionPreTrainedModel):
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+def _flat_choices(x: Tensor | None, batch: int, choices: int) -> Tensor | None:
+    """(batch, choices, ...), or with 1 in place of either, as rows of one batch; (1, length) as it is."""
+    if x is None or x.dim() < 3:
+        return x
+    if x.shape[:2] != (batch, choices):
+        x = x.expand(*(n if size == 1 else size for n, size in zip((batch, choices), x.shape, strict=False)), -1)
+    return x.flatten(0, 1)
 
 
 __all__ = [

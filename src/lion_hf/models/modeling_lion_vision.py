@@ -205,6 +205,8 @@ class LionVisionModel(LionVisionPreTrainedModel):
 
 @auto_docstring(custom_intro="LION image encoder with a linear classifier on the pooled image.")
 class LionForImageClassification(LionVisionPreTrainedModel):
+    stated_loss_type = "ForImageClassification"
+
     def __init__(self, config: LionVisionConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -235,6 +237,16 @@ class LionForImageClassification(LionVisionPreTrainedModel):
         )
 
 
+class LionPixelShuffle(nn.PixelShuffle):
+    """PyTorch's, whose backward fails for an empty batch, as a permutation of dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        side = self.upscale_factor
+        batch, channels, rows, columns = x.shape
+        pixels = x.reshape(batch, channels // side**2, side, side, rows, columns).permute(0, 1, 4, 2, 5, 3)
+        return pixels.reshape(batch, channels // side**2, rows * side, columns * side)
+
+
 @auto_docstring(
     custom_intro="LION image encoder with a decoder that paints masked patches: one convolution and a pixel shuffle."
 )
@@ -248,7 +260,7 @@ class LionForMaskedImageModeling(LionVisionPreTrainedModel):
         patch_size = config.patch_size
         self.decoder = nn.Sequential(
             nn.Conv2d(config.hidden_size, patch_size**2 * config.num_channels, kernel_size=1),
-            nn.PixelShuffle(patch_size),
+            LionPixelShuffle(patch_size),
         )
         self.post_init()
 
@@ -294,7 +306,7 @@ def _grid_features(hidden_states: Tensor, pixel_values: Tensor, patch_size: int)
 def _masked_l1_loss(reconstruction: Tensor, pixel_values: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     dtype = torch.promote_types(reconstruction.dtype, torch.float32)
     error = (reconstruction.to(dtype) - pixel_values.to(dtype)).abs().mean(1)
-    by_patch = F.avg_pool2d(error, patch_size)
+    by_patch = F.avg_pool2d(error.unsqueeze(1), patch_size).squeeze(1)  # three dimensions would allow no empty batch
     mask = mask.reshape(by_patch.shape).bool().to(dtype)
     return (by_patch * mask).sum() / mask.sum().clamp(min=1)
 
@@ -326,7 +338,8 @@ class LionBackbone(BackboneMixin, LionVisionPreTrainedModel):
             See [`LionVisionModel`]. A backbone meets images of any size, so here it is the default.
 
         Returns `feature_maps`, one `(batch_size, hidden_size, height / patch_size, width / patch_size)` for each of
-        `config.out_features`, through the final LayerNorm if `config.apply_layernorm`.
+        `config.out_features`, through the final LayerNorm if `config.apply_layernorm`; all tokens, `(batch_size, 1 +
+        num_patches, hidden_size)`, where `config.reshape_hidden_states` is False.
 
         ```python
         >>> from lion_hf import LionBackbone, LionVisionConfig
@@ -341,8 +354,10 @@ class LionBackbone(BackboneMixin, LionVisionPreTrainedModel):
         norm = self.lion_vision.norm
         if self.config.apply_layernorm:
             chosen = [tokens if norm is None else norm(tokens) for tokens in chosen]
+        if self.config.reshape_hidden_states:
+            chosen = [_grid_features(tokens, pixel_values, self.config.patch_size) for tokens in chosen]
         return BackboneOutput(
-            feature_maps=tuple(_grid_features(tokens, pixel_values, self.config.patch_size) for tokens in chosen),
+            feature_maps=tuple(chosen),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

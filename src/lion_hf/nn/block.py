@@ -4,7 +4,7 @@ import functools
 
 from torch import Tensor, nn
 
-from .names import BLOCK_OPTIONS, require_name
+from .names import BLOCK_OPTIONS, require_name, require_rate, require_size
 
 
 class DropPath(nn.Module):
@@ -12,6 +12,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
+        require_rate("drop_path", rate)
         self.rate = rate
 
     def forward(self, branch: Tensor) -> Tensor:
@@ -60,6 +61,8 @@ class Block(nn.Module):
             self.mixer_norm, self.mixer, self.mlp_norm, self.mlp = norm(), mixer, norm(), mlp
         else:
             self.mixer, self.mixer_norm, self.mlp, self.mlp_norm = mixer, norm(), mlp, norm()
+        require_rate("dropout", dropout)
+        require_size("norm_eps", norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 

@@ -10,7 +10,7 @@ from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
 from .mixer import Mixer
 from .mlp import MLP
-from .names import BLOCK_OPTIONS, MLP_TYPES, require_name
+from .names import BLOCK_OPTIONS, MLP_TYPES, require_name, require_rate
 from .softmax import SoftmaxMixer
 
 
@@ -27,6 +27,7 @@ def run_blocks(
     key_mask: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
+    padding: Tensor | None = None,
     unpadding: bool | None = False,
     keep_shape: bool = False,
     training: bool = False,
@@ -39,9 +40,10 @@ def run_blocks(
         x: (batch, length, dim).
         key_mask: (batch, length), True for real tokens, or None where all are.
         cu_seqlens: (sequences + 1,), the bounds of the sequences of a packed row (batch 1).
-        unpadding: take the padding at the ends of rows out before the first block, and put zeros in its place after the
-            last. True: wherever there is any; None: in training on a CPU, where it pays; False: never. It makes one row
-            of several, so that nothing is taken out where a mixer takes no packed rows.
+        padding: (batch, length), True for masked tokens that nobody reads; all that are masked by default.
+        unpadding: take the padding at the ends of rows out before the first block, and put it back after the last as it
+            was, without a gradient. True: wherever there is any; None: in training on a CPU, where it pays; False:
+            never. It makes one row of several, so that nothing is taken out where a mixer takes no packed rows.
         keep_shape: leave the padding where it is, for those who look at what happens inside.
         training: whether the blocks train, for `unpadding=None`, and for `dropout`.
         mixing: further arguments of the mixers, such as `format` and `paths`.
@@ -55,28 +57,28 @@ def run_blocks(
     needs_matrix = bool(mixing.get("output_attentions")) or (training and mixing.get("dropout", 0) > 0)
     if cu_seqlens is not None and needs_matrix:
         raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
-    batch, length = x.shape[:2]
-    row = None
+    row, whole = None, x
     packs = all(getattr(block.mixer, "takes_packed_rows", True) for block in blocks)
     if key_mask is not None and cu_seqlens is None and packs and not needs_matrix and not keep_shape:
-        row = unpadded_row(key_mask, x, unpadding, training)
+        row = unpadded_row(key_mask, x, unpadding, training, padding)
     if row is not None:
         x, key_mask, cu_seqlens = row.join(x), row.key_mask, row.cu_seqlens
     for block in blocks:
         x = block(x, key_mask, cu_seqlens=cu_seqlens, **mixing)
-    return x if row is None else row.restore(x, batch, length)
+    return x if row is None else row.restore(x, whole)
 
 
-def unpadded_row(key_mask: Tensor, x: Tensor, unpadding: bool | None, training: bool) -> UnpaddedRow | None:
+def unpadded_row(
+    key_mask: Tensor, x: Tensor, unpadding: bool | None, training: bool, padding: Tensor | None = None
+) -> UnpaddedRow | None:
     """The rows of a batch joined without padding, or None where they stay as they are."""
-    # A LayerNorm over the zeros that stand for padding overflows in float16; an exported graph reads no mask.
-    if unpadding is False or x.dtype == torch.float16 or is_exporting():
+    if unpadding is False or is_exporting():  # an exported graph reads no mask
         return None
     if unpadding:
-        return unpad(key_mask)
+        return unpad(key_mask, padding=padding)
     # On an accelerator, reading the mask waits for the device; not yet timed whether that pays.
     worthwhile = training and key_mask.device.type == "cpu" and not torch.compiler.is_compiling()
-    return unpad(key_mask, LEAST_PADDING * len(key_mask) / x.shape[-1]) if worthwhile else None
+    return unpad(key_mask, LEAST_PADDING * len(key_mask) / x.shape[-1], padding) if worthwhile else None
 
 
 class Encoder(nn.Module):
@@ -135,6 +137,7 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"softmax_layers is {softmax_layers!r}; with depth {depth} its numbers must be from 0 to {depth - 1}."
             )
+        require_rate("attention_dropout", attention_dropout)
         self.attention_dropout, self.unpad = attention_dropout, unpad
         block_options = {"norm_position": norm_position, "norm_eps": norm_eps, "dropout": dropout}
         block_options |= {name: options.pop(name) for name in BLOCK_OPTIONS if name in options}
@@ -177,7 +180,7 @@ class Encoder(nn.Module):
         Args:
             x: (batch, length, dim).
             key_mask: (batch, length), True for real tokens, False for padding. What padded positions hold reaches no
-                real token; where padding is taken out, their outputs are those of zeros.
+                real token; where padding is taken out, no block sees them, and they have no gradient.
             cu_seqlens, paths, format, chunk_size: as in [`Mixer.forward`].
 
         Returns:
@@ -192,4 +195,5 @@ class Encoder(nn.Module):
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
     """Rates of stochastic depth of `depth` blocks, linearly from 0 to that of the last one."""
+    require_rate("drop_path", last)
     return [last * i / max(depth - 1, 1) for i in range(depth)]

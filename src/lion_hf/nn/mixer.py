@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from ..ops.api import attention_scores, bidirectional_linear_attention
 from ..ops.scans import averaged_scans
 from .features import FUNCTIONS
-from .names import FEATURE_MAPS, require_name
+from .names import FEATURE_MAPS, require_name, require_rate, require_size
 from .variants import Recurrence, Variant, variant_class
 
 
@@ -124,6 +124,7 @@ class Mixer(TokenMixer):
         self.normalize = self.variant.normalize if normalize is None else normalize
         self.feature_map = chosen_feature_map(self.variant, feature_map, self.normalize)
         self.scans = self.variant.scans_taken(scans)
+        require_size("gate_eps", gate_eps)
         self.prefix_tokens, self.gate_eps = prefix_tokens, gate_eps
         self.layer_idx, self.num_layers = layer_idx, num_layers
         self.variant_weights: list[str] = []  # own names of what the variant adds
@@ -199,6 +200,7 @@ class Mixer(TokenMixer):
             ValueError: where the matrix is needed (`output_attentions`, or dropout in training) and `format` is "rnn"
                 or "chunk"; for a mask or scans that the variant does not take; for two scans without paths.
         """
+        require_rate("dropout", dropout)
         dropout = dropout if self.training and not self.normalize else 0.0
         self._check_call(key_mask, cu_seqlens, paths)
         recurrences = self.recurrences(x)

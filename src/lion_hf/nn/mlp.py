@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from .names import require_rate
+
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -19,7 +21,7 @@ class MLP(nn.Module):
         dropout: rate after the activation.
 
     Raises:
-        ValueError: for an activation of another name.
+        ValueError: for an activation of another name, and a rate that is no probability below 1.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class MLP(nn.Module):
         self.act_fn = activation
         self.gate_proj = nn.Linear(dim, hidden) if gated else None
         self.down_proj = nn.Linear(hidden, dim)
+        require_rate("dropout", dropout)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

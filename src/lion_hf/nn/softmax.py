@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from ..ops.packing import map_sequences
 from .mixer import Path, TokenMixer
+from .names import require_rate
 from .variants import at_least_float32
 
 
@@ -28,6 +29,7 @@ class SoftmaxMixer(TokenMixer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As `Mixer.forward`. `paths`, `format` and `chunk_size` change nothing, and the matrix is there in every
         format. Rows whose keys are all masked read 0."""
+        require_rate("dropout", dropout)
         query, key, value = self.project(x)
         dropout = dropout if self.training else 0.0
 

@@ -1,5 +1,7 @@
 """What the operator accepts, and what may be looked at to tell: clear errors before anything is computed."""
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, 
     form = format.lower() if isinstance(format, str) else format
     if form not in FORMATS:
         raise ValueError(f"format is {format!r}; allowed are {', '.join(map(repr, FORMATS))}.")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, Integral)) or chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1, for instance 64.")
     if scale is not None and not scale > 0:
         raise ValueError(f"scale is {scale!r}; it must be positive. Negate the query for a negative scale.")

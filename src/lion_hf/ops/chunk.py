@@ -30,7 +30,7 @@ def _chunk_gates(log_decay: Tensor, length: int, chunks: int, size: int, dtype: 
 
 def equal_chunks(length: int, chunk_size: int) -> tuple[int, int]:
     """(number of chunks, tokens in each): as few chunks as `chunk_size` allows, equally long."""
-    chunks = -(-length // chunk_size)
+    chunks = -(-length // (chunk_size if isinstance(chunk_size, int) else int(chunk_size)))  # numpy's are taken
     return chunks, -(-length // chunks)
 
 

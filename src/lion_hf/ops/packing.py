@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backend import warn_once
 from .checks import check_cu_seqlens, is_exporting
 
 
@@ -30,8 +31,9 @@ def packed_bounds(
 
     - `cu_seqlens`, the bounds themselves (its `cu_seq_lens_q`);
     - `seq_idx` (1, length), a number that changes from one sequence to the next;
-    - `position_ids` (1, length) that start again at 0: where the batch is 1 and there is no attention_mask, every entry
-      is 0 or one more than the entry before it, the first is 0, and a later one too. Not in a graph that is exported.
+    - `position_ids` (1, length) that start again: where the batch is 1 and there is no attention_mask, they rise by 1
+      inside each text and fall from one text to the next, whatever their first numbers. Where an entry equals the one
+      before it, as those of padding do, the row is one text, with a warning. Not in a graph that is exported.
 
     Raises:
         ValueError: where `cu_seqlens` or `seq_idx` does not fit a single row of this length.
@@ -56,10 +58,18 @@ def packed_bounds(
 
 
 def _restarts(positions: Tensor) -> Tensor | None:
-    """Where positions (length,) start again at 0; None unless they count from 0 several times and do nothing else."""
-    starts = positions == 0
-    counted = torch.cat([starts[:1], starts[1:] | (positions.diff() == 1)])
-    return starts if bool(counted.all()) and int(starts.sum()) > 1 else None
+    """Where positions (length,) start again; None unless they rise by 1 inside several texts and do nothing else."""
+    steps = positions.diff()
+    rises, falls = steps == 1, steps < 0
+    if bool(rises.any()) and bool(falls.any()) and bool((rises | falls).all()):
+        return F.pad(falls, (1, 0), value=True)
+    if bool((steps <= 0).any()):
+        warn_once(
+            "position_ids of this row repeat or fall, but do not rise by 1 inside each text: they do not tell where "
+            "texts begin, and the row is read as one text. For packed texts give cu_seq_lens_q or seq_idx "
+            "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), for padding an attention_mask."
+        )
+    return None
 
 
 def packed_positions(cu_seqlens: Tensor) -> Tensor:
@@ -79,6 +89,20 @@ def first_tokens(cu_seqlens: Tensor, key_mask: Tensor | None = None) -> Tensor:
     return torch.where(found < stops, found, starts)
 
 
+def sequence_means(x: Tensor, cu_seqlens: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """(sequences, width): the mean of the tokens of each sequence in a row x (1, length, width) that `key_mask`
+    (1, length) lets in; of a sequence without one, its first token. None of them may be empty."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    owner = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff()).to(x.device)
+    tokens, counts = x[0].to(dtype), cu_seqlens.diff().to(x.device, dtype)
+    if key_mask is not None:
+        real = key_mask[0].index_fill(0, first_tokens(cu_seqlens, key_mask).to(x.device), True)
+        tokens = tokens.masked_fill(~real.unsqueeze(1), 0)
+        counts = torch.zeros_like(counts).index_add(0, owner, real.to(dtype))
+    sums = tokens.new_zeros(len(counts), x.shape[2]).index_add(0, owner, tokens)
+    return (sums / counts.unsqueeze(1)).to(x.dtype)
+
+
 class UnpaddedRow(NamedTuple):
     """A batch whose rows stand in one row, one after the other, without the padding at their ends."""
 
@@ -90,19 +114,22 @@ class UnpaddedRow(NamedTuple):
         """(batch, length, hidden) -> (1, tokens, hidden)."""
         return hidden_states.flatten(0, 1).index_select(0, self.index)[None]
 
-    def restore(self, hidden_states: Tensor, batch: int, length: int) -> Tensor:
-        """(1, tokens, hidden) -> (batch, length, hidden), 0 where there was padding."""
-        rows = hidden_states.new_zeros(batch * length, hidden_states.shape[-1])
-        return rows.index_copy(0, self.index, hidden_states[0]).unflatten(0, (batch, length))
+    def restore(self, hidden_states: Tensor, padded: Tensor) -> Tensor:
+        """(1, tokens, hidden) -> (batch, length, hidden). Where there was padding it is that of `padded` (the same
+        shape), without a gradient: never 0, whose LayerNorm has a gradient of 1 / sqrt(eps)."""
+        rows = padded.detach().flatten(0, 1).to(hidden_states.dtype)
+        return rows.index_copy(0, self.index, hidden_states[0]).view_as(padded)
 
 
-def unpad(key_mask: Tensor, least_padding: float = 1) -> UnpaddedRow | None:
-    """Joins the rows of a key mask (batch, length) without the False at their left and right ends; of a row that is
-    False throughout the first token stays, which the pooler reads.
+def unpad(key_mask: Tensor, least_padding: float = 1, padding: Tensor | None = None) -> UnpaddedRow | None:
+    """Joins the rows of a key mask (batch, length) without the padding at their left and right ends: what the mask
+    leaves out, or of that only what `padding` (batch, length) marks with True. Of a row without a real token the first
+    stays, which the pooler reads.
 
     None where these are fewer than `least_padding` positions in the whole batch, or there is none.
     """
-    begun, to_come = key_mask.cumsum(1) > 0, key_mask.flip(1).cumsum(1).flip(1) > 0
+    wanted = key_mask if padding is None else key_mask | ~padding
+    begun, to_come = wanted.cumsum(1) > 0, wanted.flip(1).cumsum(1).flip(1) > 0
     kept = begun & to_come
     kept[:, :1] |= ~key_mask.any(1, keepdim=True)
     lengths = kept.sum(1).cpu()

@@ -1,6 +1,7 @@
 """Arguments of the training scripts: of models, data and training."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -63,12 +64,17 @@ class ModelArguments:
         default=None, metadata={"help": f"Function of queries and keys: {', '.join(FEATURE_MAPS)}."}
     )
     normalize: bool | None = field(default=None, metadata={"help": "Divide LION's outputs by their row sums."})
-    format: str = field(default="auto", metadata={"help": "How LION is computed: auto, attention, rnn or chunk."})
+    format: str | None = field(
+        default=None,
+        metadata={"help": "How LION is computed: auto, attention, rnn or chunk; as stored, auto for new models."},
+    )
 
     def __post_init__(self):
         require_at_least(self, 1, *(name for name, value in dataclasses.asdict(self).items() if type(value) is int))
-        if self.warm_start_distillation < 0:
-            raise ValueError(f"--warm_start_distillation is {self.warm_start_distillation}; it must not be negative")
+        if not 0 <= self.warm_start_distillation < math.inf:
+            raise ValueError(
+                f"--warm_start_distillation is {self.warm_start_distillation}; it must not be negative, and finite"
+            )
         if self.warm_start_distillation and not self.warm_start:
             raise ValueError("--warm_start_distillation needs --warm_start, whose hidden states it learns")
 
@@ -87,6 +93,10 @@ class ModelArguments:
 class TextModelArguments(ModelArguments):
     layer_norm_after: bool | None = field(
         default=None, metadata={"help": "LayerNorm over all heads after mixing; default: LION-LIT and warm starts."}
+    )
+    classifier_pooling: str | None = field(
+        default=None,
+        metadata={"help": "What a classifier reads: first (the first token) or mean (of all); of existing models too."},
     )
 
 
@@ -155,7 +165,7 @@ class LionTrainingArguments(TrainingArguments):
             self.eval_strategy = "no"
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         require_at_least(self, 1, *sizes)
-        require_at_least(self, 0, "learning_rate", "num_train_epochs", "seed")
+        require_at_least(self, 0, "learning_rate", "num_train_epochs", "weight_decay", "warmup_steps", "seed")
         super().__post_init__()
         get_reporting_integration_callbacks(self.report_to)  # ValueError for a name that is none
         for name in ("lr_floor", "lr_warmup_start"):
@@ -166,8 +176,9 @@ class LionTrainingArguments(TrainingArguments):
 
 
 def require_at_least(arguments: Any, least: int, *names: str) -> None:
-    """Raises ValueError for an argument that is given and smaller."""
+    """Raises ValueError for an argument that is given and smaller, or no finite number."""
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}")
+        if value is not None and not least <= value < math.inf:
+            finite = "" if math.isfinite(value) else " and finite"
+            raise ValueError(f"--{name} is {value}; it must be at least {least}{finite}")

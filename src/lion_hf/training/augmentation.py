@@ -57,8 +57,8 @@ class AugmentationArguments:
                 raise ValueError(f"--{name} is {getattr(self, name)}; allowed is 0 to 1")
         if not 0 < self.crop_scale <= 1:
             raise ValueError(f"--crop_scale is {self.crop_scale}; allowed is more than 0 and at most 1")
-        if self.mixup < 0 or self.cutmix < 0:
-            raise ValueError("--mixup and --cutmix must not be negative")
+        if not (0 <= self.mixup < math.inf and 0 <= self.cutmix < math.inf):
+            raise ValueError("--mixup and --cutmix must not be negative, and must be finite")
         if self.repeated_augmentation < 1:
             raise ValueError(f"--repeated_augmentation is {self.repeated_augmentation}; it must be at least 1")
 

@@ -1,5 +1,6 @@
 """Distillation as in DeiT, without a distillation token: the student also learns what a teacher sees in its images."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,8 +32,8 @@ class DistillationArguments:
         self.distillation = self.distillation or "hard"
         if not 0 <= self.distillation_alpha <= 1:
             raise ValueError(f"--distillation_alpha is {self.distillation_alpha}; allowed is 0 to 1")
-        if self.distillation_tau <= 0:
-            raise ValueError(f"--distillation_tau is {self.distillation_tau}; it must be positive")
+        if not 0 < self.distillation_tau < math.inf:
+            raise ValueError(f"--distillation_tau is {self.distillation_tau}; it must be positive and finite")
 
 
 def distillation_losses(

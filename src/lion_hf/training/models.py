@@ -25,7 +25,9 @@ PURPOSES = {
 }
 LABEL_OPTIONS = ("id2label", "label2id", "problem_type", "num_labels")
 # Options that only LION has; new models of other kinds are built without their defaults.
-LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate")
+LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate", "classifier_pooling")
+# Options that change no parameter: existing models take them too.
+LIVE_OPTIONS = ("classifier_pooling",)
 
 
 def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
@@ -65,6 +67,7 @@ def build_model(
             return auto_class.from_config(config)
     options = {k: v for k, v in fixed.items() if k in LABEL_OPTIONS}
     options |= {k: v for k, v in fixed.items() if k == "attention_probs_dropout_prob" and hasattr(config, k)}
+    options |= {k: v for k, v in model.overrides().items() if k in LIVE_OPTIONS}
     if config.model_type in LION_TYPES:
         options["format"] = model.format
     with user_errors(f"cannot load {model.model_name_or_path!r}", OSError, ValueError, StrictDataclassError):
@@ -105,12 +108,17 @@ def known_config(
 def _config_to_go_on_with(auto_class, model: ModelArguments) -> PreTrainedConfig:
     """The configuration of `--model_name_or_path`, which no other argument may contradict."""
     others = {"warm_start": model.warm_start, "preset": model.preset, "model_type": model.model_type}
-    first = next((name for name, value in (others | model.overrides()).items() if value is not None), None)
+    others |= {name: value for name, value in model.overrides().items() if name not in LIVE_OPTIONS}
+    first = next((name for name, value in others.items() if value is not None), None)
     if first:
         raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
     config = existing_config(model.model_name_or_path, auto_class)
-    if config.model_type not in LION_TYPES and model.format != "auto":
-        raise UserError(f"--format is an option of LION; {model.model_name_or_path!r} is a {config.model_type!r} model")
+    live = [name for name in LIVE_OPTIONS if name in model.overrides() and not hasattr(config, name)]
+    live += ["format"] if config.model_type not in LION_TYPES and model.format not in (None, "auto") else []
+    if live:
+        raise UserError(
+            f"--{live[0]} is an option of LION; {model.model_name_or_path!r} is a {config.model_type!r} model"
+        )
     return config
 
 
@@ -147,10 +155,11 @@ def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any
 def _options_of_baseline(model_type: str, model: ModelArguments) -> dict[str, Any]:
     """The given options, all of which a model of another kind than LION must have."""
     overrides = model.overrides()
-    foreign = next((name for name in LION_OPTIONS if name in overrides), "preset" if model.preset else None)
-    if foreign or model.format != "auto":
-        raise UserError(f"--{foreign or 'format'} is an option of LION; a {model_type!r} model has none")
     known = CONFIG_MAPPING[model_type].__dataclass_fields__
+    foreign = [name for name in LION_OPTIONS if name in overrides and name not in known]
+    foreign += ["preset"] if model.preset else ["format"] if model.format not in (None, "auto") else []
+    if foreign:
+        raise UserError(f"--{foreign[0]} is an option of LION; a {model_type!r} model has none")
     foreign = next((name for name in overrides if name not in known), None)
     if foreign:
         raise UserError(f"--{foreign} is no option of a {model_type!r} model")

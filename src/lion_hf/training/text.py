@@ -50,6 +50,9 @@ class TextArguments(DataArguments):
     def __post_init__(self):
         super().__post_init__()
         require_at_least(self, MIN_VOCABULARY, "vocab_size", "train_tokenizer")
+        for name in ("mlm_probability", "eval_mlm_probability"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; allowed is more than 0 and at most 1")
 
 
 # ----------------------------------------------------------------------------------------------------------- texts
