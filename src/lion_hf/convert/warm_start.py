@@ -25,6 +25,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.configuration_lion import LionConfig, LionVisionConfig
+from ..models.lion_layers import stays_float32
 from ..nn.mixer import Mixer
 
 
@@ -187,8 +188,7 @@ def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, T
         weights = {name.removeprefix(f"{model.base_model_prefix}."): tensor for name, tensor in weights.items()}
     model.to(source.dtype)
     for name, parameter in model.named_parameters():
-        kept = not model._keep_in_fp32_modules_strict.isdisjoint(name.split("."))
-        if kept and source.dtype != torch.float64:  # a decay close to 1 needs the bits
+        if stays_float32(model, name) and source.dtype != torch.float64:  # a decay close to 1 needs the bits
             parameter.data = parameter.data.float()
     own = model.state_dict()
     absent = {name for name, x in weights.items() if x.is_meta}

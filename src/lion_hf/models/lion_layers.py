@@ -1,6 +1,7 @@
 """What both LION models are made of: layers built from a configuration, and the base of their classes."""
 
 import os
+import re
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -52,6 +53,19 @@ def scans_of(config) -> int:
     """Scans of the tokens that each layer averages."""
     asked = 2 if getattr(config, "order", "normal") == "s" else 1
     return variant_class(config.mask_type).scans_taken(asked)
+
+
+def float32_patterns(config) -> set[str]:
+    """Regular expressions for the names of what stays float32 in a model that is loaded in half precision or quantised:
+    the weights of the mixers for which their variant says so, whole names, and no other module of such an ending."""
+    variant = variant_class(config.mask_type)
+    names = [variant.weight_name(name, scan) for name in variant.float32_weights for scan in range(scans_of(config))]
+    return {rf".*\bmixer\.{re.escape(name)}\b" for name in names}
+
+
+def stays_float32(model, name: str) -> bool:
+    """Whether a parameter of that name stays float32 when a LION model is loaded in half precision."""
+    return any(re.match(pattern, name) for pattern in model._keep_in_fp32_modules_strict)
 
 
 def make_mlp(config, dropout: float = 0.0) -> MLP:
@@ -114,10 +128,8 @@ class LionPreTrainedMixin:
                 "take a LionConfig, image models a LionVisionConfig; AutoModel picks the class that fits a checkpoint."
             )
         super().__init__(config, *args, **kwargs)
-        # A decay close to 1 needs more than 8 bits: it stays float32 when a model is loaded in half precision.
-        variant = variant_class(config.mask_type)
-        names = {variant.weight_name(name, i) for name in variant.float32_weights for i in range(scans_of(config))}
-        self._keep_in_fp32_modules_strict = names
+        # Loading reads the strict set, quantisers the other one.
+        self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = float32_patterns(config)
         self._built = config.structure()
 
     def _initialize_weights(self, module, *args, **kwargs):
