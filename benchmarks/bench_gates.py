@@ -2,9 +2,9 @@
 
     python benchmarks/bench_gates.py     # about two minutes on two free CPU cores
 
-Only the gates (`float32_weights` of the variant) are converted; all else stays float32. Decays start from windows, as in
-warm starts: from the smallest one, 4 or 16, to the length, spread over the heads. The distance of a row is relative to
-its norm, and the worst is that of any row of any start. Rows of tokens are random, of norm sqrt(dim), as after a
+Only the gates (`float32_weights` of the variant) are converted; all else stays float32. Decays start from windows, as
+in warm starts: from the smallest one, 4 or 16, to the length, spread over the heads. The distance of a row is relative
+to its norm, and the worst is that of any row of any start. Rows of tokens are random, of norm sqrt(dim), as after a
 LayerNorm. Outputs of text are not normalised, those of images are.
 """
 

@@ -77,6 +77,20 @@ def warnings_of(caplog):
     return listen
 
 
+@pytest.mark.parametrize("around", ["compiled", "parallel", "one layer"])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_wrappers_around_a_source_change_nothing(kind, around, warnings_of):
+    source, start = (bert(), from_bert) if kind == "text" else (vit(), from_vit)
+    expected = start(source, "decay").state_dict()
+    if around == "one layer":
+        layers = next(x for x in source.modules() if isinstance(x, torch.nn.ModuleList))
+        layers[1] = torch.compile(layers[1])
+    wrapped = {"compiled": torch.compile, "parallel": torch.nn.DataParallel, "one layer": lambda x: x}[around](source)
+    with warnings_of() as told:
+        found = start(wrapped, "decay").state_dict()
+    assert told() == "" and all(torch.equal(found[name], x) for name, x in expected.items())
+
+
 # ------------------------------------------------------------------------------------------------ what is copied
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -106,6 +106,8 @@ def load_source(
     if model_class not in (None, *classes.values()):
         names = dict.fromkeys(kind.__name__ for kind in classes.values())
         raise ValueError(f"model_class is {model_class!r}; allowed are {', '.join(names)}.")
+    while isinstance(inside := getattr(given, "_orig_mod", getattr(given, "module", None)), nn.Module):
+        given = inside  # torch.compile, DistributedDataParallel
     config = given.config if isinstance(given, PreTrainedModel) else AutoConfig.from_pretrained(given)
     name = type(given).__name__ if isinstance(given, PreTrainedModel) else str(given)
     if config.model_type != model_type:
