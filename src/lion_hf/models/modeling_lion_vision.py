@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..nn.encoder import run_blocks
 from ..nn.mixer import TokenMixer
+from ..ops.backend import is_exporting
 from ..ops.scans import snake_orders
 from .configuration_lion import LionVisionConfig
 from .lion_layers import (
@@ -55,6 +56,9 @@ class LionVisionPatchEmbeddings(nn.Module):
                 f"The image is {height} x {width} pixels, which patch_size {self.patch_size} does not divide. Resize "
                 "or crop both sides to a multiple of it."
             )
+        if is_exporting():  # a graph without the check above: in ONNX a reshape refuses what does not fit, too
+            pixel_values = pixel_values.unflatten(2, (-1, self.patch_size)).flatten(2, 3)
+            pixel_values = pixel_values.unflatten(3, (-1, self.patch_size)).flatten(3, 4)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
