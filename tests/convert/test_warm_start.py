@@ -77,6 +77,20 @@ def warnings_of(caplog):
     return listen
 
 
+def test_a_quantised_source_is_refused(tmp_path):
+    """8 bit weights of bitsandbytes have the shape of the others, and would be copied as whole numbers."""
+    source = bert()
+    source.is_quantized = True  # as Transformers marks it
+    with pytest.raises(ValueError, match="'BertForMaskedLM' is quantised"):
+        from_bert(source)
+    vit().save_pretrained(tmp_path)
+    config = ViTConfig.from_pretrained(tmp_path)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is quantised"):
+        from_vit(tmp_path)
+
+
 @pytest.mark.parametrize("around", ["compiled", "parallel", "one layer"])
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_wrappers_around_a_source_change_nothing(kind, around, warnings_of):

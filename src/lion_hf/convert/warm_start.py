@@ -110,6 +110,10 @@ def load_source(
         given = inside  # torch.compile, DistributedDataParallel
     config = given.config if isinstance(given, PreTrainedModel) else AutoConfig.from_pretrained(given)
     name = type(given).__name__ if isinstance(given, PreTrainedModel) else str(given)
+    if getattr(given, "is_quantized", False) or getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{name!r} is quantised, and its weights are no longer numbers to copy; give the source in full precision."
+        )
     if config.model_type != model_type:
         raise ValueError(
             f"{name!r} is a {config.model_type!r} model; only {model_type!r} models ({', '.join(classes)}) can be "
