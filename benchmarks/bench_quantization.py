@@ -24,21 +24,14 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Weig
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lion_hf import LionConfig, LionModel
-from lion_hf.nn.variants import VARIANTS
 
 
-FLOAT32_WEIGHTS = {name for variant in VARIANTS.values() for name in variant.float32_weights}
 RECIPES = {"int8 weights": Int8WeightOnlyConfig, "int8 weights and activations": Int8DynamicActivationInt8WeightConfig}
-
-
-def is_quantized(module: nn.Module, name: str) -> bool:
-    """Which modules become int8: every linear layer but those whose weights stay float32, the decays'."""
-    return isinstance(module, nn.Linear) and FLOAT32_WEIGHTS.isdisjoint(name.split("."))
 
 
 def quantized(model: nn.Module, recipe: str) -> nn.Module:
     model = copy.deepcopy(model)
-    quantize_(model, RECIPES[recipe](), filter_fn=is_quantized)
+    quantize_(model, RECIPES[recipe]())
     return model
 
 

@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 
 from lion_hf import PRESETS, LionConfig, LionForImageClassification, LionForMaskedLM, LionVisionConfig
+from lion_hf.models.lion_layers import stays_float32
 from lion_hf.nn import variant_class
 from lion_hf.training.errors import UserError
 from lion_hf.training.recipes import expand, presets_of
@@ -169,8 +170,7 @@ def sizes(config: LionConfig | LionVisionConfig) -> dict[str, float]:
     with torch.device("meta"):
         model = (LionForImageClassification if config.model_type == "lion_vision" else LionForMaskedLM)(config)
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}  # tied weights once
-    kept = model._keep_in_fp32_modules_strict
-    decays = sum(count for name, count in counts.items() if not kept.isdisjoint(name.split(".")))
+    decays = sum(count for name, count in counts.items() if stays_float32(model, name))
     total = sum(counts.values())
     return {"parameters": total, "float32_mib": 4 * total / 2**20, "bfloat16_mib": 2 * (total + decays) / 2**20}
 

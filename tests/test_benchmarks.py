@@ -123,6 +123,19 @@ def test_packing_is_timed_on_documents_of_a_folder(monkeypatch, tmp_path):
     assert all(row["tokens/s"] > 0 for row in rows) and rows[0]["ratio"] == 1
 
 
+def test_gates_in_half_precision_cost_more_in_bfloat16(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script, sizes = importlib.import_module("bench_gates"), ["--lengths", "32", "64", "--dim", "24", "--heads", "3"]
+    monkeypatch.setattr(sys, "argv", ["bench_gates", *sizes, "--output", str(tmp_path)])
+    script.main()
+    rows = json.loads((tmp_path / "bench_gates.json").read_text())["rows"]
+    assert {(row["variant"], row["kind"]) for row in rows} == {
+        (variant, kind) for variant in ("decay", "selective") for kind in ("text", "image")
+    }
+    assert all(0 < row["fp16 worst"] < row["bf16 worst"] < 5e-2 for row in rows)
+    assert (tmp_path / "bench_gates.png").stat().st_size > 0
+
+
 def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
     import lion_hf
 
@@ -140,6 +153,7 @@ def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
         ("bench_models", ["--variants", "selectiv"], "invalid choice: 'selectiv'"),
         ("bench_models", ["--lengths", "0"], "must be at least 1"),
         ("bench_models", ["--output", __file__], "not a folder that can be written to"),
+        ("bench_gates", ["--dim", "24", "--heads", "5"], "[5] must divide --dim 24"),
         ("bench_packing", ["--data", "nowhere"], "nowhere is not a folder with .txt files"),
         ("bench_versions", ["nowhere"], "nowhere holds no package lion_hf"),
         ("bench_gpu", ["operator", "--device", "gpu"], "'gpu' cannot be used"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
-from transformers.utils import PushToHubMixin
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, PushToHubMixin
 
 from ._flatten import flat_files
 from .nn.variants import variant_class
@@ -120,6 +120,23 @@ def holds_lion(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and str(config.get("model_type")) in _AUTO_MAPS
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a save_pretrained folder, as Transformers finds them: model.safetensors, else
+    those that its index names, whether they are there or not. Empty where there is neither.
+
+    Raises:
+        OSError, ValueError: for an index that cannot be read.
+    """
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / Path(name).name for name in sorted(names)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index.name} is no index of weights") from error
 
 
 # ------------------------------------------------------------------------------------------------------------ the Hub

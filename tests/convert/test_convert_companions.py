@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from checkpoints import IMAGE, TEXT, composer, golden, save
+from checkpoints import IMAGE, TEXT, bare_image, composer, golden, save
 from huggingface_hub import ModelCard
 from PIL import Image
 from small_models import vision_config
-from transformers import AutoImageProcessor, AutoTokenizer, BertTokenizer, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer, BertTokenizer, pipeline
 
 from lion_hf.convert import convert_checkpoint
 from lion_hf.convert.command import main
@@ -70,6 +70,28 @@ def test_an_image_folder_classifies_pictures(tmp_path):
     assert processor.size["shortest_edge"] == 73 and processor.crop_size["height"] == 64
     Image.new("RGB", (90, 70), "red").save(tmp_path / "red.png")
     assert len(pipeline("image-classification", str(tmp_path / "out"))(str(tmp_path / "red.png"), top_k=4)) == 4
+
+
+def test_one_channel_is_processed_as_the_grey_of_three_is(tmp_path, capsys):
+    weights, model = bare_image("decay", num_channels=1, pos_emb=True)
+    source = save({"model": weights}, tmp_path / "source.pth")
+    assert main([str(source), str(tmp_path / "out"), "--cls-tok=false"]) == 0
+    assert "image.convert('L')" in capsys.readouterr().out
+    grey = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30), dtype=np.uint8))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    pixels = processor([grey, grey.convert("1")], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (2, 1, 16, 16)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(loaded(pixels).logits, model(pixels).logits)
+    of_three = image_processor(vision_config())(grey, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels[0, 0], of_three[0].mean(0), atol=0.02, rtol=0.02)
+
+
+def test_no_processor_is_made_up_for_other_numbers_of_channels(tmp_path, capsys):
+    source = save({"model": bare_image("decay", num_channels=2, pos_emb=True)[0]}, tmp_path / "source.pth")
+    assert main([str(source), str(tmp_path / "out"), "--cls-tok=false"]) == 0
+    assert "no image processor was written" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "preprocessor_config.json").exists()
 
 
 @pytest.mark.parametrize("source, task", [(IMAGE, "image-classification"), (TEXT, "fill-mask")], ids=["image", "text"])

@@ -75,6 +75,42 @@ def test_sharded_folders_are_read_whole(tmp_path):
     )
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_only_the_weights_that_loading_takes_are_reversed(tmp_path, shards):
+    """Averages, older shards and copies lie beside; the one file, or the index, says what counts."""
+    model = lion_hf.LionForMaskedLM(text_config("decay"))
+    model.save_pretrained(tmp_path / "ours", max_shard_size="10KB" if shards > 1 else "1GB")
+    assert (len(list((tmp_path / "ours").glob("*.safetensors"))) > 1) == (shards > 1)
+    foreign = {name: torch.full_like(x, 7) for name, x in model.state_dict().items() if "decoder.weight" not in name}
+    for name in ("model_ema", "model-old", "model-99999-of-99999", "models"):
+        save_file(foreign, tmp_path / "ours" / f"{name}.safetensors")
+    reverse_checkpoint(tmp_path / "ours", tmp_path / "theirs.pt")
+    weights = read_source(tmp_path / "theirs.pt").weights
+    assert torch.equal(weights["bert.embeddings.word_embeddings.weight"], model.get_input_embeddings().weight)
+    loaded = lion_hf.LionForMaskedLM.from_pretrained(tmp_path / "ours")
+    same_tensors(loaded.state_dict(), model.state_dict())
+
+
+def test_a_missing_shard_and_a_broken_index_are_told(tmp_path):
+    lion_hf.LionForMaskedLM(text_config("decay")).save_pretrained(tmp_path / "ours", max_shard_size="10KB")
+    shard = sorted((tmp_path / "ours").glob("*.safetensors"))[1]
+    shard.rename(tmp_path / "elsewhere")
+    with pytest.raises(ConversionError, match=f"holds no {shard.name}"):
+        reverse_checkpoint(tmp_path / "ours", None)
+    (tmp_path / "ours" / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ConversionError, match="no index of weights"):
+        reverse_checkpoint(tmp_path / "ours", None)
+
+
+def test_names_of_wrappers_in_a_folder_are_taken(tmp_path):
+    model = lion_hf.LionForImageClassification(vision_config("selective"))
+    model.save_pretrained(tmp_path / "ours")
+    state = {name.replace("layers.1.", "layers.1._orig_mod."): x for name, x in model.state_dict().items()}
+    save_file(state, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    plan = reverse_checkpoint(tmp_path / "ours", tmp_path / "theirs.pt")
+    same_tensors(plan.model.state_dict(), model.state_dict())
+
+
 def test_the_authors_image_checkpoint_comes_back_bit_by_bit(tmp_path):
     convert_checkpoint(IMAGE, tmp_path / "ours")
     reverse_checkpoint(tmp_path / "ours", tmp_path / "back.pth")

@@ -221,3 +221,75 @@ def test_a_checkpoint_in_the_old_format_of_pytorch_is_read(tmp_path):
     weights, _ = bare_image()
     torch.save({"model": weights}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert read_source(tmp_path / "old.pth").weights.keys() == weights.keys()
+
+
+WRAPPINGS = {
+    "compiled": "_orig_mod.",
+    "parallel, compiled": "module._orig_mod.",
+    "averaged": "module.",
+    "averaged, parallel": "module.module.",
+    "lightning": "model._orig_mod.",
+    "fsdp": "_fsdp_wrapped_module.",
+}
+
+
+def wrapped(weights, prefix):
+    """Names as wrappers around the whole model and around each block leave them."""
+    inner = {name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._fsdp_wrapped_module."): x
+             for name, x in weights.items()}  # fmt: skip
+    inner = {name.replace("encoder.layer.0.", "encoder.layer.0._orig_mod."): x for name, x in inner.items()}
+    content = {prefix + name: x for name, x in inner.items()}
+    return content | {"n_averaged": torch.tensor(7)} if prefix.startswith("module.") else content
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("make", [bare_image, bare_text], ids=["image", "text"])
+@pytest.mark.parametrize("place", ["bare", "model", "state_dict"])
+def test_names_are_read_whatever_stood_around_the_modules(tmp_path, make, wrapping, place):
+    weights, _ = make("selective")
+    content = wrapped(weights, WRAPPINGS[wrapping])
+    source = read_source(save(content if place == "bare" else {place: content}, tmp_path / "source.pth"))
+    assert source.weights.keys() == weights.keys()
+    assert all(torch.equal(x, weights[name]) for name, x in source.weights.items())
+
+
+def test_what_wrappers_leave_that_cannot_be_read_is_refused_with_a_way_out(tmp_path):
+    weights, _ = bare_image("decay")
+    for content, message in (
+        ({"_fsdp_wrapped_module._flat_param": torch.zeros(9)}, "FULL_STATE_DICT"),
+        ({"flat_param": torch.zeros(9), **weights}, "FULL_STATE_DICT"),
+        ({"module.norm.weight": torch.zeros(9), **weights}, "remove one of them"),
+    ):
+        with pytest.raises(ConversionError, match=message) as error:
+            read_source(save(content, tmp_path / "source.pth"))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
+def test_averages_beside_weights_are_taken_on_demand_and_alone_they_are_told(tmp_path, key):
+    weights, _ = bare_image("decay")
+    averaged = {f"module.{name}": x + 1 for name, x in weights.items()}
+    source = save({"state_dict": weights, key: averaged}, tmp_path / "both.pth")
+    assert torch.equal(read_source(source).weights["norm.bias"], weights["norm.bias"])
+    assert torch.equal(read_source(source, ema=True).weights["norm.bias"], weights["norm.bias"] + 1)
+    alone = save({key: averaged, "epoch": 3}, tmp_path / "alone.pth")
+    with pytest.raises(ConversionError, match=f"averaged weights only \\({key}\\); take them with --ema"):
+        read_source(alone)
+    assert read_source(alone, ema=True).weights.keys() == weights.keys()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_shards_of_one_process_are_refused_with_a_way_out(tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        weights, _ = bare_image("decay")
+        mesh = init_device_mesh("cpu", (1,))
+        shards = {name: distribute_tensor(x, mesh) for name, x in weights.items()}
+        source = save({"model": shards}, tmp_path / "source.pth")
+        with pytest.raises(ConversionError, match="full_state_dict=True"):
+            read_source(source)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -78,6 +78,34 @@ def warnings_of(caplog):
     return listen
 
 
+def test_a_quantised_source_is_refused(tmp_path):
+    """8 bit weights of bitsandbytes have the shape of the others, and would be copied as whole numbers."""
+    source = bert()
+    source.is_quantized = True  # as Transformers marks it
+    with pytest.raises(ValueError, match="'BertForMaskedLM' is quantised"):
+        from_bert(source)
+    vit().save_pretrained(tmp_path)
+    config = ViTConfig.from_pretrained(tmp_path)
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is quantised"):
+        from_vit(tmp_path)
+
+
+@pytest.mark.parametrize("around", ["compiled", "parallel", "one layer"])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_wrappers_around_a_source_change_nothing(kind, around, warnings_of):
+    source, start = (bert(), from_bert) if kind == "text" else (vit(), from_vit)
+    expected = start(source, "decay").state_dict()
+    if around == "one layer":
+        layers = next(x for x in source.modules() if isinstance(x, torch.nn.ModuleList))
+        layers[1] = torch.compile(layers[1])
+    wrapped = {"compiled": torch.compile, "parallel": torch.nn.DataParallel, "one layer": lambda x: x}[around](source)
+    with warnings_of() as told:
+        found = start(wrapped, "decay").state_dict()
+    assert told() == "" and all(torch.equal(found[name], x) for name, x in expected.items())
+
+
 # ------------------------------------------------------------------------------------------------ what is copied
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lion_hf.nn import Recurrence, Variant, register_variant
+from lion_hf.nn import GateLinear, Recurrence, Variant, register_variant
 
 
 @register_variant("head_times_token")
@@ -19,14 +19,14 @@ class HeadTimesToken(Variant):
 
     def build(self):
         self.add("head_logit", nn.Parameter(torch.empty(self.heads)))
-        self.add("token_proj", nn.Linear(self.dim, self.heads))
+        self.add("token_proj", GateLinear(self.dim, self.heads))
 
     def init_weights(self, init):
         init.normal_(self.head_logit, mean=1.0 + self.layer_idx / self.num_layers, std=0.1)
         init.constant_(self.token_proj.bias, -2.0)
 
     def prepare(self, x, query, key, value, prefix_tokens):
-        logits = self.token_proj(x[:, prefix_tokens:].to(self.token_proj.weight.dtype))
+        logits = self.token_proj(x[:, prefix_tokens:])
         by_head, logits = self.head_logit, logits if logits.dtype == torch.float64 else logits.float()
         log_decay = F.logsigmoid(by_head)[:, None] + F.logsigmoid(-logits).transpose(1, 2)
         return Recurrence(query, key, value, F.pad(log_decay, (prefix_tokens, 0)))

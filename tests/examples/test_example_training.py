@@ -199,9 +199,16 @@ def test_only_complete_checkpoints_are_gone_on_with(tmp_path, caplog):
     whole = (checkpoint(12) / "model.safetensors").read_bytes()
     (tmp_path / "checkpoint-12" / "model.safetensors").write_bytes(whole[:-4])
     (checkpoint(100) / "optimizer.pt").write_bytes(b"PK")
+    sharded = checkpoint(101)
+    (sharded / "model.safetensors").rename(sharded / "model-00001-of-00002.safetensors")
+    shards = {"x": "model-00001-of-00002.safetensors", "y": "model-00002-of-00002.safetensors"}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     assert checkpoint_to_resume(arguments) == str(complete)
     arguments.resume_from_checkpoint = str(tmp_path / "checkpoint-12")
     with pytest.raises(Exception, match="not a complete checkpoint: model.safetensors is damaged"):
+        checkpoint_to_resume(arguments)
+    arguments.resume_from_checkpoint = str(sharded)
+    with pytest.raises(Exception, match="not a complete checkpoint: model-00002-of-00002.safetensors is missing"):
         checkpoint_to_resume(arguments)
     arguments.resume_from_checkpoint = "no"
     assert checkpoint_to_resume(arguments) is None

@@ -158,6 +158,31 @@ def test_the_decays_of_lion_d_are_trained_beside_an_adapter_and_stay_in_the_merg
     torch.testing.assert_close(loaded(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["text", "image", "masked-image"])
+def test_lora_adapts_convolutions_and_tables_as_well(kind):
+    """Every layer that PEFT can adapt, not linear ones only: patches, decoders of images, embeddings, positions."""
+    peft = pytest.importorskip("peft")
+    if kind == "text":
+        model, inputs = lion_hf.LionForSequenceClassification(text_config("lit", num_labels=3)), text_inputs(6, 11)
+    else:
+        head = lion_hf.LionForImageClassification if kind == "image" else lion_hf.LionForMaskedImageModeling
+        model = head(vision_config(order="s", num_labels=3, pos_emb=True))
+        inputs = {"pixel_values": torch.randn(6, 3, 16, 16)}
+    own = {} if kind == "masked-image" else {"labels": torch.arange(6) % 3}
+    inputs |= own or {"bool_masked_pos": torch.arange(96).view(6, 16) % 2}
+    spread_decays(model).eval()
+    expected = model(**inputs)[1]
+    kinds = torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    assert any("position_embeddings" in name or "projection" in name for name in layers)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=layers)).eval()
+    torch.testing.assert_close(adapted(**inputs)[1], expected)  # adapters start as nothing
+    first, last = tune(adapted, inputs, 10)
+    assert last < first
+    learned = adapted(**inputs)[1]
+    torch.testing.assert_close(adapted.merge_and_unload()(**inputs)[1], learned, rtol=1e-4, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------------------ 8 bits
 
 

@@ -143,7 +143,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kind):
 def test_fully_sharded_parameters_train_as_whole_ones(tmp_path):
     """PyTorch's fully_shard on two processes: every variant in every form ends with the weights of one process."""
     worker = Path(__file__).parent / "fully_shard_worker.py"
-    assert run_script([str(worker)], tmp_path / "log.txt", processes=2).count("equal") == 9
+    assert run_script([str(worker), "float32"], tmp_path / "log.txt", processes=2).count("equal") == 9
+
+
+@pytest.mark.slow
+def test_fully_sharded_parameters_train_in_bfloat16(tmp_path):
+    """Every variant ends near the weights of float32 where bfloat16 computes, and where a model is loaded in it."""
+    worker = Path(__file__).parent / "fully_shard_worker.py"
+    told = run_script([str(worker), "bfloat16"], tmp_path / "log.txt", processes=2)
+    assert told.count("loaded in bfloat16: near") == told.count("computed in bfloat16: near") == 3
 
 
 @pytest.mark.parametrize("file", sorted((EXAMPLES / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)

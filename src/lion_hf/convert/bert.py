@@ -35,7 +35,7 @@ from ..models.modeling_lion import (
     LionModel,
 )
 from ..nn.mixer import Mixer
-from .names import convert_text_state_dict
+from .names import convert_text_state_dict, without_wrappers
 from .warm_start import (
     SHARED,
     SIZES,
@@ -167,7 +167,7 @@ def _require_encoder(config: PreTrainedConfig) -> None:
 def _weights(source: PreTrainedModel, config: LionConfig, with_head: bool) -> dict[str, Tensor]:
     """The source's state dict by the names of LION, with the prefix that heads have."""
     prefix = "" if hasattr(source, "bert") else "bert."
-    weights = {f"{prefix}{name}": tensor for name, tensor in source.state_dict().items()}
+    weights = {f"{prefix}{name}": tensor for name, tensor in without_wrappers(source.state_dict()).items()}
     weights = {
         name: tensor
         for name, tensor in weights.items()

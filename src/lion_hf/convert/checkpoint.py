@@ -98,7 +98,7 @@ def convert_checkpoint(
     Args:
         path: the checkpoint; see [`read_source`] for the kinds.
         out: the folder to write; it appears complete or not at all. None writes nothing.
-        ema: take the averaged weights (model_ema).
+        ema: take the averaged weights (model_ema, state_dict_ema).
         tokenizer: name or folder of the tokenizer of a text model; by default the one inside the checkpoint, if any.
         with_code: add the modelling code, see [`save_with_code`].
         force: replace `out` if it holds a LION checkpoint.

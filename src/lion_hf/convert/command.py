@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from ..models.configuration_lion import spellings
+from ..models.configuration_lion import LionConfig, LionVisionConfig, spellings
 from .checkpoint import convert_checkpoint, reverse_checkpoint
 from .plan import Plan
 from .source import ConversionError, first_line
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--reverse", action="store_true", help="write a folder's model as a checkpoint for the authors' code")
     add("--dry-run", action="store_true", help="verify, show the plan as a table, write nothing")
     add("--force", action="store_true", help="replace OUT")
-    add("--ema", action="store_true", default=None, help="take the averaged weights (model_ema) of an image checkpoint")
+    add("--ema", action="store_true", default=None, help="take the averaged weights (model_ema, state_dict_ema)")
     add("--with-code", action="store_true", default=None, help="add the modelling code, for users without lion_hf")
     add("--tokenizer", metavar="NAME_OR_PATH", help="tokenizer to save beside a text model")
     unknown = parser.add_argument_group("what a bare state dict does not tell")
@@ -99,16 +99,29 @@ def _run(source: str, out: str | None, reverse: bool, dry_run: bool, force: bool
     lines = [f"wrote {out}: {type(plan.model).__name__} with {plan.model.num_parameters():,} parameters"]
     if not reverse:
         lines += [f"dropped {name}: {reason}" for name, reason in plan.dropped.items()]
-        lines += _missing_companions(Path(out), plan.source.kind)
+        lines += _about_companions(Path(out), plan.model.config)
     lines += plan.notes
     return "\n".join(lines)
 
 
-def _missing_companions(out: Path, kind: str) -> list[str]:
-    if kind == "text" and not (out / "tokenizer_config.json").exists():
+def _about_companions(out: Path, config: LionConfig | LionVisionConfig) -> list[str]:
+    """What is missing beside the weights, or was made up."""
+    if isinstance(config, LionConfig):
+        if (out / "tokenizer_config.json").exists():
+            return []
         return ["no tokenizer was written: the checkpoint holds none; give one with --tokenizer"]
-    if kind == "image" and not (out / "preprocessor_config.json").exists():
+    channels = config.num_channels
+    if channels not in (1, 3):
+        return [
+            f"no image processor was written: the checkpoint tells no mean and deviation of its {channels} channels"
+        ]
+    if not (out / "preprocessor_config.json").exists():
         return ["no image processor was written: install Pillow"]
+    if channels == 1:
+        return [
+            "the image processor is for one channel: give it image.convert('L'); its mean and deviation are those of "
+            "ImageNet's three channels averaged, since the checkpoint tells none"
+        ]
     return []
 
 

@@ -74,7 +74,8 @@ def load_tokenizer(name: str | None, source: Source, vocab_size: int) -> PreTrai
 
 def image_processor(config: LionVisionConfig, crop_ratio: float | None = None):
     """What the authors' evaluation does: bicubic resize of the shorter side (256 for 224), centre crop, ImageNet's mean
-    and standard deviation. None where Transformers has no processor for lack of Pillow.
+    and standard deviation; for one channel the means of both over the three channels, and images in mode "L". None for
+    other numbers of channels, and where Transformers has no processor for lack of Pillow.
 
     Args:
         config: the model's.
@@ -87,14 +88,19 @@ def image_processor(config: LionVisionConfig, crop_ratio: float | None = None):
     side, ratio = config.image_size, _CROP_RATIO if crop_ratio is None else crop_ratio
     if isinstance(ratio, str) or not 0 < ratio <= 1:
         raise ConversionError(f"eval_crop_ratio is {ratio!r} in the checkpoint; it must be above 0 and at most 1.")
+    mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    if config.num_channels == 1:
+        mean, std = [sum(mean) / 3], [sum(std) / 3]
+    elif config.num_channels != 3:
+        return None
     options = {
         "size": {"shortest_edge": int(side / ratio)},
         "crop_size": {"height": side, "width": side},
         "do_center_crop": True,
-        "do_convert_rgb": True,
+        "do_convert_rgb": config.num_channels == 3,
         "resample": 3,  # bicubic
-        "image_mean": IMAGENET_DEFAULT_MEAN,
-        "image_std": IMAGENET_DEFAULT_STD,
+        "image_mean": mean,
+        "image_std": std,
     }
     try:
         from transformers import ViTImageProcessorPil

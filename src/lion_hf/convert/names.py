@@ -5,6 +5,7 @@ that the configuration does not use are dropped.
 """
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -58,9 +59,13 @@ _TEXT_NAMES = {
 # Never used by a LION model: buffers, and tables of relative distances.
 _TEXT_UNUSED = re.compile(r"(^|\.)(position_ids|distance_embedding\.weight)$")
 
+# What wrappers add to the names of all weights inside: DistributedDataParallel and AveragedModel, torch.compile, FSDP,
+# activation checkpointing.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
 _UNKNOWN = (
-    "is not a name of the authors' {} models; remove the tensor, or, where all names begin with a wrapper's prefix "
-    "such as 'module.', the prefix."
+    "is not a name of the authors' {} models; remove the tensor, or, where all names begin with a prefix of your own, "
+    "the prefix."
 )
 _NO_COUNTERPART = (
     "has no counterpart in the authors' models; only their image classifier and text heads can be written."
@@ -85,6 +90,30 @@ def _reversed(names: dict[str, str]) -> dict[str, str]:
 
 _FROM_VISION, _TO_VISION = _rules(_VISION_NAMES), _rules(_reversed(_VISION_NAMES))
 _FROM_TEXT, _TO_TEXT = _rules(_TEXT_NAMES), _rules(_reversed(_TEXT_NAMES))
+
+
+def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the names that it has without wrappers around the model or any module in it. The number of
+    averaged models that AveragedModel counts, no weight, is left out.
+
+    Raises:
+        ValueError: for two weights of one name, and for FSDP's flattened parameters, which have lost their names.
+    """
+    bare, origin = {}, {}
+    for name, tensor in weights.items():
+        parts = [part for part in str(name).split(".") if part not in _WRAPPERS]
+        if parts[-1:] == ["n_averaged"]:
+            continue
+        if parts and parts[-1].lstrip("_") == "flat_param":
+            raise ValueError(
+                f"{name!r} is a parameter that FSDP flattened; save the whole state dict "
+                "(StateDictType.FULL_STATE_DICT, or get_model_state_dict with full_state_dict=True)."
+            )
+        short = ".".join(parts) if isinstance(name, str) else name
+        if short in bare:
+            raise ValueError(f"{origin[short]!r} and {name!r} are both {short!r} without wrappers; remove one of them.")
+        bare[short], origin[short] = tensor, name
+    return bare
 
 
 def convert_vision_state_dict(official: dict[str, Tensor], config: LionVisionConfig) -> dict[str, Tensor]:

@@ -8,10 +8,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_NAME
 
-from ..hub import lion_classes
+from ..hub import lion_classes, weight_files
 from ..models.configuration_lion import LionConfig, LionVisionConfig
-from .names import revert_text_state_dict, revert_vision_state_dict
+from .names import revert_text_state_dict, revert_vision_state_dict, without_wrappers
 from .source import ConversionError, first_line
 
 
@@ -38,11 +39,11 @@ def read_folder(folder: Path) -> tuple[LionConfig | LionVisionConfig, dict[str, 
         options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         classes = {"lion": LionConfig, "lion_vision": LionVisionConfig}
         config = classes[options["model_type"]].from_pretrained(folder)
-        state = {name: x for file in sorted(folder.glob("model*.safetensors")) for name, x in load_file(file).items()}
+        state = without_wrappers(_weights(folder))
+    except ConversionError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ConversionError(f"{folder} is not a LION folder of save_pretrained: {first_line(error)}.") from error
-    if not state:
-        raise ConversionError(f"{folder} holds no model.safetensors; save the model with save_pretrained.")
     stored = (config.architectures or ["no head"])[0]
     head = stored if stored in lion_classes(config.model_type) else _head_of(state)
     if head not in _HEADS:
@@ -60,6 +61,15 @@ def _head_of(state: dict[str, Tensor]) -> str | None:
     if "lion_vision.embeddings.cls_token" in state and "classifier.weight" in state:
         return "LionForImageClassification"
     return "LionForMaskedLM" if "head.dense.weight" in state else None
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """What `from_pretrained` would load, and no other file beside it."""
+    files = weight_files(folder)
+    missing = next((file.name for file in files if not file.is_file()), None)
+    if not files or missing:
+        raise ConversionError(f"{folder} holds no {missing or SAFE_WEIGHTS_NAME}; save the model with save_pretrained.")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def authors_checkpoint(config: LionConfig | LionVisionConfig, state: dict[str, Tensor]) -> dict[str, Any]:

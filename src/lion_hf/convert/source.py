@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .names import without_wrappers
+
 
 class ConversionError(ValueError):
     """A checkpoint or an option that cannot be converted; the message is one line and says how to mend it."""
@@ -41,10 +43,11 @@ class Source:
     tokenizer: dict[str, Any] | None = None
 
 
-# Wrappers that put their name before every key: Composer, DistributedDataParallel, torch.compile.
-_PREFIXES = ("model.", "module.", "_orig_mod.")
 # Keys that hold the weights, and what a file with such a key is.
 _WRAPPERS = {"model": "DeiT image checkpoint", "state_dict": "wrapped state dict"}
+_SHARDS = "it holds one process's shards; save the whole state dict (get_model_state_dict with full_state_dict=True)"
+# Keys that hold averaged weights: DeiT's, timm's.
+_AVERAGED = ("model_ema", "state_dict_ema")
 # A key that every model of the kind has.
 _KINDS = {"image": "patch_embed.proj.weight", "text": "bert.embeddings.word_embeddings.weight"}
 
@@ -76,7 +79,7 @@ def read_source(path: str | Path, *, ema: bool = False) -> Source:
 
     Args:
         path: the file: PyTorch's, or .safetensors.
-        ema: take the averaged weights, which only DeiT's layout has.
+        ema: take the averaged weights, which DeiT and timm store beside the others.
 
     Raises:
         ConversionError: as [`interpret`], and for a file that is missing, truncated, of another kind, or that holds
@@ -90,7 +93,7 @@ def interpret(content: Mapping, path: Path, *, ema: bool = False) -> Source:
     """The weights in the content of a checkpoint, without prefixes of wrappers, and what it says about them.
 
     The kinds: DeiT's image checkpoint (model, model_ema, args), Composer's text checkpoint (state.model and the
-    configuration), and a state dict, bare or under "state_dict" (beside which args are read, too).
+    configuration), and a state dict, bare or under "state_dict" (beside which args and state_dict_ema are read, too).
 
     Raises:
         ConversionError: for another architecture, something other than tensors, or absent averaged weights.
@@ -107,12 +110,17 @@ def interpret(content: Mapping, path: Path, *, ema: bool = False) -> Source:
         stated = vars(args) if isinstance(args, argparse.Namespace) else _nested(content, "args")
     else:
         layout, weights = "bare state dict", content
+    averaged = next((name for name in _AVERAGED if _nested(content, name)), None)
     if ema:
-        weights = _nested(content, "model_ema")
-        if not weights:
-            raise ConversionError(f"{path} has no averaged weights (model_ema); leave out --ema.")
-        layout += ", averaged weights (model_ema)"
-    weights = _without_prefixes(weights)
+        if averaged is None:
+            raise ConversionError(f"{path} has no averaged weights ({', '.join(_AVERAGED)}); leave out --ema.")
+        layout, weights = f"{layout}, averaged weights ({averaged})", content[averaged]
+    elif averaged and weights is content:
+        raise ConversionError(f"{path} holds averaged weights only ({averaged}); take them with --ema.")
+    try:
+        weights = _without_prefix(without_wrappers(weights))
+    except ValueError as error:
+        raise ConversionError(f"{path}: {first_line(error)}.") from error
     stated = {name: value for name, value in stated.items() if isinstance(value, (str, int, float, Mapping))}
     return Source(path, layout, _kind(weights, path), weights, stated, tokenizer)
 
@@ -149,6 +157,8 @@ def _load(path: Path) -> Mapping:
 
 def _refusal(path: Path, error: Exception) -> str:
     if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if name[1].startswith("torch.distributed."):
+            return f"{path} is refused: {_SHARDS}. Nothing in it was run."
         return (
             f"{path} is refused: it asks for {name[1]}, which no checkpoint of the authors needs and which could run "
             "code. Nothing in it was run."
@@ -175,12 +185,10 @@ def _tokenizer(saved: Mapping) -> dict[str, Any] | None:
     return {"vocab": {word: i for i, word in enumerate(words)}, **kept}
 
 
-def _without_prefixes(weights: Mapping) -> dict[str, Any]:
-    weights = dict(weights)
-    while prefix := next((p for p in _PREFIXES if all(str(name).startswith(p) for name in weights)), None):
-        if not weights:
-            break
-        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+def _without_prefix(weights: dict[str, Any]) -> dict[str, Any]:
+    """Without the "model." that Composer and Lightning put before every name."""
+    while weights and all(str(name).startswith("model.") for name in weights):
+        weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     return weights
 
 
@@ -196,6 +204,8 @@ def _kind(weights: dict[str, Any], path: Path) -> str:
     for name, value in weights.items():
         if not isinstance(name, str):
             raise ConversionError(f"{path} holds a tensor under {name!r}, which is no name of a weight.")
+        if hasattr(value, "full_tensor"):
+            raise ConversionError(f"{path} cannot be converted: {_SHARDS}.")
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
             raise ConversionError(f"{path} holds something other than a dense tensor under {name!r}.")
     return kind

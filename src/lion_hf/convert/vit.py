@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..models.configuration_lion import LionVisionConfig
 from ..models.modeling_lion_vision import LionForImageClassification, LionVisionModel
 from ..nn.mixer import Mixer
+from .names import without_wrappers
 from .warm_start import (
     SHARED,
     SIZES,
@@ -93,7 +94,7 @@ def _square(patch_size: int | Sequence[int]) -> int:
 
 def _weights(source: PreTrainedModel, config: LionVisionConfig) -> dict[str, Tensor]:
     renamed = {}
-    for name, tensor in source.state_dict().items():
+    for name, tensor in without_wrappers(source.state_dict()).items():
         name = name.removeprefix("vit.")
         for old, new in _NAMES:
             name = name.replace(old, new)

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.configuration_lion import LionConfig, LionVisionConfig
+from ..models.lion_layers import stays_float32
 from ..nn.mixer import Mixer
 
 
@@ -105,8 +106,14 @@ def load_source(
     if model_class not in (None, *classes.values()):
         names = dict.fromkeys(kind.__name__ for kind in classes.values())
         raise ValueError(f"model_class is {model_class!r}; allowed are {', '.join(names)}.")
+    while isinstance(inside := getattr(given, "_orig_mod", getattr(given, "module", None)), nn.Module):
+        given = inside  # torch.compile, DistributedDataParallel
     config = given.config if isinstance(given, PreTrainedModel) else AutoConfig.from_pretrained(given)
     name = type(given).__name__ if isinstance(given, PreTrainedModel) else str(given)
+    if getattr(given, "is_quantized", False) or getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{name!r} is quantised, and its weights are no longer numbers to copy; give the source in full precision."
+        )
     if config.model_type != model_type:
         raise ValueError(
             f"{name!r} is a {config.model_type!r} model; only {model_type!r} models ({', '.join(classes)}) can be "
@@ -187,8 +194,7 @@ def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, T
         weights = {name.removeprefix(f"{model.base_model_prefix}."): tensor for name, tensor in weights.items()}
     model.to(source.dtype)
     for name, parameter in model.named_parameters():
-        kept = not model._keep_in_fp32_modules_strict.isdisjoint(name.split("."))
-        if kept and source.dtype != torch.float64:  # a decay close to 1 needs the bits
+        if stays_float32(model, name) and source.dtype != torch.float64:  # a decay close to 1 needs the bits
             parameter.data = parameter.data.float()
     own = model.state_dict()
     absent = {name for name, x in weights.items() if x.is_meta}

@@ -55,6 +55,19 @@ def scans_of(config) -> int:
     return variant_class(config.mask_type).scans_taken(asked)
 
 
+def float32_patterns(config) -> set[str]:
+    """Regular expressions for the names of what stays float32 in a model that is loaded in half precision or quantised:
+    the weights of the mixers for which their variant says so, whole names, and no other module of such an ending."""
+    variant = variant_class(config.mask_type)
+    names = [variant.weight_name(name, scan) for name in variant.float32_weights for scan in range(scans_of(config))]
+    return {rf".*\bmixer\.{re.escape(name)}\b" for name in names}
+
+
+def stays_float32(model, name: str) -> bool:
+    """Whether a parameter of that name stays float32 when a LION model is loaded in half precision."""
+    return any(re.match(pattern, name) for pattern in model._keep_in_fp32_modules_strict)
+
+
 def make_mlp(config, dropout: float = 0.0) -> MLP:
     """The MLP of a layer; `dropout` is the rate inside it."""
     return MLP(
@@ -117,10 +130,8 @@ class LionPreTrainedMixin:
                 "take a LionConfig, image models a LionVisionConfig; AutoModel picks the class that fits a checkpoint."
             )
         super().__init__(config, *args, **kwargs)
-        # A decay close to 1 needs more than 8 bits: it stays float32 when a model is loaded in half precision.
-        variant = variant_class(config.mask_type)
-        names = {variant.weight_name(name, i) for name in variant.float32_weights for i in range(scans_of(config))}
-        self._keep_in_fp32_modules_strict = names
+        # Loading reads the strict set, quantisers the other one.
+        self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = float32_patterns(config)
         self._built = config.structure()
         if self.stated_loss_type is not None:
             self.loss_type = self.stated_loss_type  # Transformers has guessed it from the name of the class

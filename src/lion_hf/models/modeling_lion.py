@@ -34,6 +34,7 @@ class LionEmbeddings(nn.Module):
 
     def __init__(self, config: LionConfig):
         super().__init__()
+        self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.position_embeddings = (
@@ -63,7 +64,7 @@ class LionEmbeddings(nn.Module):
         return self.dropout(self.norm(embeddings))
 
     def _positions(self, position_ids: Tensor | None, embeddings: Tensor) -> Tensor:
-        length, positions = embeddings.shape[1], self.position_embeddings.num_embeddings
+        length, positions = embeddings.shape[1], self.config.max_position_embeddings
         if position_ids is None:
             if length > positions:
                 raise ValueError(

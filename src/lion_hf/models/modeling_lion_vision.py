@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..nn.encoder import run_blocks
 from ..nn.mixer import TokenMixer
+from ..ops.backend import is_exporting
 from ..ops.scans import snake_orders
 from .configuration_lion import LionVisionConfig
 from .lion_layers import (
@@ -37,17 +38,17 @@ class LionVisionPatchEmbeddings(nn.Module):
 
     def __init__(self, config: LionVisionConfig):
         super().__init__()
-        self.patch_size = config.patch_size
+        self.patch_size, self.num_channels = config.patch_size, config.num_channels
         self.projection = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        channels = self.projection.in_channels
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; it must be (batch, channels, height, width) with "
-                f"{channels} channels (config.num_channels). Convert the image, for instance with .convert('RGB')."
+                f"{self.num_channels} channels (config.num_channels). Convert the image, for instance with "
+                ".convert('RGB')."
             )
         height, width = pixel_values.shape[2:]
         if height % self.patch_size or width % self.patch_size:
@@ -55,7 +56,10 @@ class LionVisionPatchEmbeddings(nn.Module):
                 f"The image is {height} x {width} pixels, which patch_size {self.patch_size} does not divide. Resize "
                 "or crop both sides to a multiple of it."
             )
-        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
+        if is_exporting():  # a graph without the check above: in ONNX a reshape refuses what does not fit, too
+            pixel_values = pixel_values.unflatten(2, (-1, self.patch_size)).flatten(2, 3)
+            pixel_values = pixel_values.unflatten(3, (-1, self.patch_size)).flatten(3, 4)
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
 class LionVisionEmbeddings(nn.Module):
@@ -80,7 +84,7 @@ class LionVisionEmbeddings(nn.Module):
         interpolate_pos_encoding: bool = False,
         bool_masked_pos: Tensor | None = None,
     ) -> Tensor:
-        patches = self.patch_embeddings(pixel_values)
+        patches = self.patch_embeddings(pixel_values.to(self.cls_token.dtype))
         grid = tuple(side // self.patch_size for side in pixel_values.shape[2:])
         if bool_masked_pos is not None:
             patches = self._masked(patches, bool_masked_pos, grid)

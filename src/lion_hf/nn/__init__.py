@@ -2,6 +2,7 @@
 
 from .block import Block
 from .encoder import Encoder, run_blocks
+from .gates import GateLinear
 from .mixer import Mixer, TokenMixer
 from .mlp import MLP
 from .softmax import SoftmaxMixer
@@ -12,6 +13,7 @@ __all__ = [
     "MLP",
     "Block",
     "Encoder",
+    "GateLinear",
     "Mixer",
     "Recurrence",
     "SoftmaxMixer",

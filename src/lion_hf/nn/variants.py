@@ -28,6 +28,8 @@ try:  # configurations read names and defaults here, for which they need no torc
     import torch
     from torch import Tensor, nn
     from torch.nn import functional as F
+
+    from .gates import GateLinear
 except ImportError:
     Tensor = Any
 
@@ -75,7 +77,8 @@ class Variant:
         masks: "key_mask" where padding may be masked, "cu_seqlens" where rows may be packed.
         scans: scans of a grid that can be averaged, at most. 1 where `prepare` changes query, key or value, which
             several scans share. Without a decay the order of the tokens changes nothing, and there is one scan.
-        float32_weights: names of weights that stay float32 when a model is loaded in half precision.
+        float32_weights: names of weights that stay float32 when a model is loaded in half precision, and that
+            quantisers leave alone. Their linear layers are [`GateLinear`], which takes inputs of any dtype.
         weight_decay: whether optimizers may shrink the variant's own weights.
 
     Attributes: dim, heads, head_dim; layer_idx, counted from 0, and num_layers of the encoder; scan, counted from 0;
@@ -287,11 +290,11 @@ class TokenDecay(Variant):
     float32_weights = ("decay_proj",)
 
     def build(self) -> None:
-        self.add("decay_proj", nn.Linear(self.dim, self.heads))
+        self.add("decay_proj", GateLinear(self.dim, self.heads))
 
     def prepare(self, x, query, key, value, prefix_tokens) -> Recurrence:
         gated = x[:, prefix_tokens:] if prefix_tokens else x
-        logits = at_least_float32(self.decay_proj(gated.to(self.decay_proj.weight.dtype)))
+        logits = at_least_float32(self.decay_proj(gated))
         eps = self.mixer.gate_eps
         # The sum can exceed 1 by as much as is added.
         log_decay = (torch.sigmoid(-logits) + eps).log().clamp(max=0) if eps else F.logsigmoid(-logits)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..hub import weight_files
 from .arguments import LionTrainingArguments
 from .errors import UserError, require_disk
 from .models import existing_config
@@ -46,7 +47,13 @@ def incompleteness(folder: Path) -> str | None:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # written last
     except (OSError, ValueError) as error:
         return f"trainer_state.json cannot be read ({type(error).__name__})"
-    for file in folder.glob("*.safetensors"):
+    try:
+        weights = weight_files(folder)
+    except (OSError, ValueError) as error:
+        return f"its index cannot be read ({error})"
+    for file in sorted({*weights, *folder.glob("*.safetensors")}):
+        if not file.is_file():
+            return f"{file.name} is missing"
         try:
             with safe_open(file, "pt"):
                 pass
