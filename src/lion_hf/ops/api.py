@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .attention import attention_weights
-from .autograd import LionFunction
+from .autograd import lion
 from .backend import fused_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, is_exporting
 from .packing import map_sequences
@@ -129,7 +129,7 @@ def _run_form(
         form = "rnn"
     decays = () if log_decay is None else (log_decay,)
     with torch.autocast(query.device.type, enabled=False):
-        output = LionFunction.apply(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
+        output = lion(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
         return output if result == "both" else output.to(value.dtype)
 
 
