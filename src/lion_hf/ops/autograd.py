@@ -10,7 +10,7 @@ from .chunk import chunk_backward, chunk_forward
 from .decays import unclamped_gradient
 from .global_state import global_backward, global_forward
 from .recurrent import rnn_backward, rnn_forward
-from .tokens import Tokens, accumulation_dtype
+from .tokens import Tokens, accumulation_dtype, without_autocast
 
 
 _FORMS = {
@@ -48,7 +48,7 @@ class LionFunction(torch.autograd.Function):
         query, key, value, key_mask, out, row_sums, *log_decays = ctx.saved_tensors
         form, chunk_size, scale, result, _, orders = ctx.options
         x = _tokens(query, key, value, key_mask, result)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             dy = dy.to(x.dtype)
             if result == "normalized":  # y = n / m, m = c + eps
                 dy = dy / row_sums.unsqueeze(-1)
