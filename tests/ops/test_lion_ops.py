@@ -342,3 +342,13 @@ X = torch.zeros(2, 3, 5, 4)
 def test_bad_arguments_say_what_was_given_and_what_is_allowed(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         bidirectional_linear_attention(*arguments, **options)
+
+
+def test_values_are_checked_on_request_only():
+    positive, bad_mask = torch.full((3,), 0.1), torch.full((2, 5), -1e9)
+    with pytest.raises(ValueError, match="positive or NaN"):
+        attention_scores(X, X, positive)
+    attention_scores(X, X, positive, check_values=False)
+    for form in FORMS:
+        bidirectional_linear_attention(X, X, X, positive, format=form, check_values=False)
+        bidirectional_linear_attention(X, X, X, key_mask=bad_mask, format=form, check_values=False)

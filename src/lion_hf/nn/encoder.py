@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import is_exporting
+from ..ops.checks import is_abstract, is_exporting, values_can_be_read
 from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
 from .mixer import Mixer
@@ -69,13 +69,16 @@ def run_blocks(
 
 def unpadded_row(key_mask: Tensor, x: Tensor, unpadding: bool | None, training: bool) -> UnpaddedRow | None:
     """The rows of a batch joined without padding, or None where they stay as they are."""
-    # A LayerNorm over the zeros that stand for padding overflows in float16; an exported graph reads no mask.
+    # A LayerNorm over the zeros that stand for padding overflows in float16; an exported graph reads no mask, while one
+    # that is compiled can break here.
     if unpadding is False or x.dtype == torch.float16 or is_exporting():
+        return None
+    if is_abstract(key_mask) and not (unpadding and torch.compiler.is_compiling()):
         return None
     if unpadding:
         return unpad(key_mask)
     # On an accelerator, reading the mask waits for the device; not yet timed whether that pays.
-    worthwhile = training and key_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    worthwhile = training and values_can_be_read(key_mask)
     return unpad(key_mask, LEAST_PADDING * len(key_mask) / x.shape[-1]) if worthwhile else None
 
 

@@ -31,7 +31,7 @@ from .autograd import lion
 from .backend import fused_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, is_exporting
 from .packing import map_sequences
-from .tokens import accumulation_dtype, walks_chunks
+from .tokens import accumulation_dtype, walks_chunks, without_autocast
 
 
 # format="auto" uses the attention form up to this many tokens and the chunk form beyond, by device and kind of
@@ -57,6 +57,7 @@ def bidirectional_linear_attention(
     scale: float | None = None,
     eps: float = 1e-6,
     cu_seqlens: Tensor | None = None,
+    check_values: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Bidirectional linear attention with a decay mask (arXiv 2502.16249, sections 3 and 4).
 
@@ -85,6 +86,8 @@ def bidirectional_linear_attention(
             that never decrease; tokens `cu_seqlens[n]` up to `cu_seqlens[n + 1]` are sequence n and read no other.
             Each is computed on its own, in the form that "auto" picks for its length, for which the bounds are read;
             `torch.compile` breaks its graph there. The fused kernels take all at once and read no bounds.
+        check_values: whether values that cannot be right raise an error, where reading them costs little: on the CPU,
+            outside graphs and torch.func. Models leave it out: one row of NaN must not cost them the others.
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of `value`. float64 is computed in float64, anything else in
@@ -92,11 +95,10 @@ def bidirectional_linear_attention(
 
     Raises:
         ValueError: for shapes that do not fit, an unknown format, chunk_size < 1, scale <= 0, a mask that holds
-            anything but 0 and 1, a positive log_decay, or a `cu_seqlens` that does not divide the row. The last three
-            look at values: they are checked on the CPU outside compiled graphs only, since on an accelerator they
-            would wait for the device.
+            anything but 0 and 1, a log_decay that is positive or NaN, or a `cu_seqlens` that does not divide the row.
+            The last three look at values; see `check_values` for the first two of them.
     """
-    form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
+    form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -104,7 +106,7 @@ def bidirectional_linear_attention(
     kernels = fused_kernels(query, key, value, form)
     if kernels is not None:
         full = resolve_format(form, query.shape[2], query.device, log_decay) == "attention"
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result, full)
 
     def run(query, key, value, log_decay, key_mask):
@@ -128,7 +130,7 @@ def _run_form(
     elif form == "chunk" and walks_chunks(query):
         form = "rnn"
     decays = () if log_decay is None else (log_decay,)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         output = lion(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
         return output if result == "both" else output.to(value.dtype)
 
@@ -158,15 +160,16 @@ def attention_scores(
     *,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    check_values: bool = True,
 ) -> Tensor:
     """The matrix of the attention form, `s (q k^T) * M`, for users who want to see it or to drop entries of it.
 
     Arguments as in [`bidirectional_linear_attention`]. Returns (batch, heads, length, length) in the accumulation
     dtype (float32 or wider), not normalised. Differentiable, at O(length^2) memory.
     """
-    check_arguments(query, key, key, log_decay, "attention", 1, key_mask, scale)
+    check_arguments(query, key, key, log_decay, "attention", 1, key_mask, scale, check_values)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         dtype, length = accumulation_dtype(query, key), query.shape[2]
         weights = scale if log_decay is None else attention_weights(log_decay, None, length, scale, dtype)
         scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * weights

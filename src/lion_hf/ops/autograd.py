@@ -11,7 +11,7 @@ from .composed import composed
 from .decays import unclamped_gradient
 from .global_state import global_backward, global_forward
 from .recurrent import rnn_backward, rnn_forward
-from .tokens import Tokens, accumulation_dtype
+from .tokens import Tokens, accumulation_dtype, without_autocast
 
 
 _FORMS = {
@@ -54,7 +54,7 @@ def _gradients(query, key, value, key_mask, out, row_sums, dy, dc, options, *log
     both."""
     form, chunk_size, scale, result, _, orders = options
     x = _tokens(query, key, value, key_mask, result)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         dy = dy.to(x.dtype)
         if result == "normalized":  # y = n / m, m = c + eps
             dy = dy / row_sums.unsqueeze(-1)
@@ -97,6 +97,11 @@ class _TransformableFunction(LionFunction):
     """With what torch.func and forward mode ask for, which compiled graphs do not take."""
 
     @staticmethod
+    def forward(*arguments):
+        outputs = _forward(*arguments)
+        return tuple(map(_no_view, outputs)) if isinstance(outputs, tuple) else _no_view(outputs)
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
         LionFunction.setup_context(ctx, inputs, output)
         query, key, value, key_mask, _, *log_decays = inputs
@@ -114,7 +119,7 @@ class _TransformableFunction(LionFunction):
         size, (*dims, _, _), decay_dims = info.batch_size, in_dims[:5], in_dims[5:]
         query, key, value = (_fold(x, dim, size) for x, dim in zip((query, key, value), dims, strict=True))
         key_mask = None if key_mask is None else _fold(key_mask, in_dims[3], size)
-        if any(dim is not None for dim in decay_dims):
+        if any(x.dim() > 1 for x in log_decays):  # else decays per head, the same for all
             log_decays = _decays_of_tokens(log_decays, decay_dims, size, query)
         outputs = _TransformableFunction.apply(query, key, value, key_mask, options, *log_decays)
         if isinstance(outputs, tuple):
@@ -151,9 +156,7 @@ class LionGradient(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         size, options, log_decays = info.batch_size, inputs[8], inputs[9:]
-        batched = [
-            None if x is None else _fold(x, dim, size) for x, dim in zip(inputs[:8], in_dims[:8], strict=True)
-        ]
+        batched = [None if x is None else _fold(x, dim, size) for x, dim in zip(inputs[:8], in_dims[:8], strict=True)]
         # Every element has gradients of its own, of decays per head too.
         decays = _decays_of_tokens(log_decays, in_dims[9:], size, batched[0])
         gradients = [_unfold(x, size) for x in LionGradient.apply(*batched, options, *decays)]
@@ -161,6 +164,12 @@ class LionGradient(torch.autograd.Function):
             if log_decay.dim() - (dim is not None) == 1:
                 gradients[i] = gradients[i].sum((1, 3))
         return tuple(gradients), (0,) * len(gradients)
+
+
+def _no_view(x: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: of a view forward mode wants to know the base, and so do changes in
+    place."""
+    return x.data if x._is_view() else x
 
 
 def _decays(form: str, log_decays: Sequence[Tensor], orders: Sequence | None):

@@ -1,17 +1,17 @@
-"""The operator from PyTorch's own operators, which have derivatives of every order. O(L^2) memory, kept for backward."""
+"""The operator from PyTorch's own operators, which have derivatives of every order, at O(L^2) memory."""
 
 import torch
 from torch import Tensor
 
 from .decays import clamped_gates, cumulative_sums
-from .tokens import accumulation_dtype
+from .tokens import accumulation_dtype, without_autocast
 
 
 def composed(query, key, value, key_mask, options, *log_decays) -> Tensor | tuple[Tensor, Tensor]:
     """n, y or (n, c) in the accumulation dtype, as `options` say; arguments as those of `autograd.lion`."""
     _, _, scale, result, eps, orders = options
     dtype = accumulation_dtype(query, key, value)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         query, key, value = (x.to(dtype) for x in (query, key, value))
         if key_mask is not None:
             keep = key_mask[:, None, :, None].bool()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_cu_seqlens, is_exporting
+from .checks import check_cu_seqlens, is_abstract, is_exporting
 
 
 # unpad=None removes padding where rows have this many features of it on average, positions times hidden_size: one row
@@ -31,7 +31,8 @@ def packed_bounds(
     - `cu_seqlens`, the bounds themselves (its `cu_seq_lens_q`);
     - `seq_idx` (1, length), a number that changes from one sequence to the next;
     - `position_ids` (1, length) that start again at 0: where the batch is 1 and there is no attention_mask, every entry
-      is 0 or one more than the entry before it, the first is 0, and a later one too. Not in a graph that is exported.
+      is 0 or one more than the entry before it, the first is 0, and a later one too. Not in a graph that is exported,
+      nor where positions are abstract.
 
     Raises:
         ValueError: where `cu_seqlens` or `seq_idx` does not fit a single row of this length.
@@ -45,7 +46,7 @@ def packed_bounds(
                     f"(1, {length}), a number for every token of a single row. Join the rows along their tokens."
                 )
             starts = F.pad(seq_idx.flatten().diff() != 0, (1, 0), value=True)
-        elif position_ids is not None and attention_mask is None and batch == 1 and not is_exporting():
+        elif position_ids is not None and attention_mask is None and batch == 1 and _are_numbers(position_ids):
             starts = _restarts(position_ids.flatten().cpu())
         if starts is None:
             return None
@@ -53,6 +54,11 @@ def packed_bounds(
     cu_seqlens = cu_seqlens.cpu() if isinstance(cu_seqlens, Tensor) else cu_seqlens
     check_cu_seqlens(cu_seqlens, batch, length)
     return cu_seqlens if len(cu_seqlens) > 2 else None
+
+
+def _are_numbers(position_ids: Tensor) -> bool:
+    """Whether positions can be read: a compiled graph breaks here, others cannot."""
+    return not is_exporting() and (torch.compiler.is_compiling() or not is_abstract(position_ids))
 
 
 def _restarts(positions: Tensor) -> Tensor | None:

@@ -1,5 +1,6 @@
 """Query, key and value as the forms read them, a few tokens or a few rows of the batch at a time."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -81,6 +82,11 @@ def fitting_cache(elements: int) -> int:
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 where any tensor is float64, else float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Autocast off, on devices that have it: the meta device has none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def slices(start: int, stop: int, size: int) -> list[slice]:
