@@ -32,8 +32,9 @@ class UnitSiLU(torch.autograd.Function):
         x, y, norm = ctx.saved_tensors
         dy, y = dy.to(norm.dtype), y.to(norm.dtype)
         dx = torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True) - dnorm * norm, value=-1)
-        dx = dx / norm if torch.is_grad_enabled() else dx.div_(norm)
-        return torch.ops.aten.silu_backward(dx, x.to(norm.dtype)).to(x.dtype)
+        if torch.is_grad_enabled():  # a second derivative may be asked for
+            return (dx / norm * _silu_slope(x.to(norm.dtype))).to(x.dtype)
+        return torch.ops.aten.silu_backward(dx.div_(norm), x.to(norm.dtype)).to(x.dtype)
 
 
 class _TransformableUnitSiLU(UnitSiLU):
@@ -47,9 +48,16 @@ class _TransformableUnitSiLU(UnitSiLU):
     @staticmethod
     def jvp(ctx, dx):
         x, y, norm = ctx.saved_tensors
-        slope, y_wide = torch.ops.aten.silu_backward(dx.to(norm.dtype), x.to(norm.dtype)), y.to(norm.dtype)
-        dnorm = (slope * y_wide).sum(-1, keepdim=True)
-        return ((slope - y_wide * dnorm) / norm).to(y.dtype), dnorm
+        wide = y.to(norm.dtype)
+        du = dx.to(norm.dtype) * _silu_slope(x.to(norm.dtype))
+        dnorm = (du * wide).sum(-1, keepdim=True)
+        return ((du - wide * dnorm) / norm).to(y.dtype), dnorm
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    """The derivative of silu, from operators that have derivatives themselves."""
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
 
 
 def identity(x: Tensor) -> Tensor:
