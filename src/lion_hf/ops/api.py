@@ -29,7 +29,7 @@ from torch import Tensor
 from .attention import attention_weights
 from .autograd import lion
 from .backend import fused_kernels, warn_once
-from .checks import check_arguments, check_cu_seqlens, is_exporting
+from .checks import check_arguments, check_cu_seqlens, is_exporting, makes_graph
 from .packing import map_sequences
 from .tokens import accumulation_dtype, walks_chunks, without_autocast
 
@@ -122,11 +122,13 @@ def _run_form(
 ):
     length = query.shape[2]
     form = resolve_format(form, length, query.device, log_decay)
-    if length == 0:
+    if form == "rnn" and makes_graph():
+        form = "chunk"  # a graph has no loop over chunks, whose number varies
+    if not torch.jit.is_tracing() and length == 0:
         form = "attention"
     elif form != "attention" and log_decay is None:  # both directions end in the same state, sum_j k_j v_j^T
         walk = form == "rnn" or walks_chunks(query)
-        form, chunk_size = "global", chunk_size if walk else length
+        form, chunk_size = "global", chunk_size if walk else None
     elif form == "chunk" and walks_chunks(query):
         form = "rnn"
     decays = () if log_decay is None else (log_decay,)

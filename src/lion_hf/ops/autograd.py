@@ -34,7 +34,8 @@ def call_function(forward: Callable, function: type, transformable: type, *argum
     """Calls an autograd Function in the shape that what surrounds it takes: as its forward alone in TorchScript, which
     keeps no Function, and in graphs without gradients; without forward mode where a graph is compiled."""
     if torch.compiler.is_compiling():
-        return function.apply(*arguments) if torch.is_grad_enabled() else forward(*arguments)
+        differentiable = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+        return function.apply(*arguments) if differentiable and torch.is_grad_enabled() else forward(*arguments)
     return forward(*arguments) if torch.jit.is_tracing() else transformable.apply(*arguments)
 
 

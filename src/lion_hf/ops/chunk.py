@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import makes_graph
 from .decays import Factors, clamped_gates, cumulative_sums, decay_factors, gate_gradient, split_sums
 from .tokens import Tokens
 
 
-# Up to this many chunks, one (chunks x chunks) product links their states; beyond, a carry links groups of this size.
+# Up to this many chunks, one (chunks x chunks) product links their states; beyond, groups of this size are linked so.
 PROPAGATION_GROUP = 64
 
 
 def _split(x: Tensor, chunks: int, size: int) -> Tensor:
     """(B, H, L, D) -> (B, H, chunks, size, D), zeros after the last token."""
     padding = chunks * size - x.shape[2]
-    x = F.pad(x, (0, 0, 0, padding)) if padding else x
+    x = F.pad(x, (0, 0, 0, padding)) if makes_graph() or padding else x
     return x.unflatten(2, (chunks, size))
 
 
@@ -38,34 +39,33 @@ def propagate(update: Tensor, total: Tensor, reverse: bool) -> Tensor:
     """State that reaches every chunk: out_c = sum over chunks m before c of exp(totals between m and c) update_m.
 
     "Before" means to the left, or to the right if `reverse`. update (B, H, n, D, V), total (b, H, n). It is the
-    operator itself one level up: a small product with a decay mask per group of chunks, and a carry between groups.
+    operator itself one level up: a small product with a decay mask. Many chunks are cut into groups, inside of which it
+    is that product, and whose own states are propagated in the same way.
     """
     batch, _, chunks, *state_shape = update.shape
-    total = total.expand(-1, -1, chunks)
-    update, outputs, carry = update.flatten(-2), [], None
-    bounds = [(i, min(i + PROPAGATION_GROUP, chunks)) for i in range(0, chunks, PROPAGATION_GROUP)]
-    for start, stop in reversed(bounds) if reverse else bounds:
-        part, gates = update[:, :, start:stop], total[:, :, start:stop]
-        exclusive, inclusive = cumulative_sums(gates)
-        # exp(sum of the totals strictly between two chunks), 0 where the other chunk is not before this one.
-        exponent = exclusive.unsqueeze(-1) - inclusive.unsqueeze(-2)
-        if reverse:
-            exponent = exponent.transpose(-1, -2)
-        before = torch.ones_like(exponent, dtype=torch.bool)
-        before = before.triu(1) if reverse else before.tril(-1)
-        weights = exponent.masked_fill(~before, -math.inf).to(part.dtype).exp()
-        state = torch.matmul(weights.expand(batch, -1, -1, -1), part)
-        last = inclusive[:, :, -1:]
-        if carry is not None:
-            reach = (last - inclusive if reverse else exclusive).to(part.dtype).exp()
-            state = state.addcmul_(reach.unsqueeze(-1), carry)
-        if len(bounds) > 1:
-            leave = (exclusive if reverse else last - inclusive).to(part.dtype).exp()
-            carried = torch.matmul(leave.unsqueeze(-2).expand(batch, -1, -1, -1), part)
-            carry = carried if carry is None else carried.addcmul_(last.to(part.dtype).exp().unsqueeze(-1), carry)
-        outputs.append(state)
-    state = outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1] if reverse else outputs, 2)
-    return state.unflatten(-1, state_shape)
+    update, total = update.flatten(-2), total.expand(-1, -1, chunks)
+    groups, size = (1, chunks) if chunks <= PROPAGATION_GROUP else (-(-chunks // PROPAGATION_GROUP), PROPAGATION_GROUP)
+    if groups > 1:
+        padding = groups * size - chunks
+        update, total = F.pad(update, (0, 0, 0, padding)), F.pad(total, (0, padding))
+    update, total = update.unflatten(2, (groups, size)), total.unflatten(2, (groups, size))
+    exclusive, inclusive = cumulative_sums(total)
+    # exp(sum of the totals strictly between two chunks), 0 where the other chunk is not before this one.
+    exponent = exclusive.unsqueeze(-1) - inclusive.unsqueeze(-2)
+    if reverse:
+        exponent = exponent.transpose(-1, -2)
+    before = torch.ones_like(exponent, dtype=torch.bool)
+    before = before.triu(1) if reverse else before.tril(-1)
+    weights = exponent.masked_fill(~before, -math.inf).to(update.dtype).exp()
+    state = torch.matmul(weights.expand(batch, -1, -1, -1, -1), update)
+    if groups > 1:
+        last = inclusive[..., -1:]
+        leave, reach = (exclusive, last - inclusive) if reverse else (last - inclusive, exclusive)
+        leave, reach = (x.to(update.dtype).exp() for x in (leave, reach))
+        sent = torch.matmul(leave.unsqueeze(-2).expand(batch, -1, -1, -1, -1), update)
+        carried = propagate(sent.unflatten(-1, state_shape).squeeze(3), last.squeeze(-1), reverse).flatten(-2)
+        state.addcmul_(reach.unsqueeze(-1), carried.unsqueeze(3))
+    return state.flatten(2, 3)[:, :, :chunks].unflatten(-1, state_shape)
 
 
 def chunk_forward(x: Tokens, log_decay, scale, chunk_size):

@@ -2,11 +2,11 @@
 
 import torch
 
-from .tokens import Tokens, slices
+from .tokens import ALL, Tokens, slices
 
 
 def global_forward(x: Tokens, log_decay, scale, block):
-    parts = slices(0, x.query.shape[2], block)
+    parts = _parts(x, block)
     state = x.empty_state().squeeze(2)
     for part in parts:
         state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
@@ -21,7 +21,7 @@ def global_forward(x: Tokens, log_decay, scale, block):
 
 def global_backward(x: Tokens, log_decay, dy, dc, scale, block):
     dy = x.join(dy, dc)
-    parts = slices(0, x.query.shape[2], block)
+    parts = _parts(x, block)
     state = x.empty_state().squeeze(2)
     dstate = torch.zeros_like(state)
     for part in parts:
@@ -31,3 +31,8 @@ def global_backward(x: Tokens, log_decay, dy, dc, scale, block):
     dstate *= scale
     dk = torch.matmul(x.values(), dstate.transpose(-1, -2))
     return dq, dk, torch.matmul(x.keys(), dstate)
+
+
+def _parts(x: Tokens, block: int | None) -> list[slice]:
+    """The tokens in blocks, or all at once without a number, which a graph would be made for."""
+    return [ALL] if block is None else slices(0, x.query.shape[2], block)

@@ -57,7 +57,7 @@ def _walk(x: Tokens, log_decay, size: int, scale: float, reverse: bool = False, 
     length, shared = x.query.shape[2], log_decay.dim() == 1
     whole = length - length % size  # the last chunk may be shorter
     most = whole if shared else size
-    if not shared and not torch.compiler.is_compiling():  # a graph must not depend on the batch
+    if not shared:
         most *= fitting_cache(log_decay[:, :, 0].numel() * size**2)
     groups = [(start, min(start + most, whole), size) for start in range(0, whole, most)]
     groups += [(whole, length, length - whole)] if whole < length else []

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import makes_graph
+
 
 # What stays in the cache of a CPU, about 1 MiB in float32. The chunk form walks its chunks one after the other (the rnn
 # functions) once a query has more elements, so that no buffer is paged in anew for every step. The attention form takes
@@ -71,7 +73,7 @@ class Tokens(NamedTuple):
 
 def walks_chunks(query: Tensor) -> bool:
     """Whether the chunk form takes one chunk after the other here, which the cache of a CPU makes faster."""
-    return query.device.type == "cpu" and not torch.compiler.is_compiling() and query.numel() > CPU_CACHE_ELEMENTS
+    return query.device.type == "cpu" and not makes_graph() and query.numel() > CPU_CACHE_ELEMENTS
 
 
 def fitting_cache(elements: int) -> int:
