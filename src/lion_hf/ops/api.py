@@ -145,7 +145,7 @@ def resolve_format(format: str, length: int, device: torch.device, log_decay: Te
     """
     if format != "auto":
         return format
-    if is_exporting():
+    if is_exporting() or torch.jit.is_tracing():
         warn_once(
             "format='auto' is exported as the attention form, which takes any length. Set format='chunk' before the "
             "export for linear time at one fixed length."

@@ -44,8 +44,10 @@ def propagate(update: Tensor, total: Tensor, reverse: bool) -> Tensor:
     """
     batch, _, chunks, *state_shape = update.shape
     update, total = update.flatten(-2), total.expand(-1, -1, chunks)
-    groups, size = (1, chunks) if chunks <= PROPAGATION_GROUP else (-(-chunks // PROPAGATION_GROUP), PROPAGATION_GROUP)
-    if groups > 1:
+    groups, size = 1, chunks
+    grouped = not torch.jit.is_tracing() and chunks > PROPAGATION_GROUP
+    if grouped:
+        groups, size = -(-chunks // PROPAGATION_GROUP), PROPAGATION_GROUP
         padding = groups * size - chunks
         update, total = F.pad(update, (0, 0, 0, padding)), F.pad(total, (0, padding))
     update, total = update.unflatten(2, (groups, size)), total.unflatten(2, (groups, size))
@@ -58,7 +60,7 @@ def propagate(update: Tensor, total: Tensor, reverse: bool) -> Tensor:
     before = before.triu(1) if reverse else before.tril(-1)
     weights = exponent.masked_fill(~before, -math.inf).to(update.dtype).exp()
     state = torch.matmul(weights.expand(batch, -1, -1, -1, -1), update)
-    if groups > 1:
+    if grouped:
         last = inclusive[..., -1:]
         leave, reach = (exclusive, last - inclusive) if reverse else (last - inclusive, exclusive)
         leave, reach = (x.to(update.dtype).exp() for x in (leave, reach))
@@ -74,7 +76,7 @@ def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
     q, k, v = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values()))
     w = decay_factors(_chunk_gates(log_decay, length, chunks, size, q.dtype), scale, q.dtype)
     y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(w.tile), v)
-    if chunks > 1:
+    if torch.jit.is_tracing() or chunks > 1:
         left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), w.total, reverse=False)
         _add_product(y, q * w.read_left, left)
         right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), w.total, reverse=True)
@@ -88,7 +90,7 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
     q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), x.join(dy, dc)))
     w = decay_factors(_chunk_gates(log_decay, length, chunks, size, q.dtype), scale, q.dtype)
     left = right = dleft = dright = None
-    if chunks > 1:
+    if torch.jit.is_tracing() or chunks > 1:
         left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), w.total, reverse=False)
         right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), w.total, reverse=True)
         # The transposed mask: what a query read from the left flows back to keys that lie to its left.
