@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decays import Factors, clamped_gates, cumulative_sums, decay_factors, gate_gradient, split_sums
-from .tokens import Tokens
+from .decays import (
+    Factors,
+    Flow,
+    Flows,
+    clamped_gates,
+    cumulative_sums,
+    cut_exp,
+    decay_factors,
+    gate_gradient,
+    split_sums,
+)
+from .tokens import ALL, Tokens
 
 
 # Up to this many chunks, one (chunks x chunks) product links their states; beyond, a carry links groups of this size.
@@ -21,11 +31,23 @@ def _split(x: Tensor, chunks: int, size: int) -> Tensor:
     return x.unflatten(2, (chunks, size))
 
 
-def _chunk_gates(log_decay: Tensor, length: int, chunks: int, size: int, dtype: torch.dtype) -> Tensor:
+def chunk_gates(log_decay: Tensor, length: int, chunks: int, size: int, dtype: torch.dtype) -> Tensor:
     """Gates as (b, H, n, K): (1, H, 1, K) for LION-D, (B, H, chunks, size) for LION-S, zeros after the last token."""
     if log_decay.dim() == 1:
         return clamped_gates(log_decay, size, dtype).unsqueeze(2)
     return F.pad(clamped_gates(log_decay, length, dtype), (0, chunks * size - length)).unflatten(2, (chunks, size))
+
+
+def chunk_flows(x: Tokens, gates: Tensor, chunks: int, dy: Tensor | None = None) -> Flows:
+    """The flows of chunks with these gates (b, H, n, K), for backward with the gradients dy (B, H, L, V) of outputs."""
+    size = gates.shape[-1]
+    keys = None if x.key_mask is None else _split_alive(x.key_mask[:, None].bool(), chunks, size)
+    queries = None if dy is None else _split_alive(torch.linalg.vector_norm(dy, math.inf, -1) != 0, chunks, size)
+    return Flows.of_chunks(gates, keys, queries, x.dtype)
+
+
+def _split_alive(alive: Tensor, chunks: int, size: int) -> Tensor:
+    return F.pad(alive, (0, chunks * size - alive.shape[-1])).unflatten(-1, (chunks, size))
 
 
 def equal_chunks(length: int, chunk_size: int) -> tuple[int, int]:
@@ -34,18 +56,19 @@ def equal_chunks(length: int, chunk_size: int) -> tuple[int, int]:
     return chunks, -(-length // chunks)
 
 
-def propagate(update: Tensor, total: Tensor, reverse: bool) -> Tensor:
+def propagate(update: Tensor, total: Tensor, flow: Flow, reverse: bool) -> Tensor:
     """State that reaches every chunk: out_c = sum over chunks m before c of exp(totals between m and c) update_m.
 
     "Before" means to the left, or to the right if `reverse`. update (B, H, n, D, V), total (b, H, n). It is the
     operator itself one level up: a small product with a decay mask per group of chunks, and a carry between groups.
     """
     batch, _, chunks, *state_shape = update.shape
-    total = total.expand(-1, -1, chunks)
+    total, sent, arriving = (t.expand(-1, -1, chunks) for t in (total, *flow))
+    dtype = update.dtype
     update, outputs, carry = update.flatten(-2), [], None
     bounds = [(i, min(i + PROPAGATION_GROUP, chunks)) for i in range(0, chunks, PROPAGATION_GROUP)]
     for start, stop in reversed(bounds) if reverse else bounds:
-        part, gates = update[:, :, start:stop], total[:, :, start:stop]
+        part, gates, sends = update[:, :, start:stop], total[:, :, start:stop], sent[:, :, start:stop]
         exclusive, inclusive = cumulative_sums(gates)
         # exp(sum of the totals strictly between two chunks), 0 where the other chunk is not before this one.
         exponent = exclusive.unsqueeze(-1) - inclusive.unsqueeze(-2)
@@ -53,16 +76,17 @@ def propagate(update: Tensor, total: Tensor, reverse: bool) -> Tensor:
             exponent = exponent.transpose(-1, -2)
         before = torch.ones_like(exponent, dtype=torch.bool)
         before = before.triu(1) if reverse else before.tril(-1)
-        weights = exponent.masked_fill(~before, -math.inf).to(part.dtype).exp()
+        weights = cut_exp(exponent.masked_fill(~before, -math.inf), sends.unsqueeze(-2), dtype)
         state = torch.matmul(weights.expand(batch, -1, -1, -1), part)
         last = inclusive[:, :, -1:]
+        carried = arriving[:, :, stop - 1 : stop] if reverse else arriving[:, :, start : start + 1]
         if carry is not None:
-            reach = (last - inclusive if reverse else exclusive).to(part.dtype).exp()
+            reach = cut_exp(last - inclusive if reverse else exclusive, carried, dtype)
             state = state.addcmul_(reach.unsqueeze(-1), carry)
         if len(bounds) > 1:
-            leave = (exclusive if reverse else last - inclusive).to(part.dtype).exp()
-            carried = torch.matmul(leave.unsqueeze(-2).expand(batch, -1, -1, -1), part)
-            carry = carried if carry is None else carried.addcmul_(last.to(part.dtype).exp().unsqueeze(-1), carry)
+            leave = cut_exp(exclusive if reverse else last - inclusive, sends, dtype)
+            left = torch.matmul(leave.unsqueeze(-2).expand(batch, -1, -1, -1), part)
+            carry = left if carry is None else left.addcmul_(cut_exp(last, carried, dtype).unsqueeze(-1), carry)
         outputs.append(state)
     state = outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1] if reverse else outputs, 2)
     return state.unflatten(-1, state_shape)
@@ -72,12 +96,14 @@ def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
     length = x.query.shape[2]
     chunks, size = equal_chunks(length, chunk_size)
     q, k, v = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values()))
-    w = decay_factors(_chunk_gates(log_decay, length, chunks, size, q.dtype), scale, q.dtype)
+    gates = chunk_gates(log_decay, length, chunks, size, q.dtype)
+    flows, total = chunk_flows(x, gates, chunks), gates.sum(-1)
+    w = decay_factors(gates, flows, ALL, scale, q.dtype)
     y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(w.tile), v)
     if chunks > 1:
-        left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), w.total, reverse=False)
+        left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
         _add_product(y, q * w.read_left, left)
-        right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), w.total, reverse=True)
+        right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
         _add_product(y, q * w.read_right, right)
     return x.split(y.flatten(2, 3)[:, :, :length])
 
@@ -85,15 +111,18 @@ def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
 def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
     length = x.query.shape[2]
     chunks, size = equal_chunks(length, chunk_size)
-    q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), x.join(dy, dc)))
-    w = decay_factors(_chunk_gates(log_decay, length, chunks, size, q.dtype), scale, q.dtype)
+    dy = x.join(dy, dc)
+    gates = chunk_gates(log_decay, length, chunks, size, dy.dtype)
+    flows, total = chunk_flows(x, gates, chunks, dy), gates.sum(-1)
+    q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), dy))
+    w = decay_factors(gates, flows, ALL, scale, q.dtype)
     left = right = dleft = dright = None
     if chunks > 1:
-        left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), w.total, reverse=False)
-        right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), w.total, reverse=True)
+        left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
+        right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
         # The transposed mask: what a query read from the left flows back to keys that lie to its left.
-        dleft = propagate(torch.matmul((q * w.read_left).transpose(-1, -2), dy), w.total, reverse=True)
-        dright = propagate(torch.matmul((q * w.read_right).transpose(-1, -2), dy), w.total, reverse=False)
+        dleft = propagate(torch.matmul((q * w.read_left).transpose(-1, -2), dy), total, flows.dleft, reverse=True)
+        dright = propagate(torch.matmul((q * w.read_right).transpose(-1, -2), dy), total, flows.dright, reverse=False)
     shared = log_decay.dim() == 1
     dq, dk, dv, dgates = chunk_gradients(q, k, v, dy, w, shared, left, right, dleft, dright)
     dq, dk, dv = (gradient.flatten(2, 3)[:, :, :length] for gradient in (dq, dk, dv))
@@ -118,7 +147,7 @@ def chunk_gradients(q, k, v, dy, w: Factors, shared: bool, left, right, dleft, d
 
     dtotal = 0
     if left is not None:
-        crossing = w.cross[..., 0] * ((left * dleft).sum((-1, -2)) + (right * dright).sum((-1, -2))).unsqueeze(-1)
+        crossing = _inner_product(left * w.cross_right, dleft) + _inner_product(right * w.cross_left, dright)
         read_left = torch.matmul(dy, left.transpose(-1, -2)).mul_(w.read_left)
         read_right = torch.matmul(dy, right.transpose(-1, -2)).mul_(w.read_right)
         write_right = torch.matmul(v, dleft.transpose(-1, -2)).mul_(w.write_right)
@@ -132,6 +161,11 @@ def chunk_gradients(q, k, v, dy, w: Factors, shared: bool, left, right, dleft, d
         de, df = de + from_left - to_right, df + to_left - from_right
         dtotal = reduce(crossing) + to_right.sum(-1, keepdim=True) + from_right.sum(-1, keepdim=True)
     return dq, dk, dv, gate_gradient(de, df, dtotal)
+
+
+def _inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a * b over the last two dimensions, of which one with a single number is left."""
+    return torch.matmul(a.flatten(-2).unsqueeze(-2), b.flatten(-2).unsqueeze(-1)).squeeze(-1)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
