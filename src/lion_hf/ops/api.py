@@ -26,7 +26,7 @@ GPU. Second derivatives are not supported; asking for one raises an error.
 import torch
 from torch import Tensor
 
-from .attention import attention_weights
+from .attention import differentiable_weights
 from .autograd import lion
 from .backend import fused_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, is_exporting, makes_graph
@@ -173,7 +173,7 @@ def attention_scores(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with without_autocast(query.device):
         dtype, length = accumulation_dtype(query, key), query.shape[2]
-        weights = scale if log_decay is None else attention_weights(log_decay, None, length, scale, dtype)
+        weights = scale if log_decay is None else differentiable_weights(log_decay, None, length, scale, dtype)
         scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * weights
         if key_mask is not None:
             scores = torch.where(key_mask.to(torch.bool)[:, None, None, :], scores, 0)

@@ -13,8 +13,18 @@ from .tokens import ALL, Tokens, fitting_cache, for_products, slices
 
 def attention_weights(log_decay: Tensor, order, length: int, scale: float, dtype: torch.dtype) -> Tensor:
     """M along an order of the tokens, times the scale, with the tokens as they lie: only the sums need to follow it."""
+    return pair_weights(*_sums_along(log_decay, order, length, dtype), dtype).mul_(scale)
+
+
+def differentiable_weights(log_decay: Tensor, order, length: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """`attention_weights` for autograd."""
+    rank = torch.arange(length, device=log_decay.device) if order is None else order[1]
+    return pair_weights(*_sums_along(log_decay, order, length, dtype), dtype, rank) * scale
+
+
+def _sums_along(log_decay: Tensor, order, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     sums = cumulative_sums(_along(clamped_gates(log_decay, length, dtype), order, 0))
-    return pair_weights(*(_along(x, order, 1) for x in sums), dtype).mul_(scale)
+    return tuple(_along(x, order, 1) for x in sums)
 
 
 def _along(x: Tensor, order: tuple[Tensor, Tensor] | None, direction: int) -> Tensor:

@@ -42,6 +42,9 @@ def call_function(forward: Callable, function: type, transformable: type, *argum
 def _forward(query, key, value, key_mask, options, *log_decays):
     """n, (n, c), or (y, c + eps) for a normalised result."""
     form, chunk_size, scale, result, eps, orders = options
+    if torch.jit.is_tracing():  # of decays per head ONNX would fix the length
+        row = torch.zeros_like(query[:1, :, :, 0], dtype=torch.float32)
+        log_decays = [x.unsqueeze(-1) + row if x.dim() == 1 else x for x in log_decays]
     x = _tokens(query, key, value, key_mask, result)
     out, row_sums = _FORMS[form][0](x, _decays(form, log_decays, orders), scale, chunk_size)
     if result == "normalized":
