@@ -314,6 +314,9 @@ def test_prepare_returns_what_its_class_states(registered):
     Own.prepare = lambda self, x, query, key, value, prefix_tokens: (query, key, value)
     with pytest.raises(TypeError, match="Own.prepare returned tuple; it must return a Recurrence"):
         Mixer(24, 3, "new")(torch.randn(1, 5, 24))
+    Own.prepare = lambda self, x, query, key, value, prefix_tokens: Recurrence(query, key, value, torch.ones(3))
+    with pytest.raises(ValueError, match="Own.prepare returned a positive log_decay .largest: 1.0.; .* must be <= 0"):
+        Mixer(24, 3, "new")(torch.randn(1, 5, 24))
 
 
 def test_padding_stays_where_a_variant_mixes_neighbours(registered):

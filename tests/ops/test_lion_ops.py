@@ -284,18 +284,52 @@ def test_nothing_quadratic_is_kept_for_backward():
         assert kept and max(kept) < length * length, form
 
 
-@pytest.mark.parametrize("form", ["attention", "chunk"])
-def test_second_derivatives_raise_instead_of_being_wrong(form):
-    x = torch.randn(1, 1, 5, 2, requires_grad=True)
-    y = bidirectional_linear_attention(x, x, x, torch.tensor([-0.5]), format=form)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_are_those_of_the_textbook(form):
+    query, key, value, log_decay, _ = make_inputs(1, 2, 7, 3, 2, "token", None, True, seed=4)
+
+    def twice(function):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, log_decay)]
+        gradients = torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.sin().sum() for g in gradients), leaves)
+
+    expected = twice(lambda q, k, v, g: textbook(q, k, v, g, None, True))
+    actual = twice(lambda *x: bidirectional_linear_attention(*x, format=form, chunk_size=3, normalize=True))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_scores_are_the_matrix_of_the_attention_form():
     *inputs, key_mask = make_inputs(2, 2, 12, 4, 4, "token", "random", False, seed=9)
     scores = attention_scores(inputs[0], inputs[1], inputs[3], key_mask=key_mask)
     torch.testing.assert_close(scores @ inputs[2], textbook(*inputs, key_mask), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_gradients_are_right_where_decays_are_exactly_1(per_token):
+    """Both exponents of a pair are 0 there, and only one of them counts."""
+    ones = torch.ones(1, 1, 3, 1)
+    gate = torch.zeros((1, 1, 3) if per_token else (1,), requires_grad=True)
+    attention_scores(ones, ones, gate).sum().backward()
+    assert gate.grad.flatten().tolist() == ([2, 4, 2] if per_token else [8])
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 2, 2, 7, 3, generator=generator, dtype=torch.float64)
+    weight = torch.randn(2, 2, 7, 7, generator=generator, dtype=torch.float64)
+    zero = torch.tensor([0.0, -0.3], dtype=torch.float64)
+    choice = torch.randint(0, 3, (2, 2, 7), generator=generator)
+    gates = torch.tensor([0.0, 0.0, -0.5], dtype=torch.float64)[choice] if per_token else zero
+
+    def gradients(scores):
+        inputs = [x.clone().requires_grad_() for x in (query, key, gates)]
+        return torch.autograd.grad((scores(*inputs) * weight).sum(), inputs)
+
+    def by_definition(q, k, g):
+        eye = torch.eye(7, dtype=torch.float64).expand(2, 2, 7, 7)  # the values: every key by itself
+        return textbook(q, k, eye, g)
+
+    for a, b in zip(gradients(attention_scores), gradients(by_definition), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind, log_decay", [("none", None), ("head", torch.zeros(2)), ("token", torch.zeros(1, 2, 3))])
@@ -355,3 +389,13 @@ def test_integers_of_numpy_are_chunk_sizes(form, number):
         y = bidirectional_linear_attention(q, q, q, log_decay, format=form, chunk_size=size)
         results.append((y, *torch.autograd.grad(y.square().sum(), q)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_values_are_checked_on_request_only():
+    positive, bad_mask = torch.full((3,), 0.1), torch.full((2, 5), -1e9)
+    with pytest.raises(ValueError, match="positive or NaN"):
+        attention_scores(X, X, positive)
+    attention_scores(X, X, positive, check_values=False)
+    for form in FORMS:
+        bidirectional_linear_attention(X, X, X, positive, format=form, check_values=False)
+        bidirectional_linear_attention(X, X, X, key_mask=bad_mask, format=form, check_values=False)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import is_exporting
+from ..ops.checks import is_abstract, is_exporting, values_can_be_read
 from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
 from .mixer import Mixer
@@ -72,12 +72,15 @@ def unpadded_row(
     key_mask: Tensor, x: Tensor, unpadding: bool | None, training: bool, padding: Tensor | None = None
 ) -> UnpaddedRow | None:
     """The rows of a batch joined without padding, or None where they stay as they are."""
-    if unpadding is False or is_exporting():  # an exported graph reads no mask
+    # An exported graph reads no mask, while one that is compiled can break here.
+    if unpadding is False or is_exporting():
+        return None
+    if is_abstract(key_mask) and not (unpadding and torch.compiler.is_compiling()):
         return None
     if unpadding:
         return unpad(key_mask, padding=padding)
     # On an accelerator, reading the mask waits for the device; not yet timed whether that pays.
-    worthwhile = training and key_mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    worthwhile = training and values_can_be_read(key_mask)
     return unpad(key_mask, LEAST_PADDING * len(key_mask) / x.shape[-1], padding) if worthwhile else None
 
 

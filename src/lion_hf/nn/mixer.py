@@ -1,6 +1,7 @@
 """The layer in which tokens read each other: projections, a feature map, a variant and an operator."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.api import attention_scores, bidirectional_linear_attention
+from ..ops.checks import values_can_be_read
 from ..ops.scans import averaged_scans
 from .features import FUNCTIONS
 from .names import FEATURE_MAPS, require_name, require_rate, require_size
@@ -35,9 +37,11 @@ class Operator(NamedTuple):
     average: Callable[..., Tensor] | None = None
 
 
-# What `Recurrence.operator` can name.
+# What `Recurrence.operator` can name. A mixer trusts its own activations: NaN in one row of a batch stays there.
 OPERATORS = {
-    "linear_attention": Operator(bidirectional_linear_attention, attention_scores, averaged_scans),
+    "linear_attention": Operator(
+        *(partial(f, check_values=False) for f in (bidirectional_linear_attention, attention_scores, averaged_scans))
+    ),
 }
 
 
@@ -69,8 +73,8 @@ class TokenMixer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, (batch, heads, length, head_dim), of (batch, length, dim)."""
-        heads = (self.num_heads, self.head_dim)
-        return tuple(proj(x).unflatten(-1, heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        shape = (*x.shape[:-1], self.num_heads, self.head_dim)
+        return tuple(proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
 
 
 class Mixer(TokenMixer):
@@ -296,6 +300,11 @@ def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:
         raise ValueError(
             f"{variant.__name__} states decay = {variant.decay!r}, but prepare returned {found}. 'head' is (heads,), "
             "'token' is (batch, heads, length), and None is no log_decay."
+        )
+    if decay is not None and values_can_be_read(decay) and bool((decay > 0).any()):
+        raise ValueError(
+            f"{variant.__name__}.prepare returned a positive log_decay (largest: {decay.max().item()}); it is the "
+            "logarithm of a decay in [0, 1], so every entry must be <= 0. Use logsigmoid, or clamp(max=0)."
         )
 
 

@@ -20,18 +20,22 @@ Cost per batch element and head, for L tokens, widths D and V, chunks of K token
     LIT         2 L D V                     (no decay: chunk and rnn are one global product)
 
 Each form and its gradient have a file of their own beside this one; triton/ holds the kernels that replace them on a
-GPU. Second derivatives are not supported; asking for one raises an error.
+GPU. Second derivatives and forward mode are computed by the definition (composed.py), at O(L^2) memory; the kernels
+have neither.
+
+Graphs (torch.compile, torch.export, torch.jit.trace) hold no loop over chunks: the rnn form is computed as the chunk
+form in them.
 """
 
 import torch
 from torch import Tensor
 
-from .attention import attention_weights
-from .autograd import LionFunction
+from .attention import differentiable_weights
+from .autograd import lion
 from .backend import fused_kernels, warn_once
-from .checks import check_arguments, check_cu_seqlens, is_exporting
+from .checks import check_arguments, check_cu_seqlens, is_exporting, makes_graph
 from .packing import map_sequences
-from .tokens import accumulation_dtype, walks_chunks
+from .tokens import accumulation_dtype, walks_chunks, without_autocast
 
 
 # format="auto" uses the attention form up to this many tokens and the chunk form beyond, by device and kind of
@@ -57,6 +61,7 @@ def bidirectional_linear_attention(
     scale: float | None = None,
     eps: float = 1e-6,
     cu_seqlens: Tensor | None = None,
+    check_values: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Bidirectional linear attention with a decay mask (arXiv 2502.16249, sections 3 and 4).
 
@@ -85,6 +90,8 @@ def bidirectional_linear_attention(
             that never decrease; tokens `cu_seqlens[n]` up to `cu_seqlens[n + 1]` are sequence n and read no other.
             Each is computed on its own, in the form that "auto" picks for its length, for which the bounds are read;
             `torch.compile` breaks its graph there. The fused kernels take all at once and read no bounds.
+        check_values: whether values that cannot be right raise an error, where reading them costs little: on the CPU,
+            outside graphs and torch.func. Models leave it out: one row of NaN must not cost them the others.
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of `value`. float64 is computed in float64, anything else in
@@ -92,19 +99,20 @@ def bidirectional_linear_attention(
 
     Raises:
         ValueError: for shapes that do not fit, an unknown format, chunk_size < 1, scale <= 0, a mask that holds
-            anything but 0 and 1, a positive log_decay, or a `cu_seqlens` that does not divide the row. The last three
-            look at values: they are checked on the CPU outside compiled graphs only, since on an accelerator they
-            would wait for the device.
+            anything but 0 and 1, a log_decay that is positive or NaN, or a `cu_seqlens` that does not divide the row.
+            The last three look at values; see `check_values` for the first two of them.
     """
-    form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale)
+    form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     result = "both" if return_denominator else "normalized" if normalize else "numerator"
     kernels = fused_kernels(query, key, value, form)
     if kernels is not None:
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query.device):
             return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result)
+
+    chunk_size = int(chunk_size)  # numpy's are taken
 
     def run(query, key, value, log_decay, key_mask):
         return _run_form(query, key, value, log_decay, key_mask, form, chunk_size, scale, result, eps)
@@ -119,28 +127,30 @@ def _run_form(
 ):
     length = query.shape[2]
     form = resolve_format(form, length, query.device, log_decay)
-    if length == 0:
+    if form == "rnn" and makes_graph():
+        form = "chunk"  # a graph has no loop over chunks, whose number varies
+    if not torch.jit.is_tracing() and length == 0:
         form = "attention"
     elif form != "attention" and log_decay is None:  # both directions end in the same state, sum_j k_j v_j^T
         walk = form == "rnn" or walks_chunks(query)
-        form, chunk_size = "global", chunk_size if walk else length
+        form, chunk_size = "global", chunk_size if walk else None
     elif form == "chunk" and walks_chunks(query):
         form = "rnn"
     decays = () if log_decay is None else (log_decay,)
-    with torch.autocast(query.device.type, enabled=False):
-        output = LionFunction.apply(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
+    with without_autocast(query.device):
+        output = lion(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
         return output if result == "both" else output.to(value.dtype)
 
 
 def resolve_format(format: str, length: int, device: torch.device, log_decay: Tensor | None) -> str:
     """The form that `format="auto"` stands for; any other format is returned as it is.
 
-    Under `torch.export` the answer is always "attention", because a graph holds one form and only this one takes any
-    length; set `format="chunk"` before the export to have the linear form at a fixed length instead.
+    Under `torch.export` and `torch.jit.trace` the answer is always "attention", because a graph holds one form and only
+    this one takes any length in both; set `format="chunk"` before to have linear time, at a fixed length in exports.
     """
     if format != "auto":
         return format
-    if is_exporting():
+    if is_exporting() or torch.jit.is_tracing():
         warn_once(
             "format='auto' is exported as the attention form, which takes any length. Set format='chunk' before the "
             "export for linear time at one fixed length."
@@ -157,17 +167,18 @@ def attention_scores(
     *,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    check_values: bool = True,
 ) -> Tensor:
     """The matrix of the attention form, `s (q k^T) * M`, for users who want to see it or to drop entries of it.
 
     Arguments as in [`bidirectional_linear_attention`]. Returns (batch, heads, length, length) in the accumulation
     dtype (float32 or wider), not normalised. Differentiable, at O(length^2) memory.
     """
-    check_arguments(query, key, key, log_decay, "attention", 1, key_mask, scale)
+    check_arguments(query, key, key, log_decay, "attention", 1, key_mask, scale, check_values)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         dtype, length = accumulation_dtype(query, key), query.shape[2]
-        weights = scale if log_decay is None else attention_weights(log_decay, None, length, scale, dtype)
+        weights = scale if log_decay is None else differentiable_weights(log_decay, None, length, scale, dtype)
         scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * weights
         if key_mask is not None:
             scores = torch.where(key_mask.to(torch.bool)[:, None, None, :], scores, 0)

@@ -6,14 +6,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .checks import makes_graph
 from .decays import clamped_gates, cumulative_sums, gate_gradient, pair_weights, split_sums
 from .tokens import ALL, Tokens, fitting_cache, for_products, slices
 
 
 def attention_weights(log_decay: Tensor, order, length: int, scale: float, dtype: torch.dtype) -> Tensor:
     """M along an order of the tokens, times the scale, with the tokens as they lie: only the sums need to follow it."""
+    return pair_weights(*_sums_along(log_decay, order, length, dtype), dtype).mul_(scale)
+
+
+def differentiable_weights(log_decay: Tensor, order, length: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """`attention_weights` for autograd."""
+    rank = torch.arange(length, device=log_decay.device) if order is None else order[1]
+    return pair_weights(*_sums_along(log_decay, order, length, dtype), dtype, rank) * scale
+
+
+def _sums_along(log_decay: Tensor, order, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     sums = cumulative_sums(_along(clamped_gates(log_decay, length, dtype), order, 0))
-    return pair_weights(*(_along(x, order, 1) for x in sums), dtype).mul_(scale)
+    return tuple(_along(x, order, 1) for x in sums)
 
 
 def _along(x: Tensor, order: tuple[Tensor, Tensor] | None, direction: int) -> Tensor:
@@ -30,7 +41,7 @@ def _decay_masks(scans, length: int, scale: float, dtype: torch.dtype) -> tuple[
 def _row_blocks(x: Tokens) -> list[slice]:
     """Rows of the batch that the attention form takes at a time: on a CPU as many as stay in cache."""
     batch, heads, length = x.query.shape[:3]
-    if x.query.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+    if x.query.device.type != "cpu" or makes_graph() or batch == 0:
         return [ALL]
     return slices(0, batch, fitting_cache(heads * length**2))
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import is_exporting
+from .checks import is_abstract, is_exporting
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def fused_kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> Calla
 
 def fused_unit_silu(x: Tensor) -> Callable[[Tensor], Tensor] | None:
     """The feature map of ops/triton, where it takes this input: not in graphs, whose compilers fuse it themselves."""
-    if BACKEND == "torch" or not (BACKEND or x.is_cuda) or torch.compiler.is_compiling() or x.dtype == torch.float64:
+    if BACKEND == "torch" or not (BACKEND or x.is_cuda) or x.dtype == torch.float64 or is_abstract(x):
         return None
     try:
         from .triton.features import unit_silu

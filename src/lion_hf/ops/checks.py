@@ -4,13 +4,14 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 FORMATS = ("attention", "rnn", "chunk", "auto")
 
 
-def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale) -> str:
-    """Raises ValueError on anything that does not fit; returns the format in lower case."""
+def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values=True) -> str:
+    """Raises ValueError on anything that does not fit; returns the format in lower case. Values are read on request."""
     form = format.lower() if isinstance(format, str) else format
     if form not in FORMATS:
         raise ValueError(f"format is {format!r}; allowed are {', '.join(map(repr, FORMATS))}.")
@@ -39,7 +40,7 @@ def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, 
                 f"log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; allowed are None, floating "
                 f"point (heads,) = ({heads},) and (batch, heads, length) = {(batch, heads, length)}."
             )
-        if values_can_be_read(log_decay) and not bool((log_decay <= 0).all()):
+        if check_values and values_can_be_read(log_decay) and not bool((log_decay <= 0).all()):
             raise ValueError(
                 f"log_decay has a positive or NaN entry (largest: {log_decay.max().item()}); it is the logarithm of a "
                 "decay in [0, 1], so every entry must be <= 0. Use logsigmoid, or clamp(max=0)."
@@ -50,7 +51,7 @@ def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, 
                 f"key_mask has shape {tuple(key_mask.shape)}; it must be (batch, length) = "
                 f"{(query.shape[0], query.shape[2])} with True or 1 for real tokens."
             )
-        if values_can_be_read(key_mask) and not is_binary(key_mask):
+        if check_values and values_can_be_read(key_mask) and not is_binary(key_mask):
             raise ValueError(
                 "key_mask holds values other than 0 and 1; it marks real tokens with True or 1. An additive mask "
                 "(0 and -inf) becomes one by `mask == 0`."
@@ -85,8 +86,26 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
 
 
 def values_can_be_read(x: Tensor) -> bool:
-    """Reading values must neither wait for an accelerator nor break a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Reading values must neither wait for an accelerator nor break a graph, and there must be some."""
+    return x.device.type == "cpu" and not is_abstract(x)
+
+
+def is_abstract(x: Tensor) -> bool:
+    """Whether a tensor stands for values that are not there, or that no choice may depend on: while a graph is made of
+    it, within torch.func, on the meta device, and in subclasses such as FakeTensor."""
+    return (
+        makes_graph()
+        or x.is_meta
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or get_proxy_mode() is not None
+    )
+
+
+def makes_graph() -> bool:
+    """Whether a graph is made, by torch.compile, torch.export or torch.jit.trace: one for all batches and lengths, so
+    that no loop and no choice in it may depend on them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_binary(mask: Tensor) -> bool:

@@ -1,6 +1,9 @@
 """Decays as the forms multiply with them: cumulative sums, weights of pairs of tokens, factors of chunks.
 
-Every factor is the exponential of a number <= 0."""
+Every factor is the exponential of a number <= 0. What a token reads is a product of several, and none may come near the
+smallest normal number of its dtype, below which a CPU is many times slower: with query, key and value between 1e-3 and
+1e3 in size it takes more than e**-87 (float32) to be normal. So M_ij is 0 where its exponent, the decay between i and
+j, is below `CUT`. Where a state stands between the two, the strongest token in it decides."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-# exp(floor) is 0 in the dtype: clamping there changes no result and keeps every sum finite for log_decay = -inf.
+# Natural logarithm of the smallest decay between two tokens that read each other: 4e-18 in float32, 1e-261 in float64.
+CUT = {torch.float32: -40.0, torch.float64: -600.0}
+
+# Clamping gates there changes no result, as it is beyond the cut, and keeps every sum finite for log_decay = -inf.
 FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
 
 
@@ -31,16 +37,33 @@ def cumulative_sums(gates: Tensor) -> tuple[Tensor, Tensor]:
     return inclusive - gates, inclusive
 
 
-def pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype) -> Tensor:
-    """M of one tile, (..., K, K). Of the two exponents the right one is the one <= 0, hence the smaller."""
-    return exp_(differences(exclusive, dtype).clamp_(max=differences(-inclusive, dtype)))
+def pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype, rank: Tensor | None = None) -> Tensor:
+    """M of one tile, (..., K, K). Of the two exponents the right one is the one <= 0, hence the smaller. Where autograd
+    shall know which, both may be 0, and `rank` tells it: the place of each token in the order of the sums."""
+    left, right = differences(exclusive, dtype), differences(-inclusive, dtype)
+    if rank is None:
+        return exp_(left.clamp_(max=right))
+    return differentiable_exp(torch.where(rank.unsqueeze(-1) > rank, left, right))
 
 
 def exp_(x: Tensor) -> Tensor:
-    """exp, and 0 for what comes near the dtype's smallest normal number: exp and products below it are slow."""
-    smallest = math.log(torch.finfo(x.dtype).tiny) + 0.5
-    y = x.clamp_(min=smallest).exp_()
-    return F.threshold(y, 1.01 * math.exp(smallest), 0.0, inplace=not y.requires_grad)
+    """exp, and 0 below the cut. Neither clamping nor exp alone would do: exp of what it makes 0 is slow."""
+    if torch.jit.is_tracing():  # the graph has gradients of its own
+        return differentiable_exp(x)
+    cut = CUT[x.dtype]
+    y = x.clamp_(min=cut).exp_()
+    return F.threshold(y, 1.001 * math.exp(cut), 0.0, inplace=True)
+
+
+def differentiable_exp(x: Tensor) -> Tensor:
+    """`exp_` for autograd, which changes nothing in place."""
+    return torch.where(x < CUT[x.dtype], 0.0, x.exp())
+
+
+def cut_exp(exponent: Tensor, beyond: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """exp(exponent) in a dtype, and 0 where it would multiply what is so small that their product is beyond the cut."""
+    cut = exponent + beyond < CUT[dtype]
+    return exp_(torch.where(cut, -math.inf, exponent).to(dtype))
 
 
 def differences(sums: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,6 +79,67 @@ def differences(sums: Tensor, dtype: torch.dtype) -> Tensor:
     return difference
 
 
+class Flow(NamedTuple):
+    """How small the states are that chunks exchange in one direction, as exponents (b, H, n) of their largest terms."""
+
+    sent: Tensor  # of the state that each chunk makes, as it leaves the chunk; -inf where it makes none
+    arriving: Tensor  # of the states of all chunks before it, as they reach it; -inf where there is none
+
+
+def flow(exponents: Tensor, total: Tensor, reverse: bool) -> Flow:
+    """The flow of what tokens write with factors exp(exponents) (b, H, n, K) past chunks with `total` (b, H, n). n = 1
+    stands for many chunks all alike."""
+    sent = exponents.amax(-1)
+    if sent.shape[-1] == 1:  # the nearest chunk is the strongest
+        return Flow(sent, sent)
+    total = total.expand(*total.shape[:2], sent.shape[-1])
+    if reverse:
+        sent, total = sent.flip(-1), total.flip(-1)
+    before, through = cumulative_sums(total)
+    strongest = (sent - through).cummax(-1).values
+    arriving = before + F.pad(strongest[..., :-1], (1, 0), value=-math.inf)
+    return Flow(*(t.flip(-1) for t in (sent, arriving))) if reverse else Flow(sent, arriving)
+
+
+class Flows(NamedTuple):
+    """The flows of all chunks: of states that keys make, and of gradients of states, which queries make."""
+
+    left: Flow  # states that come from the left
+    right: Flow  # states that come from the right
+    dleft: Flow | None = None  # gradients of the former, which come from the right; None: all of them are large
+    dright: Flow | None = None
+
+    @classmethod
+    def of_chunks(cls, gates: Tensor, keys: Tensor | None, queries: Tensor | None, dtype: torch.dtype) -> "Flows":
+        """From gates (b, H, n, K), and from which keys count, and which gradients of outputs are not 0, where that is
+        known, (B, H or 1, n, K)."""
+        e, f = cumulative_sums(gates)
+        total = f[..., -1:]
+        left, dleft = _there_and_back(total - e, e, keys, queries, total, False, CUT[dtype])
+        right, dright = _there_and_back(f, total - f, keys, queries, total, True, CUT[dtype])
+        return cls(left, right, dleft, dright)
+
+    def arriving(self, chunks: slice) -> list[Tensor | float]:
+        """What arrives at some chunks."""
+        at = (0.0 if x is None else x.arriving for x in self)
+        return [t if isinstance(t, float) or t.shape[-1] == 1 else t[..., chunks] for t in at]
+
+
+def _there_and_back(write, read, keys, queries, total, reverse: bool, cut: float) -> tuple[Flow, Flow | None]:
+    """The flow of the states that keys make, and of their gradients, from the exponents of both."""
+    sums = total.squeeze(-1)
+    write = write if keys is None else torch.where(keys, write, -math.inf)
+    there = flow(write, sums, reverse)
+    if queries is None:
+        return there, None
+    read = torch.where(queries, read, -math.inf)
+    back = flow(read, sums, not reverse)
+    # A key that no query reaches makes no state, nor does a query that no key reaches.
+    write = torch.where(write + back.arriving.unsqueeze(-1) < cut, -math.inf, write)
+    read = torch.where(read + there.arriving.unsqueeze(-1) < cut, -math.inf, read)
+    return flow(write, sums, reverse), flow(read, sums, not reverse)
+
+
 class Factors(NamedTuple):
     """What a chunk with K tokens and local sums e (exclusive), f (inclusive), G (total) multiplies with."""
 
@@ -64,26 +148,27 @@ class Factors(NamedTuple):
     write_right: Tensor  # (b, H, n, K, 1)  exp(G - e)    a key enters the state that goes on to the right
     read_right: Tensor  # (b, H, n, K, 1)  s exp(G - f)  a query reads the state that comes from the right
     write_left: Tensor  # (b, H, n, K, 1)  exp(f)        a key enters the state that goes on to the left
-    cross: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk
-    total: Tensor  # (b, H, n)        G
+    cross_right: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the right
+    cross_left: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the left
 
     def of_chunk(self, i: int) -> "Factors":
-        return Factors(*(None if t is None else t[:, :, i : i + 1] for t in self))
+        return Factors(*(t if t is None or t.shape[2] == 1 else t[:, :, i : i + 1] for t in self))
 
 
-def decay_factors(gates: Tensor, scale: float, dtype: torch.dtype, tile: bool = True) -> Factors:
-    """Decay factors of chunks from gates (b, H, n, K); b is 1 for LION-D. Without the largest if not `tile`."""
+def decay_factors(gates: Tensor, flows: Flows, chunks: slice, scale: float, dtype: torch.dtype, tile=True) -> Factors:
+    """Decay factors of some chunks from gates (b, H, n, K); b is 1 for LION-D. Without the largest if not `tile`."""
     e, f = cumulative_sums(gates)
     total = f[..., -1:]
+    left, right, dleft, dright = (t if isinstance(t, float) else t.unsqueeze(-1) for t in flows.arriving(chunks))
     return Factors(
         # Every factor is exp of a number <= 0.
         tile=pair_weights(e, f, dtype).mul_(scale) if tile else None,
-        read_left=exp_(e.to(dtype, copy=True)).mul_(scale).unsqueeze(-1),
-        write_right=exp_((total - e).to(dtype)).unsqueeze(-1),
-        read_right=exp_((total - f).to(dtype)).mul_(scale).unsqueeze(-1),
-        write_left=exp_(f.to(dtype, copy=True)).unsqueeze(-1),
-        cross=exp_(total.to(dtype, copy=True)).unsqueeze(-1),
-        total=total.squeeze(-1),
+        read_left=cut_exp(e, left, dtype).mul_(scale).unsqueeze(-1),
+        write_right=cut_exp(total - e, dleft, dtype).unsqueeze(-1),
+        read_right=cut_exp(total - f, right, dtype).mul_(scale).unsqueeze(-1),
+        write_left=cut_exp(f, dright, dtype).unsqueeze(-1),
+        cross_right=cut_exp(total, left + dleft, dtype).unsqueeze(-1),
+        cross_left=cut_exp(total, right + dright, dtype).unsqueeze(-1),
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .backend import warn_once
-from .checks import check_cu_seqlens, is_exporting
+from .checks import check_cu_seqlens, is_abstract, is_exporting
 
 
 # unpad=None removes padding where rows have this many features of it on average, positions times hidden_size: one row
@@ -33,7 +33,8 @@ def packed_bounds(
     - `seq_idx` (1, length), a number that changes from one sequence to the next;
     - `position_ids` (1, length) that start again: where the batch is 1 and there is no attention_mask, they rise by 1
       inside each text and fall from one text to the next, whatever their first numbers. Where an entry equals the one
-      before it, as those of padding do, the row is one text, with a warning. Not in a graph that is exported.
+      before it, as those of padding do, the row is one text, with a warning. A compiled graph raises an
+      error when it meets positions of several texts; a graph that is exported does not look.
 
     Raises:
         ValueError: where `cu_seqlens` or `seq_idx` does not fit a single row of this length.
@@ -48,7 +49,7 @@ def packed_bounds(
                 )
             starts = F.pad(seq_idx.flatten().diff() != 0, (1, 0), value=True)
         elif position_ids is not None and attention_mask is None and batch == 1 and not is_exporting():
-            starts = _restarts(position_ids.flatten().cpu())
+            starts = _restarts(position_ids.flatten())
         if starts is None:
             return None
         cu_seqlens = F.pad(starts.nonzero().squeeze(1), (0, 1), value=len(starts))
@@ -61,8 +62,18 @@ def _restarts(positions: Tensor) -> Tensor | None:
     """Where positions (length,) start again; None unless they rise by 1 inside several texts and do nothing else."""
     steps = positions.diff()
     rises, falls = steps == 1, steps < 0
-    if bool(rises.any()) and bool(falls.any()) and bool((rises | falls).all()):
-        return F.pad(falls, (1, 0), value=True)
+    several = rises.any() & falls.any() & (rises | falls).all()
+    if torch.compiler.is_compiling():  # a graph cannot depend on the answer, so it looks when it runs
+        torch._assert_async(
+            ~several,
+            "position_ids tell that this row holds several texts, which a compiled graph does not separate by them. "
+            "Give cu_seq_lens_q or seq_idx as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True)).",
+        )
+        return None
+    if is_abstract(positions):
+        return None
+    if bool(several):
+        return F.pad(falls, (1, 0), value=True).cpu()
     if bool((steps <= 0).any()):
         warn_once(
             "position_ids of this row repeat or fall, but do not rise by 1 inside each text: they do not tell where "

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .api import bidirectional_linear_attention, resolve_format
-from .autograd import LionFunction
+from .autograd import lion
 from .backend import fused_kernels
 from .checks import check_arguments
+from .tokens import without_autocast
 
 
 def snake_orders(height: int, width: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -42,6 +43,7 @@ def averaged_scans(
     chunk_size: int = 64,
     normalize: bool = True,
     eps: float = 1e-6,
+    check_values: bool = True,
 ) -> Tensor:
     """The operator under the mean of several masks, each along its own order: the snake scans of images.
 
@@ -56,6 +58,7 @@ def averaged_scans(
         format: as in [`bidirectional_linear_attention`], and so `chunk_size`.
         normalize: divide by the mean row sums.
         eps: added to the mean row sums before the division.
+        check_values: as in [`bidirectional_linear_attention`].
 
     Returns:
         (batch, heads, length, value_dim) in the dtype of `value`.
@@ -69,14 +72,14 @@ def averaged_scans(
             "(heads,) or all (batch, heads, length)."
         )
     for log_decay in log_decays:
-        form = check_arguments(query, key, value, log_decay, format, chunk_size, None, None)
-    form = resolve_format(form, query.shape[2], query.device, log_decays[0])
+        form = check_arguments(query, key, value, log_decay, format, chunk_size, None, None, check_values)
+    form, chunk_size = resolve_format(form, query.shape[2], query.device, log_decays[0]), int(chunk_size)
     kernels = fused_kernels(query, key, value, form)
     if form == "attention" and kernels is None:
         result = "normalized" if normalize else "numerator"
         options = form, chunk_size, query.shape[-1] ** -0.5, result, eps, list(orders)
-        with torch.autocast(query.device.type, enabled=False):
-            return LionFunction.apply(query, key, value, None, options, *log_decays).to(value.dtype)
+        with without_autocast(query.device):
+            return lion(query, key, value, None, options, *log_decays).to(value.dtype)
     numerator = denominator = 0
     for log_decay, (order, inverse) in zip(log_decays, orders, strict=True):
         if kernels is not None:
@@ -97,5 +100,6 @@ def _along(order, inverse, query, key, value, log_decay, form: str, chunk_size: 
         format=form,
         chunk_size=chunk_size,
         return_denominator=True,
+        check_values=False,
     )
     return n.index_select(2, inverse), c.index_select(2, inverse)
