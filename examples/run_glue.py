@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
-from transformers.utils import is_torch_bf16_gpu_available, logging
+from transformers.utils import logging
 
 from lion_hf import PRESETS, LionConfig
 from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
@@ -83,12 +83,6 @@ class GlueTrainingArguments(LionTrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
     do_predict: bool = field(default=True, metadata={"help": "Write predictions for the test set, if there is one."})
-
-    def __post_init__(self):
-        if self.bf16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
-            logger.warning_once("bf16 is left out: there is no accelerator that computes in it, so float32 is used")
-            self.bf16 = False
-        super().__post_init__()
 
 
 CLASSES = (TextModelArguments, GlueArguments, GlueTrainingArguments)

@@ -93,8 +93,8 @@ def masked_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def with_baselines(known: dict[str, float], evaluation: dict[str, float]) -> dict[str, float]:
     """Perplexity, the known baselines, and the loss as a share of that of token frequencies alone."""
     loss = evaluation["eval_loss"]
-    ratio = {"eval_perplexity": math.exp(loss), "eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]}
-    return ratio | {f"eval_{name}": value for name, value in known.items()}
+    found = {"eval_perplexity": math.exp(loss)} | {f"eval_{name}": value for name, value in known.items()}
+    return found | ({"eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]} if known else {})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     with training.main_process_first(desc="data and tokenizer"):
         train_texts, validation_texts, source = load_texts(data, training)
         tokenizer = get_tokenizer(data, model_args, training, checkpoint, train_texts)
-        train = make_rows(train_texts, tokenizer, data, "training")
+        train = None if train_texts is None else make_rows(train_texts, tokenizer, data, "training")
         validation = make_rows(validation_texts, tokenizer, data, "validation")
     validation = freeze_masks(validation, MaskingCollator(tokenizer, data.eval_mlm_probability, training.seed))
 
@@ -122,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if checkpoint:
         check_resumable(checkpoint, AutoModelForMaskedLM, model.config)
     check_disk(training, model)
-    known = baselines(train, validation, len(tokenizer), tokenizer.all_special_ids)
+    known = {} if train is None else baselines(train, validation, len(tokenizer), tokenizer.all_special_ids)
     if training.process_index == 0:
-        rows = "a stream of training" if is_stream(train) else f"{len(train):,} training"
-        print(f"{model.num_parameters():,} parameters, {rows} and {len(validation):,} validation rows")
+        rows = "no" if train is None else "a stream of" if is_stream(train) else f"{len(train):,}"
+        print(f"{model.num_parameters():,} parameters, {rows} training and {len(validation):,} validation rows")
     trainer = LionTrainer(
         model=model,
         args=training,
@@ -138,13 +138,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         preprocess_logits_for_metrics=hits_and_losses,
     )
     metrics = train_and_evaluate(trainer, training, checkpoint, partial(with_baselines, known))
-    finish(trainer, training, metrics, card(source, trainer, known, argv))
+    if training.do_train:
+        name = data.name("Python's documentation")
+        finish(trainer, training, metrics, card(name, source, trainer, known, argv))
     return metrics
 
 
-def card(source: str, trainer: LionTrainer, known: dict[str, float], argv: Sequence[str]) -> Report:
+def card(name: str, source: str, trainer: LionTrainer, known: dict[str, float], argv: Sequence[str]) -> Report:
     return Report(
-        title=f"Masked language model, {model_name(trainer.model.config)}",
+        title=f"Masked language model of {name}, {model_name(trainer.model.config)}",
         pipeline_tag="fill-mask",
         data=source,
         command=command_line("run_mlm.py", argv),
@@ -153,6 +155,7 @@ def card(source: str, trainer: LionTrainer, known: dict[str, float], argv: Seque
         metric_baseline=("most frequent token", known["most_frequent_accuracy"]),
         loss_label="cross entropy (nats per masked token)",
         loss_baseline=("unigram entropy", known["unigram_entropy"]),
+        judged_by_loss=True,
         usage="import lion_hf\nfrom transformers import pipeline\n\n"
         f'fill = pipeline("fill-mask", "{trainer.args.output_dir}")\n'
         f'print(fill("the value of the {trainer.processing_class.mask_token} is returned."))',

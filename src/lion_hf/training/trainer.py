@@ -3,6 +3,7 @@
 import math
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -102,8 +103,18 @@ class LionTrainer(Trainer):
         averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
         return loss * self.accelerator.num_processes if averaged else loss
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """Logs before it evaluates or saves, and at the end: every step counts in one logged loss, also where training
+        is stopped at a checkpoint and goes on later."""
+        last = self.state.global_step >= self.state.max_steps
+        self.control.should_log |= last or self.control.should_evaluate or self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the throughput of training since the last logged loss."""
+        """Adds the throughput of training since the last logged loss; the loss of all training is the mean over all
+        steps, those before a resume too."""
+        if "train_loss" in logs:
+            logs["train_loss"] = mean_loss(self.state.log_history, logs["train_loss"])
         now = (time.perf_counter() - self._evaluation_time, self.state.global_step)
         if "loss" in logs:
             if self._last_log is not None and now[1] > self._last_log[1]:
@@ -128,6 +139,12 @@ class LionTrainer(Trainer):
         self._evaluation_time += time.perf_counter() - start
         return output
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """A tied weight is stored once, so its other name is not missing."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
+
     def is_finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is the end of training."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
@@ -138,6 +155,15 @@ class LionTrainer(Trainer):
         """Takes weights and history from a checkpoint, to evaluate them."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         self._load_from_checkpoint(checkpoint)
+
+
+def mean_loss(history: list[dict[str, float]], otherwise: float) -> float:
+    """The mean of the logged losses, each for the steps since the one before; `otherwise` where none was logged."""
+    logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if len(logged) == 1:
+        return otherwise
+    total = sum(loss * (step - before) for (before, _), (step, loss) in pairwise(logged))
+    return total / logged[-1][0]
 
 
 def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0) -> torch.Tensor:
