@@ -155,10 +155,11 @@ def test_a_suite_skips_what_is_finished_and_goes_on_with_the_rest(run_glue):
 
 def test_sts_b_is_trained_in_float32_between_tasks_in_bf16(run_glue, monkeypatch):
     """As on an accelerator that computes in bf16, in one process; here the CPU's autocast stands for it."""
-    import run_glue as script
     import transformers.training_args
 
-    for module in (script, transformers.training_args):
+    from lion_hf.training import arguments
+
+    for module in (arguments, transformers.training_args):
         monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
     forward, seen = lion_hf.LionForSequenceClassification.forward, []
 

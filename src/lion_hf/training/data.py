@@ -129,12 +129,12 @@ def reading(prefix: str):
             raise
 
 
-def require_column(dataset, column: str, flag: str) -> None:
-    """Raises a `UserError` that names the columns there are."""
-    if column not in dataset.column_names:
-        raise UserError(
-            f"there is no column {column!r}; the columns are {', '.join(dataset.column_names)} (set {flag})"
-        )
+def require_columns(dataset, columns: dict[str, str]) -> None:
+    """Raises a `UserError` that names all missing columns, given by the flags that name them, and the columns there
+    are."""
+    missing = [f"no column {name!r} (set {flag})" for flag, name in columns.items() if name not in dataset.column_names]
+    if missing:
+        raise UserError(f"there is {' and '.join(missing)}; the columns are {', '.join(dataset.column_names)}")
 
 
 def classes_of_model(config: PreTrainedConfig, names: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a run leaves behind: metrics, the model, curves and a model card."""
 
+import csv
 import json
 import math
 import platform
@@ -11,6 +12,7 @@ from typing import Any
 
 import datasets
 import matplotlib
+import numpy as np
 import torch
 import transformers
 from transformers import Trainer, TrainingArguments
@@ -126,8 +128,33 @@ def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, flo
         if problem:
             logger.warning(
                 f"the model has learned nothing that shows: {problem}. Try another --learning_rate (it was "
-                f"{training.learning_rate:g}; models that are small or new need more, up to 1e-3), or more epochs"
+                f"{training.learning_rate:g}), or more epochs"
             )
+
+
+def write_predictions(
+    path: Path, inputs: dict[str, Sequence[str]], names: Sequence[str], predictions: np.ndarray
+) -> None:
+    """A csv file with a row per prediction: what was read, the label, and the probability of every class.
+
+    Args:
+        path: where to.
+        inputs: columns that come first, by name: texts, or names of files.
+        names: of the classes; none for a regression, whose column is "prediction".
+        predictions: (rows, classes) probabilities, or (rows, 1) numbers; NaN in rows that could not be read, which get
+            no label.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = [*inputs, *(["label", *(f"probability_{name}" for name in names)] if names else ["prediction"])]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for *row, values in zip(*inputs.values(), predictions, strict=True):
+            if np.isnan(values).any():
+                writer.writerow([*row, *[""] * (len(header) - len(row))])
+            else:
+                label = [names[values.argmax()]] if names else []
+                writer.writerow([*row, *label, *(f"{value:.6g}" for value in values)])
 
 
 def plot_curves(history: list[dict[str, float]], path: Path, report: Report) -> None:
@@ -156,12 +183,14 @@ def plot_curves(history: list[dict[str, float]], path: Path, report: Report) -> 
         if baseline is not None:
             axis.axhline(factor * baseline[1], color="0.4", linestyle="--", linewidth=1, label=baseline[0])
         axis.set_xlim(left=0)
-        lowest = min(0.0, axis.get_ylim()[0]) if curves[0][0] == report.metric else 0.0
-        axis.set_ylim(lowest, factor * 1.02 if curves[0][0] == report.metric else None)
+        lowest, highest = axis.dataLim.intervaly
+        highest = factor if curves[0][0] == report.metric else highest
+        least = -0.05 if report.correlation and curves[0][0] == report.metric else 0.0
+        axis.set_ylim(min(least, 1.05 * lowest), 1.05 * highest or 1.0)
         axis.set_xlabel("optimizer steps")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, borderaxespad=0.1)
     figure.suptitle(report.title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
 
 from .arguments import DataArguments, ModelArguments, require_at_least
-from .data import Key, load_file, load_named, load_splits, parts_of, random_numbers, require_column, say_split_off
+from .data import Key, load_file, load_named, load_splits, parts_of, random_numbers, require_columns, say_split_off
 from .errors import UserError, user_errors
 
 
@@ -153,7 +153,7 @@ def only_text(part: Dataset | IterableDataset, column: str, name: str) -> Datase
     if first is None:
         raise UserError(f"the {name} data is empty")
     if column not in first:
-        require_column(Dataset.from_list([first]), column, "--text_column")
+        require_columns(Dataset.from_list([first]), {"--text_column": column})
     if not isinstance(first[column], str):
         raise UserError(f"column {column!r} holds {type(first[column]).__name__}, not text")
     part = part.select_columns(column).rename_columns({column: "text"} if column != "text" else {})
@@ -266,11 +266,11 @@ def add_position(row: dict, position: int) -> dict:
 
 def model_options(tokenizer, max_length: int) -> dict[str, int]:
     """What tokenizer and length decide of a new model; the vocabulary is padded to a multiple of 8."""
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return {
         "vocab_size": -(-len(tokenizer) // 8) * 8,
-        "pad_token_id": tokenizer.pad_token_id,
         "max_position_embeddings": max(512, max_length),
-    }
+    } | {name: value for name, value in ids.items() if value is not None}
 
 
 def require_room(config, tokenizer, max_length: int) -> None:

@@ -2,10 +2,12 @@
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -144,6 +146,15 @@ class LionTrainer(Trainer):
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
+
+    def predictions(self, rows, kept: Callable) -> np.ndarray:
+        """What `kept` makes of the logits of rows without labels."""
+        usual = self.compute_metrics, self.preprocess_logits_for_metrics
+        self.compute_metrics, self.preprocess_logits_for_metrics = None, kept
+        try:
+            return self.predict(rows).predictions
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = usual
 
     def is_finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is the end of training."""

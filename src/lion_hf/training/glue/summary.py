@@ -119,7 +119,8 @@ def copy_predictions(folder: Path, results: list[dict[str, Any]]) -> dict[str, i
     for name in dict.fromkeys(result["task"] for result in results):
         runs = [result for result in results if result["task"] == name]
         best = max(runs, key=lambda result: -math.inf if math.isnan(run_score(result)) else run_score(result))
-        files = sorted((folder / name / str(best["seed"]) / "predictions").glob("*.tsv"))
+        place = folder / name / str(best["seed"]) / "predictions"
+        files = sorted(place.glob("*.tsv" if name in TASKS else "*.csv"))
         if files:
             (folder / "submission").mkdir(exist_ok=True)
             chosen[name] = best["seed"]
