@@ -22,6 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
+
 import matplotlib
 
 

@@ -22,6 +22,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
+
 import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 from transformers.utils import logging

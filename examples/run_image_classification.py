@@ -17,6 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
+
 import torch
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, set_seed
@@ -85,8 +91,8 @@ class ImageTrainingArguments(LionTrainingArguments):
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate of AdamW. Default: 3e-3, for models wider than 128 5e-4 * 768 / width (5e-4 for "
-            "a base model)."
+            "help": "Peak learning rate of AdamW. Default: 3e-3, for wider models 5e-4 * 768 / width (5e-4 for a "
+            "base model)."
         },
     )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices."})

@@ -109,7 +109,7 @@ def text_columns(task: GlueTask, data: GlueArguments, part: Dataset, labelled: b
     """The columns with the texts: those of the arguments, of the task, or of the usual names that are there.
 
     Raises:
-        UserError: for columns that are not there, the labels of a labelled part among them: what is wrong with the columns is
+        UserError: for columns that are not there, the labels of a labelled part among them: all that is wrong is
             said at once.
     """
     there = set(part.column_names)
