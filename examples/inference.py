@@ -128,7 +128,7 @@ def draw_image_attention(row, model: PreTrainedModel, inputs, image: Image.Image
     for axis in axes:
         axis.set_axis_off()
     sign = "; blue is negative" if colours["vmin"] else "; none is negative"
-    row.colorbar(shown, ax=axes, shrink=0.8).set_label(f"weight of a patch{sign}", fontsize=8)
+    row.colorbar(shown, ax=axes, shrink=0.8).set_label(f"weight{sign}", fontsize=7)
 
 
 def draw_attention(text_model: Path, text: str, image_model: Path, image: Image.Image, path: Path) -> None:

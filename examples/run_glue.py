@@ -225,12 +225,13 @@ def run_task(
     metrics = train_and_evaluate(trainer, training, checkpoint)
     if training.do_predict:
         predict(trainer, parts, encode)
+    baseline = None
     if training.do_train:
         labels = next(iter(parts.validation.values()))["labels"][:]
         baseline = constant_baseline(metric, task, parts.train["labels"][:], labels)
         finish(trainer, training, metrics, card(parts, data.name("toy data"), baseline, model, training, argv))
     if validation and trainer.is_world_process_zero():
-        write_result(task, metrics, training, argv)
+        write_result(task, metrics, baseline, training, argv)
     return metrics
 
 
@@ -272,7 +273,11 @@ def card(
 
 
 def write_result(
-    task: GlueTask, metrics: dict[str, float], training: GlueTrainingArguments, argv: Sequence[str]
+    task: GlueTask,
+    metrics: dict[str, float],
+    baseline: Baseline | None,
+    training: GlueTrainingArguments,
+    argv: Sequence[str],
 ) -> None:
     """Writes, as the last file of a run, what the table of all runs is made from; None stands for not a number."""
     spent = ("time", "per_second")
@@ -282,6 +287,7 @@ def write_result(
         "seed": training.seed,
         "score_metrics": task.evaluated,
         "metrics": {k: v if math.isfinite(v) else None for k, v in values.items() if not k.endswith(spent)},
+        "baseline": None if baseline is None else baseline.score,
         "arguments": given_values(CLASSES, argv, smoke_values),
     }
     write_json(Path(training.output_dir) / RESULT, result)

@@ -60,8 +60,8 @@ def test_every_variant_and_size_has_a_recipe_with_the_authors_numbers():
     for file, preset in RECIPES:
         values = expand(file, preset)
         assert shared.items() <= values.items()
-        assert values["model_name_or_path"] == f"outputs/mlm/{preset}"
-        assert values["output_dir"] == f"outputs/glue/{preset}"
+        assert values["model_name_or_path"] == f"outputs/recipes/mlm/{preset}"
+        assert values["output_dir"] == f"outputs/recipes/glue/{preset}"
         assert not {"num_train_epochs", "weight_decay", "per_device_train_batch_size"} & set(values)
 
 
@@ -172,7 +172,7 @@ def test_recipes_run_with_smoke(recipe, task, run_glue):
     from lion_hf.training.glue.tasks import TASKS
 
     assert {f"eval_{name}" for name in TASKS[task].evaluated} <= set(metrics)
-    folder = Path(f"outputs/glue/{preset}-smoke")
+    folder = Path(f"outputs/recipes/glue/{preset}-smoke")
     config = AutoModelForSequenceClassification.from_pretrained(folder).config
     kinds = {"lit": "lit", "d": "decay", "s": "selective"}
     kind = kinds.get(preset.split("-")[1])

@@ -197,7 +197,7 @@ def test_all_tasks_with_smoke(run_glue):
     from lion_hf.training.glue.tasks import TASKS
 
     assert set(summary["tasks"]) == set(TASKS) and summary["glue_score"] is None
-    folder = Path("outputs/glue/lion-s-base-smoke")
+    folder = Path("outputs/recipes/glue/lion-s-base-smoke")
     files = {"CoLA", "MNLI-m", "MNLI-mm", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B", "WNLI"}
     assert {file.stem for file in (folder / "submission").glob("*.tsv")} == files
     assert AutoModelForSequenceClassification.from_pretrained(folder / "stsb" / "17").config.num_labels == 1

@@ -63,6 +63,7 @@ class Baseline(NamedTuple):
 
     name: str
     metric: float
+    score: float  # mean of the metrics that count for the task; `metric` is the first of them
     loss: float
     error: float  # what chance may add to the metric, about one standard error
 
@@ -76,15 +77,17 @@ def constant_baseline(
     """
     train, labels, count = np.asarray(train), np.asarray(labels), len(labels)
     if not task.labels:
-        return Baseline("mean of the training labels", 0.0, float(((labels - train.mean()) ** 2).mean()), count**-0.5)
+        loss = float(((labels - train.mean()) ** 2).mean())
+        return Baseline("mean of the training labels", 0.0, 0.0, loss, count**-0.5)
     shares = (np.bincount(train, minlength=len(task.labels)) + 1) / (len(train) + len(task.labels))
     guesses = np.full(count, shares.argmax())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         numbers = metric.compute(predictions=guesses, references=labels)
-    reached = float(np.nan_to_num(numbers[task.score[0]]))
-    error = 0.5 * count**-0.5 if reached else count**-0.5
-    return Baseline("most frequent class", reached, float(-np.log(shares)[labels].mean()), error)
+    reached = [float(np.nan_to_num(numbers[name])) for name in task.score]
+    error = 0.5 * count**-0.5 if reached[0] else count**-0.5
+    loss = float(-np.log(shares)[labels].mean())
+    return Baseline("most frequent class", reached[0], float(np.mean(reached)), loss, error)
 
 
 # ----------------------------------------------------------------------------------------------------- predictions
