@@ -51,7 +51,7 @@ from lion_hf.training.glue.suite import plan_runs, run_suite, stop_with_parent, 
 from lion_hf.training.glue.summary import RESULT
 from lion_hf.training.glue.tasks import CUSTOM, TASKS, GlueTask, suited_rate
 from lion_hf.training.hidden_teacher import HiddenStateTeacher
-from lion_hf.training.models import build_model, known_config
+from lion_hf.training.models import build_model, known_config, require_head
 from lion_hf.training.parsing import given_values, parse_arguments
 from lion_hf.training.reports import (
     Report,
@@ -191,6 +191,8 @@ def run_task(
         raise UserError(f"--max_length is {data.max_length}; it must be at least 8")
     check_vocabulary(data, model_args)
     config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL)
+    if not training.do_train:
+        require_head(config, AutoModelForSequenceClassification, model_args.model_name_or_path)
     apply_recipe(training, task, config.hidden_size)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)

@@ -46,6 +46,7 @@ from lion_hf.training.images import (
     most_frequent_class,
     try_images,
 )
+from lion_hf.training.models import require_head
 from lion_hf.training.parsing import parse_arguments
 from lion_hf.training.reports import (
     Report,
@@ -169,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         CLASSES, argv, description=__doc__, smoke=SMOKE
     )
     config = check_model(model_args)
+    if not training.do_train:
+        require_head(config, AutoModelForImageClassification, model_args.model_name_or_path)
     if training.learning_rate is None:
         training.learning_rate = min(3e-3, 5e-4 * 768 / config.hidden_size)
     set_seed(training.seed)

@@ -29,7 +29,7 @@ from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
 from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume
 from lion_hf.training.errors import UserError, run
 from lion_hf.training.hidden_teacher import HiddenStateTeacher
-from lion_hf.training.models import build_model, known_config
+from lion_hf.training.models import build_model, known_config, require_head
 from lion_hf.training.parsing import parse_arguments
 from lion_hf.training.reports import Report, command_line, finish, model_name, train_and_evaluate
 from lion_hf.training.text import (
@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if not data.max_length >= 3 or not 0 < data.mlm_probability < 1 or not 0 < data.eval_mlm_probability < 1:
         raise UserError("--max_length must be at least 3, and masking probabilities between 0 and 1")
     check_vocabulary(data, model_args)
-    known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
+    config = known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
+    if not training.do_train:
+        require_head(config, AutoModelForMaskedLM, model_args.model_name_or_path)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)
     with training.main_process_first(desc="data and tokenizer"):

@@ -266,7 +266,7 @@ def try_images(part: Dataset, name: str) -> None:
     """Decodes every image of a part, if there are no more than `TRIED`.
 
     Raises:
-        UserError: for images that do not decode, all of them counted and the first ones named.
+        UserError: for images that do not decode; the first is named, and the others are counted.
     """
     if len(part) > TRIED:
         return

@@ -73,7 +73,7 @@ def parse_arguments(
     make_output_dir(training.output_dir)
     is_recipe = smoke is not None and not given[0].startswith("-") and SECTION in read_values(given[0])
     if is_recipe and "--smoke" not in given and training.device.type == "cpu":
-        logger.warning_once(f"{given[0]} is made for GPUs, and there is none; --smoke runs it on a CPU in seconds")
+        logger.warning(f"{given[0]} is made for GPUs, and there is none; --smoke runs it on a CPU in seconds")
     return tuple(parsed)
 
 
