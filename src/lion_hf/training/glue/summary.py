@@ -199,7 +199,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)
     axis.set_ylabel("score (%), mean and deviation over seeds")
-    axis.set_ylim(min(0, *heights), 118)
+    lowest = min(height - (0 if math.isnan(d) else d) for height, d in zip(heights, deviations, strict=True))
+    axis.set_ylim(min(0.0, 1.3 * lowest), 118)
     figure.suptitle("; ".join(summary["no_glue_score"]) if tasks.keys() & set(SCORED) else "", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
