@@ -296,6 +296,18 @@ def test_a_random_head_predicts_nothing(run_glue):
         run_glue(["--output_dir=out", *EVALUATE, "--model_name_or_path=masked", "--test_file=test.csv"])
 
 
+def test_evaluating_without_data_says_that_the_built_in_data_was_taken(run_glue, folder):
+    from lion_hf.training.errors import UserError
+
+    write("train.csv", "text,label\n" + rows(30, ("good", "bad", "so so")))
+    run_glue(["--output_dir=text", *ONE_STEP, "--train_file=train.csv", "--validation_share=0.2"])
+    with pytest.raises(UserError, match="No data was given, so this is the built-in data"):
+        run_glue(["--output_dir=out", *EVALUATE, "--model_name_or_path=text"])
+    train("images", f"--train_dir={folder}", f"--validation_dir={folder}", "--image_size=16", "--max_steps=1")
+    with pytest.raises(UserError, match="No data was given, so this is the built-in data"):
+        train("out", "--model_name_or_path=images", "--do_train=false")
+
+
 @pytest.mark.parametrize("kind", ["text", "images", "masked"])
 def test_rows_split_off_the_training_data_are_never_evaluated_in_silence(kind, run_glue, mlm, folder, said):
     def evaluate(*flags):

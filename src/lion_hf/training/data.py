@@ -137,6 +137,19 @@ def require_columns(dataset, columns: dict[str, str]) -> None:
         raise UserError(f"there is {' and '.join(missing)}; the columns are {', '.join(dataset.column_names)}")
 
 
+@contextmanager
+def naming_builtin_data(used: bool):
+    """Adds to an error of the user's that no data was given, where the built-in data is `used`."""
+    try:
+        yield
+    except UserError as error:
+        if not used:
+            raise
+        raise UserError(
+            f"{error}. No data was given, so this is the built-in data: give your own, such as --validation_file"
+        ) from error
+
+
 def classes_of_model(config: PreTrainedConfig, names: list[str]) -> list[str]:
     """The classes of a trained model in its own order, to evaluate it on data that has classes of these names. Whole
     numbers that are no names of the model's classes number them from 0; a model without names takes the data's.

@@ -20,6 +20,7 @@ from .data import (
     hold_out,
     load_file,
     load_splits,
+    naming_builtin_data,
     parts_of,
     random_numbers,
     reading,
@@ -168,7 +169,8 @@ def load_images(
         return None, None, [str(evaluated.id2label[i]) for i in range(evaluated.num_labels)], ""
     names = class_names(first, data.label_column, evaluated is None)
     if evaluated is not None:
-        names = classes_of_model(evaluated, names)
+        with naming_builtin_data(not data.name("")):
+            names = classes_of_model(evaluated, names)
     train, validation = (part if part is None else with_labels(part, data, names) for part in (train, validation))
     if train is not None and training.do_train:
         tell_missing(train, validation, names)

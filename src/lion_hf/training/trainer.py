@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
 from ..nn.mixer import Mixer
 from .data import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
@@ -108,8 +109,9 @@ class LionTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         """Logs before it evaluates or saves, and at the end: every step counts in one logged loss, also where training
         is stopped at a checkpoint and goes on later."""
-        last = self.state.global_step >= self.state.max_steps
-        self.control.should_log |= last or self.control.should_evaluate or self.control.should_save
+        if self.args.logging_strategy != IntervalStrategy.NO:
+            last = self.state.global_step >= self.state.max_steps
+            self.control.should_log |= last or self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..data import classes_of_model, hold_out, say_split_off
+from ..data import classes_of_model, hold_out, naming_builtin_data, say_split_off
 from ..errors import UserError
 from .sources import GlueArguments, load_splits
 from .tasks import CUSTOM, GlueTask
@@ -47,7 +47,8 @@ def load_task(task: GlueTask, data: GlueArguments, evaluated: PreTrainedConfig |
     if first is not None:
         task, numbers = settle_labels(task, data, part, evaluated)
     if evaluated is not None:
-        task, numbers = labels_of_model(task, numbers, evaluated, first is not None)
+        with naming_builtin_data(not (data.name("") or data.test_file or data.builtin_data)):
+            task, numbers = labels_of_model(task, numbers, evaluated, first is not None)
     train, validation = training_rows(task, data, splits, numbers, evaluated)
     tests = test_rows(task, splits)
     test = {name: part.select_columns(list(task.columns)) for name, part in tests.items()}
