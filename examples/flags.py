@@ -24,7 +24,8 @@ def check_flags(script: str, argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def problem_of(argv: Sequence[str], known: set[str]) -> str | None:
+def problem_of(argv: Sequence[str], known: dict[str, set[str]]) -> str | None:
+    """What is wrong with flags, if anything; `known` are the names there are, with their values where these are few."""
     if argv and argv[0].endswith((".yaml", ".yml", ".json")) and not Path(argv[0]).exists():
         return f"argument file {argv[0]!r} does not exist"
     for i, flag in enumerate(argv):
@@ -36,24 +37,37 @@ def problem_of(argv: Sequence[str], known: set[str]) -> str | None:
             near = difflib.get_close_matches(name, known, 1, 0.7)
             return f"unknown argument {flag!r}" + (f"; did you mean '--{near[0]}'?" if near else "")
         value = value or (argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else "")
+        if value and known.get(name) and value not in known[name]:
+            return f"--{name} is {value!r}; allowed are {', '.join(sorted(known[name]))}"
         if name in PATHS and value and not any(c in value for c in "*?[") and not Path(value).exists():
             what = "data file" if name.endswith("file") else "--data_dir" if name == "data_dir" else "image folder"
             return f"{what} {value!r} does not exist"
     return None
 
 
-def known_flags(script: str) -> set[str]:
-    """Every name that may be a flag of the script: never fewer than there are."""
-    files = [Path(script), Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")]
-    files += sorted((Path(importlib.util.find_spec("lion_hf").origin).parent / "training").rglob("*.py"))
-    return {"help", "smoke", *(name for file in files for name in names_in(file))}
+def known_flags(script: str) -> dict[str, set[str]]:
+    """Every name that may be a flag of the script, never fewer than there are; and the values of those with a few."""
+    base = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
+    files = sorted((Path(importlib.util.find_spec("lion_hf").origin).parent / "training").rglob("*.py"))
+    own: dict[str, list[set[str]]] = {"help": [set()], "smoke": [set()]}
+    for name, values in (found for file in (Path(script), *files) for found in names_in(file)):
+        own.setdefault(name, []).append(values)
+    # A name that is free in one place is free.
+    few = {name: set().union(*found) if all(found) else set() for name, found in own.items()}
+    return {name: set() for name, _ in names_in(base)} | few
 
 
-def names_in(file: Path) -> Iterator[str]:
-    """The fields of classes, and what `add_argument` is called with."""
+def names_in(file: Path) -> Iterator[tuple[str, set[str]]]:
+    """The fields of classes with the values of `Literal`, and what `add_argument` is called with."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef):
-            fields = [x.target for x in node.body if isinstance(x, ast.AnnAssign)]
-            yield from (field.id for field in fields if isinstance(field, ast.Name))
+            for field in (x for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)):
+                yield field.target.id, set(literals(field.annotation))
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "add_argument":
-            yield from (str(x.value).lstrip("-") for x in node.args if isinstance(x, ast.Constant))
+            yield from ((str(x.value).lstrip("-"), set()) for x in node.args if isinstance(x, ast.Constant))
+
+
+def literals(annotation: ast.expr) -> Iterator[str]:
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Subscript) and getattr(node.value, "id", None) == "Literal":
+            yield from (x.value for x in ast.walk(node.slice) if isinstance(x, ast.Constant))

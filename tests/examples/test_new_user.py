@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from glue_script import ONE_STEP, TINY, write
-from image_script import picture, train
+from image_script import DIGITS, picture, train
 from small_models import text_config, vision_config
 from transformers import PreTrainedTokenizerFast, pipeline
 
@@ -184,6 +184,12 @@ def test_the_rate_suits_the_width_and_is_the_papers_for_the_papers_models():
     rates = [suited_rate(CUSTOM, width) for width in (16, 64, 192, 384, 768, 1024)]
     assert rates == sorted(rates, reverse=True) and rates[0] == 3e-3 and rates[4] == 5e-5
     assert suited_rate(TASKS["rte"], 192) == suited_rate(CUSTOM, 192) == 4e-4
+
+
+@pytest.mark.parametrize("width, rate", [(16, "0.003"), (256, "0.0015")])
+def test_the_rate_of_images_suits_the_width(width, rate, tmp_path, capsys):
+    train(tmp_path, *DIGITS, f"--hidden_size={width}", "--num_hidden_layers=1", "--max_steps=1")
+    assert f"learning rate {rate}\n" in capsys.readouterr().out
 
 
 def test_a_small_model_learns_ones_own_data_without_a_flag_for_the_rate(run_glue):
@@ -484,6 +490,10 @@ def test_no_flag_that_there_is_counts_as_misspelt(script):
     assert problem_of(["--smoke", "--preset=lion-s-base"], known) is None
     assert problem_of(["--train_file=absent.csv"], known) == "data file 'absent.csv' does not exist"
     assert problem_of(["--train_file=*.absent", "--learning_rate", "-1"], known) is None
+    assert problem_of(["--eval_strategy=epochs"], known).startswith(
+        "--eval_strategy is 'epochs'; allowed are epoch, no"
+    )
+    assert problem_of(["--eval_strategy", "no", "--lr_scheduler_type=cosine"], known) is None
     assert problem_of(["absent.yaml"], known) == "argument file 'absent.yaml' does not exist"
 
 
