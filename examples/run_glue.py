@@ -176,7 +176,7 @@ def make_model(task: GlueTask, model_args: TextModelArguments, tokenizer, max_le
     config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL)
     model = build_model(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL, fixed)
     require_room(model.config, tokenizer, max_length)
-    trained_head = any("SequenceClassification" in name for name in config.architectures or [])
+    trained_head = config.num_labels == 1 and any("SequenceClassification" in x for x in config.architectures or [])
     if mean is not None and not trained_head:
         torch.nn.init.constant_(model.classifier.bias, mean)
     # A checkpoint in half precision is trained in float32 too; what bf16 computes is autocast's matter.

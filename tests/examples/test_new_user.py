@@ -244,8 +244,19 @@ def test_the_new_head_of_a_regression_starts_at_the_mean_of_the_labels(run_glue)
     write("train.csv", "text,label\n" + rows(40, ("5.5", "1.5", "3.5")))
     flags = ["--train_file=train.csv", "--learning_rate=0", "--validation_share=0.2"]
     run_glue(["--output_dir=out", *ONE_STEP, *flags])
-    model = lion_hf.LionForSequenceClassification.from_pretrained("out")
-    assert 2.5 < model.classifier.bias.item() < 4.5
+    bias = lion_hf.LionForSequenceClassification.from_pretrained("out").classifier.bias.item()
+    assert 2.5 < bias < 4.5
+    # A trained head of a regression stays as it is; one of a classification is replaced.
+    shape = [flag for flag in ONE_STEP if "size" not in flag and "num_" not in flag]
+    write("other.csv", "text,label\n" + rows(40, ("7.5", "9.5")))
+    flags = ["--learning_rate=0", "--validation_share=0.2", "--train_file=other.csv"]
+    for first, expected in (("out", bias), ("classes", 8.5)):
+        if first == "classes":
+            write("classes.csv", "text,label\n" + rows(40, ("good", "bad", "so so")))
+            run_glue(["--output_dir=classes", *ONE_STEP, "--train_file=classes.csv"])
+        run_glue([f"--output_dir=from_{first}", *shape, *flags, f"--model_name_or_path={first}"])
+        model = lion_hf.LionForSequenceClassification.from_pretrained(f"from_{first}")
+        assert model.classifier.bias.item() == pytest.approx(expected, abs=0.2)
 
 
 # -------------------------------------------------------------------------------------------------------- predicting
