@@ -14,6 +14,12 @@ import sys
 import time
 from pathlib import Path
 
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
+
 import run_image_classification
 import run_mlm
 import torch

@@ -10,6 +10,12 @@ text, or each patch of the image.
 import argparse
 from pathlib import Path
 
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
+
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image

@@ -7,6 +7,12 @@ import argparse
 import math
 from pathlib import Path
 
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
+
 import torch
 from draw_masks import DECAY, LENGTH, mask
 from matplotlib import pyplot as plt

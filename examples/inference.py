@@ -2,13 +2,19 @@
 
     python examples/inference.py --output_dir outputs/inference    # trains two small models first: 4 minutes
     python examples/inference.py --output_dir outputs/inference --text_model outputs/mlm --image_model outputs/digits \\
-        --image seven.png
+        --image seven.png --text "Return the [MASK] of the list."
 
 Writes attention.png and decays.png.
 """
 
 import argparse
 from pathlib import Path
+
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
 
 import torch
 from demo import classify_digits, fill_masks, pretrain
@@ -21,6 +27,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTraine
 from lion_hf.nn import variant_class
 from lion_hf.training.errors import UserError, make_output_dir, run
 from lion_hf.training.images import ImageArguments, load_digits
+from lion_hf.training.reports import model_name
 
 
 SENTENCES = (
@@ -45,12 +52,25 @@ def embed(folder: Path, sentences: tuple[str, ...]) -> torch.Tensor:
     return F.normalize((hidden_states * mask).sum(1) / mask.sum(1), dim=-1)
 
 
-def compare_sentences(folder: Path) -> None:
-    embeddings = embed(folder, SENTENCES)
+def compare_sentences(folder: Path, *more: str) -> None:
+    sentences = (*more, *SENTENCES)
+    embeddings = embed(folder, sentences)
     similarity = (embeddings @ embeddings.T).fill_diagonal_(-1)
     print("\nEach sentence and the one nearest to it (cosine of the mean-pooled embeddings):")
-    for sentence, cosine, nearest in zip(SENTENCES, *similarity.max(1), strict=True):
-        print(f"  {cosine:.3f}  {sentence}  ->  {SENTENCES[nearest]}")
+    for sentence, cosine, nearest in zip(sentences, *similarity.max(1), strict=True):
+        print(f"  {cosine:.3f}  {sentence}  ->  {sentences[nearest]}")
+
+
+def fill_text(folder: Path, text: str) -> str:
+    """Prints the five best guesses for every [MASK] of a text; returns the text as the tokenizer takes it."""
+    fill = pipeline("fill-mask", model=str(folder), top_k=5)
+    text = text.replace("[MASK]", fill.tokenizer.mask_token)
+    masks = text.count(fill.tokenizer.mask_token)
+    if masks:
+        found = fill(text)
+        for number, guesses in enumerate([found] if masks == 1 else found, 1):
+            print(f"\nmask {number}: " + ", ".join(f"{guess['token_str']} {guess['score']:.1%}" for guess in guesses))
+    return text
 
 
 def classify(folder: Path, image: Image.Image) -> None:
@@ -60,45 +80,69 @@ def classify(folder: Path, image: Image.Image) -> None:
 
 
 def attentions(model: PreTrainedModel, inputs) -> torch.Tensor:
-    """(layers, heads, tokens, tokens), absolute: LION for text neither normalises nor bounds its weights below by 0."""
+    """(layers, heads, tokens, tokens). LION for text neither normalises its weights nor bounds them below by 0."""
     model.config.format = "attention"  # the form that has the matrix
     with torch.no_grad():
-        return torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0].abs()
+        return torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0]
+
+
+def shades(weights: torch.Tensor) -> dict:
+    """Colours for weights on one scale: from 0, or with 0 in the middle where some are negative."""
+    largest = float(weights.abs().max()) or 1.0
+    signed = bool((weights < 0).any())
+    return {"cmap": "RdBu_r" if signed else "viridis", "vmin": -largest if signed else 0.0, "vmax": largest}
 
 
 def draw_text_attention(row, model: PreTrainedModel, inputs) -> None:
-    """The heads of the last layer, tokens by tokens, each row on its own scale."""
+    """The heads of the last layer, tokens by tokens, each row divided by its largest weight."""
     heads = attentions(model, inputs)[-1]
-    tokens = inputs.tokens()
-    for number, (axis, weights) in enumerate(zip(row.subplots(1, len(heads), squeeze=False)[0], heads, strict=True), 1):
-        axis.imshow(weights / weights.amax(-1, keepdim=True), cmap="viridis", vmin=0, vmax=1)
+    heads = heads / heads.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    tokens, colours = inputs.tokens(), shades(heads)
+    axes = row.subplots(1, len(heads), squeeze=False)[0]
+    for number, (axis, weights) in enumerate(zip(axes, heads, strict=True), 1):
+        shown = axis.imshow(weights, **colours)
         axis.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=7)
         axis.set_yticks(range(len(tokens)), tokens if number == 1 else [""] * len(tokens), fontsize=7)
         axis.set_title(f"head {number}", fontsize=9)
+    sign = "; blue is negative" if colours["vmin"] else "; none is negative"
+    row.colorbar(shown, ax=axes, shrink=0.8).set_label(f"weight / largest of its row{sign}", fontsize=8)
+
+
+def pooled_attention(model: PreTrainedModel, inputs) -> torch.Tensor:
+    """(layers, patches), mean over the heads: what the class token reads if the model classifies from it, else the mean
+    over all tokens, which is what it classifies from."""
+    layers = attentions(model, inputs).mean(1)
+    return (layers[:, 0] if model.config.cls_tok else layers.mean(1))[:, 1:]
 
 
 def draw_image_attention(row, model: PreTrainedModel, inputs, image: Image.Image) -> None:
-    """What the class token reads in each layer, mean over the heads."""
-    layers = attentions(model, inputs).mean(1)[:, 0, 1:]
+    """What is pooled in each layer, all on one scale."""
+    layers = pooled_attention(model, inputs)
     grid = tuple(side // model.config.patch_size for side in inputs["pixel_values"].shape[-2:])
-    axes = row.subplots(1, len(layers) + 1)
+    axes, colours = row.subplots(1, len(layers) + 1), shades(layers)
     axes[0].imshow(image, cmap="gray")
+    axes[0].set_title("input", fontsize=9)
     for number, (axis, weights) in enumerate(zip(axes[1:], layers, strict=True), 1):
-        axis.imshow(weights.reshape(grid), cmap="viridis", vmin=0)
+        shown = axis.imshow(weights.reshape(grid), **colours)
         axis.set_title(f"layer {number}", fontsize=9)
     for axis in axes:
         axis.set_axis_off()
+    sign = "; blue is negative" if colours["vmin"] else "; none is negative"
+    row.colorbar(shown, ax=axes, shrink=0.8).set_label(f"weight{sign}", fontsize=7)
 
 
 def draw_attention(text_model: Path, text: str, image_model: Path, image: Image.Image, path: Path) -> None:
     figure = plt.figure(figsize=(9, 7.5), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
-    upper.suptitle("text: what each token (row) reads, last layer", fontsize=10)
+    model = load(text_model)
+    upper.suptitle(f"{model_name(model.config)}, text: what each token (row) reads, last layer", fontsize=10)
     inputs = AutoTokenizer.from_pretrained(text_model)(text, return_tensors="pt", truncation=True)
-    draw_text_attention(upper, load(text_model), inputs)
-    lower.suptitle("image: what the class token reads", fontsize=10)
+    draw_text_attention(upper, model, inputs)
+    model = load(image_model)
+    reader = "the class token reads" if model.config.cls_tok else "the mean over all tokens reads, which is classified"
+    lower.suptitle(f"{model_name(model.config)}, image: what {reader}; mean over heads", fontsize=10)
     inputs = AutoImageProcessor.from_pretrained(image_model)(image.convert("RGB"), return_tensors="pt")
-    draw_image_attention(lower, load(image_model), inputs, image)
+    draw_image_attention(lower, model, inputs, image)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -124,7 +168,12 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--image_model", type=Path, help="folder of a LION classifier; trained on digits by default")
     parser.add_argument("--image", type=Path, help="the image to classify; a test digit by default")
+    parser.add_argument(
+        "--text", help="the text to read, with [MASK] where words are to be guessed; built-in sentences by default"
+    )
     given = parser.parse_args(arguments)
+    if given.text is not None and not given.text.strip():
+        raise UserError("--text is empty")
     folder = make_output_dir(given.output_dir)
     image = opened(given.image) if given.image else load_digits(ImageArguments(), seed=0)[1]["image"][0]
     texts = require_kind(given.text_model, "lion", "--text_model") if given.text_model else folder / "mlm"
@@ -133,8 +182,8 @@ def main(arguments: list[str] | None = None) -> None:
         pretrain(texts)
     if not given.image_model:
         classify_digits(images)
-    sentence = fill_masks(texts, count=3)
-    compare_sentences(texts)
+    sentence = fill_text(texts, given.text) if given.text else fill_masks(texts, count=3)
+    compare_sentences(texts, *([given.text] if given.text else []))
     classify(images, image)
     draw_attention(texts, sentence, images, image, folder / "attention.png")
     with_decays = [model for model in (texts, images) if variant_class(load(model).config.mask_type).decay]

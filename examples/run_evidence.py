@@ -8,9 +8,9 @@
     python examples/run_evidence.py warm_start_mlm --data DATA   # masked language modelling, warm and cold
 
 DATA holds wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet,
-reviews/{train,validation}.csv and, with a BERT encoder and its tokenizer, minilm. Every run is a command of the
-training scripts, on one CPU thread; runs that are done are not repeated. Tables (JSON and Markdown) and plots go to
-examples/results.
+reviews/{train,validation}.csv and, with a BERT encoder and its tokenizer, minilm; each comparison needs a part. Every
+run is a command of the training scripts, on one CPU thread; runs that are done are not repeated. Tables (JSON and
+Markdown) and plots go to examples/results; --draw draws a plot again from the stored table.
 """
 
 import argparse
@@ -23,7 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
+
 import matplotlib
+import pandas
 
 
 matplotlib.use("Agg")
@@ -289,20 +296,53 @@ def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
     lines += ["", "Mean and standard deviation over seeds; one CPU thread per run. Commands:", ""]
     lines += [f"- {name}: `{row['command']}`" for name, row in rows.items()]
     (folder / f"{kind}.md").write_text("\n".join(lines) + "\n")
-    draw = draw_curves if all("curve" in row for row in rows.values()) else draw_accuracies
-    figure, axis = plt.subplots(figsize=(6.5, 3.2), constrained_layout=True)
-    draw(axis, rows)
+    draw(kind, rows, folder)
+
+
+def draw(kind: str, rows: dict, folder: Path) -> None:
+    """The picture of a table: losses by step, losses beside that of token frequencies, or accuracies beside that of the
+    most frequent class; axes begin at 0."""
+    first = next(iter(rows.values()))
+    figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
+    if "curve" in first:
+        draw_curves(axis, rows)
+    elif "unigram_entropy" in first:
+        draw_means(axis, rows, "loss", 1, "evaluation loss (nats)")
+        axis.axhline(
+            first["unigram_entropy"], color="0.4", linestyle="--", linewidth=1, label="token frequencies alone"
+        )
+        axis.legend(loc="lower right", fontsize=8)
+    else:
+        draw_means(axis, rows, "accuracy", 100, "accuracy (%)")
+        axis.set_ylim(0, 100)
+        axis.axhline(100 * first["baseline"], color="0.4", linestyle="--", linewidth=1, label="most frequent class")
+        axis.legend(loc="lower right", fontsize=8)
+    axis.set_ylim(bottom=0)
+    seeds = len(first["seeds"])
+    axis.set_title(
+        f"{TITLES[kind]}, {seeds} seeds: mean and deviation" if seeds > 1 else f"{TITLES[kind]}, one seed", fontsize=9
+    )
     axis.grid(alpha=0.3)
     figure.savefig(folder / f"{kind}.png", dpi=120)
     plt.close(figure)
 
 
-def draw_accuracies(axis, rows: dict) -> None:
-    heights = [100 * mean(row["accuracy"]) for row in rows.values()]
-    spread = [100 * stdev(row["accuracy"]) if len(row["accuracy"]) > 1 else 0 for row in rows.values()]
-    axis.errorbar(range(len(rows)), heights, yerr=spread, fmt="o", capsize=4)
-    axis.set_xticks(range(len(rows)), rows, rotation=20, ha="right")
-    axis.set_ylabel("accuracy (%)")
+def draw_means(axis, rows: dict, name: str, factor: float, label: str) -> None:
+    heights = [factor * mean(row[name]) for row in rows.values()]
+    spread = [factor * stdev(row[name]) if len(row[name]) > 1 else 0 for row in rows.values()]
+    axis.errorbar(range(len(rows)), heights, yerr=spread, fmt="o", capsize=4, markersize=4)
+    for i, (height, deviation) in enumerate(zip(heights, spread, strict=True)):
+        axis.annotate(
+            f"{height:.1f}" if factor > 1 else f"{height:.2f}",
+            (i, height + deviation),
+            (0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+    axis.margins(x=0.08, y=0.15)
+    axis.set_xticks(range(len(rows)), rows, rotation=20, ha="right", fontsize=8)
+    axis.set_ylabel(label)
 
 
 def draw_curves(axis, rows: dict) -> None:
@@ -313,6 +353,15 @@ def draw_curves(axis, rows: dict) -> None:
     axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def most_frequent_share(train: Path, validation: Path) -> float:
+    """The accuracy on `validation` of always saying the most frequent class of `train`."""
+    read = pandas.read_csv if train.suffix == ".csv" else pandas.read_parquet
+    train, validation = (
+        read(file, **({"columns": ["label"]} if file.suffix == ".parquet" else {})) for file in (train, validation)
+    )
+    return float((validation["label"] == train["label"].mode()[0]).mean())
+
+
 KINDS = {
     "text": text,
     "images": images,
@@ -321,18 +370,64 @@ KINDS = {
     "warm_start": warm_start,
     "warm_start_mlm": warm_start_mlm,
 }
+REVIEWS = ("reviews/train.csv", "reviews/validation.csv")
+WIKI = ("wiki/train.txt", "wiki/validation.txt")
+NEEDED = {
+    "text": WIKI,
+    "images": ("fashion-mnist/train-00000-of-00001.parquet", "fashion-mnist/test-00000-of-00001.parquet"),
+    "sentiment": REVIEWS,
+    "warm_start": (*REVIEWS, "minilm/config.json"),
+    "warm_start_mlm": (*WIKI, "minilm/config.json"),
+}
+TITLES = {
+    "text": "Masked tokens of encyclopedia text",
+    "images": "Fashion-MNIST",
+    "sentiment": "Sentiment of review sentences",
+    "warm_start": "Sentiment of review sentences",
+    "warm_start_mlm": "Masked tokens of encyclopedia text",
+}
+
+
+def problem_with(kind: str, data: Path | None, results: Path) -> str | None:
+    """What is missing for a comparison, before anything runs."""
+    if data is None:
+        return "--data is needed: the folder with the data, see --help"
+    missing = [name for name in NEEDED[kind] if not (data / name).is_file()]
+    if missing:
+        return f"--data {str(data)!r} lacks {', '.join(missing)}"
+    if kind != "sentiment":
+        return None
+    if not (results / "text.json").is_file():
+        return f"{results / 'text.json'} is missing: sentiment starts from the models of `text`, which runs first"
+    folders = [folder for row in json.loads((results / "text.json").read_text()).values() for folder in row["folders"]]
+    gone = [folder for folder in folders if not Path(folder, "config.json").is_file()]
+    return (
+        f"{len(gone)} of {len(folders)} models of `text`, such as {gone[0]!r}, are missing: run text first"
+        if gone
+        else None
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--data", type=lambda path: Path(path).resolve(), required=True)
+    parser.add_argument("--data", type=lambda path: Path(path).resolve(), help="the folder DATA")
     parser.add_argument("--work", type=Path, default=Path("outputs/evidence"), help="the runs, below the repository")
     parser.add_argument("--results", type=Path, default=Path("examples/results"), help="the tables, the same")
+    parser.add_argument("--draw", action="store_true", help="draw the picture of the stored table again, without runs")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.chdir(EXAMPLES.parent)
+    if arguments.draw:
+        draw(arguments.kind, json.loads((arguments.results / f"{arguments.kind}.json").read_text()), arguments.results)
+        return
+    problem = problem_with(arguments.kind, arguments.data, arguments.results)
+    if problem:
+        sys.exit(f"error: {problem}")
     rows = KINDS[arguments.kind](arguments.data, arguments.work, arguments.results)
+    if arguments.kind in ("images", "sentiment", "warm_start"):
+        baseline = most_frequent_share(*(arguments.data / name for name in NEEDED[arguments.kind][:2]))
+        rows = {name: row | {"baseline": baseline} for name, row in rows.items()}
     write(arguments.kind, rows, arguments.data, arguments.results)
     print((arguments.results / f"{arguments.kind}.md").read_text())
 

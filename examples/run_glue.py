@@ -19,25 +19,48 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
+
+import torch
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
-from transformers.utils import is_torch_bf16_gpu_available, logging
+from transformers.utils import logging
 
 from lion_hf import PRESETS, LionConfig
 from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
 from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume
 from lion_hf.training.errors import UserError, run
 from lion_hf.training.glue.data import TaskData, all_texts, load_task, tokenize
-from lion_hf.training.glue.metrics import load_metric, metrics_by, predictions_and_losses, write_predictions
+from lion_hf.training.glue.metrics import (
+    Baseline,
+    constant_baseline,
+    load_metric,
+    metrics_by,
+    predictions_and_losses,
+    probabilities,
+    write_submission,
+)
 from lion_hf.training.glue.sources import GlueArguments, normal_name
 from lion_hf.training.glue.suite import plan_runs, run_suite, stop_with_parent, write_json
 from lion_hf.training.glue.summary import RESULT
-from lion_hf.training.glue.tasks import CUSTOM, TASKS, GlueTask
+from lion_hf.training.glue.tasks import CUSTOM, TASKS, GlueTask, suited_rate
 from lion_hf.training.hidden_teacher import HiddenStateTeacher
-from lion_hf.training.models import build_model, known_config
+from lion_hf.training.models import build_model, known_config, require_head
 from lion_hf.training.parsing import given_values, parse_arguments
-from lion_hf.training.reports import Report, command_line, finish, model_name, train_and_evaluate
+from lion_hf.training.reports import (
+    Report,
+    command_line,
+    finish,
+    model_name,
+    train_and_evaluate,
+    write_predictions,
+)
 from lion_hf.training.text import check_vocabulary, get_tokenizer, model_options, require_room
 from lion_hf.training.trainer import LionTrainer
 
@@ -80,7 +103,13 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
 class GlueTrainingArguments(LionTrainingArguments):
     """What is None here is the task's own, unless given."""
 
-    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate; default: the task's."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate. Default: the task's 1e-5 for models as wide as the paper's (768); for "
+            "narrower ones and for data of your own 5e-5 * (768 / width) ** 1.5, at most 3e-3."
+        },
+    )
     num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs; default: the task's."})
     weight_decay: float | None = field(default=None, metadata={"help": "Weight decay; default: the task's."})
     per_device_train_batch_size: int | None = field(
@@ -89,12 +118,6 @@ class GlueTrainingArguments(LionTrainingArguments):
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
     do_predict: bool = field(default=True, metadata={"help": "Write predictions for the test set, if there is one."})
-
-    def __post_init__(self):
-        if self.bf16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
-            logger.warning_once("bf16 is left out: there is no accelerator that computes in it, so float32 is used")
-            self.bf16 = False
-        super().__post_init__()
 
 
 CLASSES = (TextModelArguments, GlueArguments, GlueTrainingArguments)
@@ -115,10 +138,10 @@ def chosen_tasks(data: GlueArguments) -> list[GlueTask]:
     return [task for task in (*TASKS.values(), CUSTOM) if task.name in names]
 
 
-def apply_recipe(training: GlueTrainingArguments, task: GlueTask) -> None:
-    """Fills in the task's values where none was given; STS-B is trained in float32."""
+def apply_recipe(training: GlueTrainingArguments, task: GlueTask, width: int) -> None:
+    """Fills in the values of the task, for a model of this width, where none was given; STS-B is trained in float32."""
     for name, value in (
-        ("learning_rate", task.learning_rate),
+        ("learning_rate", suited_rate(task, width)),
         ("num_train_epochs", task.epochs),
         ("weight_decay", task.weight_decay),
     ):
@@ -150,13 +173,18 @@ def label_options(task: GlueTask) -> dict[str, Any]:
     }
 
 
-def make_model(task: GlueTask, model_args: TextModelArguments, tokenizer, max_length: int):
-    """The model to train. Attention dropout is 0 in the recipe, for BERT too (ModernBERT has none by default)."""
+def make_model(task: GlueTask, model_args: TextModelArguments, tokenizer, max_length: int, mean: float | None = None):
+    """The model to train. Attention dropout is 0 in the recipe, for BERT too (ModernBERT has none by default). The new
+    head of a regression starts at the `mean` of the labels, which it would take long to reach."""
     fixed = model_options(tokenizer, max_length) | label_options(task)
     if model_args.model_type != "modernbert":
         fixed["attention_probs_dropout_prob"] = 0.0
+    config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL)
     model = build_model(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL, fixed)
     require_room(model.config, tokenizer, max_length)
+    trained_head = config.num_labels == 1 and any("SequenceClassification" in x for x in config.architectures or [])
+    if mean is not None and not trained_head:
+        torch.nn.init.constant_(model.classifier.bias, mean)
     # A checkpoint in half precision is trained in float32 too; what bf16 computes is autocast's matter.
     return model.float()
 
@@ -167,70 +195,97 @@ def run_task(
     """One fine-tuning; returns the metrics, which are also in `all_results.json`."""
     if data.max_length < 8:
         raise UserError(f"--max_length is {data.max_length}; it must be at least 8")
-    apply_recipe(training, task)
     check_vocabulary(data, model_args)
     config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL)
+    if not training.do_train:
+        require_head(config, AutoModelForSequenceClassification, model_args.model_name_or_path)
+    apply_recipe(training, task, config.hidden_size)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)
     with training.main_process_first(desc="data and tokenizer"):
         parts = load_task(task, data, None if training.do_train else config)
         task = parts.task
-        tokenizer = get_tokenizer(data, model_args, training, checkpoint, all_texts(parts.train, task))
+        texts = None if parts.train is None else all_texts(parts.train, task)
+        tokenizer = get_tokenizer(data, model_args, training, checkpoint, texts)
         encode = partial(tokenize, task=task, tokenizer=tokenizer, max_length=data.max_length)
-        train = encode(parts.train, name="training")
+        train = None if parts.train is None else encode(parts.train, name="training")
         validation = {word: encode(part, name="validation") for word, part in parts.validation.items()}
-    model = make_model(task, model_args, tokenizer, data.max_length)
+    mean = fmean(parts.train["labels"][:]) if parts.train is not None and not task.labels else None
+    model = make_model(task, model_args, tokenizer, data.max_length, mean)
     if checkpoint:
         check_resumable(checkpoint, AutoModelForSequenceClassification, model.config)
     check_disk(training, model)
     if training.process_index == 0:
-        print(f"{model.num_parameters():,} parameters, {parts.source}")
+        rate = f", learning rate {training.learning_rate:g}" if training.do_train else ""
+        print(f"{model.num_parameters():,} parameters, {parts.source.removesuffix('.')}{rate}")
+    metric = load_metric(task, data)
     trainer = LionTrainer(
         model=model,
         args=training,
         train_dataset=train,
-        eval_dataset=validation.get("", validation),
+        eval_dataset=validation.get("", validation) or None,
         processing_class=tokenizer,
         hidden_teacher=HiddenStateTeacher.of(model_args, training.device),
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=metrics_by(load_metric(task, data)),
+        compute_metrics=metrics_by(metric),
         preprocess_logits_for_metrics=predictions_and_losses,
     )
     metrics = train_and_evaluate(trainer, training, checkpoint)
     if training.do_predict:
         predict(trainer, parts, encode)
-    finish(trainer, training, metrics, card(task, parts, model, training, argv))
-    if trainer.is_world_process_zero():
-        write_result(task, metrics, training, argv)
+    baseline = None
+    if training.do_train:
+        labels = next(iter(parts.validation.values()))["labels"][:]
+        baseline = constant_baseline(metric, task, parts.train["labels"][:], labels)
+        finish(trainer, training, metrics, card(parts, data.name("toy data"), baseline, model, training, argv))
+    if validation and trainer.is_world_process_zero():
+        write_result(task, metrics, baseline, training, argv)
     return metrics
 
 
 def predict(trainer: LionTrainer, parts: TaskData, encode: Callable) -> None:
-    """Writes the predictions for every test part."""
+    """Writes a csv file of predictions for every test part, and for tasks of GLUE one in the form of a submission."""
     for name, part in parts.test.items():
-        predictions = trainer.predict(encode(part, name="test")).predictions
+        predictions = trainer.predictions(encode(part, name="test"), probabilities)
         if trainer.is_world_process_zero():
-            path = Path(trainer.args.output_dir) / "predictions" / f"{name}.tsv"
-            write_predictions(path, parts.task, parts.index[name], predictions)
+            path = Path(trainer.args.output_dir) / "predictions" / f"{name}.csv"
+            texts = {column: part[column][:] for column in parts.task.columns}
+            write_predictions(path, texts, parts.task.labels, predictions)
+            if parts.task.name in TASKS:
+                write_submission(path.with_suffix(".tsv"), parts.task, parts.index[name], predictions)
+            print(f"Predictions for {len(part):,} rows are in {path}")
 
 
-def card(task: GlueTask, parts: TaskData, model, training: GlueTrainingArguments, argv: Sequence[str]) -> Report:
+def card(
+    parts: TaskData, name: str, baseline: Baseline, model, training: GlueTrainingArguments, argv: Sequence[str]
+) -> Report:
+    task = parts.task
     inputs = '{"text": "one text", "text_pair": "another"}' if len(task.columns) > 1 else '"a text"'
+    metric, correlation = task.evaluated[0], task.score[0] in ("spearmanr", "matthews_correlation")
+    label = {"spearmanr": "Spearman correlation"}.get(metric, metric.replace("_", " "))
     return Report(
-        title=f"{task.title}, {model_name(model.config)}",
+        title=f"{name if task.name == CUSTOM.name else task.title}, {model_name(model.config)}",
         pipeline_tag="text-classification",
         data=parts.source,
         command=command_line("run_glue.py", argv),
-        metric=f"eval_{task.evaluated[0]}",
-        metric_label=f"{task.evaluated[0].replace('_', ' ')} (%)",
+        metric=f"eval_{metric}",
+        metric_label=label if correlation else f"{label} (%)",
+        metric_baseline=(baseline.name, baseline.metric),
+        metric_error=baseline.error,
+        correlation=correlation,
         loss_label="cross entropy (nats per row)" if task.labels else "squared error",
+        loss_baseline=("class frequencies" if task.labels else baseline.name, baseline.loss),
         usage="import lion_hf\nfrom transformers import pipeline\n\n"
         f'print(pipeline("text-classification", "{training.output_dir}")({inputs}))',
     )
 
 
 def write_result(
-    task: GlueTask, metrics: dict[str, float], training: GlueTrainingArguments, argv: Sequence[str]
+    task: GlueTask,
+    metrics: dict[str, float],
+    baseline: Baseline | None,
+    training: GlueTrainingArguments,
+    argv: Sequence[str],
 ) -> None:
     """Writes, as the last file of a run, what the table of all runs is made from; None stands for not a number."""
     spent = ("time", "per_second")
@@ -240,6 +295,7 @@ def write_result(
         "seed": training.seed,
         "score_metrics": task.evaluated,
         "metrics": {k: v if math.isfinite(v) else None for k, v in values.items() if not k.endswith(spent)},
+        "baseline": None if baseline is None else baseline.score,
         "arguments": given_values(CLASSES, argv, smoke_values),
     }
     write_json(Path(training.output_dir) / RESULT, result)

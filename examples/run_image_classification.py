@@ -14,7 +14,14 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
 
 import torch
 from torch.nn import functional as F
@@ -30,9 +37,25 @@ from lion_hf.training.errors import UserError, run
 from lion_hf.training.hidden_teacher import HiddenStateTeacher
 from lion_hf.training.image_models import ImageModelArguments, check_model, get_model, image_options, make_processor
 from lion_hf.training.image_trainer import ImageTrainer
-from lion_hf.training.images import ImageArguments, ImageCollator, first_image, load_images
+from lion_hf.training.images import (
+    ImageArguments,
+    ImageCollator,
+    first_image,
+    load_images,
+    load_test_images,
+    most_frequent_class,
+    try_images,
+)
+from lion_hf.training.models import require_head
 from lion_hf.training.parsing import parse_arguments
-from lion_hf.training.reports import Report, command_line, finish, model_name, train_and_evaluate
+from lion_hf.training.reports import (
+    Report,
+    command_line,
+    finish,
+    model_name,
+    train_and_evaluate,
+    write_predictions,
+)
 
 
 # What --smoke makes of any recipe.
@@ -46,6 +69,8 @@ SMOKE = {
     "validation_file": None,
     "train_dir": None,
     "validation_dir": None,
+    "test_file": None,
+    "test_dir": None,
     "image_size": 16,
     "patch_size": 4,
     "hidden_size": 16,
@@ -64,7 +89,13 @@ SMOKE = {
 class ImageTrainingArguments(LionTrainingArguments):
     num_train_epochs: float = field(default=15, metadata={"help": "Epochs."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation batch size per device."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW; for a base model 5e-4."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of AdamW. Default: 3e-3, for wider models 5e-4 * 768 / width (5e-4 for a "
+            "base model)."
+        },
+    )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices."})
     lr_scheduler_type: SchedulerType = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     total_batch_size: int | None = field(
@@ -139,29 +170,35 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         CLASSES, argv, description=__doc__, smoke=SMOKE
     )
     config = check_model(model_args)
+    if not training.do_train:
+        require_head(config, AutoModelForImageClassification, model_args.model_name_or_path)
+    if training.learning_rate is None:
+        training.learning_rate = min(3e-3, 5e-4 * 768 / config.hidden_size)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)
     with training.main_process_first(desc="data"):
         train, validation, names, source = load_images(data, training, None if training.do_train else config)
+        test, files = load_test_images(data)
+        if train is not None:
+            image_options(model_args, first_image(train, data.image_column).height)
+        if data.bad_images != "skip":
+            try_parts(training=train, validation=validation)
 
-    image_options(model_args, first_image(train, data.image_column).height)
     model = get_model(model_args, label_options(names))
     if checkpoint:
         check_resumable(checkpoint, AutoModelForImageClassification, model.config)
     check_disk(training, model, copies=2 if training.ema_decay else 1)
     processor = make_processor(model.config, model_args, data)
-    collator = ImageCollator(
-        processor, augmentation, len(names), training.seed, data.bad_images, training=train, validation=validation
-    )
+    bad_images, parts = data.bad_images or "skip", {"training": train, "validation": validation, "test": test}
+    collator = ImageCollator(processor, augmentation, len(names), training.seed, bad_images, **parts)
     teacher = (
         Teacher(distillation, model.config, processor, collator.size, training.device) if distillation.teacher else None
     )
     if training.process_index == 0:
+        counts = [f"{len(part):,} {name}" for name, part in parts.items() if part is not None]
         batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-        print(
-            f"{model.num_parameters():,} parameters, {len(train):,} training and {len(validation):,} validation "
-            f"images, {batch} per optimizer step"
-        )
+        steps = f", {batch} per optimizer step, learning rate {training.learning_rate:g}" if training.do_train else ""
+        print(f"{model.num_parameters():,} parameters, {' and '.join(counts)} images{steps}")
     trainer = ImageTrainer(
         model=model,
         args=training,
@@ -177,10 +214,38 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         ema=Ema(training.ema_decay, checkpoint) if training.ema_decay else None,
     )
     with one_line_errors():
-        extra = partial(skipped_images, trainer) if data.bad_images == "skip" else None
-        metrics = train_and_evaluate(trainer, training, checkpoint, extra)
-    finish(trainer, training, metrics, card(source, model, training, argv))
+        metrics = train_and_evaluate(trainer, training, checkpoint, partial(skipped_images, trainer, data.bad_images))
+        if test is not None:
+            predict(trainer, test, files, names)
+    if training.do_train:
+        baseline = most_frequent_class(train, validation, len(names))
+        name = data.name("scikit-learn's digits")
+        finish(trainer, training, metrics, card(name, source, baseline, len(validation), model, training, argv))
     return metrics
+
+
+def try_parts(**parts) -> None:
+    for name, part in parts.items():
+        if part is not None:
+            try_images(part, name)
+
+
+def predict(trainer: ImageTrainer, test, files: list[str], names: list[str]) -> None:
+    """Writes the class and the probabilities of every image to predictions.csv; those of one that does not decode are
+    empty."""
+    predictions = trainer.predictions(test, probabilities)
+    bad = trainer.accelerator.reduce(trainer.data_collator.bad["test"].int().to(trainer.args.device)).bool()
+    if trainer.is_world_process_zero():
+        predictions[bad.cpu().numpy()[: len(test)]] = float("nan")
+        path = Path(trainer.args.output_dir) / "predictions.csv"
+        write_predictions(path, {"file": files}, names, predictions)
+        unread = f"; {int(bad.sum())} do not decode" if bad.any() else ""
+        print(f"Predictions for {len(test):,} images are in {path}{unread}")
+
+
+def probabilities(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """(images, classes)"""
+    return (logits[0] if isinstance(logits, tuple) else logits).float().softmax(-1)
 
 
 def label_options(names: list[str]) -> dict[str, Any]:
@@ -189,22 +254,40 @@ def label_options(names: list[str]) -> dict[str, Any]:
     return labels | {"num_labels": len(names), "problem_type": "single_label_classification"}
 
 
-def skipped_images(trainer: ImageTrainer, evaluation: dict[str, float]) -> dict[str, float]:
-    """Images that did not decode, of those that all processes read since the start or the last resume."""
+def skipped_images(trainer: ImageTrainer, bad_images: str | None, evaluation: dict[str, float]) -> dict[str, float]:
+    """Images that did not decode, of those that all processes read since the start or the last resume; told, and among
+    the metrics where they are to be skipped or there are any."""
     bad, device = trainer.data_collator.bad, trainer.args.device
-    marks = {name: trainer.accelerator.reduce(part.int().to(device)) for name, part in bad.items()}
-    return {f"skipped_{name}_images": int(mark.count_nonzero()) for name, mark in marks.items()}
+    marks = {name: trainer.accelerator.reduce(part.int().to(device)) for name, part in bad.items() if name != "test"}
+    counts = {name: int(mark.count_nonzero()) for name, mark in marks.items()}
+    if any(counts.values()) and trainer.is_world_process_zero():
+        shown = " and ".join(f"{count:,} {name}" for name, count in counts.items())
+        print(f"Images that do not decode, and were skipped: {shown}")
+    if bad_images != "skip" and not any(counts.values()):
+        return {}
+    return {f"skipped_{name}_images": count for name, count in counts.items()}
 
 
-def card(source: str, model, training: ImageTrainingArguments, argv: Sequence[str]) -> Report:
+def card(
+    name: str,
+    source: str,
+    baseline: tuple[float, float],
+    rows: int,
+    model,
+    training: ImageTrainingArguments,
+    argv: Sequence[str],
+) -> Report:
     return Report(
-        title=f"Image classifier, {model_name(model.config)}",
+        title=f"Image classifier of {name}, {model_name(model.config)}",
         pipeline_tag="image-classification",
         data=source,
         command=command_line("run_image_classification.py", argv),
         metric="eval_accuracy",
         metric_label="top-1 accuracy (%)",
+        metric_baseline=("most frequent class", baseline[0]),
+        metric_error=0.5 * rows**-0.5,
         loss_label="cross entropy (nats per image)",
+        loss_baseline=("class frequencies", baseline[1]),
         usage="import lion_hf\nfrom transformers import pipeline\n\n"
         f'print(pipeline("image-classification", "{training.output_dir}")("image.png"))',
     )

@@ -13,6 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+from flags import check_flags
+
+
+if __name__ == "__main__":
+    check_flags(__file__)
+
 import numpy as np
 import torch
 from transformers import AutoModelForMaskedLM, set_seed
@@ -23,7 +29,7 @@ from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
 from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume
 from lion_hf.training.errors import UserError, run
 from lion_hf.training.hidden_teacher import HiddenStateTeacher
-from lion_hf.training.models import build_model, known_config
+from lion_hf.training.models import build_model, known_config, require_head
 from lion_hf.training.parsing import parse_arguments
 from lion_hf.training.reports import Report, command_line, finish, model_name, train_and_evaluate
 from lion_hf.training.text import (
@@ -99,8 +105,8 @@ def masked_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def with_baselines(known: dict[str, float], evaluation: dict[str, float]) -> dict[str, float]:
     """Perplexity, the known baselines, and the loss as a share of that of token frequencies alone."""
     loss = evaluation["eval_loss"]
-    ratio = {"eval_perplexity": math.exp(loss), "eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]}
-    return ratio | {f"eval_{name}": value for name, value in known.items()}
+    found = {"eval_perplexity": math.exp(loss)} | {f"eval_{name}": value for name, value in known.items()}
+    return found | ({"eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]} if known else {})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -112,13 +118,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if not data.max_length >= 3 or not 0 < data.mlm_probability < 1 or not 0 < data.eval_mlm_probability < 1:
         raise UserError("--max_length must be at least 3, and masking probabilities between 0 and 1")
     check_vocabulary(data, model_args)
-    known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
+    config = known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
+    if not training.do_train:
+        require_head(config, AutoModelForMaskedLM, model_args.model_name_or_path)
     set_seed(training.seed)
     checkpoint = checkpoint_to_resume(training)
     with training.main_process_first(desc="data and tokenizer"):
         train_texts, validation_texts, source = load_texts(data, training)
         tokenizer = get_tokenizer(data, model_args, training, checkpoint, train_texts)
-        train = make_rows(train_texts, tokenizer, data, "training")
+        train = None if train_texts is None else make_rows(train_texts, tokenizer, data, "training")
         validation = make_rows(validation_texts, tokenizer, data, "validation")
     validation = freeze_masks(validation, MaskingCollator(tokenizer, data.eval_mlm_probability, training.seed))
 
@@ -128,10 +136,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if checkpoint:
         check_resumable(checkpoint, AutoModelForMaskedLM, model.config)
     check_disk(training, model)
-    known = baselines(train, validation, len(tokenizer), tokenizer.all_special_ids)
+    known = {} if train is None else baselines(train, validation, len(tokenizer), tokenizer.all_special_ids)
     if training.process_index == 0:
-        rows = "a stream of training" if is_stream(train) else f"{len(train):,} training"
-        print(f"{model.num_parameters():,} parameters, {rows} and {len(validation):,} validation rows")
+        rows = "no" if train is None else "a stream of" if is_stream(train) else f"{len(train):,}"
+        print(f"{model.num_parameters():,} parameters, {rows} training and {len(validation):,} validation rows")
     trainer = LionTrainer(
         model=model,
         args=training,
@@ -144,13 +152,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         preprocess_logits_for_metrics=hits_and_losses,
     )
     metrics = train_and_evaluate(trainer, training, checkpoint, partial(with_baselines, known))
-    finish(trainer, training, metrics, card(source, trainer, known, argv))
+    if training.do_train:
+        name = data.name("Python's documentation")
+        finish(trainer, training, metrics, card(name, source, trainer, known, argv))
     return metrics
 
 
-def card(source: str, trainer: LionTrainer, known: dict[str, float], argv: Sequence[str]) -> Report:
+def card(name: str, source: str, trainer: LionTrainer, known: dict[str, float], argv: Sequence[str]) -> Report:
     return Report(
-        title=f"Masked language model, {model_name(trainer.model.config)}",
+        title=f"Masked language model of {name}, {model_name(trainer.model.config)}",
         pipeline_tag="fill-mask",
         data=source,
         command=command_line("run_mlm.py", argv),
@@ -159,6 +169,7 @@ def card(source: str, trainer: LionTrainer, known: dict[str, float], argv: Seque
         metric_baseline=("most frequent token", known["most_frequent_accuracy"]),
         loss_label="cross entropy (nats per masked token)",
         loss_baseline=("unigram entropy", known["unigram_entropy"]),
+        judged_by_loss=True,
         usage="import lion_hf\nfrom transformers import pipeline\n\n"
         f'fill = pipeline("fill-mask", "{trainer.args.output_dir}")\n'
         f'print(fill("the value of the {trainer.processing_class.mask_token} is returned."))',

@@ -217,8 +217,8 @@ def test_usage_runs(preset, tmp_path, monkeypatch, capsys):
 def test_upload_of_the_readme_runs_dry(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"^```python\n(.*?)^```", (FOLDER / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    save_small("lion-d-base", tmp_path / "outputs/mlm/lion-d-base")
-    (tmp_path / "outputs/mlm/lion-d-base/README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    save_small("lion-d-base", tmp_path / "outputs/recipes/mlm/lion-d-base")
+    (tmp_path / "outputs/recipes/mlm/lion-d-base/README.md").write_text("---\nlicense: apache-2.0\n---\n")
     capsys.readouterr()
     exec(compile(code, "README.md", "exec"), {})
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]

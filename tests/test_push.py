@@ -90,7 +90,8 @@ def test_a_trained_folder_is_pushed_from_where_it_lies_with_its_own_card(tmp_pat
 NO_CARDS = {
     "no README": (None, r"There is no card at '.*README.md'\. Give card="),
     "no file": ("absent.md", r"There is no card at 'absent.md'"),
-    "text": (CARD * 99, "There is no card at '---"),
+    "text": (CARD * 99, "card is the text .* card=huggingface_hub.ModelCard"),
+    "number": (3, "card is 3; it must be a ModelCard, or the path of a Markdown file"),
     "no metadata": (ModelCard("# No metadata"), "The card has no metadata"),
     "bad YAML": (b"---\nlicense: [mit\ntags: : x\n---\n", "The card '.*bad.md' is malformed; .* line 1"),
     "a list": (b"---\n- license\n---\n", "is malformed; .*should be a dict"),

@@ -169,7 +169,8 @@ def push(
         model: any LION model of this package.
         folder: where to write; made if absent.
         repo_id: "user/name" on the Hub; the repository is made if absent.
-        card: a card, or the path of one, to become README.md; by default the README.md that is in the folder.
+        card: a `huggingface_hub.ModelCard`, or the path of a Markdown file, to become README.md; by default the
+            README.md that is in the folder. It starts with metadata between two lines `---`.
             It is not changed: that of lion-convert tells how to load without this package only where `--with-code` was
             given.
         processor: the tokenizer or image processor of the model, saved beside it.
@@ -182,8 +183,8 @@ def push(
 
     Raises:
         ValueError: for a model that is not from this package, a place that is no folder or holds another kind of model,
-            a repo_id that the Hub does not take, a processor that is none, or a card that is missing, malformed or
-            without metadata. Nothing is written then.
+            a repo_id that the Hub does not take, a processor that is none, or a card that is neither a card
+            nor a path, missing, malformed or without metadata. Nothing is written then.
 
     ```python
     >>> for file in lion_hf.push(model, "to-upload", "user/lion", card="card.md", dry_run=True):
@@ -226,6 +227,16 @@ def _require_repo_id(repo_id: str) -> None:
 
 
 def _load_card(card: ModelCard | str | Path) -> ModelCard:
+    if not isinstance(card, ModelCard | str | Path):
+        raise ValueError(
+            f"card is {card!r}; it must be a ModelCard, or the path of a Markdown file that starts with metadata "
+            "between two lines '---'."
+        )
+    if isinstance(card, str) and "\n" in card:
+        raise ValueError(
+            f"card is the text {card[:30]!r}...; it must be the path of a Markdown file, or a ModelCard: for text "
+            "give card=huggingface_hub.ModelCard(text)."
+        )
     if not isinstance(card, ModelCard):
         path = Path(card)
         if not os.path.isfile(path):  # Path.is_file() raises where the text of a card is given, too long for a name

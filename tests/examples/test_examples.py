@@ -90,7 +90,7 @@ def test_images_train_from_the_built_in_digits(tmp_path):
     [
         (["--train_file=absent.txt"], "absent.txt"),
         (["--train_file=empty.txt"], "empty"),
-        (["--train_file=table.csv"], "there is no column 'text'; the columns are a, b"),
+        (["--train_file=table.csv"], "there is no column 'text' (set --text_column); the columns are a, b"),
         (["--train_file=strange.xyz"], "allowed are .txt"),
         (["--learning_rte=1"], "--learning_rate"),
         (["--mask_type=sideways"], "sideways"),

@@ -60,8 +60,8 @@ def test_every_variant_and_size_has_a_recipe_with_the_authors_numbers():
     for file, preset in RECIPES:
         values = expand(file, preset)
         assert shared.items() <= values.items()
-        assert values["model_name_or_path"] == f"outputs/mlm/{preset}"
-        assert values["output_dir"] == f"outputs/glue/{preset}"
+        assert values["model_name_or_path"] == f"outputs/recipes/mlm/{preset}"
+        assert values["output_dir"] == f"outputs/recipes/glue/{preset}"
         assert not {"num_train_epochs", "weight_decay", "per_device_train_batch_size"} & set(values)
 
 
@@ -77,15 +77,15 @@ def test_given_values_go_before_the_tables(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     _, _, training = parse(run_glue, "--weight_decay=0", "--bf16=true")
-    run_glue.apply_recipe(training, TASKS["mnli"])
+    run_glue.apply_recipe(training, TASKS["mnli"], 768)
     assert (training.learning_rate, training.num_train_epochs, training.weight_decay) == (1e-5, 3, 0)
     assert training.per_device_train_batch_size == 48 and not training.bf16  # a CPU: float32
     _, _, training = parse(run_glue, "--learning_rate=2e-5", "--gradient_accumulation_steps=4")
-    run_glue.apply_recipe(training, TASKS["stsb"])
+    run_glue.apply_recipe(training, TASKS["stsb"], 768)
     assert training.learning_rate == 2e-5 and training.per_device_train_batch_size == 8  # 4 * 8 = 32
     _, _, training = parse(run_glue)
     training.bf16, training.mixed_precision = True, "bf16"  # as on an accelerator
-    run_glue.apply_recipe(training, TASKS["stsb"])
+    run_glue.apply_recipe(training, TASKS["stsb"], 768)
     assert not training.bf16 and training.mixed_precision == "no"
 
 
@@ -172,7 +172,7 @@ def test_recipes_run_with_smoke(recipe, task, run_glue):
     from lion_hf.training.glue.tasks import TASKS
 
     assert {f"eval_{name}" for name in TASKS[task].evaluated} <= set(metrics)
-    folder = Path(f"outputs/glue/{preset}-smoke")
+    folder = Path(f"outputs/recipes/glue/{preset}-smoke")
     config = AutoModelForSequenceClassification.from_pretrained(folder).config
     kinds = {"lit": "lit", "d": "decay", "s": "selective"}
     kind = kinds.get(preset.split("-")[1])
@@ -193,12 +193,12 @@ def test_recipes_run_with_smoke(recipe, task, run_glue):
 
 
 def test_predictions_are_clipped_named_and_indexed(tmp_path):
-    from lion_hf.training.glue.metrics import write_predictions
+    from lion_hf.training.glue.metrics import write_submission
     from lion_hf.training.glue.tasks import TASKS
 
-    write_predictions(tmp_path / "p" / "a.tsv", TASKS["stsb"], [4, 2], np.array([-0.5, 7.0]))
+    write_submission(tmp_path / "p" / "a.tsv", TASKS["stsb"], [4, 2], np.array([[-0.5], [7.0]]))
     assert (tmp_path / "p" / "a.tsv").read_text() == "index\tprediction\n4\t0.000\n2\t5.000\n"
-    write_predictions(tmp_path / "p" / "b.tsv", TASKS["rte"], [0, 1], np.array([1, 0]))
+    write_submission(tmp_path / "p" / "b.tsv", TASKS["rte"], [0, 1], np.array([[0.2, 0.8], [0.6, 0.4]]))
     assert (tmp_path / "p" / "b.tsv").read_text() == "index\tprediction\n0\tnot_entailment\n1\tentailment\n"
 
 
@@ -267,8 +267,9 @@ def test_numbers_are_predicted_and_not_classified(run_glue):
     flags = [f"--train_file={train}", f"--test_file={test}", "--label_column=score", "--validation_share=0.2"]
     metrics = run_glue(["--output_dir=out", *ONE_STEP, *flags])
     assert {"eval_pearson", "eval_spearmanr"} <= set(metrics)
-    lines = Path("out/predictions/custom.tsv").read_text().splitlines()
-    assert len(lines) == 3 and all(math.isfinite(float(line.split("\t")[1])) for line in lines[1:])
+    lines = Path("out/predictions/custom.csv").read_text().splitlines()
+    assert lines[0] == "text,prediction" and len(lines) == 3
+    assert all(math.isfinite(float(line.split(",")[1])) for line in lines[1:])
 
 
 def load(task, **options):
@@ -349,8 +350,16 @@ ROWS = labelled_rows(30)
 SENTENCES = "".join(f"t{i},a sentence of its own {i}\n" for i in range(40))
 WRONG = {
     "unknown task": ("", ["--task=sst3"], "did you mean 'sst2'"),
-    "no label column": ("text,class\na,1\nb,0\n", [], "no column 'label'; the columns are text, class"),
-    "no text column": ("words,label\na,1\nb,0\n", [], "no column 'sentence'; the columns are words, label"),
+    "no label column": (
+        "text,class\na,1\nb,0\n",
+        [],
+        "no column 'label' (set --label_column); the columns are text, class",
+    ),
+    "no text column": (
+        "words,label\na,1\nb,0\n",
+        [],
+        "no column of texts (accepted are 'sentence1' and 'sentence2'; 'text'; 'sentence', or any",
+    ),
     "no rows": ("text,label\n", [], "no rows"),
     "no text": ("text,label\n,1\n,0\n", [], "no text in column 'text'"),
     "numbers as text": ("text,label\n1,1\n2,0\n", [], "holds int64, not text"),

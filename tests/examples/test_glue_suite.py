@@ -155,10 +155,11 @@ def test_a_suite_skips_what_is_finished_and_goes_on_with_the_rest(run_glue):
 
 def test_sts_b_is_trained_in_float32_between_tasks_in_bf16(run_glue, monkeypatch):
     """As on an accelerator that computes in bf16, in one process; here the CPU's autocast stands for it."""
-    import run_glue as script
     import transformers.training_args
 
-    for module in (script, transformers.training_args):
+    from lion_hf.training import arguments
+
+    for module in (arguments, transformers.training_args):
         monkeypatch.setattr(module, "is_torch_bf16_gpu_available", lambda: True)
     forward, seen = lion_hf.LionForSequenceClassification.forward, []
 
@@ -196,7 +197,7 @@ def test_all_tasks_with_smoke(run_glue):
     from lion_hf.training.glue.tasks import TASKS
 
     assert set(summary["tasks"]) == set(TASKS) and summary["glue_score"] is None
-    folder = Path("outputs/glue/lion-s-base-smoke")
+    folder = Path("outputs/recipes/glue/lion-s-base-smoke")
     files = {"CoLA", "MNLI-m", "MNLI-mm", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B", "WNLI"}
     assert {file.stem for file in (folder / "submission").glob("*.tsv")} == files
     assert AutoModelForSequenceClassification.from_pretrained(folder / "stsb" / "17").config.num_labels == 1

@@ -296,7 +296,10 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
         (["--train_dir=table.csv"], "'table.csv' is a file"),
         (["--train_file=same.csv"], "the same value 1 in every row"),
         (["--train_file=gap.csv"], "has rows without a label"),
-        (["--train_file=table.csv", "--label_column=class"], "the columns are image, label (set --label_column)"),
+        (
+            ["--train_file=table.csv", "--label_column=class"],
+            "no column 'class' (set --label_column); the columns are image, label",
+        ),
         (["--preset=lion-s-base"], "allowed are lion-lit-tiny-patch16-224"),
         (["--lr_scheduler_type=cosin"], "argument --lr_scheduler_type"),
     ],

@@ -66,7 +66,7 @@ def test_recipes_are_the_authors():
         assert shape == layout[size] and model["intermediate_size"] == 4 * shape[0]
         assert model["image_size"] == 224 and model["patch_size"] == 16
         assert round(model["image_size"] / values["eval_crop_ratio"]) == 256
-        assert values["output_dir"] == f"outputs/imagenet/{preset}"
+        assert values["output_dir"] == f"outputs/recipes/imagenet/{preset}"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[1])

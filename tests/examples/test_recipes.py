@@ -49,7 +49,7 @@ def test_recipes_hold_the_numbers_of_the_paper(path, preset):
     assert {name: recipe[name] for name in NUMBERS} == NUMBERS
     assert recipe["learning_rate"] == PEAK[preset.rpartition("-")[2]]
     assert 8 * recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 4096
-    assert recipe["output_dir"] == f"outputs/mlm/{preset}"
+    assert recipe["output_dir"] == f"outputs/recipes/mlm/{preset}"
     if preset == "bert-base":
         shape = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
         assert recipe["model_type"] == "bert" and shape.items() <= recipe.items() and "preset" not in recipe

@@ -8,10 +8,13 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from ..nn.names import FEATURE_MAPS
 from ..nn.variants import VARIANTS
 
+
+logger = logging.get_logger(__name__)
 
 # Model arguments that are no options of a configuration, or are passed on their own.
 _NO_OPTIONS = ("model_name_or_path", "model_type", "warm_start", "warm_start_distillation", "preset", "format")
@@ -117,6 +120,11 @@ class DataArguments:
         if not 0 < self.validation_share < 1:
             raise ValueError(f"--validation_share is {self.validation_share}; it is a share of the rows, 0 to 1")
 
+    def name(self, builtin: str) -> str:
+        """What the data is called in titles: its name or place, or `builtin`."""
+        places = ("dataset_name", "train_dir", "train_file", "data_dir", "validation_dir", "validation_file")
+        return next((value for place in places if (value := getattr(self, place, None))), builtin)
+
 
 @dataclass
 class LionTrainingArguments(TrainingArguments):
@@ -161,7 +169,10 @@ class LionTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The scripts choose the columns themselves."})
 
     def __post_init__(self):
-        if not self.do_eval:
+        if self.bf16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
+            logger.warning_once("bf16 is left out: there is no accelerator that computes in it, so float32 is used")
+            self.bf16 = False
+        if not (self.do_eval and self.do_train):
             self.eval_strategy = "no"
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         require_at_least(self, 1, *sizes)

@@ -17,6 +17,9 @@ from .models import existing_config
 
 logger = logging.get_logger(__name__)
 
+# Options that leave a model what it is.
+COMPUTATION = {"format", "chunk_size", "unpad", "use_cache"}
+
 
 def checkpoint_to_resume(training: LionTrainingArguments) -> str | None:
     """The checkpoint folder to go on from, if any (see `resume_from_checkpoint`): the last complete one."""
@@ -66,13 +69,16 @@ def incompleteness(folder: Path) -> str | None:
 
 
 def check_resumable(checkpoint: str, auto_class, config: PreTrainedConfig) -> None:
-    """Raises a `UserError` if the checkpoint holds a model of another shape."""
-    stored, new = existing_config(checkpoint, auto_class).to_dict(), config.to_dict()
-    ignored = {"format", "chunk_size", "transformers_version", "dtype", "architectures", "_name_or_path"}
-    for name, value in new.items():
-        if name not in ignored and stored.get(name) != value:
+    """Raises a `UserError` if the checkpoint holds another model: of another kind, size or classes. How the model is
+    computed does not count, nor do ids of special tokens, which the Trainer takes over from the tokenizer."""
+    stored = existing_config(checkpoint, auto_class)
+    own = set(type(config).__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    own = {name for name in own if not name.endswith("_token_id")} - COMPUTATION
+    for name in ("model_type", *sorted(own), "id2label", "problem_type"):
+        before, now = getattr(stored, name, None), getattr(config, name, None)
+        if before != now:
             raise UserError(
-                f"{checkpoint!r} holds another model: {name} is {stored.get(name)!r} there and {value!r} here; choose "
+                f"{checkpoint!r} holds another model: {name} is {before!r} there and {now!r} here; choose "
                 "another --output_dir, or --resume_from_checkpoint no to start anew"
             )
 

@@ -11,16 +11,20 @@ import numpy as np
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DatasetsError
 from torch.utils.data import DataLoader
 from transformers import PreTrainedConfig, TrainingArguments
+from transformers.utils import logging
 
 from .arguments import DataArguments
 from .errors import UserError, require_path, user_errors
 
 
+logger = logging.get_logger(__name__)
+
 FILE_TYPES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def load_splits(data: DataArguments, training: TrainingArguments, load_file: Callable[[str], Any]) -> tuple:
-    """Training and validation data by Hub name, or from `train_file` and `validation_file` through `load_file`."""
+    """Training and validation data by Hub name, or from `train_file` and `validation_file` through `load_file`. Without
+    training, what is not given is None, but for the validation data where training data is given."""
     if data.dataset_name:
         if data.train_file or data.validation_file:
             raise UserError("give either --dataset_name or --train_file and --validation_file")
@@ -28,11 +32,30 @@ def load_splits(data: DataArguments, training: TrainingArguments, load_file: Cal
         if "train" not in splits:
             raise UserError(f"data set {data.dataset_name!r} has no split 'train'; it has {', '.join(splits)}")
         held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
-        return hold_out(splits["train"], held_out, data, training.seed)
-    if not data.train_file:
+        return parts_of(splits["train"], held_out, data, training, training.seed)
+    if not data.train_file and training.do_train:
         raise UserError("--validation_file needs --train_file too")
     held_out = load_file(data.validation_file) if data.validation_file else None
-    return hold_out(load_file(data.train_file), held_out, data, training.seed)
+    return parts_of(load_file(data.train_file) if data.train_file else None, held_out, data, training, training.seed)
+
+
+def parts_of(train, validation, data: DataArguments, training: TrainingArguments, seed: int) -> tuple:
+    """As `hold_out`; without training, either part may be None."""
+    if not training.do_train and train is None:
+        return None, None if validation is None else hold_out(validation, validation, data, seed)[1]
+    if not training.do_train and validation is None:
+        say_split_off(data, seed)
+    return hold_out(train, validation, data, seed)
+
+
+def say_split_off(data: DataArguments, seed: int) -> None:
+    """A model that is only evaluated may have been trained on the rows that it is asked for."""
+    logger.warning(
+        f"no validation data is given, so rows split off {data.name('the training data')} are evaluated "
+        f"(--validation_share {data.validation_share:g}, seed {seed}). A model that was trained on this data has seen "
+        "them, unless its training held out the same rows: by the same share and seed. --validation_file or its like "
+        "gives data of its own"
+    )
 
 
 def load_named(name: str, config_name: str | None = None, **kwargs):
@@ -106,12 +129,25 @@ def reading(prefix: str):
             raise
 
 
-def require_column(dataset, column: str, flag: str) -> None:
-    """Raises a `UserError` that names the columns there are."""
-    if column not in dataset.column_names:
+def require_columns(dataset, columns: dict[str, str]) -> None:
+    """Raises a `UserError` that names all missing columns, given by the flags that name them, and the columns there
+    are."""
+    missing = [f"no column {name!r} (set {flag})" for flag, name in columns.items() if name not in dataset.column_names]
+    if missing:
+        raise UserError(f"there is {' and '.join(missing)}; the columns are {', '.join(dataset.column_names)}")
+
+
+@contextmanager
+def naming_builtin_data(used: bool):
+    """Adds to an error of the user's that no data was given, where the built-in data is `used`."""
+    try:
+        yield
+    except UserError as error:
+        if not used:
+            raise
         raise UserError(
-            f"there is no column {column!r}; the columns are {', '.join(dataset.column_names)} (set {flag})"
-        )
+            f"{error}. No data was given, so this is the built-in data: give your own, such as --validation_file"
+        ) from error
 
 
 def classes_of_model(config: PreTrainedConfig, names: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Images: where they come from, their classes, and how they become pixels."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import datasets
@@ -19,9 +20,11 @@ from .data import (
     hold_out,
     load_file,
     load_splits,
+    naming_builtin_data,
+    parts_of,
     random_numbers,
     reading,
-    require_column,
+    require_columns,
 )
 from .errors import UserError, require_path
 
@@ -37,6 +40,10 @@ KNOWN = {
 }
 
 
+# So many images are decoded before training.
+TRIED = 2000
+
+
 @dataclass
 class ImageArguments(DataArguments):
     dataset_name: str | None = field(
@@ -44,10 +51,18 @@ class ImageArguments(DataArguments):
     )
     train_dir: str | None = field(default=None, metadata={"help": "Folder with a folder of images per class."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    test_dir: str | None = field(
+        default=None, metadata={"help": "Folder of images to classify, with or without training; sub-folders too."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "The same as a file, such as parquet."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the classes."})
-    bad_images: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "Images that do not decode: stop, or skip and count them."}
+    bad_images: Literal["error", "skip"] | None = field(
+        default=None,
+        metadata={
+            "help": "Images that do not decode: stop, or skip and count them. Default: stop where all are tried before "
+            f"training, which is so for up to {TRIED:,}; else skip."
+        },
     )
     eval_crop_ratio: float | None = field(
         default=None,
@@ -103,7 +118,36 @@ def load_folder(path: str) -> Dataset:
         images = datasets.load_dataset("imagefolder", data_dir=path, split="train")
     if "label" not in images.column_names:
         raise UserError(f"{path!r} has no classes: it must hold a folder of images for each, two or more")
+    folders = {folder.name for folder in Path(path).iterdir() if folder.is_dir() and not folder.name.startswith(".")}
+    empty = sorted(folders - set(images.features["label"].names))
+    if empty:
+        logger.warning(f"{path!r} has folders without images, which are no classes: {', '.join(empty)}")
     return numbered(images)
+
+
+def load_test_images(data: ImageArguments) -> tuple[Dataset | None, list[str]]:
+    """The images to classify, as `with_labels` has them but without labels, and the file or row that each is from."""
+    if data.test_dir and data.test_file:
+        raise UserError("give --test_dir or --test_file, not both")
+    if data.test_dir:
+        folder, known = require_path(data.test_dir, "image folder"), Image.registered_extensions()
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in known and file.is_file())
+        if not files:
+            raise UserError(f"{data.test_dir!r} holds no images")
+        images = Dataset.from_dict({"image": list(map(str, files))})
+        names = [str(file.relative_to(folder)) for file in files]
+    elif data.test_file:
+        images = load_file(data.test_file)
+        require_columns(images, {"--image_column": data.image_column})
+        images = images.select_columns([data.image_column]).rename_columns(
+            {} if data.image_column == "image" else {data.image_column: "image"}
+        )
+        names = [f"row {i}" for i in range(len(images))]
+    else:
+        return None, []
+    with reading(f"column {data.image_column!r} holds no images"):
+        images = numbered(images.cast_column("image", datasets.Image(decode=False)))
+    return images, names
 
 
 def numbered(rows: Dataset) -> Dataset:
@@ -113,37 +157,64 @@ def numbered(rows: Dataset) -> Dataset:
 
 def load_images(
     data: ImageArguments, training: TrainingArguments, evaluated: PreTrainedConfig | None = None
-) -> tuple[Dataset, Dataset, list[str], str]:
+) -> tuple[Dataset | None, Dataset | None, list[str], str]:
     """Training and validation images and labels, the names of the classes (those of the model that is only evaluated,
-    if any), and a sentence about the source."""
-    if data.validation_dir and not data.train_dir:
+    if any), and a sentence about the source. Without training, what is not given is None."""
+    train, validation, source = load_parts(data, training)
+    for part in (part for part in (train, validation) if part is not None):
+        shown = part.remove_columns([name for name in ("source_row",) if name in part.column_names])
+        require_columns(shown, {"--image_column": data.image_column, "--label_column": data.label_column})
+    first = validation if train is None else train
+    if first is None:
+        return None, None, [str(evaluated.id2label[i]) for i in range(evaluated.num_labels)], ""
+    names = class_names(first, data.label_column, evaluated is None)
+    if evaluated is not None:
+        with naming_builtin_data(not data.name("")):
+            names = classes_of_model(evaluated, names)
+    train, validation = (part if part is None else with_labels(part, data, names) for part in (train, validation))
+    if train is not None and training.do_train:
+        tell_missing(train, validation, names)
+    known = "" if train is None else f"{len(train):,} training and "
+    return train, validation, names, f"{source}: {known}{len(validation):,} validation images, {len(names)} classes."
+
+
+def load_parts(data: ImageArguments, training: TrainingArguments) -> tuple[Dataset | None, Dataset | None, str]:
+    """Training and validation rows as they come, and where they are from."""
+    if data.validation_dir and not data.train_dir and training.do_train:
         raise UserError("--validation_dir needs --train_dir too")
-    if data.train_dir:
+    if data.train_dir or data.validation_dir:
         if data.train_file or data.validation_file or data.dataset_name:
             raise UserError("--train_dir, --train_file and --dataset_name are three kinds of data; give one")
-        held_out = load_folder(data.validation_dir) if data.validation_dir else None
-        train, validation = hold_out(load_folder(data.train_dir), held_out, data, training.seed)
-        source = f"`{data.train_dir}`"
-    elif data.dataset_name or data.train_file or data.validation_file:
-        train, validation = load_splits(data, training, lambda path: numbered(load_file(path)))
-        source = f"`{data.dataset_name or data.train_file}`"
-    else:
-        train, validation = load_digits(data, training.seed)
-        source = "Digits of scikit-learn (8 x 8 pixels; a fifth of every class held out)"
-    for part in (train, validation):
-        shown = part.remove_columns([name for name in ("source_row",) if name in part.column_names])
-        require_column(shown, data.image_column, "--image_column")
-        require_column(shown, data.label_column, "--label_column")
-    names = class_names(train, data.label_column)
-    if evaluated is not None:
-        names = classes_of_model(evaluated, names)
-    train, validation = (with_labels(part, data, names) for part in (train, validation))
-    source += f": {len(train):,} training and {len(validation):,} validation images, {len(names)} classes."
-    return train, validation, names, source
+        train, held_out = (load_folder(path) if path else None for path in (data.train_dir, data.validation_dir))
+        return *parts_of(train, held_out, data, training, training.seed), f"`{data.name('')}`"
+    if data.dataset_name or data.train_file or data.validation_file:
+        parts = load_splits(data, training, lambda path: numbered(load_file(path)))
+        return *parts, f"`{data.name('')}`"
+    if not training.do_train and (data.test_dir or data.test_file):
+        return None, None, ""
+    digits = load_digits(data, training.seed)
+    return *digits, "Digits of scikit-learn (8 x 8 pixels; a fifth of every class held out)"
 
 
-def class_names(train: Dataset, column: str) -> list[str]:
-    """Names of the classes: those the data set declares, or the sorted values of the training labels."""
+def tell_missing(train: Dataset, validation: Dataset, names: list[str]) -> None:
+    """Says which declared classes have no training image, or are never asked for."""
+    for part, name in ((train, "training"), (validation, "validation")):
+        missing = [names[i] for i in sorted(set(range(len(names))) - set(part["label"][:]))]
+        if missing:
+            shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+            logger.warning(f"{len(missing)} of {len(names)} classes have no {name} image: {shown}")
+
+
+def most_frequent_class(train: Dataset, validation: Dataset, classes: int) -> tuple[float, float]:
+    """Accuracy of always saying the most frequent training class, and cross entropy of the classes' frequencies."""
+    shares = (np.bincount(train["label"][:], minlength=classes) + 1) / (len(train) + classes)
+    labels = np.asarray(validation["label"][:])
+    return float((labels == shares.argmax()).mean()), float(-np.log(shares)[labels].mean())
+
+
+def class_names(train: Dataset, column: str, several: bool = True) -> list[str]:
+    """Names of the classes: those the data set declares, or the sorted values of the labels, which must be `several`
+    to train on."""
     feature = train.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
@@ -152,7 +223,7 @@ def class_names(train: Dataset, column: str) -> list[str]:
         raise UserError(f"column {column!r} has rows without a label; leave them out")
     if not all(isinstance(value, (str, int)) for value in values):
         raise UserError(f"column {column!r} holds {feature}, not classes: text or whole numbers are needed")
-    if len(values) == 1:
+    if len(values) == 1 and several:
         raise UserError(f"column {column!r} has the same value {values.pop()!r} in every row: nothing to tell apart")
     return [str(value) for value in sorted(values)]
 
@@ -193,6 +264,31 @@ def first_image(part: Dataset, column: str) -> Image.Image:
     raise UserError(f"column {column!r} holds no images ({reason})")
 
 
+def try_images(part: Dataset, name: str) -> None:
+    """Decodes every image of a part, if there are no more than `TRIED`.
+
+    Raises:
+        UserError: for images that do not decode; the first is named, and the others are counted.
+    """
+    if len(part) > TRIED:
+        return
+    bad = []
+    for row in part:
+        try:
+            decode(row["image"])
+        except Exception as error:
+            bad.append(problem_of(row, name, error))
+    if bad:
+        others = f", and {len(bad) - 1:,} more do not" if len(bad) > 1 else ""
+        raise UserError(f"{bad[0]}{others} (--bad_images skip leaves out such images)")
+
+
+def problem_of(row: dict[str, Any], part: str, error: Exception) -> str:
+    path = (row["image"] or {}).get("path")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"the {part} image in row {row['source_row']}{f' ({path})' if path else ''} does not decode: {reason}"
+
+
 def target_size(processor) -> tuple[int, int]:
     """Height and width of what the processor returns."""
     size = processor.crop_size if processor.do_center_crop else processor.size
@@ -201,7 +297,8 @@ def target_size(processor) -> tuple[int, int]:
 
 class ImageCollator:
     """Rows to pixels and labels. Those with a "key" are for training: changed at random, and mixed if asked for (then
-    with "soft_labels", probabilities of the classes). The others go through the processor alone.
+    with "soft_labels", probabilities of the classes). The others go through the processor alone; those without "label"
+    are a test's.
 
     An image that does not decode is an error, or it is left out of a training batch; where it must keep its place (in
     evaluation, or as the only one of a batch), it is black and its label is -100, which counts nowhere.
@@ -216,26 +313,29 @@ class ImageCollator:
         classes: int,
         seed: int,
         bad_images: str,
-        **parts: Dataset,
+        **parts: Dataset | None,
     ):
         self.processor, self.augmentation, self.classes = processor, augmentation, classes
         self.seed, self.bad_images = seed, bad_images
         self.size = target_size(processor)
         self.recipe = deit_augmentation(augmentation, processor, self.size) if augmentation.augment == "deit" else None
         # One mark per row, which the workers of a loader share.
-        lengths = {name: 1 + max(part["source_row"][:]) for name, part in parts.items()}
+        lengths = {name: 1 + max(part["source_row"][:]) for name, part in parts.items() if part is not None}
         self.bad = {name: torch.zeros(n, dtype=torch.bool).share_memory_() for name, n in lengths.items()}
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         training = "key" in rows[0]
-        images = [self.open(row, "training" if training else "validation") for row in rows]
+        labelled = "label" in rows[0]
+        part = "training" if training else "validation" if labelled else "test"
+        images = [self.open(row, part) for row in rows]
         if training and any(images):
             rows = [row for row, image in zip(rows, images, strict=True) if image]
             images = [image for image in images if image]
-        labels = torch.tensor([row["label"] if image else -100 for row, image in zip(rows, images, strict=True)])
+        labels = [row.get("label", -100) if image else -100 for row, image in zip(rows, images, strict=True)]
+        labels = torch.tensor(labels)
         images = [image or Image.new("RGB", self.size[::-1]) for image in images]
         if not training:
-            return {"pixel_values": self.process(images), "labels": labels}
+            return {"pixel_values": self.process(images)} | ({"labels": labels} if labelled else {})
         keys = [row["key"] for row in rows]
         pixels = self.augment(images, keys)
         if not (self.augmentation.mixup or self.augmentation.cutmix):
@@ -248,11 +348,7 @@ class ImageCollator:
         try:
             return decode(row["image"])
         except Exception as error:
-            path = (row["image"] or {}).get("path")
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            problem = (
-                f"the {part} image in row {row['source_row']}{f' ({path})' if path else ''} does not decode: {reason}"
-            )
+            problem = problem_of(row, part, error)
             if self.bad_images == "error":
                 raise UserError(f"{problem} (--bad_images skip leaves out such images)") from error
             if not any(marks.any() for marks in self.bad.values()):

@@ -1,5 +1,6 @@
 """The model that the arguments name: a new one, one with the weights of a BERT or ViT, or an existing one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,17 @@ def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
             f"this script needs {PURPOSES[auto_class.__name__]}"
         )
     return config
+
+
+def require_head(config: PreTrainedConfig, auto_class, name: str) -> None:
+    """Raises a `UserError` for a model without the head that a script evaluates: it would be a random one."""
+    wanted = auto_class.__name__.removeprefix("AutoModel")
+    heads = [found[0] for x in config.architectures or [] if (found := re.search(r"(For[A-Z]\w+|Model)$", x))]
+    if heads and not {wanted, "ForPreTraining"} & set(heads):
+        raise UserError(
+            f"{name!r} holds {', '.join(config.architectures)}, which has no trained head for this script: train it "
+            "first, without --do_train false"
+        )
 
 
 def build_model(

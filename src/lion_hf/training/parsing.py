@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
 
 from .arguments import ModelArguments
 from .errors import UserError, make_output_dir, user_errors
-from .recipes import ARGUMENT_FILES, expand, take_preset
+from .recipes import ARGUMENT_FILES, SECTION, expand, read_values, take_preset
 
+
+logger = logging.get_logger(__name__)
 
 Smoke = dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -68,6 +71,9 @@ def parse_arguments(
     if not training.do_train and model is not None and not model.model_name_or_path:
         raise UserError("--do_train false evaluates a trained model: name it with --model_name_or_path")
     make_output_dir(training.output_dir)
+    is_recipe = smoke is not None and not given[0].startswith("-") and SECTION in read_values(given[0])
+    if is_recipe and "--smoke" not in given and training.device.type == "cpu":
+        logger.warning(f"{given[0]} is made for GPUs, and there is none; --smoke runs it on a CPU in seconds")
     return tuple(parsed)
 
 

@@ -8,7 +8,7 @@ place. `{preset}` in a value stands for the chosen name:
       lion-*-base: {learning_rate: 8.0e-4}
       lion-*-large: {learning_rate: 2.0e-4}
     preset: "{preset}"
-    output_dir: outputs/mlm/{preset}
+    output_dir: outputs/recipes/mlm/{preset}
 """
 
 import json

@@ -1,20 +1,22 @@
 """What a run leaves behind: metrics, the model, curves and a model card."""
 
+import csv
 import json
 import math
 import platform
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import datasets
 import matplotlib
+import numpy as np
 import torch
 import transformers
 from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
 
 from .. import __version__
 from ..nn.variants import variant_class
@@ -25,9 +27,20 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
+logger = logging.get_logger(__name__)
+
+
 @dataclass
 class Report:
-    """What a script says about its run: in the model card, and in the curves."""
+    """What a script says about its run: in the model card, and in the curves.
+
+    Attributes:
+        title, data: the model and its data in a few words; a sentence about where the data is from.
+        metric, metric_label: what is evaluated, as a share (drawn in percent) or a `correlation`.
+        metric_baseline, loss_baseline: what one reaches without reading the input, with its name.
+        metric_error: how far chance alone may take `metric` from its baseline.
+        judged_by_loss: whether the loss tells if anything was learned, and not the metric.
+    """
 
     title: str
     pipeline_tag: str
@@ -39,6 +52,25 @@ class Report:
     usage: str
     metric_baseline: tuple[str, float] | None = None
     loss_baseline: tuple[str, float] | None = None
+    metric_error: float = 0.0
+    correlation: bool = False
+    judged_by_loss: bool = False
+
+    def at_baseline(self, metrics: dict[str, float]) -> str | None:
+        """Says so where a run ends no better than its baseline: within `metric_error`, or with no number at all."""
+        if self.judged_by_loss:
+            found, baseline = metrics.get("eval_loss"), self.loss_baseline
+        else:
+            found, baseline = metrics.get(self.metric), self.metric_baseline
+        if found is None or baseline is None:
+            return None
+        name, reached = baseline
+        if self.judged_by_loss and found < reached:
+            return None
+        if not self.judged_by_loss and found > reached + self.metric_error:
+            return None
+        what = "eval_loss" if self.judged_by_loss else self.metric
+        return f"{what} is {found:.4f}, no better than the baseline ({name}: {reached:.4f})"
 
 
 def model_name(config) -> str:
@@ -67,14 +99,15 @@ def train_and_evaluate(
         if trainer.is_world_process_zero():
             say(f"training was finished before, in {checkpoint}; evaluating it again")
     elif training.do_train:
+        if checkpoint and trainer.is_world_process_zero():
+            say(f"going on from {checkpoint}")
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-        metrics |= {"train_loss": mean_loss(trainer.state.log_history, metrics["train_loss"])}
         if checkpoint:  # they divide all steps by the time since the resume
             metrics = {name: value for name, value in metrics.items() if not name.endswith("per_second")}
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
         trainer.save_state()
-    if training.do_eval:
+    if training.do_eval and trainer.eval_dataset is not None:
         evaluation = trainer.evaluate()
         evaluation |= extra(evaluation) if extra else {}
         trainer.log_metrics("eval", evaluation)
@@ -83,53 +116,97 @@ def train_and_evaluate(
     return metrics
 
 
-def mean_loss(history: list[dict[str, float]], otherwise: float) -> float:
-    """The mean of the logged losses, each for the steps since the one before; it counts steps before a resume too."""
-    logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    if len(logged) == 1:
-        return otherwise
-    total = sum(loss * (step - before) for (before, _), (step, loss) in pairwise(logged))
-    return total / logged[-1][0]
-
-
 def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, float], report: Report) -> None:
-    """Saves the model with its tokenizer or processor, the curves, and the model card, if there was training."""
-    if not training.do_train:
-        return
+    """After training: saves the model with its tokenizer or processor, the curves, and the model card."""
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(training.output_dir)
         plot_curves(trainer.state.log_history, folder / "curves.png", report)
         write_card(folder / "README.md", trainer.model, metrics, report)
         say(f"Model, metrics (all_results.json), curves.png and README.md are in {folder}")
+        problem = report.at_baseline(metrics)
+        if problem:
+            logger.warning(
+                f"the model has learned nothing that shows: {problem}. Try another --learning_rate (it was "
+                f"{training.learning_rate:g}), or more epochs"
+            )
+
+
+def write_predictions(
+    path: Path, inputs: dict[str, Sequence[str]], names: Sequence[str], predictions: np.ndarray
+) -> None:
+    """A csv file with a row per prediction: what was read, the label, and the probability of every class.
+
+    Args:
+        path: where to.
+        inputs: columns that come first, by name: texts, or names of files.
+        names: of the classes; none for a regression, whose column is "prediction".
+        predictions: (rows, classes) probabilities, or (rows, 1) numbers; NaN in rows that could not be read, which get
+            no label.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = [*inputs, *(["label", *(f"probability_{name}" for name in names)] if names else ["prediction"])]
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        for *row, values in zip(*inputs.values(), predictions, strict=True):
+            if np.isnan(values).any():
+                writer.writerow([*row, *[""] * (len(header) - len(row))])
+            else:
+                label = [names[values.argmax()]] if names else []
+                writer.writerow([*row, *label, *(f"{value:.6g}" for value in values)])
 
 
 def plot_curves(history: list[dict[str, float]], path: Path, report: Report) -> None:
-    """Loss, metric, learning rate and throughput against optimizer steps, with the baselines as dashed lines."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), constrained_layout=True)
+    """Loss, metric, learning rate and throughput against optimizer steps, as far as there are any, with the baselines
+    as dashed lines. What is averaged over steps stands in their middle; axes show the whole range from 0."""
+    percent = not report.correlation
     panels = (
         ((("loss", "training"), ("eval_loss", "evaluation")), report.loss_label, report.loss_baseline, 1),
-        (((report.metric, "evaluation"),), report.metric_label, report.metric_baseline, 100),
+        (((report.metric, "evaluation"),), report.metric_label, report.metric_baseline, 100 if percent else 1),
         ((("learning_rate", "training"),), "learning rate", None, 1),
         ((("samples_per_second", "training"),), "throughput (samples per second)", None, 1),
     )
-    for axis, (curves, label, baseline, factor) in zip(axes.flat, panels, strict=True):
+    drawn = [panel for panel in panels if any(curve_points(history, key) for key, _ in panel[0])]
+    columns = min(2, max(1, len(drawn)))
+    shape = (max(1, -(-len(drawn) // 2)), columns)
+    figure, axes = plt.subplots(*shape, figsize=(5.5 * columns, 3.5 * shape[0]), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(drawn) :]:
+        axis.set_axis_off()
+    for axis, (curves, label, baseline, factor) in zip(axes.flat, drawn, strict=False):
         for key, name in curves:
-            points = [(entry["step"], factor * entry[key]) for entry in history if key in entry]
+            points = [(step, factor * value) for step, value in curve_points(history, key)]
             if points:
-                evaluated = key.startswith("eval")
-                style = {"color": "C1", "marker": "o", "markersize": 4} if evaluated else {"color": "C0", "alpha": 0.7}
-                axis.plot(*zip(*points, strict=True), label=name, **style)
+                style = {"color": "C1"} if key.startswith("eval") else {"color": "C0", "alpha": 0.7}
+                marks = {"marker": "o", "markersize": 4} if key.startswith("eval") or len(points) < 20 else {}
+                axis.plot(*zip(*points, strict=True), label=name, **style, **marks)
         if baseline is not None:
             axis.axhline(factor * baseline[1], color="0.4", linestyle="--", linewidth=1, label=baseline[0])
+        axis.set_xlim(left=0)
+        lowest, highest = axis.dataLim.intervaly
+        highest = factor if curves[0][0] == report.metric else highest
+        least = -0.05 if report.correlation and curves[0][0] == report.metric else 0.0
+        axis.set_ylim(min(least, 1.05 * lowest), 1.05 * highest or 1.0)
         axis.set_xlabel("optimizer steps")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend()
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9, borderaxespad=0.1)
     figure.suptitle(report.title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def curve_points(history: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
+    """Steps and values of a key: the loss and the throughput of training, which are means over the steps since they
+    were logged before, stand in the middle of these; all else at its step."""
+    points, before = [], 0
+    for entry in history:
+        value = entry.get(key)
+        if value is not None and math.isfinite(value):
+            averaged = key in ("loss", "samples_per_second")
+            points.append(((before + entry["step"]) / 2 if averaged else entry["step"], value))
+        before = entry["step"] if "loss" in entry else before
+    return points
 
 
 def write_card(path: Path, model, metrics: dict[str, float], report: Report) -> None:
@@ -141,6 +218,10 @@ def write_card(path: Path, model, metrics: dict[str, float], report: Report) -> 
     usage, command = _with_own_variant(config, report) if is_lion else (report.usage, report.command)
     size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {config.num_attention_heads} heads"
     rows = [f"| {name} | {value:,.4f} |" for name, value in metrics.items() if _is_number(value)]
+    for metric, baseline in ((report.metric, report.metric_baseline), ("eval_loss", report.loss_baseline)):
+        rows += [f"| {metric} of a baseline: {baseline[0]} | {baseline[1]:,.4f} |"] if baseline else []
+    problem = report.at_baseline(metrics)
+    verdict = f"**This model has learned nothing that shows:** {problem}.\n\n" if problem else ""
     versions = {
         "lion_hf": __version__,
         "transformers": transformers.__version__,
@@ -177,7 +258,7 @@ Versions: {", ".join(f"{name} {version}" for name, version in versions.items())}
 
 ## Metrics
 
-| metric | value |
+{verdict}| metric | value |
 |---|---:|
 {chr(10).join(rows)}
 

@@ -17,7 +17,7 @@ from torch.utils.data import get_worker_info
 from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
 
 from .arguments import DataArguments, ModelArguments, require_at_least
-from .data import Key, hold_out, load_file, load_named, load_splits, random_numbers, require_column
+from .data import Key, load_file, load_named, load_splits, parts_of, random_numbers, require_columns, say_split_off
 from .errors import UserError, user_errors
 
 
@@ -87,30 +87,33 @@ def _docstrings(file: Path) -> Iterable[str]:
                 yield text
 
 
-def load_texts(data: TextArguments, training: TrainingArguments) -> tuple[Dataset | IterableDataset, Dataset, str]:
-    """Training and validation rows with the column "text", and a sentence about where they are from."""
+def load_texts(
+    data: TextArguments, training: TrainingArguments
+) -> tuple[Dataset | IterableDataset | None, Dataset, str]:
+    """Training and validation rows with the column "text", and a sentence about where they are from; no training rows
+    where there is no training and none are given."""
     if data.streaming:
         train, validation = stream_texts(data, training)
-        source = f"`{data.dataset_name or data.train_file}`, as a stream"
+        source = f"`{data.name('')}`, as a stream"
     elif data.dataset_name or data.train_file or data.validation_file:
         train, validation = load_splits(data, training, load_file)
-        source = f"`{data.dataset_name or data.train_file}`"
+        source = f"`{data.name('')}`"
     else:
         documents = python_documents()
         held_out = Dataset.from_dict({data.text_column: documents[::10]})
         rest = Dataset.from_dict({data.text_column: [text for i, text in enumerate(documents) if i % 10]})
-        train, validation = hold_out(rest, held_out, data, training.seed)
+        train, validation = parts_of(rest, held_out, data, training, training.seed)
         source = "English documentation that comes with Python (`help()` topics and docstrings; every 10th held out)"
-    train = only_text(train, data.text_column, "training")
+    train = None if train is None else only_text(train, data.text_column, "training")
     validation = only_text(validation, data.text_column, "validation")
-    known = "" if data.streaming else f"{len(train):,} training and "
+    known = "" if train is None or is_stream(train) else f"{len(train):,} training and "
     return train, validation, f"{source}: {known}{len(validation):,} validation texts."
 
 
 def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[IterableDataset, Dataset]:
     """The training rows as a shuffled stream, and validation rows: the first of the validation split or
     file, else the first of the stream, which training then skips."""
-    if training.max_steps <= 0:
+    if training.do_train and training.max_steps <= 0:
         raise UserError("--streaming needs --max_steps: a stream does not say how long it is")
     count = data.max_eval_samples or 2000
     if data.dataset_name:
@@ -126,6 +129,8 @@ def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[Iter
     if held_out is None:
         if training.dataloader_num_workers:  # each would skip its share of rows, not these
             raise UserError("--dataloader_num_workers with --streaming needs validation data of its own")
+        if not training.do_train:
+            say_split_off(data, training.seed)
         train, held_out = train.skip(count), train
     rows = list(held_out.take(count))
     if not rows:
@@ -151,7 +156,7 @@ def only_text(part: Dataset | IterableDataset, column: str, name: str) -> Datase
     if first is None:
         raise UserError(f"the {name} data is empty")
     if column not in first:
-        require_column(Dataset.from_list([first]), column, "--text_column")
+        require_columns(Dataset.from_list([first]), {"--text_column": column})
     if not isinstance(first[column], str):
         raise UserError(f"column {column!r} holds {type(first[column]).__name__}, not text")
     part = part.select_columns(column).rename_columns({column: "text"} if column != "text" else {})
@@ -264,11 +269,11 @@ def add_position(row: dict, position: int) -> dict:
 
 def model_options(tokenizer, max_length: int) -> dict[str, int]:
     """What tokenizer and length decide of a new model; the vocabulary is padded to a multiple of 8."""
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return {
         "vocab_size": -(-len(tokenizer) // 8) * 8,
-        "pad_token_id": tokenizer.pad_token_id,
         "max_position_embeddings": max(512, max_length),
-    }
+    } | {name: value for name, value in ids.items() if value is not None}
 
 
 def require_room(config, tokenizer, max_length: int) -> None:

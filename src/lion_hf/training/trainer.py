@@ -2,13 +2,17 @@
 
 import math
 import time
+from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState
+from transformers.trainer_utils import IntervalStrategy
 
 from ..nn.mixer import Mixer
 from .data import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
@@ -102,8 +106,19 @@ class LionTrainer(Trainer):
         averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
         return loss * self.accelerator.num_processes if averaged else loss
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """Logs before it evaluates or saves, and at the end: every step counts in one logged loss, also where training
+        is stopped at a checkpoint and goes on later."""
+        if self.args.logging_strategy != IntervalStrategy.NO:
+            last = self.state.global_step >= self.state.max_steps
+            self.control.should_log |= last or self.control.should_evaluate or self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the throughput of training since the last logged loss."""
+        """Adds the throughput of training since the last logged loss; the loss of all training is the mean over all
+        steps, those before a resume too."""
+        if "train_loss" in logs:
+            logs["train_loss"] = mean_loss(self.state.log_history, logs["train_loss"])
         now = (time.perf_counter() - self._evaluation_time, self.state.global_step)
         if "loss" in logs:
             if self._last_log is not None and now[1] > self._last_log[1]:
@@ -128,6 +143,21 @@ class LionTrainer(Trainer):
         self._evaluation_time += time.perf_counter() - start
         return output
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """A tied weight is stored once, so its other name is not missing."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
+
+    def predictions(self, rows, kept: Callable) -> np.ndarray:
+        """What `kept` makes of the logits of rows without labels."""
+        usual = self.compute_metrics, self.preprocess_logits_for_metrics
+        self.compute_metrics, self.preprocess_logits_for_metrics = None, kept
+        try:
+            return self.predict(rows).predictions
+        finally:
+            self.compute_metrics, self.preprocess_logits_for_metrics = usual
+
     def is_finished(self, checkpoint: str) -> bool:
         """Whether the checkpoint is the end of training."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
@@ -138,6 +168,15 @@ class LionTrainer(Trainer):
         """Takes weights and history from a checkpoint, to evaluate them."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         self._load_from_checkpoint(checkpoint)
+
+
+def mean_loss(history: list[dict[str, float]], otherwise: float) -> float:
+    """The mean of the logged losses, each for the steps since the one before; `otherwise` where none was logged."""
+    logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    if len(logged) == 1:
+        return otherwise
+    total = sum(loss * (step - before) for (before, _), (step, loss) in pairwise(logged))
+    return total / logged[-1][0]
 
 
 def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..data import classes_of_model, hold_out, require_column
+from ..data import classes_of_model, hold_out, naming_builtin_data, say_split_off
 from ..errors import UserError
 from .sources import GlueArguments, load_splits
 from .tasks import CUSTOM, GlueTask
@@ -28,7 +28,7 @@ class TaskData(NamedTuple):
     """
 
     task: GlueTask
-    train: Dataset
+    train: Dataset | None
     validation: dict[str, Dataset]
     test: dict[str, Dataset]
     index: dict[str, list]
@@ -36,34 +36,48 @@ class TaskData(NamedTuple):
 
 
 def load_task(task: GlueTask, data: GlueArguments, evaluated: PreTrainedConfig | None = None) -> TaskData:
-    """Reads and checks the rows of a task, whose classes are those of the model that is only evaluated, if any."""
-    splits, source = load_splits(task, data)
-    if "train" not in splits:
+    """Reads and checks the rows of a task. Where a model is only evaluated, its configuration says what the classes
+    are, and validation or test rows are enough."""
+    splits, source = load_splits(task, data, evaluated is None)
+    if "train" not in splits and evaluated is None:
         raise UserError(f"{source} has no split 'train'; it has {', '.join(splits)}")
-    task = dataclasses.replace(task, columns=text_columns(task, data, splits["train"]))
-    task, numbers = settle_labels(task, data, splits["train"])
+    first = next((name for name in splits if name == "train" or name.startswith("validation")), None)
+    part = splits[first or next(iter(splits))]
+    task, numbers = dataclasses.replace(task, columns=text_columns(task, data, part, first is not None)), {}
+    if first is not None:
+        task, numbers = settle_labels(task, data, part, evaluated)
     if evaluated is not None:
-        task, numbers = labels_of_model(task, numbers, evaluated)
-    train, validation = training_rows(task, data, splits, numbers)
+        with naming_builtin_data(not (data.name("") or data.test_file or data.builtin_data)):
+            task, numbers = labels_of_model(task, numbers, evaluated, first is not None)
+    train, validation = training_rows(task, data, splits, numbers, evaluated)
     tests = test_rows(task, splits)
     test = {name: part.select_columns(list(task.columns)) for name, part in tests.items()}
     index = {
         name: part["idx"][:] if "idx" in part.column_names else list(range(len(part))) for name, part in tests.items()
     }
-    count = " + ".join(f"{len(part):,}" for part in validation.values())
-    source = f"{source}: {len(train):,} training and {count} validation rows."
-    return TaskData(task, train, validation, test, index, source)
+    counts = [f"{len(train):,} training"] if train is not None else []
+    counts += [" + ".join(f"{len(part):,}" for part in validation.values()) + " validation"] if validation else []
+    counts += [] if train is not None else [f"{len(part):,} test" for part in test.values()]
+    return TaskData(task, train, validation, test, index, f"{source}: {' and '.join(counts)} rows.")
 
 
 def training_rows(
-    task: GlueTask, data: GlueArguments, splits: dict[str, Dataset], numbers: dict[Any, int]
-) -> tuple[Dataset, dict[str, Dataset]]:
+    task: GlueTask,
+    data: GlueArguments,
+    splits: dict[str, Dataset],
+    numbers: dict[Any, int],
+    evaluated: PreTrainedConfig | None,
+) -> tuple[Dataset | None, dict[str, Dataset]]:
     """Training rows, and validation rows by the word that their metrics carry; held out where there are none."""
     parts = {word: splits[name] for word, name in task.validation if name in splits}
     first = task.validation[0][0]
     if first not in parts and "validation" in splits:
         parts[first] = splits["validation"]
     parts = {word: labelled(part, task, data, numbers, "validation") for word, part in parts.items()}
+    if "train" not in splits:
+        return None, {word: hold_out(part, part, data, HOLD_OUT_SEED)[1] for word, part in parts.items()}
+    if evaluated is not None and first not in parts:
+        say_split_off(data, HOLD_OUT_SEED)
     whole = labelled(splits["train"], task, data, numbers, "training")
     train, held_out = hold_out(whole, parts.get(first), data, HOLD_OUT_SEED)
     validation = {first: held_out} | {
@@ -88,20 +102,36 @@ def test_rows(task: GlueTask, splits: dict[str, Dataset]) -> dict[str, Dataset]:
 # ------------------------------------------------------------------------------------------------ texts and labels
 
 
-def text_columns(task: GlueTask, data: GlueArguments, train: Dataset) -> tuple[str, ...]:
-    """The columns with the texts: those of the arguments, of the task, or of the usual names that are there."""
-    usual = task.columns
-    if not usual and not data.sentence1_column:
-        there = set(train.column_names)
-        usual = next(
-            (names for names in (("sentence1", "sentence2"), ("text",)) if there.issuperset(names)), ("sentence",)
-        )
+# Columns with the texts that are found without a flag, in this order.
+TEXT_COLUMNS = (("sentence1", "sentence2"), ("text",), ("sentence",))
+
+
+def text_columns(task: GlueTask, data: GlueArguments, part: Dataset, labelled: bool) -> tuple[str, ...]:
+    """The columns with the texts: those of the arguments, of the task, or of the usual names that are there.
+
+    Raises:
+        UserError: for columns that are not there, the labels of a labelled part among them: all that is wrong is
+            said at once.
+    """
+    there = set(part.column_names)
+    usual = task.columns or next((names for names in TEXT_COLUMNS if there.issuperset(names)), ())
     given = (data.sentence1_column, data.sentence2_column)
     columns = [name or (usual[i] if i < len(usual) else None) for i, name in enumerate(given)]
-    for i, column in enumerate(columns):
-        if column is not None:
-            require_column(train, column, f"--sentence{i + 1}_column")
-    return tuple(column for column in columns if column is not None)
+    columns = tuple(column for column in columns if column is not None)
+    problems = []
+    if not columns:
+        accepted = "; ".join(" and ".join(map(repr, names)) for names in TEXT_COLUMNS)
+        problems.append(f"no column of texts (accepted are {accepted}, or any name by --sentence1_column)")
+    problems += [
+        f"no column {column!r} (set --sentence{i + 1}_column)"
+        for i, column in enumerate(columns)
+        if column not in there
+    ]
+    if labelled and data.label_column not in there:
+        problems.append(f"no column {data.label_column!r} (set --label_column)")
+    if problems:
+        raise UserError(f"there is {', and '.join(problems)}; the columns are {', '.join(part.column_names)}")
+    return columns
 
 
 def require_same(part: Dataset, column: str, name: str) -> None:
@@ -121,37 +151,67 @@ def require_text(part: Dataset, column: str, name: str) -> None:
         raise UserError(f"column {column!r} of the {name} data holds {kind}, not text")
 
 
-def settle_labels(task: GlueTask, data: GlueArguments, train: Dataset) -> tuple[GlueTask, dict[Any, int]]:
-    """The task with the labels of the training data, if it is not of GLUE, and the number of each label."""
+def settle_labels(
+    task: GlueTask, data: GlueArguments, part: Dataset, evaluated: PreTrainedConfig | None = None
+) -> tuple[GlueTask, dict[Any, int]]:
+    """The task with the labels of the training data, if it is not of GLUE, and the number of each label. Where a model
+    is only evaluated, it says whether they are numbers to predict, and any of its classes may be missing."""
     column = data.label_column
-    require_column(train, column, "--label_column")
-    feature = train.features[column]
-    if task.name != "custom":
+    feature = part.features[column]
+    if task.name != CUSTOM.name:
         named = {name: i for i, name in enumerate(task.labels)}
         return task, named | {str(i): i for i in named.values()} | {i: i for i in named.values()}
     kind = str(getattr(feature, "dtype", type(feature).__name__))
-    if kind.startswith("float"):
-        if all(value is not None and value.is_integer() for value in train[column]):
-            logger.warning(
-                f"column {column!r} holds whole numbers with a decimal point: they are predicted as numbers, "
-                "not as classes"
-            )
-        return dataclasses.replace(task, labels=(), score=("spearmanr",)), {}
-    if not isinstance(feature, ClassLabel) and not kind.startswith(("int", "uint", "bool", "string", "large_string")):
+    if not isinstance(feature, ClassLabel) and not kind.startswith(
+        ("float", "double", "int", "uint", "bool", "string", "large_string")
+    ):
         raise UserError(
             f"column {column!r} holds {kind}, not labels: text, whole numbers, or numbers to predict are needed"
         )
+    if are_numbers(data, part, kind, evaluated):
+        return dataclasses.replace(task, labels=(), score=("spearmanr",)), {}
     if isinstance(feature, ClassLabel):
         return dataclasses.replace(task, labels=tuple(feature.names)), {i: i for i in range(len(feature.names))}
-    values = sorted({value for value in train[column] if value is not None})
-    check_classes(values, len(train), column)
-    return dataclasses.replace(task, labels=tuple(map(str, values))), {value: i for i, value in enumerate(values)}
+    values = sorted({value for value in part[column] if value is not None})
+    if evaluated is None:
+        check_classes(values, len(part), column)
+    names = [f"{value:g}" if kind.startswith(("float", "double")) else str(value) for value in values]
+    return dataclasses.replace(task, labels=tuple(names)), {value: i for i, value in enumerate(values)}
+
+
+def are_numbers(data: GlueArguments, part: Dataset, kind: str, evaluated: PreTrainedConfig | None) -> bool:
+    """Whether labels are numbers to predict, and not classes; says so where one might expect the other."""
+    column, fractional = data.label_column, kind.startswith(("float", "double"))
+    whole = fractional and all(value is not None and value.is_integer() for value in part[column])
+    if evaluated is not None:
+        return evaluated.num_labels == 1 or (fractional and not whole)
+    if data.label_type == "numbers" and not (fractional or kind.startswith(("int", "uint"))):
+        raise UserError(f"column {column!r} holds {kind}, so --label_type numbers cannot be")
+    if data.label_type is not None:
+        return data.label_type == "numbers"
+    if whole:
+        logger.warning(
+            f"column {column!r} holds whole numbers with a decimal point: they are predicted as numbers, not as "
+            "classes (--label_type classes makes them classes)"
+        )
+    elif kind.startswith(("int", "uint")):
+        values = sorted({value for value in part[column] if value is not None})
+        if len(values) > 2 or not set(values) <= {0, 1}:
+            shown = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
+            logger.warning(
+                f"column {column!r} holds whole numbers, {shown}: they are classes, whose order counts nothing "
+                "(--label_type numbers predicts them as numbers)"
+            )
+    return fractional
 
 
 def labels_of_model(
-    task: GlueTask, numbers: dict[Any, int], config: PreTrainedConfig
+    task: GlueTask, numbers: dict[Any, int], config: PreTrainedConfig, labelled: bool
 ) -> tuple[GlueTask, dict[Any, int]]:
-    """The same labels under the numbers that a trained model gives them."""
+    """The labels under the numbers that a trained model gives them; its own where no row is labelled."""
+    if task.name == CUSTOM.name and not labelled:
+        names = () if config.num_labels == 1 else tuple(config.id2label[i] for i in range(config.num_labels))
+        return dataclasses.replace(task, labels=names), {}
     if not task.labels:
         if config.num_labels != 1:
             raise UserError(f"the labels are numbers to predict, but the model has {config.num_labels} classes")

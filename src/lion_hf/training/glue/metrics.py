@@ -1,8 +1,10 @@
 """Metrics of run_glue.py through `evaluate`, and its files of predictions."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import evaluate
 import numpy as np
@@ -13,7 +15,7 @@ from transformers.utils import logging
 
 from ..errors import UserError, user_errors
 from .sources import GlueArguments
-from .tasks import CUSTOM, GlueTask
+from .tasks import GlueTask
 
 
 logger = logging.get_logger(__name__)
@@ -36,15 +38,13 @@ def load_metric(task: GlueTask, data: GlueArguments) -> evaluate.EvaluationModul
         return load(str(LOCAL_METRIC))
 
 
-def predictions_and_losses(logits: torch.Tensor, labels: torch.Tensor | None = None):
-    """Per row the class, or the number of a regression, and the loss where the label is known: all that evaluation
-    keeps of the logits."""
+def predictions_and_losses(logits: torch.Tensor, labels: torch.Tensor):
+    """Per row the class, or the number of a regression, and the loss: all that evaluation keeps of the logits."""
     logits = (logits[0] if isinstance(logits, tuple) else logits).float()
     if logits.shape[-1] > 1:
-        predictions = logits.argmax(-1)
-        return predictions if labels is None else (predictions, F.cross_entropy(logits, labels, reduction="none"))
+        return logits.argmax(-1), F.cross_entropy(logits, labels, reduction="none")
     predictions = logits[..., 0]
-    return predictions if labels is None else (predictions, (predictions - labels) ** 2)
+    return predictions, (predictions - labels) ** 2
 
 
 def metrics_by(metric: evaluate.EvaluationModule) -> Callable[[EvalPrediction], dict[str, float]]:
@@ -58,16 +58,62 @@ def metrics_by(metric: evaluate.EvaluationModule) -> Callable[[EvalPrediction], 
     return compute
 
 
-def write_predictions(path: Path, task: GlueTask, index: list, predictions: np.ndarray) -> None:
-    """A file in the form of GLUE's submissions: names of classes or their numbers, similarities within 0 to 5."""
-    if task.name == "stsb":
-        values = [f"{value:.3f}" for value in predictions.clip(0, 5)]
-    elif not task.labels:
-        values = [f"{value:.6g}" for value in predictions]
-    elif task.names_in_submission or task.name == CUSTOM.name:
-        values = [task.labels[value] for value in predictions]
+class Baseline(NamedTuple):
+    """What one reaches without reading the texts: by always giving the same answer."""
+
+    name: str
+    metric: float
+    score: float  # mean of the metrics that count for the task; `metric` is the first of them
+    loss: float
+    error: float  # what chance may add to the metric, about one standard error
+
+
+def constant_baseline(
+    metric: evaluate.EvaluationModule, task: GlueTask, train: Sequence[float], labels: Sequence[float]
+) -> Baseline:
+    """The metric and the loss of always saying the most frequent class, or the mean, of the training labels.
+
+    A constant has no correlation with anything; it counts as 0.
+    """
+    train, labels, count = np.asarray(train), np.asarray(labels), len(labels)
+    if not task.labels:
+        loss = float(((labels - train.mean()) ** 2).mean())
+        return Baseline("mean of the training labels", 0.0, 0.0, loss, count**-0.5)
+    shares = (np.bincount(train, minlength=len(task.labels)) + 1) / (len(train) + len(task.labels))
+    guesses = np.full(count, shares.argmax())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        numbers = metric.compute(predictions=guesses, references=labels)
+    reached = [float(np.nan_to_num(numbers[name])) for name in task.score]
+    error = 0.5 * count**-0.5 if reached[0] else count**-0.5
+    loss = float(-np.log(shares)[labels].mean())
+    return Baseline("most frequent class", reached[0], float(np.mean(reached)), loss, error)
+
+
+# ----------------------------------------------------------------------------------------------------- predictions
+
+
+def probabilities(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """(rows, classes), or (rows, 1) with the number of a regression."""
+    logits = (logits[0] if isinstance(logits, tuple) else logits).float()
+    return logits.softmax(-1) if logits.shape[-1] > 1 else logits
+
+
+def write_submission(path: Path, task: GlueTask, index: list, predictions: np.ndarray) -> None:
+    """A file in the form of GLUE's submissions: names of classes or their numbers, similarities within 0 to 5.
+
+    Args:
+        path: where to.
+        task: the task.
+        index: number of each row.
+        predictions: see `probabilities`.
+    """
+    if not task.labels:
+        values = [f"{value:.3f}" for value in predictions[:, 0].clip(0, 5)]
+    elif task.names_in_submission:
+        values = [task.labels[value] for value in predictions.argmax(-1)]
     else:
-        values = [str(value) for value in predictions]
+        values = [str(value) for value in predictions.argmax(-1)]
     path.parent.mkdir(exist_ok=True)
     rows = [f"{i}\t{value}" for i, value in zip(index, values, strict=True)]
     path.write_text("\n".join(["index\tprediction", *rows]) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from datasets import Dataset
 
@@ -23,7 +23,9 @@ class GlueArguments(DataArguments):
         default=None,
         metadata={"help": "Tasks of GLUE, all, or custom for a data set of your own (the default with --train_file)."},
     )
-    test_file: str | None = field(default=None, metadata={"help": "Test file to predict; labels in it are not read."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "File to predict, with or without training; labels in it are not read."}
+    )
     data_dir: str | None = field(
         default=None,
         metadata={"help": "Folder with a folder per task, each with train, validation and test as csv, json, parquet."},
@@ -34,6 +36,13 @@ class GlueArguments(DataArguments):
     sentence1_column: str | None = field(default=None, metadata={"help": "Column with the text; default: the task's."})
     sentence2_column: str | None = field(default=None, metadata={"help": "Column with the second text of a pair."})
     label_column: str = field(default="label", metadata={"help": "Column with the classes, or numbers to predict."})
+    label_type: Literal["classes", "numbers"] | None = field(
+        default=None,
+        metadata={
+            "help": "What the labels of a data set of your own are. Default: text and whole numbers are classes, "
+            "numbers with a decimal point are numbers to predict."
+        },
+    )
     metric_name: str | None = field(
         default=None,
         metadata={"help": "Metric by name or path; default: 'glue' with data of the Hub, else that of this package."},
@@ -64,7 +73,7 @@ class GlueArguments(DataArguments):
         require_at_least(self, MIN_VOCABULARY, "vocab_size", "train_tokenizer")
 
 
-def load_splits(task: GlueTask, data: GlueArguments) -> tuple[dict[str, Dataset], str]:
+def load_splits(task: GlueTask, data: GlueArguments, for_training: bool = True) -> tuple[dict[str, Dataset], str]:
     """All parts of a task by name, and where they are from."""
     files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
     files = {name: path for name, path in files.items() if path}
@@ -72,9 +81,11 @@ def load_splits(task: GlueTask, data: GlueArguments) -> tuple[dict[str, Dataset]
     if sum(given) > 1:
         raise UserError("give only one of --train_file (and its like), --data_dir, --dataset_name and --builtin_data")
     if files:
-        if "train" not in files:
-            raise UserError(f"--{next(iter(files))}_file needs --train_file too")
-        return {name: load_file(path) for name, path in files.items()}, f"`{data.train_file}`"
+        if "train" not in files and for_training:
+            raise UserError(
+                f"--{next(iter(files))}_file needs --train_file too, or --do_train false with --model_name_or_path"
+            )
+        return {name: load_file(path) for name, path in files.items()}, f"`{next(iter(files.values()))}`"
     if data.data_dir:
         return load_task_folder(task, Path(data.data_dir)), f"`{data.data_dir}`"
     if data.builtin_data or (task.name == "custom" and not data.dataset_name):

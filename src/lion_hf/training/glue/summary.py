@@ -75,6 +75,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
                 "seeds": {str(seed): result["metrics"] for seed, result in runs.items()},
                 "metrics": {metric: spread(values) for metric, values in metrics.items()},
                 "score": spread([run_score(result) for result in runs.values()]),
+                "baseline": next(iter(runs.values())).get("baseline"),
             }
     reasons = _obstacles(tasks, results)
     scores = [tasks[name]["score"]["mean"] for name in SCORED if name in tasks]
@@ -119,7 +120,8 @@ def copy_predictions(folder: Path, results: list[dict[str, Any]]) -> dict[str, i
     for name in dict.fromkeys(result["task"] for result in results):
         runs = [result for result in results if result["task"] == name]
         best = max(runs, key=lambda result: -math.inf if math.isnan(run_score(result)) else run_score(result))
-        files = sorted((folder / name / str(best["seed"]) / "predictions").glob("*.tsv"))
+        place = folder / name / str(best["seed"]) / "predictions"
+        files = sorted(place.glob("*.tsv" if name in TASKS else "*.csv"))
         if files:
             (folder / "submission").mkdir(exist_ok=True)
             chosen[name] = best["seed"]
@@ -174,13 +176,19 @@ def _percent(values: dict[str, float | None]) -> str:
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """A bar per task with its deviation over the seeds, and the GLUE score as a line."""
+    """A bar per task with its deviation and the number of its seeds, what the same answer for every row gives as a
+    dotted line, and the GLUE score as a dashed one."""
     tasks = summary["tasks"]
     heights = [100 * (task["score"]["mean"] or 0) for task in tasks.values()]
     deviations = [100 * _number(task["score"]["std"]) for task in tasks.values()]
     colors = ["C0" if name in SCORED else "0.7" for name in tasks]
     figure, axis = plt.subplots(figsize=(max(4, 1.1 * len(tasks)), 4), layout="constrained")
-    bars = axis.bar([title_of(name) for name in tasks], heights, yerr=deviations, capsize=4, color=colors)
+    names = [f"{title_of(name)}\n{_seeds(len(task['seeds']))}" for name, task in tasks.items()]
+    bars = axis.bar(names, heights, yerr=deviations, capsize=4, color=colors)
+    lines = [(i, 100 * task["baseline"]) for i, task in enumerate(tasks.values()) if task.get("baseline") is not None]
+    for number, (i, height) in enumerate(lines):
+        label = None if number else "one answer for every row"
+        axis.plot([i - 0.4, i + 0.4], [height, height], color="k", linestyle=":", linewidth=1.5, label=label)
     labels = [
         _percent(task["score"]).replace(" ± ", "\n± ").replace("not a number", "no\nnumber") for task in tasks.values()
     ]
@@ -188,12 +196,18 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     if summary["glue_score"] is not None:
         score = 100 * summary["glue_score"]
         axis.axhline(score, color="0.3", linestyle="--", linewidth=1, zorder=0, label=f"GLUE score {score:.1f}")
-        axis.legend(loc="lower right")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize=8)
     axis.set_ylabel("score (%), mean and deviation over seeds")
-    axis.margins(y=0.18)
-    axis.set_title("; ".join(summary["no_glue_score"]) if tasks.keys() & set(SCORED) else "", fontsize=8)
+    lowest = min(height - (0 if math.isnan(d) else d) for height, d in zip(heights, deviations, strict=True))
+    axis.set_ylim(min(0.0, 1.3 * lowest), 118)
+    figure.suptitle("; ".join(summary["no_glue_score"]) if tasks.keys() & set(SCORED) else "", fontsize=8)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed" + ("s" if count > 1 else "")
 
 
 def main() -> None:

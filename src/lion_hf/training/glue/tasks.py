@@ -6,6 +6,15 @@ from dataclasses import dataclass
 # The same for every task: warm-up over 6 % of the steps, then linearly to 0; 128 tokens; no attention dropout; AdamW
 # with betas (0.9, 0.98) and eps 1e-6; bf16, but float32 for STS-B. These are defaults of run_glue.py.
 LEARNING_RATE = 1e-5
+PAPER_WIDTH = 768  # of its smallest models, for which this rate was chosen
+
+
+def suited_rate(task: "GlueTask", width: int) -> float:
+    """The task's rate for models as wide as the paper's or wider. For narrower ones, and for data sets that are not of
+    GLUE, 5e-5 at width 768 and more for narrower models, by the power 1.5 of the width: at 192 4e-4, at most 3e-3."""
+    if task.name in TASKS and width >= PAPER_WIDTH:
+        return task.learning_rate
+    return float(f"{min(3e-3, 5e-5 * (PAPER_WIDTH / width) ** 1.5):.2g}")
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,8 @@ SCORED = tuple(name for name in TASKS if name != "wnli")
 # May start from a model fine-tuned on MNLI.
 AFTER_MNLI = ("stsb", "mrpc", "rte")
 
-# A data set that is not of GLUE, with SST-2's values (our choice); its columns and labels come from the data.
+# A data set that is not of GLUE, with SST-2's values (our choice) but for the learning rate; its columns and labels
+# come from the data.
 CUSTOM = GlueTask(
     "custom", "custom", (), ("unknown",), ("accuracy",), epochs=3, batch_size=16, weight_decay=3e-6, seeds=3
 )
