@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops.autograd import call_function
 from .variants import at_least_float32
 
 
@@ -14,23 +15,49 @@ class UnitSiLU(torch.autograd.Function):
 
     Computed in float32 or wider. The norm is never 0, since silu(x) > -0.28."""
 
-    @staticmethod
-    def forward(ctx, x):
-        y = F.silu(at_least_float32(x)).add_(0.5)
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        y = y.div_(norm).to(x.dtype)
-        ctx.save_for_backward(x, y, norm)
-        return y
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, dy):
+    def forward(x):
+        y = F.silu(at_least_float32(x)).add_(0.5)
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        return y.div_(norm).to(x.dtype), norm
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx, dy, dnorm):
         x, y, norm = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: the norm kept has no graph
-            features = F.normalize(F.silu(at_least_float32(x)) + 0.5, dim=-1).to(x.dtype)
-            return torch.autograd.grad(features, x, dy, create_graph=True)[0]
         dy, y = dy.to(norm.dtype), y.to(norm.dtype)
-        dx = torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True), value=-1).div_(norm)
-        return torch.ops.aten.silu_backward(dx, x.to(norm.dtype)).to(x.dtype)
+        dx = torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True) - dnorm * norm, value=-1)
+        if torch.is_grad_enabled():  # a second derivative may be asked for
+            return (dx / norm * _silu_slope(x.to(norm.dtype))).to(x.dtype)
+        return torch.ops.aten.silu_backward(dx.div_(norm), x.to(norm.dtype)).to(x.dtype)
+
+
+class _TransformableUnitSiLU(UnitSiLU):
+    """With forward mode, which compiled graphs do not take."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        UnitSiLU.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs, *output)
+
+    @staticmethod
+    def jvp(ctx, dx):
+        x, y, norm = ctx.saved_tensors
+        wide = y.to(norm.dtype)
+        du = dx.to(norm.dtype) * _silu_slope(x.to(norm.dtype))
+        dnorm = (du * wide).sum(-1, keepdim=True)
+        return ((du - wide * dnorm) / norm).to(y.dtype), dnorm
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    """The derivative of silu, from operators that have derivatives themselves."""
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
 
 
 def identity(x: Tensor) -> Tensor:
@@ -45,7 +72,7 @@ def elu(x: Tensor) -> Tensor:
 
 def unit_silu(x: Tensor) -> Tensor:
     """silu(x) + 1/2 at length 1: products of two of them are positive."""
-    return UnitSiLU.apply(x)
+    return call_function(UnitSiLU.forward, UnitSiLU, _TransformableUnitSiLU, x)[0]
 
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": identity, "elu": elu, "unit_silu": unit_silu}

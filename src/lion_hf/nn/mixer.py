@@ -73,8 +73,8 @@ class TokenMixer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value, (batch, heads, length, head_dim), of (batch, length, dim)."""
-        heads = (self.num_heads, self.head_dim)
-        return tuple(proj(x).unflatten(-1, heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        shape = (*x.shape[:-1], self.num_heads, self.head_dim)
+        return tuple(proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
 
 
 class Mixer(TokenMixer):

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from .attention import differentiable_weights
-from .autograd import LionFunction
+from .autograd import lion
 from .backend import fused_kernels, warn_once
-from .checks import check_arguments, check_cu_seqlens, is_exporting
+from .checks import check_arguments, check_cu_seqlens, is_exporting, makes_graph
 from .packing import map_sequences
 from .tokens import accumulation_dtype, walks_chunks, without_autocast
 
@@ -122,16 +122,18 @@ def _run_form(
 ):
     length = query.shape[2]
     form = resolve_format(form, length, query.device, log_decay)
-    if length == 0:
+    if form == "rnn" and makes_graph():
+        form = "chunk"  # a graph has no loop over chunks, whose number varies
+    if not torch.jit.is_tracing() and length == 0:
         form = "attention"
     elif form != "attention" and log_decay is None:  # both directions end in the same state, sum_j k_j v_j^T
         walk = form == "rnn" or walks_chunks(query)
-        form, chunk_size = "global", chunk_size if walk else length
+        form, chunk_size = "global", chunk_size if walk else None
     elif form == "chunk" and walks_chunks(query):
         form = "rnn"
     decays = () if log_decay is None else (log_decay,)
     with without_autocast(query.device):
-        output = LionFunction.apply(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
+        output = lion(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
         return output if result == "both" else output.to(value.dtype)
 
 
@@ -143,7 +145,7 @@ def resolve_format(format: str, length: int, device: torch.device, log_decay: Te
     """
     if format != "auto":
         return format
-    if is_exporting():
+    if is_exporting() or torch.jit.is_tracing():
         warn_once(
             "format='auto' is exported as the attention form, which takes any length. Set format='chunk' before the "
             "export for linear time at one fixed length."
@@ -171,7 +173,7 @@ def attention_scores(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with without_autocast(query.device):
         dtype, length = accumulation_dtype(query, key), query.shape[2]
-        weights = scale if log_decay is None else differentiable_weights(log_decay, length, scale, dtype)
+        weights = scale if log_decay is None else differentiable_weights(log_decay, None, length, scale, dtype)
         scores = torch.matmul(query.to(dtype), key.to(dtype).transpose(-1, -2)) * weights
         if key_mask is not None:
             scores = torch.where(key_mask.to(torch.bool)[:, None, None, :], scores, 0)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .checks import makes_graph
 from .decays import clamped_gates, cumulative_sums, gate_gradient, pair_weights, split_sums
 from .tokens import ALL, Tokens, fitting_cache, for_products, slices
 
@@ -15,10 +16,10 @@ def attention_weights(log_decay: Tensor, order, length: int, scale: float, dtype
     return pair_weights(*_sums_along(log_decay, order, length, dtype), dtype).mul_(scale)
 
 
-def differentiable_weights(log_decay: Tensor, length: int, scale: float, dtype: torch.dtype) -> Tensor:
-    """`attention_weights` in the order of the tokens, for autograd."""
-    token = torch.arange(length, device=log_decay.device)
-    return pair_weights(*_sums_along(log_decay, None, length, dtype), dtype, token) * scale
+def differentiable_weights(log_decay: Tensor, order, length: int, scale: float, dtype: torch.dtype) -> Tensor:
+    """`attention_weights` for autograd."""
+    rank = torch.arange(length, device=log_decay.device) if order is None else order[1]
+    return pair_weights(*_sums_along(log_decay, order, length, dtype), dtype, rank) * scale
 
 
 def _sums_along(log_decay: Tensor, order, length: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -40,7 +41,7 @@ def _decay_masks(scans, length: int, scale: float, dtype: torch.dtype) -> tuple[
 def _row_blocks(x: Tokens) -> list[slice]:
     """Rows of the batch that the attention form takes at a time: on a CPU as many as stay in cache."""
     batch, heads, length = x.query.shape[:3]
-    if x.query.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+    if x.query.device.type != "cpu" or makes_graph() or batch == 0:
         return [ALL]
     return slices(0, batch, fitting_cache(heads * length**2))
 

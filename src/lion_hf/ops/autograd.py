@@ -1,12 +1,13 @@
-"""The forms tied together by one autograd Function."""
+"""The forms tied together by one autograd Function, which graphs, torch.func and forward mode take too."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .attention import attention_backward, attention_forward
 from .chunk import chunk_backward, chunk_forward
+from .composed import composed
 from .decays import unclamped_gradient
 from .global_state import global_backward, global_forward
 from .recurrent import rnn_backward, rnn_forward
@@ -21,47 +22,158 @@ _FORMS = {
 }
 
 
+def lion(query, key, value, key_mask, options, *log_decays) -> Tensor | tuple[Tensor, Tensor]:
+    """The operator with its gradients. `options` are (form, chunk_size, scale, result, eps, orders), `result` is
+    "numerator", "normalized" or "both": n, y or (n, c)."""
+    functions = _forward, LionFunction, _TransformableFunction
+    outputs = call_function(*functions, query, key, value, key_mask, options, *log_decays)
+    return outputs[0] if options[3] == "normalized" else outputs
+
+
+def call_function(forward: Callable, function: type, transformable: type, *arguments):
+    """Calls an autograd Function in the shape that what surrounds it takes: as its forward alone in TorchScript, which
+    keeps no Function, and in graphs without gradients; without forward mode where a graph is compiled."""
+    if torch.compiler.is_compiling():
+        differentiable = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
+        return function.apply(*arguments) if differentiable and torch.is_grad_enabled() else forward(*arguments)
+    return forward(*arguments) if torch.jit.is_tracing() else transformable.apply(*arguments)
+
+
+def _forward(query, key, value, key_mask, options, *log_decays):
+    """n, (n, c), or (y, c + eps) for a normalised result."""
+    form, chunk_size, scale, result, eps, orders = options
+    if torch.jit.is_tracing():  # of decays per head ONNX would fix the length
+        row = torch.zeros_like(query[:1, :, :, 0], dtype=torch.float32)
+        log_decays = [x.unsqueeze(-1) + row if x.dim() == 1 else x for x in log_decays]
+    x = _tokens(query, key, value, key_mask, result)
+    out, row_sums = _FORMS[form][0](x, _decays(form, log_decays, orders), scale, chunk_size)
+    if result == "normalized":
+        row_sums.add_(eps)
+        out.div_(row_sums.unsqueeze(-1))
+    return out if result == "numerator" else (out, row_sums)
+
+
+def _gradients(query, key, value, key_mask, out, row_sums, dy, dc, options, *log_decays):
+    """Of query, key, value and log-decays. `out` and `row_sums` are those of a normalised result, `dc` is that of
+    both."""
+    form, chunk_size, scale, result, _, orders = options
+    x = _tokens(query, key, value, key_mask, result)
+    with without_autocast(query.device):
+        dy = dy.to(x.dtype)
+        if result == "normalized":  # y = n / m, m = c + eps
+            dy = dy / row_sums.unsqueeze(-1)
+            dc = (dy * out).sum(-1).neg_()
+        decays = _decays(form, log_decays, orders)
+        dq, dk, dv, *dgates = _FORMS[form][1](x, decays, dy, dc, scale, chunk_size)
+    if dv.shape[-1] > value.shape[-1]:  # the column of ones
+        dv = dv[..., :-1]
+    if key_mask is not None:
+        keep = key_mask[:, None, :, None].bool()
+        dk, dv = torch.where(keep, dk, 0), torch.where(keep, dv, 0)
+    dgates = (unclamped_gradient(gradient, g, x.dtype) for gradient, g in zip(dgates, log_decays, strict=True))
+    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), *dgates
+
+
 class LionFunction(torch.autograd.Function):
     """Keeps its inputs as they came, and a normalised output; every form recomputes the rest."""
 
+    forward = staticmethod(_forward)
+
     @staticmethod
-    def forward(ctx, query, key, value, key_mask, options, *log_decays):
-        form, chunk_size, scale, result, eps, orders = options
-        ctx.options = options
-        x = _tokens(query, key, value, key_mask, result)
-        out, row_sums = _FORMS[form][0](x, _decays(form, log_decays, orders), scale, chunk_size)
+    def setup_context(ctx, inputs, output):
+        query, key, value, key_mask, ctx.options, *log_decays = inputs
         normalized = None, None
-        if result == "normalized":
-            row_sums.add_(eps)
-            out.div_(row_sums.unsqueeze(-1))
-            normalized = out, row_sums
+        if ctx.options[3] == "normalized":
+            normalized = output
+            ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(query, key, value, key_mask, *normalized, *log_decays)
-        return (out, row_sums) if result == "both" else out
 
     @staticmethod
     def backward(ctx, dy, dc=None):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "LION's operator has no second derivative, and backward was called with create_graph=True. Leave "
-                "create_graph out, or build the output from lion_hf.ops.attention_scores, which has one."
-            )
         query, key, value, key_mask, out, row_sums, *log_decays = ctx.saved_tensors
-        form, chunk_size, scale, result, _, orders = ctx.options
-        x = _tokens(query, key, value, key_mask, result)
-        with without_autocast(query.device):
-            dy = dy.to(x.dtype)
-            if result == "normalized":  # y = n / m, m = c + eps
-                dy = dy / row_sums.unsqueeze(-1)
-                dc = (dy * out).sum(-1).neg_()
-            decays = _decays(form, log_decays, orders)
-            dq, dk, dv, *dgates = _FORMS[form][1](x, decays, dy, dc, scale, chunk_size)
-        if dv.shape[-1] > value.shape[-1]:  # the column of ones
-            dv = dv[..., :-1]
-        if key_mask is not None:
-            keep = key_mask[:, None, :, None].bool()
-            dk, dv = torch.where(keep, dk, 0), torch.where(keep, dv, 0)
-        dgates = (unclamped_gradient(gradient, g, x.dtype) for gradient, g in zip(dgates, log_decays, strict=True))
-        return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), None, None, *dgates
+        dc = dc if ctx.options[3] == "both" else None
+        gradient = _gradients if torch.compiler.is_compiling() else LionGradient.apply
+        dq, dk, dv, *dgates = gradient(query, key, value, key_mask, out, row_sums, dy, dc, ctx.options, *log_decays)
+        return dq, dk, dv, None, None, *dgates
+
+
+class _TransformableFunction(LionFunction):
+    """With what torch.func and forward mode ask for, which compiled graphs do not take."""
+
+    @staticmethod
+    def forward(*arguments):
+        outputs = _forward(*arguments)
+        return tuple(map(_no_view, outputs)) if isinstance(outputs, tuple) else _no_view(outputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        LionFunction.setup_context(ctx, inputs, output)
+        query, key, value, key_mask, _, *log_decays = inputs
+        ctx.save_for_forward(query, key, value, key_mask, *log_decays)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        query, key, value, key_mask, *log_decays = ctx.saved_tensors
+        arguments = query, key, value, key_mask, ctx.options, *log_decays
+        out = _pushed(composed, arguments, tangents)
+        return (out, None) if ctx.options[3] == "normalized" else out
+
+    @staticmethod
+    def vmap(info, in_dims, query, key, value, key_mask, options, *log_decays):
+        size, (*dims, _, _), decay_dims = info.batch_size, in_dims[:5], in_dims[5:]
+        query, key, value = (_fold(x, dim, size) for x, dim in zip((query, key, value), dims, strict=True))
+        key_mask = None if key_mask is None else _fold(key_mask, in_dims[3], size)
+        if any(x.dim() > 1 for x in log_decays):  # else decays per head, the same for all
+            log_decays = _decays_of_tokens(log_decays, decay_dims, size, query)
+        outputs = _TransformableFunction.apply(query, key, value, key_mask, options, *log_decays)
+        if isinstance(outputs, tuple):
+            return tuple(_unfold(x, size) for x in outputs), (0, 0)
+        return _unfold(outputs, size), 0
+
+
+class LionGradient(torch.autograd.Function):
+    """The gradients of query, key, value and log-decays, of a form without any matrix that outlives it.
+
+    Its own derivatives are those of `composed`, at O(L^2) memory."""
+
+    forward = staticmethod(_gradients)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.options = inputs[:9]
+        ctx.save_for_backward(*tensors, *inputs[9:])
+        ctx.save_for_forward(*tensors, *inputs[9:])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        arguments = _gradient_arguments(ctx)
+        places = [i for i, needed in enumerate(ctx.needs_input_grad) if needed and i not in (4, 5)]
+        _, pull = torch.func.vjp(*_partial(_composed_gradients, arguments, places))
+        gradients = dict(zip(places, pull(cotangents), strict=True))
+        return tuple(gradients.get(i) for i in range(len(arguments)))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        tangents = [None if i in (4, 5) else x for i, x in enumerate(tangents)]
+        return _pushed(_composed_gradients, _gradient_arguments(ctx), tangents)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        size, options, log_decays = info.batch_size, inputs[8], inputs[9:]
+        batched = [None if x is None else _fold(x, dim, size) for x, dim in zip(inputs[:8], in_dims[:8], strict=True)]
+        # Every element has gradients of its own, of decays per head too.
+        decays = _decays_of_tokens(log_decays, in_dims[9:], size, batched[0])
+        gradients = [_unfold(x, size) for x in LionGradient.apply(*batched, options, *decays)]
+        for i, (log_decay, dim) in enumerate(zip(log_decays, in_dims[9:], strict=True), 3):
+            if log_decay.dim() - (dim is not None) == 1:
+                gradients[i] = gradients[i].sum((1, 3))
+        return tuple(gradients), (0,) * len(gradients)
+
+
+def _no_view(x: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: of a view forward mode wants to know the base, and so do changes in
+    place."""
+    return x.data if x._is_view() else x
 
 
 def _decays(form: str, log_decays: Sequence[Tensor], orders: Sequence | None):
@@ -73,3 +185,61 @@ def _decays(form: str, log_decays: Sequence[Tensor], orders: Sequence | None):
 
 def _tokens(query, key, value, key_mask, result) -> Tokens:
     return Tokens(query, key, value, key_mask, result != "numerator", accumulation_dtype(query, key, value))
+
+
+# ------------------------------------------------------------------------------------------------ transforms
+
+
+def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+    """What torch.vmap maps over, at `dim` or the same for all, as more rows of the batch: (size * batch, ...)."""
+    return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
+
+
+def _unfold(x: Tensor, size: int) -> Tensor:
+    return x.unflatten(0, (size, -1))
+
+
+def _decays_of_tokens(log_decays: Sequence[Tensor], dims: Sequence, size: int, query: Tensor) -> list[Tensor]:
+    """Log-decays of more rows of the batch as `_fold` makes them: (size * batch, heads, length)."""
+    rows, heads, length, _ = query.shape
+    decays = []
+    for x, dim in zip(log_decays, dims, strict=True):
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        x = x[:, None, :, None].expand(size, rows // size, heads, length) if x.dim() == 2 else x
+        decays.append(x.flatten(0, 1))
+    return decays
+
+
+def _partial(function: Callable, arguments: Sequence, places: Sequence[int]) -> tuple:
+    """A function of the arguments at some places, and those arguments."""
+
+    def of_places(*chosen):
+        filled = list(arguments)
+        for place, x in zip(places, chosen, strict=True):
+            filled[place] = x
+        return function(*filled)
+
+    return of_places, *(arguments[place] for place in places)
+
+
+def _pushed(function: Callable, arguments: Sequence, tangents: Sequence):
+    """Tangents of outputs from those of arguments. The gradient is linear in what comes from behind, and the gradient
+    of that is the tangent: no forward mode within forward mode, of which PyTorch has one level."""
+    places = [i for i, tangent in enumerate(tangents) if tangent is not None]
+    outputs, pull = torch.func.vjp(*_partial(function, arguments, places))
+    zeros = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
+    _, push = torch.func.vjp(pull, zeros)
+    return push(tuple(tangents[place] for place in places))[0]
+
+
+def _gradient_arguments(ctx) -> tuple:
+    """The arguments of `LionGradient`, in their order."""
+    saved = ctx.saved_tensors
+    return *saved[:8], ctx.options, *saved[8:]
+
+
+def _composed_gradients(query, key, value, key_mask, out, row_sums, dy, dc, options, *log_decays):
+    """`LionGradient` from PyTorch's own operators."""
+    arguments = query, key, value, key_mask, options, *log_decays
+    _, pull = torch.func.vjp(*_partial(composed, arguments, (0, 1, 2, *range(5, len(arguments)))))
+    return pull((dy, dc) if options[3] == "both" else dy)

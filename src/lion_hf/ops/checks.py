@@ -92,13 +92,18 @@ def is_abstract(x: Tensor) -> bool:
     """Whether a tensor stands for values that are not there, or that no choice may depend on: while a graph is made of
     it, within torch.func, on the meta device, and in subclasses such as FakeTensor."""
     return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        makes_graph()
         or x.is_meta
         or type(x) not in (Tensor, torch.nn.Parameter)
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
         or get_proxy_mode() is not None
     )
+
+
+def makes_graph() -> bool:
+    """Whether a graph is made, by torch.compile, torch.export or torch.jit.trace: one for all batches and lengths, so
+    that no loop and no choice in it may depend on them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_binary(mask: Tensor) -> bool:

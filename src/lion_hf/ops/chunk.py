@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import is_exporting, makes_graph
 from .decays import (
     Factors,
     Flow,
@@ -21,22 +22,23 @@ from .decays import (
 from .tokens import Tokens
 
 
-# Up to this many chunks, one (chunks x chunks) product links their states; beyond, a carry links groups of this size.
+# Up to this many chunks, one (chunks x chunks) product links their states; beyond, groups of this size are linked so.
 PROPAGATION_GROUP = 64
 
 
 def _split(x: Tensor, chunks: int, size: int) -> Tensor:
     """(B, H, L, D) -> (B, H, chunks, size, D), zeros after the last token."""
     padding = chunks * size - x.shape[2]
-    x = F.pad(x, (0, 0, 0, padding)) if padding else x
-    return x.unflatten(2, (chunks, size))
+    x = F.pad(x, (0, 0, 0, padding)) if makes_graph() or padding else x
+    return x.reshape(*x.shape[:2], chunks, size, x.shape[-1])
 
 
 def chunk_gates(log_decay: Tensor, length: int, chunks: int, size: int, dtype: torch.dtype) -> Tensor:
     """Gates as (b, H, n, K): (1, H, 1, K) for LION-D, (B, H, chunks, size) for LION-S, zeros after the last token."""
     if log_decay.dim() == 1:
         return clamped_gates(log_decay, size, dtype).unsqueeze(2)
-    return F.pad(clamped_gates(log_decay, length, dtype), (0, chunks * size - length)).unflatten(2, (chunks, size))
+    gates = F.pad(clamped_gates(log_decay, length, dtype), (0, chunks * size - length))
+    return gates.view(*gates.shape[:2], chunks, size)
 
 
 def chunk_factors(
@@ -48,6 +50,8 @@ def chunk_factors(
         size = gates.shape[-1]
         return F.pad(alive, (0, chunks * size - alive.shape[-1])).unflatten(-1, (chunks, size))
 
+    if torch.jit.is_tracing() or is_exporting():  # what runs the graph has denormals of its own, and no such operators
+        return decay_factors(gates, None, None, scale, x.dtype, all_large=True)
     keys = None if x.key_mask is None else split(x.key_mask[:, None].bool())
     queries = None if dy is None else split(dy.abs().amax(-1) != 0)
     return decay_factors(gates, keys, queries, scale, x.dtype)
@@ -55,44 +59,47 @@ def chunk_factors(
 
 def equal_chunks(length: int, chunk_size: int) -> tuple[int, int]:
     """(number of chunks, tokens in each): as few chunks as `chunk_size` allows, equally long."""
-    chunks = -(-length // chunk_size)
-    return chunks, -(-length // chunks)
+    chunks = (length + chunk_size - 1) // chunk_size  # integers of ONNX are divided towards 0
+    return chunks, (length + chunks - 1) // chunks
 
 
 def propagate(update: Tensor, total: Tensor, flow: Flow, reverse: bool) -> Tensor:
     """State that reaches every chunk: out_c = sum over chunks m before c of exp(totals between m and c) update_m.
 
     "Before" means to the left, or to the right if `reverse`. update (B, H, n, D, V), total (b, H, n). It is the
-    operator itself one level up: a small product with a decay mask per group of chunks, and a carry between groups.
+    operator itself one level up: a small product with a decay mask. Many chunks are cut into groups, inside of which it
+    is that product, and whose own states are propagated in the same way.
     """
     batch, _, chunks, *state_shape = update.shape
+    groups, size = 1, chunks
     total, sent, arriving = (t.expand(-1, -1, chunks) for t in (total, *flow))
-    dtype = update.dtype
-    update, outputs, carry = update.flatten(-2), [], None
-    bounds = [(i, min(i + PROPAGATION_GROUP, chunks)) for i in range(0, chunks, PROPAGATION_GROUP)]
-    for start, stop in reversed(bounds) if reverse else bounds:
-        part, gates, sends = update[:, :, start:stop], total[:, :, start:stop], sent[:, :, start:stop]
-        exclusive, inclusive = cumulative_sums(gates)
-        # exp(sum of the totals strictly between two chunks), 0 where the other chunk is not before this one.
-        exponent = exclusive.unsqueeze(-1) - inclusive.unsqueeze(-2)
-        if reverse:
-            exponent = exponent.transpose(-1, -2)
-        before = torch.ones_like(exponent, dtype=torch.bool)
-        before = before.triu(1) if reverse else before.tril(-1)
-        weights = cut_exp(exponent.masked_fill(~before, -math.inf), sends.unsqueeze(-2), dtype)
-        state = torch.matmul(weights.expand(batch, -1, -1, -1), part)
-        last = inclusive[:, :, -1:]
-        carried = arriving[:, :, stop - 1 : stop] if reverse else arriving[:, :, start : start + 1]
-        if carry is not None:
-            reach = cut_exp(last - inclusive if reverse else exclusive, carried, dtype)
-            state = state.addcmul_(reach.unsqueeze(-1), carry)
-        if len(bounds) > 1:
-            leave = cut_exp(exclusive if reverse else last - inclusive, sends, dtype)
-            left = torch.matmul(leave.unsqueeze(-2).expand(batch, -1, -1, -1), part)
-            carry = left if carry is None else left.addcmul_(cut_exp(last, carried, dtype).unsqueeze(-1), carry)
-        outputs.append(state)
-    state = outputs[0] if len(outputs) == 1 else torch.cat(outputs[::-1] if reverse else outputs, 2)
-    return state.unflatten(-1, state_shape)
+    update = update.flatten(-2)
+    grouped = not torch.jit.is_tracing() and chunks > PROPAGATION_GROUP
+    if grouped:
+        groups, size = -(-chunks // PROPAGATION_GROUP), PROPAGATION_GROUP
+        padding = groups * size - chunks
+        update, total = F.pad(update, (0, 0, 0, padding)), F.pad(total, (0, padding))
+        sent, arriving = (F.pad(t, (0, padding), value=-math.inf) for t in (sent, arriving))
+    update = update.reshape(*update.shape[:2], groups, size, update.shape[-1])
+    total, sent, arriving = (t.reshape(*t.shape[:2], groups, size) for t in (total, sent, arriving))
+    exclusive, inclusive = cumulative_sums(total)
+    # exp(sum of the totals strictly between two chunks), 0 where the other chunk is not before this one.
+    exponent = exclusive.unsqueeze(-1) - inclusive.unsqueeze(-2)
+    if reverse:
+        exponent = exponent.transpose(-1, -2)
+    before = torch.ones_like(exponent, dtype=torch.bool)
+    before = before.triu(1) if reverse else before.tril(-1)
+    weights = cut_exp(exponent.masked_fill(~before, -math.inf), sent.unsqueeze(-2), update.dtype)
+    state = torch.matmul(weights.expand(batch, -1, -1, -1, -1), update)
+    if grouped:
+        last = inclusive[..., -1:]
+        leave, reach = (exclusive, last - inclusive) if reverse else (last - inclusive, exclusive)
+        left = torch.matmul(cut_exp(leave, sent, update.dtype).unsqueeze(-2).expand(batch, -1, -1, -1, -1), update)
+        entering = arriving[..., -1:] if reverse else arriving[..., :1]
+        outer = Flow((leave + sent).amax(-1), entering.squeeze(-1))
+        carry = propagate(left.unflatten(-1, state_shape).squeeze(3), last.squeeze(-1), outer, reverse).flatten(-2)
+        state.addcmul_(cut_exp(reach, entering, update.dtype).unsqueeze(-1), carry.unsqueeze(3))
+    return state.flatten(2, 3)[:, :, :chunks].unflatten(-1, state_shape)
 
 
 def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
@@ -102,11 +109,11 @@ def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
     gates = chunk_gates(log_decay, length, chunks, size, q.dtype)
     (w, flows), total = chunk_factors(x, gates, chunks, scale), gates.sum(-1)
     y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(tile_weights(gates, scale, q.dtype)), v)
-    if chunks > 1:
+    if torch.jit.is_tracing() or chunks > 1:
         left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
-        _add_product(y, q * w.read_left, left)
+        y = _add_product(y, q * w.read_left, left)
         right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
-        _add_product(y, q * w.read_right, right)
+        y = _add_product(y, q * w.read_right, right)
     return x.split(y.flatten(2, 3)[:, :, :length])
 
 
@@ -119,7 +126,7 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
     q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), dy))
     tile = tile_weights(gates, scale, q.dtype)
     left = right = dleft = dright = None
-    if chunks > 1:
+    if torch.jit.is_tracing() or chunks > 1:
         left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
         right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
         # The transposed mask: what a query read from the left flows back to keys that lie to its left.
@@ -155,8 +162,8 @@ def chunk_gradients(q, k, v, dy, w: Factors, tile: Tensor, shared: bool, left, r
         read_right = torch.matmul(dy, right.transpose(-1, -2)).mul_(w.read_right)
         write_right = torch.matmul(v, dleft.transpose(-1, -2)).mul_(w.write_right)
         write_left = torch.matmul(v, dright.transpose(-1, -2)).mul_(w.write_left)
-        _add_product(dv, k * w.write_right, dleft)
-        _add_product(dv, k * w.write_left, dright)
+        dv = _add_product(dv, k * w.write_right, dleft)
+        dv = _add_product(dv, k * w.write_left, dright)
         to_right, to_left = reduce((write_right * k).sum(-1)), reduce((write_left * k).sum(-1))
         from_left, from_right = reduce((read_left * q).sum(-1)), reduce((read_right * q).sum(-1))
         dq += read_left.add_(read_right)
@@ -166,6 +173,7 @@ def chunk_gradients(q, k, v, dy, w: Factors, tile: Tensor, shared: bool, left, r
     return dq, dk, dv, gate_gradient(de, df, dtotal)
 
 
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a @ b over the last two dimensions, without a temporary of the size of out."""
-    out.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3))
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """out += a @ b over the last two dimensions, without a temporary of the size of out. What is returned counts: ONNX
+    knows no views."""
+    return out.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3)).view_as(out)

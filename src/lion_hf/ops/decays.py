@@ -16,6 +16,8 @@ from torch.nn import functional as F
 # Natural logarithm of the smallest decay between two tokens that read each other: 4e-18 in float32, 1e-261 in float64.
 CUT = {torch.float32: -40.0, torch.float64: -600.0}
 
+_ABOVE = 1.001  # exp of a number at the cut, however it is rounded, is no more than so many times the exact one
+
 # Clamping gates there changes no result, as it is beyond the cut, and keeps every sum finite for log_decay = -inf.
 FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
 
@@ -43,7 +45,7 @@ def pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype, rank:
     left, right = differences(exclusive, dtype), differences(-inclusive, dtype)
     if rank is None:
         return exp_(left.clamp_(max=right))
-    return exp_(torch.where(rank.unsqueeze(-1) > rank, left, right))
+    return differentiable_exp(torch.where(rank.unsqueeze(-1) > rank, left, right))
 
 
 def tile_weights(gates: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -53,12 +55,16 @@ def tile_weights(gates: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 def exp_(x: Tensor) -> Tensor:
     """exp, and 0 below the cut. exp alone would be slow there."""
+    if torch.jit.is_tracing():  # the graph has gradients of its own
+        return differentiable_exp(x)
     cut = CUT[x.dtype]
-    y = x.clamp_(min=cut).exp_()
-    return F.threshold(y, _ABOVE * math.exp(cut), 0.0, inplace=not y.requires_grad)
+    return F.threshold_(x.clamp_(min=cut).exp_(), _ABOVE * math.exp(cut), 0.0)
 
 
-_ABOVE = 1.001  # exp of a number at the cut, however it is rounded, is no more than so many times the exact one
+def differentiable_exp(x: Tensor) -> Tensor:
+    """`exp_` for autograd, which changes nothing in place."""
+    cut = CUT[x.dtype]
+    return torch.where(x < cut, 0.0, x.clamp(min=cut).exp())
 
 
 def cut_exp(exponent: Tensor, beyond: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -130,15 +136,24 @@ class Factors(NamedTuple):
 
 
 def decay_factors(
-    gates: Tensor, keys: Tensor | None, queries: Tensor | None, scale: float, dtype: torch.dtype
+    gates: Tensor,
+    keys: Tensor | None,
+    queries: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    all_large: bool = False,
 ) -> tuple[Factors, Flows]:
     """The factors of chunks from their gates (b, H, n, K), b = n = 1 for LION-D, and from which keys count, and which
-    gradients of outputs are not 0, (B, H or 1, n, K), where that is known."""
+    gradients of outputs are not 0, (B, H or 1, n, K), where that is known. `all_large`: no state that is too small is
+    to be looked for."""
     e, f = cumulative_sums(gates)
     total = f[..., -1:]
     to_right, from_right = total - e, total - f
-    left, dleft = _there_and_back(to_right, e, keys, queries, total, False, CUT[dtype])
-    right, dright = _there_and_back(f, from_right, keys, queries, total, True, CUT[dtype])
+    if all_large:
+        left = right = dleft = dright = Flow(*[gates.new_zeros(1, 1, 1)] * 2)
+    else:
+        left, dleft = _there_and_back(to_right, e, keys, queries, total, False, CUT[dtype])
+        right, dright = _there_and_back(f, from_right, keys, queries, total, True, CUT[dtype])
 
     def factor(exponent: Tensor, *flows: Flow | None) -> Tensor:
         beyond = [x.arriving.unsqueeze(-1) for x in flows if x is not None]

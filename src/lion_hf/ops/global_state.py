@@ -2,15 +2,12 @@
 
 import torch
 
-from .tokens import Tokens, slices
+from .tokens import ALL, Tokens, slices
 
 
 def global_forward(x: Tokens, log_decay, scale, block):
-    parts = slices(0, x.query.shape[2], block)
-    state = x.empty_state().squeeze(2)
-    for part in parts:
-        state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
-    state *= scale
+    parts = _parts(x, block)
+    state = _state(x, parts).mul_(scale)
     if len(parts) == 1:
         return x.split(torch.matmul(x.queries(), state))
     y = x.empty_output()
@@ -21,13 +18,24 @@ def global_forward(x: Tokens, log_decay, scale, block):
 
 def global_backward(x: Tokens, log_decay, dy, dc, scale, block):
     dy = x.join(dy, dc)
-    parts = slices(0, x.query.shape[2], block)
-    state = x.empty_state().squeeze(2)
+    parts = _parts(x, block)
+    state = _state(x, parts)
     dstate = torch.zeros_like(state)
     for part in parts:
-        state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
         dstate += torch.matmul(x.queries(part).transpose(-1, -2), dy[:, :, part])
     dq = torch.matmul(dy, state.mul_(scale).transpose(-1, -2))
     dstate *= scale
     dk = torch.matmul(x.values(), dstate.transpose(-1, -2))
     return dq, dk, torch.matmul(x.keys(), dstate)
+
+
+def _parts(x: Tokens, block: int | None) -> list[slice]:
+    """The tokens in blocks, or all at once without a number, which a graph would be made for."""
+    return [ALL] if block is None else slices(0, x.query.shape[2], block)
+
+
+def _state(x: Tokens, parts: list[slice]) -> torch.Tensor:
+    state = torch.matmul(x.keys(parts[0]).transpose(-1, -2), x.values(parts[0]))
+    for part in parts[1:]:
+        state += torch.matmul(x.keys(part).transpose(-1, -2), x.values(part))
+    return state

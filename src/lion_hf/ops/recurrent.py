@@ -1,4 +1,5 @@
-"""The rnn form: one chunk after the other, O(L) time. Forward needs O(D V) memory, whatever the length."""
+"""The rnn form: one chunk after the other, O(L) time. Forward needs O(D V) memory whatever the length, and some numbers
+for each token and head."""
 
 import math
 from collections.abc import Iterator
@@ -61,9 +62,7 @@ def _walk(x: Tokens, gates: Tensor, factors: Factors, scale: float | None = None
     Tiles are made where a scale is given, for several chunks at a time, as many as fit a cache, and once in LION-D."""
     size, shared = gates.shape[-1], gates.shape[2] == 1
     parts = slices(0, x.query.shape[2], size)
-    most = len(parts) if shared else 1
-    if not shared and not torch.compiler.is_compiling():  # a graph must not depend on the batch
-        most = fitting_cache(gates[:, :, 0].numel() * size)
+    most = len(parts) if shared else fitting_cache(gates[:, :, 0].numel() * size)
     groups = [range(len(parts))[group] for group in slices(0, len(parts), most)]
     for group in reversed(groups) if reverse else groups:
         tiles = None if scale is None else tile_weights(gates[:, :, group.start : group.stop], scale, x.dtype)
@@ -71,11 +70,8 @@ def _walk(x: Tokens, gates: Tensor, factors: Factors, scale: float | None = None
             part = parts[i]
             tokens = part.stop - part.start
             q, k, v = (t.unsqueeze(2) for t in (x.queries(part), x.keys(part), x.values(part)))
-            tile = (
-                None
-                if tiles is None
-                else (tiles if shared else tiles[:, :, i - group.start, None])[..., :tokens, :tokens]
-            )
+            tile = tiles if tiles is None or shared else tiles[:, :, i - group.start, None]
+            tile = tile if tile is None else tile[..., :tokens, :tokens]
             yield part, q, k, v, factors.of_chunk(i, tokens), tile
 
 

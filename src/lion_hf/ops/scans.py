@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .api import bidirectional_linear_attention, resolve_format
-from .autograd import LionFunction
+from .autograd import lion
 from .backend import fused_kernels
 from .checks import check_arguments
 from .tokens import without_autocast
@@ -78,7 +78,7 @@ def averaged_scans(
         result = "normalized" if normalize else "numerator"
         options = form, chunk_size, query.shape[-1] ** -0.5, result, eps, list(orders)
         with without_autocast(query.device):
-            return LionFunction.apply(query, key, value, None, options, *log_decays).to(value.dtype)
+            return lion(query, key, value, None, options, *log_decays).to(value.dtype)
     numerator = denominator = 0
     for log_decay, (order, inverse) in zip(log_decays, orders, strict=True):
         log_decay = log_decay if log_decay.dim() == 1 else log_decay.index_select(2, order)

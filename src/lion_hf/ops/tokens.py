@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .checks import makes_graph
+
 
 # What stays in the cache of a CPU, about 1 MiB in float32. The chunk form walks its chunks one after the other (the rnn
 # functions) once a query has more elements, so that no buffer is paged in anew for every step. The attention form takes
@@ -53,11 +55,11 @@ class Tokens(NamedTuple):
     def empty_output(self, width: int | None = None) -> Tensor:
         """As wide as the values, in memory (batch, length, heads, width): joining the heads needs no copy then."""
         batch, heads, length, value_dim = self.value.shape
-        width = value_dim + self.denominator if width is None else width
+        width = value_dim + int(self.denominator) if width is None else width
         return self.value.new_empty(batch, length, heads, width, dtype=self.dtype).transpose(1, 2)
 
     def empty_state(self) -> Tensor:
-        shape = *self.query.shape[:2], 1, self.query.shape[-1], self.value.shape[-1] + self.denominator
+        shape = *self.query.shape[:2], 1, self.query.shape[-1], self.value.shape[-1] + int(self.denominator)
         return self.query.new_zeros(shape, dtype=self.dtype)
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -71,7 +73,7 @@ class Tokens(NamedTuple):
 
 def walks_chunks(query: Tensor) -> bool:
     """Whether the chunk form takes one chunk after the other here, which the cache of a CPU makes faster."""
-    return query.device.type == "cpu" and not torch.compiler.is_compiling() and query.numel() > CPU_CACHE_ELEMENTS
+    return query.device.type == "cpu" and not makes_graph() and query.numel() > CPU_CACHE_ELEMENTS
 
 
 def fitting_cache(elements: int) -> int:
@@ -96,4 +98,4 @@ def slices(start: int, stop: int, size: int) -> list[slice]:
 
 def for_products(x: Tensor) -> Tensor:
     """Products read the heads of a single row where they lie, and copy those of several rows every time."""
-    return x if x.shape[0] == 1 else x.contiguous()
+    return x if not torch.jit.is_tracing() and x.shape[0] == 1 else x.contiguous()
