@@ -66,3 +66,18 @@ def test_outputs_of_several_scans_may_be_changed_in_place(form, kind):
         lambda q, k, v, g: averaged_scans(q, k, v, [g, g], orders, format=form, chunk_size=4, normalize=False),
         inputs(kind, 2, 9),
     )
+
+
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_outputs_may_be_changed_in_place_within_a_graph(form):
+    def function(q, k, v, g):
+        y = bidirectional_linear_attention(q, k, v, g, format=form, chunk_size=4)
+        y += 1
+        return y
+
+    tensors = inputs("token", 2, 9)
+    y = torch.compile(function, backend="aot_eager", fullgraph=True)(*tensors)
+    expected = function(*tensors)
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(*(torch.autograd.grad(x.sum(), tensors) for x in (y, expected)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
