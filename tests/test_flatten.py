@@ -216,7 +216,7 @@ def test_what_only_the_users_file_imports_comes_along(tmp_path, monkeypatch):
     files = flat_files("lion_hf.models.configuration_lion", [own])
     alone = {"configuration_lion.py", "lion_nn_names.py", "lion_nn_variants.py", "own_variant.py"}
     assert set(files) == alone
-    (tmp_path / "own_variant.py").write_text("from lion_hf.ops.checks import FORMATS\nclass Own: pass")
+    (tmp_path / "own_variant.py").write_text("from lion_hf.ops.checks import is_binary\nclass Own: pass")
     files = flat_files("lion_hf.models.configuration_lion", [own])
     assert set(files) == alone | {"lion_ops_checks.py"}
     assert files["configuration_lion.py"].endswith("\nfrom .own_variant import Own\n")

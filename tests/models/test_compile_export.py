@@ -74,6 +74,29 @@ def test_image_heads_compile_into_one_graph(variant, form):
     torch.testing.assert_close(first(compiled(pixels)), first(model(pixels)))
 
 
+@pytest.mark.parametrize("mask_type", ["decay", "selective"])
+def test_snake_scans_compile_without_gradients(mask_type):
+    config = vision_config(mask_type, order="s", format="attention")
+    model = spread_decays(lion_hf.LionForImageClassification(config)).eval()
+    pixels = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(pixels).logits, model(pixels).logits)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("mask_type", ["lit", "decay"])
+def test_position_ids_compile_into_one_graph(mask_type, batch):
+    """In one row they could tell packed texts, which a graph refuses when it runs; without a table they are ignored."""
+    model = lion_hf.LionForSequenceClassification(text_config(mask_type, format="chunk")).eval()
+    inputs = {"input_ids": torch.randint(1, 61, (batch, 5)), "position_ids": torch.arange(5)[None]}
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+    if batch == 1:
+        with pytest.raises(RuntimeError, match="several texts.*cu_seq_lens_q"):
+            compiled(input_ids=inputs["input_ids"], position_ids=torch.tensor([[0, 1, 0, 1, 2]]))
+
+
 @pytest.mark.parametrize("head", [lion_hf.LionForMaskedImageModeling, lion_hf.LionBackbone])
 def test_further_image_heads_compile_and_export(head):
     model = spread_decays(head(vision_config(order="s", format="attention", num_hidden_layers=1))).eval()

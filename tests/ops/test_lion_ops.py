@@ -311,12 +311,19 @@ def test_nothing_quadratic_is_kept_for_backward():
         assert kept and max(kept) < length * length, form
 
 
-@pytest.mark.parametrize("form", ["attention", "chunk"])
-def xtest_second_derivatives_raise_instead_of_being_wrong(form):
-    x = torch.randn(1, 1, 5, 2, requires_grad=True)
-    y = bidirectional_linear_attention(x, x, x, torch.tensor([-0.5]), format=form)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(y.sum(), x, create_graph=True)
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives_are_those_of_the_textbook(form):
+    query, key, value, log_decay, _ = make_inputs(1, 2, 7, 3, 2, "token", None, True, seed=4)
+
+    def twice(function):
+        leaves = [x.clone().requires_grad_() for x in (query, key, value, log_decay)]
+        gradients = torch.autograd.grad(function(*leaves).sin().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.sin().sum() for g in gradients), leaves)
+
+    expected = twice(lambda q, k, v, g: textbook(q, k, v, g, None, True))
+    actual = twice(lambda *x: bidirectional_linear_attention(*x, format=form, chunk_size=3, normalize=True))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_scores_are_the_matrix_of_the_attention_form():

@@ -55,7 +55,7 @@ class LionEmbeddings(nn.Module):
         embeddings = embeddings + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             embeddings = embeddings + self._positions(position_ids, embeddings)
-        elif position_ids is not None:
+        elif position_ids is not None and not torch.compiler.is_compiling():
             logger.warning_once(
                 "position_ids are ignored: this LION model has no position table (pos_emb=False), it tells positions "
                 "by its decay."

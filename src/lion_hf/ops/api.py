@@ -20,7 +20,11 @@ Cost per batch element and head, for L tokens, widths D and V, chunks of K token
     LIT         2 L D V                     (no decay: chunk and rnn are one global product)
 
 Each form and its gradient have a file of their own beside this one; triton/ holds the kernels that replace them on a
-GPU. Second derivatives are not supported; asking for one raises an error.
+GPU. Second derivatives and forward mode are computed by the definition (composed.py), at O(L^2) memory; the kernels
+have neither.
+
+Graphs (torch.compile, torch.export, torch.jit.trace) hold no loop over chunks: the rnn form is computed as the chunk
+form in them.
 """
 
 import torch
@@ -142,8 +146,8 @@ def _run_form(
 def resolve_format(format: str, length: int, device: torch.device, log_decay: Tensor | None) -> str:
     """The form that `format="auto"` stands for; any other format is returned as it is.
 
-    Under `torch.export` the answer is always "attention", because a graph holds one form and only this one takes any
-    length; set `format="chunk"` before the export to have the linear form at a fixed length instead.
+    Under `torch.export` and `torch.jit.trace` the answer is always "attention", because a graph holds one form and only
+    this one takes any length in both; set `format="chunk"` before to have linear time, at a fixed length in exports.
     """
     if format != "auto":
         return format

@@ -99,7 +99,7 @@ def propagate(update: Tensor, total: Tensor, flow: Flow, reverse: bool) -> Tenso
         outer = Flow((leave + sent).amax(-1), entering.squeeze(-1))
         carry = propagate(left.unflatten(-1, state_shape).squeeze(3), last.squeeze(-1), outer, reverse).flatten(-2)
         state.addcmul_(cut_exp(reach, entering, update.dtype).unsqueeze(-1), carry.unsqueeze(3))
-    return state.flatten(2, 3)[:, :, :chunks].unflatten(-1, state_shape)
+    return state.flatten(2, 3).narrow(2, 0, chunks).unflatten(-1, state_shape)
 
 
 def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
@@ -114,7 +114,7 @@ def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
         y = _add_product(y, q * w.read_left, left)
         right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
         y = _add_product(y, q * w.read_right, right)
-    return x.split(y.flatten(2, 3)[:, :, :length])
+    return x.split(y.flatten(2, 3).narrow(2, 0, length))
 
 
 def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
@@ -134,8 +134,11 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
         dright = propagate(torch.matmul((q * w.read_right).transpose(-1, -2), dy), total, flows.dright, reverse=False)
     shared = log_decay.dim() == 1
     dq, dk, dv, dgates = chunk_gradients(q, k, v, dy, w, tile, shared, left, right, dleft, dright)
-    dq, dk, dv = (gradient.flatten(2, 3)[:, :, :length] for gradient in (dq, dk, dv))
-    return dq, dk, dv, dgates[0, :, 0] if shared else dgates.flatten(2, 3)[:, :, :length]
+    dq, dk, dv = (gradient.flatten(2, 3).narrow(2, 0, length) for gradient in (dq, dk, dv))
+    if shared:
+        return dq, dk, dv, dgates[0, :, 0]
+    # Cut by a copy, as a view is contiguous at some lengths and not at others: two graphs.
+    return dq, dk, dv, F.pad(dgates.flatten(2, 3), (0, length - chunks * size))
 
 
 def chunk_gradients(q, k, v, dy, w: Factors, tile: Tensor, shared: bool, left, right, dleft, dright):

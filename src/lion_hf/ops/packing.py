@@ -31,8 +31,8 @@ def packed_bounds(
     - `cu_seqlens`, the bounds themselves (its `cu_seq_lens_q`);
     - `seq_idx` (1, length), a number that changes from one sequence to the next;
     - `position_ids` (1, length) that start again at 0: where the batch is 1 and there is no attention_mask, every entry
-      is 0 or one more than the entry before it, the first is 0, and a later one too. Not in a graph that is exported,
-      nor where positions are abstract.
+      is 0 or one more than the entry before it, the first is 0, and a later one too. A compiled graph raises an error
+      when it meets such positions; a graph that is exported does not look.
 
     Raises:
         ValueError: where `cu_seqlens` or `seq_idx` does not fit a single row of this length.
@@ -46,8 +46,8 @@ def packed_bounds(
                     f"(1, {length}), a number for every token of a single row. Join the rows along their tokens."
                 )
             starts = F.pad(seq_idx.flatten().diff() != 0, (1, 0), value=True)
-        elif position_ids is not None and attention_mask is None and batch == 1 and _are_numbers(position_ids):
-            starts = _restarts(position_ids.flatten().cpu())
+        elif position_ids is not None and attention_mask is None and batch == 1 and not is_exporting():
+            starts = _restarts(position_ids.flatten())
         if starts is None:
             return None
         cu_seqlens = F.pad(starts.nonzero().squeeze(1), (0, 1), value=len(starts))
@@ -56,16 +56,19 @@ def packed_bounds(
     return cu_seqlens if len(cu_seqlens) > 2 else None
 
 
-def _are_numbers(position_ids: Tensor) -> bool:
-    """Whether positions can be read: a compiled graph breaks here, others cannot."""
-    return not is_exporting() and (torch.compiler.is_compiling() or not is_abstract(position_ids))
-
-
 def _restarts(positions: Tensor) -> Tensor | None:
     """Where positions (length,) start again at 0; None unless they count from 0 several times and do nothing else."""
     starts = positions == 0
     counted = torch.cat([starts[:1], starts[1:] | (positions.diff() == 1)])
-    return starts if bool(counted.all()) and int(starts.sum()) > 1 else None
+    several = counted.all() & (starts.sum() > 1)
+    if torch.compiler.is_compiling():  # a graph cannot depend on the answer, so it looks when it runs
+        torch._assert_async(
+            ~several,
+            "position_ids tell that this row holds several texts, which a compiled graph does not separate by them. "
+            "Give cu_seq_lens_q or seq_idx as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True)).",
+        )
+        return None
+    return starts.cpu() if not is_abstract(positions) and bool(several) else None
 
 
 def packed_positions(cu_seqlens: Tensor) -> Tensor:

@@ -1,0 +1,50 @@
+"""How many graphs torch.compile makes of the operator: few, whatever lengths come."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from lion_hf.ops import api
+from lion_hf.ops.api import bidirectional_linear_attention
+
+
+# With chunks of 4: in one chunk, whole chunks, a last one that is not full, and more chunks than one group (64) holds.
+LENGTHS = (7, 9, 12, 4, 5, 3, 1, 2, 8, 16, 17, 23, 64, 257, 256, 260, 300, 31, 6, 513)
+
+
+def cases():
+    yield pytest.param("chunk", "none", True, LENGTHS, id="chunk-none-True-quick")
+    yield pytest.param("chunk", "head", False, LENGTHS[:3], id="chunk-head-False-few")
+    for form in ("attention", "chunk", "rnn", "auto"):
+        for kind in ("none", "head", "token"):
+            for training in (False, True):
+                name = f"{form}-{kind}-{training}"
+                yield pytest.param(form, kind, training, LENGTHS, id=name, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("form, kind, training, lengths", cases())
+def test_twenty_lengths_make_six_graphs_at_most(form, kind, training, lengths, monkeypatch):
+    monkeypatch.setattr(api, "CROSSOVER", {"cpu": dict.fromkeys(("none", "head", "token"), 14)})
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("eager")
+
+    def function(query, key, value, log_decay, key_mask, form=form):
+        return bidirectional_linear_attention(
+            query, key, value, log_decay, key_mask=key_mask, format=form, chunk_size=4, normalize=True
+        )
+
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for length in lengths:
+        tensors = [torch.rand(2, 2, length, 4, dtype=torch.float64) for _ in range(3)]
+        if kind != "none":
+            tensors.append(-torch.rand((2,) if kind == "head" else (2, 2, length), dtype=torch.float64))
+        tensors = [x.requires_grad_(training) for x in tensors]
+        inputs = [*tensors, *[None] * (4 - len(tensors)), torch.arange(length) < torch.tensor([[length], [1]])]
+        actual, expected = compiled(*inputs), function(*inputs, form="attention")
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+        if training:
+            gradients = (torch.autograd.grad(y.sin().sum(), tensors) for y in (actual, expected))
+            for a, b in zip(*gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert counter.frame_count <= (6 if len(lengths) == 20 else 2)
+    torch.compiler.reset()
