@@ -217,6 +217,33 @@ def test_garbage_in_padding_does_not_leak(form):
     assert torch.equal(clean, dirty)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_nan_stays_in_its_row_and_head(form, normalize, masked):
+    *inputs, _ = make_inputs(3, 2, 20, 4, 4, "token", None, True, seed=8)
+    inputs.append(torch.randn(3, 2, 20, 4, dtype=torch.float64))
+    mask = torch.arange(20).expand(3, 20) < 15 if masked else None
+
+    def run(*inputs):
+        *inputs, d_out = (x.clone().requires_grad_() for x in inputs)
+        y = bidirectional_linear_attention(
+            *inputs, format=form, normalize=normalize, chunk_size=6, key_mask=mask, check_values=False
+        )
+        return [y.detach(), *torch.autograd.grad(y, inputs, d_out.detach())]
+
+    expected = run(*inputs)
+    for i, name in enumerate(("query", "key", "value", "log_decay", "gradient of the output")):
+        given = [x.clone() for x in inputs]
+        given[i][1, 0, 5] = math.nan
+        actual = run(*given)
+        shows = actual[1:] if name == "gradient of the output" else actual[:1]
+        assert any(x[1, 0].isnan().any() for x in shows), f"{name}: NaN is lost"
+        for a, b in zip(actual, expected, strict=True):
+            a[1, 0] = b[1, 0]
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_float32(form, dtype):

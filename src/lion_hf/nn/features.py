@@ -55,6 +55,41 @@ class _TransformableUnitSiLU(UnitSiLU):
         return ((du - wide * dnorm) / norm).to(y.dtype), dnorm
 
 
+class PositiveELU(torch.autograd.Function):
+    """elu(x) + 1 as exp(min(x, 0)) + max(x, 0): below 0 the sum of elu and 1 would round away in half precision.
+
+    Keeps its output alone, which the operator keeps too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clamp(max=0).exp_().add_(x.clamp(min=0))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        return dy * y.clamp(max=1)
+
+
+class _TransformablePositiveELU(PositiveELU):
+    """With forward mode, which compiled graphs do not take."""
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        PositiveELU.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(output)
+
+    @staticmethod
+    def jvp(ctx, dx):
+        (y,) = ctx.saved_tensors
+        return dx * y.clamp(max=1)
+
+
 def _silu_slope(x: Tensor) -> Tensor:
     """The derivative of silu, from operators that have derivatives themselves."""
     gate = torch.sigmoid(x)
@@ -68,7 +103,7 @@ def identity(x: Tensor) -> Tensor:
 
 def elu(x: Tensor) -> Tensor:
     """elu(x) + 1, which is positive."""
-    return F.elu(x).add_(1)
+    return call_function(PositiveELU.forward, PositiveELU, _TransformablePositiveELU, x)
 
 
 def unit_silu(x: Tensor) -> Tensor:

@@ -83,7 +83,9 @@ def bidirectional_linear_attention(
             value_dim) and (batch, heads, length), both in the accumulation dtype (float32 or wider), so that
             several scans can be added before one division.
         key_mask: (batch, length), True or 1 for a real token, False or 0 for padding. A padded key reaches neither
-            numerator nor denominator; its decay still acts on what passes through it. Rows that see no key are 0.
+            numerator nor denominator; its decay still acts on what passes through it. Rows that see no key are
+            0, and but for the fused kernels those whose nearest key is a decay of less than e**-40 away (e**-600 in
+            float64).
         scale: s, positive; `head_dim ** -0.5` by default.
         eps: added to `s c` before the division.
         cu_seqlens: (sequences + 1,), for several sequences packed into one row (batch 1): integers from 0 to length

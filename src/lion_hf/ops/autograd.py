@@ -77,7 +77,10 @@ def _gradients(query, key, value, key_mask, out, row_sums, dy, dc, options, *log
 class LionFunction(torch.autograd.Function):
     """Keeps its inputs as they came, and a normalised output; every form recomputes the rest."""
 
-    forward = staticmethod(_forward)
+    @staticmethod
+    def forward(*arguments):
+        outputs = _forward(*arguments)
+        return tuple(map(_no_view, outputs)) if isinstance(outputs, tuple) else _no_view(outputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -99,11 +102,6 @@ class LionFunction(torch.autograd.Function):
 
 class _TransformableFunction(LionFunction):
     """With what torch.func and forward mode ask for, which compiled graphs do not take."""
-
-    @staticmethod
-    def forward(*arguments):
-        outputs = _forward(*arguments)
-        return tuple(map(_no_view, outputs)) if isinstance(outputs, tuple) else _no_view(outputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -173,7 +171,7 @@ class LionGradient(torch.autograd.Function):
 def _no_view(x: Tensor) -> Tensor:
     """The same memory as a tensor of its own: of a view forward mode wants to know the base, and so do changes in
     place."""
-    return x.data if x._is_view() else x
+    return torch.unsafe_split(x, x.shape[1], 1)[0]  # one part, which is not called a view
 
 
 def _decays(form: str, log_decays: Sequence[Tensor], orders: Sequence | None):

@@ -17,8 +17,9 @@ from .decays import (
     decay_factors,
     gate_gradient,
     split_sums,
+    tile_weights,
 )
-from .tokens import ALL, Tokens
+from .tokens import Tokens
 
 
 # Up to this many chunks, one (chunks x chunks) product links their states; beyond, groups of this size are linked so.
@@ -40,19 +41,20 @@ def chunk_gates(log_decay: Tensor, length: int, chunks: int, size: int, dtype: t
     return gates.view(*gates.shape[:2], chunks, size)
 
 
-def chunk_flows(x: Tokens, gates: Tensor, chunks: int, dy: Tensor | None = None) -> Flows:
-    """The flows of chunks with these gates (b, H, n, K), for backward with the gradients dy (B, H, L, V) of outputs."""
+def chunk_factors(
+    x: Tokens, gates: Tensor, chunks: int, scale: float, dy: Tensor | None = None
+) -> tuple[Factors, Flows]:
+    """Factors of chunks with these gates (b, H, n, K), for backward with the gradients dy (B, H, L, V) of outputs."""
+
+    def split(alive: Tensor) -> Tensor:
+        size = gates.shape[-1]
+        return F.pad(alive, (0, chunks * size - alive.shape[-1])).unflatten(-1, (chunks, size))
+
     if torch.jit.is_tracing() or is_exporting():  # what runs the graph has denormals of its own, and no such operators
-        large = Flow(*[gates.new_zeros(1, 1, 1)] * 2)
-        return Flows(large, large, large, large)
-    size = gates.shape[-1]
-    keys = None if x.key_mask is None else _split_alive(x.key_mask[:, None].bool(), chunks, size)
-    queries = None if dy is None else _split_alive(torch.linalg.vector_norm(dy, math.inf, -1) != 0, chunks, size)
-    return Flows.of_chunks(gates, keys, queries, x.dtype)
-
-
-def _split_alive(alive: Tensor, chunks: int, size: int) -> Tensor:
-    return F.pad(alive, (0, chunks * size - alive.shape[-1])).unflatten(-1, (chunks, size))
+        return decay_factors(gates, None, None, scale, x.dtype, all_large=True)
+    keys = None if x.key_mask is None else split(x.key_mask[:, None].bool())
+    queries = None if dy is None else split(dy.abs().amax(-1) != 0)
+    return decay_factors(gates, keys, queries, scale, x.dtype)
 
 
 def equal_chunks(length: int, chunk_size: int) -> tuple[int, int]:
@@ -105,9 +107,8 @@ def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
     chunks, size = equal_chunks(length, chunk_size)
     q, k, v = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values()))
     gates = chunk_gates(log_decay, length, chunks, size, q.dtype)
-    flows, total = chunk_flows(x, gates, chunks), gates.sum(-1)
-    w = decay_factors(gates, flows, ALL, scale, q.dtype)
-    y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(w.tile), v)
+    (w, flows), total = chunk_factors(x, gates, chunks, scale), gates.sum(-1)
+    y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(tile_weights(gates, scale, q.dtype)), v)
     if torch.jit.is_tracing() or chunks > 1:
         left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
         y = _add_product(y, q * w.read_left, left)
@@ -121,9 +122,9 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
     chunks, size = equal_chunks(length, chunk_size)
     dy = x.join(dy, dc)
     gates = chunk_gates(log_decay, length, chunks, size, dy.dtype)
-    flows, total = chunk_flows(x, gates, chunks, dy), gates.sum(-1)
+    (w, flows), total = chunk_factors(x, gates, chunks, scale, dy), gates.sum(-1)
     q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), dy))
-    w = decay_factors(gates, flows, ALL, scale, q.dtype)
+    tile = tile_weights(gates, scale, q.dtype)
     left = right = dleft = dright = None
     if torch.jit.is_tracing() or chunks > 1:
         left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
@@ -132,7 +133,7 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
         dleft = propagate(torch.matmul((q * w.read_left).transpose(-1, -2), dy), total, flows.dleft, reverse=True)
         dright = propagate(torch.matmul((q * w.read_right).transpose(-1, -2), dy), total, flows.dright, reverse=False)
     shared = log_decay.dim() == 1
-    dq, dk, dv, dgates = chunk_gradients(q, k, v, dy, w, shared, left, right, dleft, dright)
+    dq, dk, dv, dgates = chunk_gradients(q, k, v, dy, w, tile, shared, left, right, dleft, dright)
     dq, dk, dv = (gradient.flatten(2, 3).narrow(2, 0, length) for gradient in (dq, dk, dv))
     if shared:
         return dq, dk, dv, dgates[0, :, 0]
@@ -140,7 +141,7 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
     return dq, dk, dv, F.pad(dgates.flatten(2, 3), (0, length - chunks * size))
 
 
-def chunk_gradients(q, k, v, dy, w: Factors, shared: bool, left, right, dleft, dright):
+def chunk_gradients(q, k, v, dy, w: Factors, tile: Tensor, shared: bool, left, right, dleft, dright):
     """Gradients of chunks from the states that reach them (left, right) and the gradients of those they send on
     (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, V) or None.
 
@@ -149,16 +150,17 @@ def chunk_gradients(q, k, v, dy, w: Factors, shared: bool, left, right, dleft, d
     def reduce(x: Tensor) -> Tensor:
         return x.sum((0, 2), keepdim=True) if shared else x
 
-    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(w.tile)
+    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(tile)
     dscores = torch.matmul(dy, v.transpose(-1, -2))
     dv = torch.matmul(scores.transpose(-1, -2), dy)
     de, df = split_sums(reduce(scores.mul_(dscores)))
-    dscores.mul_(w.tile)
+    dscores.mul_(tile)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
 
     dtotal = 0
     if left is not None:
-        crossing = _inner_product(left * w.cross_right, dleft) + _inner_product(right * w.cross_left, dright)
+        crossing = (left * w.cross_right).mul_(dleft).sum((-1, -2)) + (right * w.cross_left).mul_(dright).sum((-1, -2))
+        crossing = crossing.unsqueeze(-1)
         read_left = torch.matmul(dy, left.transpose(-1, -2)).mul_(w.read_left)
         read_right = torch.matmul(dy, right.transpose(-1, -2)).mul_(w.read_right)
         write_right = torch.matmul(v, dleft.transpose(-1, -2)).mul_(w.write_right)
@@ -172,11 +174,6 @@ def chunk_gradients(q, k, v, dy, w: Factors, shared: bool, left, right, dleft, d
         de, df = de + from_left - to_right, df + to_left - from_right
         dtotal = reduce(crossing) + to_right.sum(-1, keepdim=True) + from_right.sum(-1, keepdim=True)
     return dq, dk, dv, gate_gradient(de, df, dtotal)
-
-
-def _inner_product(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a * b over the last two dimensions, of which one with a single number is left."""
-    return torch.matmul(a.flatten(-2).unsqueeze(-2), b.flatten(-2).unsqueeze(-1)).squeeze(-1)
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

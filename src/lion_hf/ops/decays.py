@@ -16,6 +16,8 @@ from torch.nn import functional as F
 # Natural logarithm of the smallest decay between two tokens that read each other: 4e-18 in float32, 1e-261 in float64.
 CUT = {torch.float32: -40.0, torch.float64: -600.0}
 
+_ABOVE = 1.001  # exp of a number at the cut, however it is rounded, is no more than so many times the exact one
+
 # Clamping gates there changes no result, as it is beyond the cut, and keeps every sum finite for log_decay = -inf.
 FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
 
@@ -46,24 +48,33 @@ def pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype, rank:
     return differentiable_exp(torch.where(rank.unsqueeze(-1) > rank, left, right))
 
 
+def tile_weights(gates: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """M inside chunks with gates (b, H, n, K), times the scale: (b, H, n, K, K)."""
+    return pair_weights(*cumulative_sums(gates), dtype).mul_(scale)
+
+
 def exp_(x: Tensor) -> Tensor:
-    """exp, and 0 below the cut. Neither clamping nor exp alone would do: exp of what it makes 0 is slow."""
+    """exp, and 0 below the cut. exp alone would be slow there."""
     if torch.jit.is_tracing():  # the graph has gradients of its own
         return differentiable_exp(x)
     cut = CUT[x.dtype]
-    y = x.clamp_(min=cut).exp_()
-    return F.threshold(y, 1.001 * math.exp(cut), 0.0, inplace=True)
+    return F.threshold_(x.clamp_(min=cut).exp_(), _ABOVE * math.exp(cut), 0.0)
 
 
 def differentiable_exp(x: Tensor) -> Tensor:
     """`exp_` for autograd, which changes nothing in place."""
-    return torch.where(x < CUT[x.dtype], 0.0, x.exp())
+    cut = CUT[x.dtype]
+    return torch.where(x < cut, 0.0, x.clamp(min=cut).exp())
 
 
-def cut_exp(exponent: Tensor, beyond: Tensor | float, dtype: torch.dtype) -> Tensor:
+def cut_exp(exponent: Tensor, beyond: Tensor | None, dtype: torch.dtype) -> Tensor:
     """exp(exponent) in a dtype, and 0 where it would multiply what is so small that their product is beyond the cut."""
-    cut = exponent + beyond < CUT[dtype]
-    return exp_(torch.where(cut, -math.inf, exponent).to(dtype))
+    exponent = exponent.to(dtype, copy=True)
+    if beyond is None:
+        return exp_(exponent)
+    y = exponent.clamp_(min=CUT[dtype]).exp_()
+    least = (CUT[dtype] - beyond).exp_().mul_(_ABOVE).to(dtype)
+    return torch.where(y <= least, 0, y)
 
 
 def differences(sums: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,23 +117,57 @@ class Flows(NamedTuple):
 
     left: Flow  # states that come from the left
     right: Flow  # states that come from the right
-    dleft: Flow | None = None  # gradients of the former, which come from the right; None: all of them are large
-    dright: Flow | None = None
+    dleft: Flow | None  # gradients of the former, which come from the right; None: all of them are large
+    dright: Flow | None
 
-    @classmethod
-    def of_chunks(cls, gates: Tensor, keys: Tensor | None, queries: Tensor | None, dtype: torch.dtype) -> "Flows":
-        """From gates (b, H, n, K), and from which keys count, and which gradients of outputs are not 0, where that is
-        known, (B, H or 1, n, K)."""
-        e, f = cumulative_sums(gates)
-        total = f[..., -1:]
-        left, dleft = _there_and_back(total - e, e, keys, queries, total, False, CUT[dtype])
-        right, dright = _there_and_back(f, total - f, keys, queries, total, True, CUT[dtype])
-        return cls(left, right, dleft, dright)
 
-    def arriving(self, chunks: slice) -> list[Tensor | float]:
-        """What arrives at some chunks."""
-        at = (0.0 if x is None else x.arriving for x in self)
-        return [t if isinstance(t, float) or t.shape[-1] == 1 else t[..., chunks] for t in at]
+class Factors(NamedTuple):
+    """What a chunk with K tokens and local sums e (exclusive), f (inclusive), G (total) multiplies with."""
+
+    read_left: Tensor  # (b, H, n, K, 1)  s exp(e)      a query reads the state that comes from the left
+    write_right: Tensor  # (b, H, n, K, 1)  exp(G - e)    a key enters the state that goes on to the right
+    read_right: Tensor  # (b, H, n, K, 1)  s exp(G - f)  a query reads the state that comes from the right
+    write_left: Tensor  # (b, H, n, K, 1)  exp(f)        a key enters the state that goes on to the left
+    cross_right: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the right
+    cross_left: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the left
+
+    def of_chunk(self, i: int, tokens: int) -> "Factors":
+        return Factors(*((t if t.shape[2] == 1 else t[:, :, i : i + 1])[:, :, :, :tokens] for t in self))
+
+
+def decay_factors(
+    gates: Tensor,
+    keys: Tensor | None,
+    queries: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+    all_large: bool = False,
+) -> tuple[Factors, Flows]:
+    """The factors of chunks from their gates (b, H, n, K), b = n = 1 for LION-D, and from which keys count, and which
+    gradients of outputs are not 0, (B, H or 1, n, K), where that is known. `all_large`: no state that is too small is
+    to be looked for."""
+    e, f = cumulative_sums(gates)
+    total = f[..., -1:]
+    to_right, from_right = total - e, total - f
+    if all_large:
+        left = right = dleft = dright = Flow(*[gates.new_zeros(1, 1, 1)] * 2)
+    else:
+        left, dleft = _there_and_back(to_right, e, keys, queries, total, False, CUT[dtype])
+        right, dright = _there_and_back(f, from_right, keys, queries, total, True, CUT[dtype])
+
+    def factor(exponent: Tensor, *flows: Flow | None) -> Tensor:
+        beyond = [x.arriving.unsqueeze(-1) for x in flows if x is not None]
+        return cut_exp(exponent, sum(beyond) if beyond else None, dtype).unsqueeze(-1)
+
+    factors = Factors(
+        read_left=factor(e, left).mul_(scale),
+        write_right=factor(to_right, dleft),
+        read_right=factor(from_right, right).mul_(scale),
+        write_left=factor(f, dright),
+        cross_right=factor(total, left, dleft),
+        cross_left=factor(total, right, dright),
+    )
+    return factors, Flows(left, right, dleft, dright)
 
 
 def _there_and_back(write, read, keys, queries, total, reverse: bool, cut: float) -> tuple[Flow, Flow | None]:
@@ -138,38 +183,6 @@ def _there_and_back(write, read, keys, queries, total, reverse: bool, cut: float
     write = torch.where(write + back.arriving.unsqueeze(-1) < cut, -math.inf, write)
     read = torch.where(read + there.arriving.unsqueeze(-1) < cut, -math.inf, read)
     return flow(write, sums, reverse), flow(read, sums, not reverse)
-
-
-class Factors(NamedTuple):
-    """What a chunk with K tokens and local sums e (exclusive), f (inclusive), G (total) multiplies with."""
-
-    tile: Tensor | None  # (b, H, n, K, K)  M inside the chunk, times the scale
-    read_left: Tensor  # (b, H, n, K, 1)  s exp(e)      a query reads the state that comes from the left
-    write_right: Tensor  # (b, H, n, K, 1)  exp(G - e)    a key enters the state that goes on to the right
-    read_right: Tensor  # (b, H, n, K, 1)  s exp(G - f)  a query reads the state that comes from the right
-    write_left: Tensor  # (b, H, n, K, 1)  exp(f)        a key enters the state that goes on to the left
-    cross_right: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the right
-    cross_left: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the left
-
-    def of_chunk(self, i: int) -> "Factors":
-        return Factors(*(t if t is None or t.shape[2] == 1 else t[:, :, i : i + 1] for t in self))
-
-
-def decay_factors(gates: Tensor, flows: Flows, chunks: slice, scale: float, dtype: torch.dtype, tile=True) -> Factors:
-    """Decay factors of some chunks from gates (b, H, n, K); b is 1 for LION-D. Without the largest if not `tile`."""
-    e, f = cumulative_sums(gates)
-    total = f[..., -1:]
-    left, right, dleft, dright = (t if isinstance(t, float) else t.unsqueeze(-1) for t in flows.arriving(chunks))
-    return Factors(
-        # Every factor is exp of a number <= 0.
-        tile=pair_weights(e, f, dtype).mul_(scale) if tile else None,
-        read_left=cut_exp(e, left, dtype).mul_(scale).unsqueeze(-1),
-        write_right=cut_exp(total - e, dleft, dtype).unsqueeze(-1),
-        read_right=cut_exp(total - f, right, dtype).mul_(scale).unsqueeze(-1),
-        write_left=cut_exp(f, dright, dtype).unsqueeze(-1),
-        cross_right=cut_exp(total, left + dleft, dtype).unsqueeze(-1),
-        cross_left=cut_exp(total, right + dright, dtype).unsqueeze(-1),
-    )
 
 
 def gate_gradient(de: Tensor, df: Tensor, dtotal: Tensor) -> Tensor:
