@@ -376,6 +376,7 @@ NEEDED = {
     "text": WIKI,
     "images": ("fashion-mnist/train-00000-of-00001.parquet", "fashion-mnist/test-00000-of-00001.parquet"),
     "sentiment": REVIEWS,
+    "pooling": REVIEWS,
     "warm_start": (*REVIEWS, "minilm/config.json"),
     "warm_start_mlm": (*WIKI, "minilm/config.json"),
 }
@@ -383,6 +384,7 @@ TITLES = {
     "text": "Masked tokens of encyclopedia text",
     "images": "Fashion-MNIST",
     "sentiment": "Sentiment of review sentences",
+    "pooling": "Sentiment of review sentences",
     "warm_start": "Sentiment of review sentences",
     "warm_start_mlm": "Masked tokens of encyclopedia text",
 }
@@ -425,7 +427,7 @@ def main() -> None:
     if problem:
         sys.exit(f"error: {problem}")
     rows = KINDS[arguments.kind](arguments.data, arguments.work, arguments.results)
-    if arguments.kind in ("images", "sentiment", "warm_start"):
+    if arguments.kind in ("images", "sentiment", "pooling", "warm_start"):
         baseline = most_frequent_share(*(arguments.data / name for name in NEEDED[arguments.kind][:2]))
         rows = {name: row | {"baseline": baseline} for name, row in rows.items()}
     write(arguments.kind, rows, arguments.data, arguments.results)

@@ -67,6 +67,7 @@ def operator_multiply_adds(length: int, d: int, e: int, form: str, decays: bool,
     inside = chunks * size**2 * (d + e)
     if chunks == 1:
         return inside
-    groups = [min(_SCAN_GROUP, chunks - start) for start in range(0, chunks, _SCAN_GROUP)]
-    links = 2 * sum(group**2 for group in groups) + (2 * chunks if len(groups) > 1 else 0)
-    return inside + (4 * chunks * size + links) * d * e
+    groups = -(-chunks // _SCAN_GROUP)
+    group = -(-chunks // groups)
+    links = groups * group**2 + (groups * group + groups**2) * (groups > 1)
+    return inside + (4 * chunks * size + 2 * links) * d * e

@@ -21,7 +21,7 @@ FUNCTIONS = ("push", "save_with_code")
 # Internal helpers of 0.1 that have no counterpart of the same kind; CHANGELOG.md says what takes their place.
 GONE = {
     "configuration_lion": {"SPELLINGS"},
-    "lion_kernels": {"scan_kernel"},
+    "lion_kernels": {"gate_gradient_kernel", "mix_kernel", "scan_kernel", "sums_kernel"},
     "lion_layer": {"decay_names", "init_mixer"},
     "modeling_lion": {"LionMLP"},
     "modeling_lion_vision": {"LionVisionDropPath", "LionVisionMLP"},

@@ -35,13 +35,16 @@ def kernels(monkeypatch):
         monkeypatch.setattr(lion_triton, "_BACKWARD", (16, 4))
         monkeypatch.setattr(lion_triton, "_ONE_TILE", (32, 8))
         monkeypatch.setattr(lion_triton, "_GROUP", 2)
-    new_empty = torch.Tensor.new_empty
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
 
-    def poisoned(self, *shape, **options):
-        made = new_empty(self, *shape, **options)
+
+def poisoned(new):
+    def full_of_nan(self, *shape, **options):
+        made = new(self, *shape, **options)
         return made.fill_(torch.nan) if made.is_floating_point() else made
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    return full_of_nan
 
 
 def inputs(length, decay, *, batch=1, heads=2, head_dim=16, value_dim=24, dtype=torch.float32, seed=0):
@@ -379,3 +382,27 @@ def test_features_of_images(width, dtype, monkeypatch):
     monkeypatch.setattr(backend, "BACKEND", "torch")
     wide = x.detach().double().requires_grad_()
     assert_close(results, run(wide, True) + run(wide, False), dtype)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_outputs_may_be_changed_in_place(both):
+    leaves, mask = inputs(34, "token")
+
+    def gradients(change):
+        out = bidirectional_linear_attention(*leaves, key_mask=mask, return_denominator=both)
+        out = out if both else (out,)
+        for x in out:
+            x.add_(change)
+        return torch.autograd.grad(sum(x.sum() for x in out), leaves)
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(0), strict=True))
+
+
+@pytest.mark.parametrize("name", ["query", "value", "log_decay"])
+def test_a_nan_stays_in_its_row(name):
+    leaves, _ = inputs(34, "token", batch=2)
+    leaves = [x.detach().clone() for x in leaves]
+    leaves[("query", "key", "value", "log_decay").index(name)][1, 0, 3] = torch.nan
+    out = bidirectional_linear_attention(*leaves, check_values=False)
+    assert out[0].isfinite().all() and out[1, 1].isfinite().all()
+    assert out[1, 0, 3].isnan().any()

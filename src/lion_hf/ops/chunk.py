@@ -76,7 +76,8 @@ def propagate(update: Tensor, total: Tensor, flow: Flow, reverse: bool) -> Tenso
     update = update.flatten(-2)
     grouped = not torch.jit.is_tracing() and chunks > PROPAGATION_GROUP
     if grouped:
-        groups, size = -(-chunks // PROPAGATION_GROUP), PROPAGATION_GROUP
+        groups = -(-chunks // PROPAGATION_GROUP)
+        size = -(-chunks // groups)
         padding = groups * size - chunks
         update, total = F.pad(update, (0, 0, 0, padding)), F.pad(total, (0, padding))
         sent, arriving = (F.pad(t, (0, padding), value=-math.inf) for t in (sent, arriving))

@@ -91,9 +91,11 @@ def _strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 def _heads_last(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised (batch, heads, length, width), in memory (batch, length, heads, width): what follows is a view."""
+    """Uninitialised (batch, heads, length, width), in memory (batch, length, heads, width): what follows is a view, and
+    this is none, so that it can be changed in place."""
     batch, heads, length = x.shape[:3]
-    return x.new_empty(batch, length, heads, width, dtype=dtype).transpose(1, 2)
+    strides = length * heads * width, width, heads * width, 1
+    return x.new_empty_strided((batch, heads, length, width), strides, dtype=dtype)
 
 
 def _block(width: int) -> int:
