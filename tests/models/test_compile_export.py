@@ -9,6 +9,7 @@ import pytest
 import small_models
 import torch
 from small_models import FORMS, TEXT_HEADS, VARIANTS, spread_decays, text_inputs
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import lion_hf
 
@@ -51,6 +52,18 @@ def test_text_heads_compile_into_one_graph(head):
     inputs = inputs_for(head, text_inputs(*SHORT))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(first(compiled(**inputs)), first(model(**inputs)))
+
+
+@pytest.mark.parametrize("order", ["normal", "s"])
+@pytest.mark.parametrize("mask_type", VARIANTS)
+def test_layers_compiled_one_by_one_share_their_graphs(mask_type, order):
+    """Nothing in a graph depends on the number of the layer."""
+    model = lion_hf.LionForImageClassification(vision_config(mask_type, num_hidden_layers=4, order=order)).train()
+    counter = CompileCounterWithBackend("eager")
+    for layer in model.lion_vision.layers:
+        layer.compile(backend=counter)
+    model(torch.randn(2, 3, 8, 8)).logits.sum().backward()
+    assert counter.frame_count == 1
 
 
 def pairs(variants):

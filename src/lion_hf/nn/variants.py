@@ -103,7 +103,15 @@ class Variant:
     def __init__(self, mixer: "nn.Module", scan: int = 0):
         self.mixer, self.scan = mixer, scan
         self.dim, self.heads, self.head_dim = mixer.dim, mixer.num_heads, mixer.head_dim
-        self.layer_idx, self.num_layers = mixer.layer_idx, mixer.num_layers
+
+    # Read where they are used: a graph that does not need them serves the layers that follow too.
+    @property
+    def layer_idx(self) -> int:
+        return self.mixer.layer_idx
+
+    @property
+    def num_layers(self) -> int:
+        return self.mixer.num_layers
 
     def __getattr__(self, name: str):
         if name.startswith("__") or name == "mixer":
