@@ -39,11 +39,12 @@ from .tokens import accumulation_dtype, walks_chunks, without_autocast
 
 
 # format="auto" uses the attention form up to this many tokens and the chunk form beyond, by device and kind of
-# decay. Measured on 2 CPU cores by `python benchmarks/bench_ops.py --crossover` (forward + backward, head width 64).
-# The accelerator row is an estimate from arithmetic intensity: not yet timed on a GPU.
+# decay (forward + backward, head width 64). Measured on two cores of an AMD EPYC (family 26 model 2, AVX512) by
+# `python benchmarks/bench_ops.py --crossover`, and for what the fused kernels do not take on an H100 by
+# `python benchmarks/bench_gpu.py autotune`.
 CROSSOVER = {
-    "cpu": {"none": 80, "head": 224, "token": 208},
-    "accelerator": {"none": 256, "head": 1024, "token": 1024},
+    "cpu": {"none": 96, "head": 272, "token": 248},
+    "accelerator": {"none": 0, "head": 512, "token": 256},
 }
 
 
