@@ -52,6 +52,18 @@ def test_a_trace_with_unpadding_reads_no_mask():
         torch.testing.assert_close(traced(**inputs)["logits"], model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_trace_pools_the_mean_of_real_tokens():
+    model, example, others = text("selective", "auto", classifier_pooling="mean")
+    none_real = text_inputs(2, 6)
+    none_real["attention_mask"][0] = 0
+    model = spread_decays(model).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, example_kwarg_inputs=example, strict=False, check_trace=False)
+    for inputs in (*others, none_real):
+        torch.testing.assert_close(traced(**inputs)["logits"], model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
 class FirstOutput(torch.nn.Module):
     def __init__(self, model, names):
         super().__init__()

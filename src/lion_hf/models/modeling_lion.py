@@ -121,7 +121,8 @@ class LionPooler(nn.Module):
             return sequence_means(hidden_states, cu_seqlens, key_mask)
         if key_mask is None:
             return hidden_states.mean(1)
-        real = key_mask.scatter(1, key_mask.int().argmax(1, keepdim=True), True)  # the first of all where none is
+        positions = torch.arange(key_mask.shape[1], device=key_mask.device)
+        real = key_mask | (positions == key_mask.int().argmax(1, keepdim=True))  # the first of all where none is
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         sums = hidden_states.masked_fill(~real.unsqueeze(2), 0).sum(1, dtype=dtype)
         return (sums / real.sum(1, keepdim=True)).to(hidden_states.dtype)
