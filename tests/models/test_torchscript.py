@@ -64,6 +64,17 @@ def test_a_trace_pools_the_mean_of_real_tokens():
         torch.testing.assert_close(traced(**inputs)["logits"], model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_trace_refuses_images_whose_sides_the_patches_do_not_divide():
+    model, example, _ = image("selective", "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model.eval(), example_kwarg_inputs=example, strict=False, check_trace=False)
+    traced(pixel_values=torch.randn(1, 3, 24, 16))
+    for size in ((23, 16), (16, 17)):
+        with pytest.raises(RuntimeError):
+            traced(pixel_values=torch.randn(1, 3, *size))
+
+
 class FirstOutput(torch.nn.Module):
     def __init__(self, model, names):
         super().__init__()

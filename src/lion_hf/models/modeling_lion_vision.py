@@ -56,7 +56,7 @@ class LionVisionPatchEmbeddings(nn.Module):
                 f"The image is {height} x {width} pixels, which patch_size {self.patch_size} does not divide. Resize "
                 "or crop both sides to a multiple of it."
             )
-        if is_exporting():  # a graph without the check above: in ONNX a reshape refuses what does not fit, too
+        if is_exporting() or torch.jit.is_tracing():  # a graph has no check: there a reshape refuses what does not fit
             pixel_values = pixel_values.unflatten(2, (-1, self.patch_size)).flatten(2, 3)
             pixel_values = pixel_values.unflatten(3, (-1, self.patch_size)).flatten(3, 4)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
