@@ -106,3 +106,7 @@ def test_onnx_through_torchscript_is_right_at_other_sizes(build, mask_type, form
     for inputs in (example, *others):
         (logits,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
         torch.testing.assert_close(torch.from_numpy(logits), model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    if build is image:
+        for size in ((2, 3, 15, 16), (2, 3, 16, 23)):
+            with pytest.raises(Exception, match="Non-zero status"):
+                session.run(None, {"pixel_values": torch.randn(size).numpy()})
