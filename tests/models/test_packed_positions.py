@@ -1,6 +1,7 @@
 """Which position_ids tell that a row holds several texts, and which are positions."""
 
 import itertools
+import logging
 
 import pytest
 import torch
@@ -87,3 +88,15 @@ def test_bounds_overrule_positions(positions, caplog):
         found = model(ids, position_ids=positions, **told).last_hidden_state
         torch.testing.assert_close(found, separate, rtol=1e-9, atol=1e-12)
     assert not warned(caplog)
+
+
+def test_positions_that_count_the_tokens_are_not_told_to_be_ignored(caplog):
+    """A collator that packs texts gives them for a batch of a single text, too: without a table nothing is lost."""
+    logging.Logger.warning_once.cache_clear()
+    model, ids = build(), torch.randint(1, 61, (2, 6))
+    for start in (0, 3):
+        for rows in (1, 2):
+            model(ids[:rows], position_ids=torch.arange(start, start + 6)[None].expand(rows, -1))
+    assert "are ignored" not in caplog.text
+    model(ids, position_ids=torch.tensor([[0, 1, 2, 4, 5, 6]]))
+    assert "are ignored" in caplog.text

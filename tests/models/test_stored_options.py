@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from small_models import VARIANTS, text_config, vision_config
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, BertConfig, ViTConfig
 
@@ -118,6 +119,7 @@ COPIES = {
     "folder": from_folder,
     "dict": lambda config, folder: LionConfig.from_dict(config.to_dict()),
     "diff": lambda config, folder: LionConfig.from_dict(config.to_diff_dict()),
+    "arguments": lambda config, folder: LionConfig(**config.to_dict()),
     "model": lambda config, folder: lion_hf.LionModel(config).config,
 }
 ASSIGNMENTS = {
@@ -142,7 +144,7 @@ def test_derived_options_follow_the_variant(tmp_path, placed, copied, assign):
 
 
 @pytest.mark.parametrize("assign", ASSIGNMENTS.values(), ids=ASSIGNMENTS)
-@pytest.mark.parametrize("name", [name for name in COPIES if name not in ("folder", "dict", "diff")])
+@pytest.mark.parametrize("name", [name for name in COPIES if name not in ("folder", "dict", "diff", "arguments")])
 @pytest.mark.parametrize("option", DERIVED)
 @pytest.mark.parametrize("given", [True, False])
 def test_what_the_user_set_stays_and_none_lets_it_follow_again(tmp_path, option, given, name, assign):
@@ -194,6 +196,36 @@ def test_a_bag_of_words_is_told(said):
     assert not said
     config = LionConfig(**{**LionConfig().to_dict(), "mask_type": "lit"})
     assert config.pos_emb is False and "order of its tokens" in said[0]
+
+
+def test_a_bag_of_words_that_assignments_made_is_told_by_its_model(said):
+    config = text_config("decay", pos_emb=False)
+    config.mask_type = "lit"
+    assert not said
+    lion_hf.LionForTokenClassification(config)
+    assert "order of its tokens" in said[0]
+
+
+@pytest.mark.parametrize(
+    "config, model, changed",
+    [
+        (
+            text_config,
+            lion_hf.LionModel,
+            {"feature_map": "elu", "normalize": True, "attention_probs_dropout_prob": 0.1},
+        ),
+        (text_config, lion_hf.LionForMaskedLM, {"hidden_dropout_prob": float("nan")}),
+        (vision_config, lion_hf.LionForImageClassification, {"image_size": 17}),
+        (vision_config, lion_hf.LionBackbone, {"gate_eps": float("inf")}),
+    ],
+)
+def test_what_a_constructor_refuses_a_model_refuses_after_an_assignment(config, model, changed):
+    config, (*_, (name, value)) = config("selective"), changed.items()
+    with pytest.raises(StrictDataclassError, match=f"{name} .*{value}"):
+        type(config)(**{**config.to_diff_dict(), **changed})
+    config.update(changed)
+    with pytest.raises(ValueError, match=f"{name} .*{value}"):
+        model(config)
 
 
 # ------------------------------------------------------------------------------------------------- values of options

@@ -52,6 +52,29 @@ def test_a_trace_with_unpadding_reads_no_mask():
         torch.testing.assert_close(traced(**inputs)["logits"], model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_trace_pools_the_mean_of_real_tokens():
+    model, example, others = text("selective", "auto", classifier_pooling="mean")
+    none_real = text_inputs(2, 6)
+    none_real["attention_mask"][0] = 0
+    model = spread_decays(model).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, example_kwarg_inputs=example, strict=False, check_trace=False)
+    for inputs in (*others, none_real):
+        torch.testing.assert_close(traced(**inputs)["logits"], model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trace_refuses_images_whose_sides_the_patches_do_not_divide():
+    model, example, _ = image("selective", "auto")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model.eval(), example_kwarg_inputs=example, strict=False, check_trace=False)
+    traced(pixel_values=torch.randn(1, 3, 24, 16))
+    for size in ((23, 16), (16, 17)):
+        with pytest.raises(RuntimeError):
+            traced(pixel_values=torch.randn(1, 3, *size))
+
+
 class FirstOutput(torch.nn.Module):
     def __init__(self, model, names):
         super().__init__()
@@ -83,3 +106,7 @@ def test_onnx_through_torchscript_is_right_at_other_sizes(build, mask_type, form
     for inputs in (example, *others):
         (logits,) = session.run(None, {name: x.numpy() for name, x in inputs.items()})
         torch.testing.assert_close(torch.from_numpy(logits), model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    if build is image:
+        for size in ((2, 3, 15, 16), (2, 3, 16, 23)):
+            with pytest.raises(Exception, match="Non-zero status"):
+                session.run(None, {"pixel_values": torch.randn(size).numpy()})

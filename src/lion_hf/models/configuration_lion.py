@@ -88,6 +88,9 @@ class _LionOptions:
         super().__post_init__(**kwargs)
         if use_cache != self.use_cache:
             self.use_cache = use_cache
+        if self.transformers_version is not None:  # the arguments are those of a dict that `to_dict` made
+            derived = {name for name in self.derived_options if getattr(self, name) == self._derived(name)}
+            self.__dict__["_following"] = getattr(self, "_following", frozenset()) | derived
 
     @classmethod
     def _refuse_misspelt(cls, names) -> None:

@@ -129,6 +129,7 @@ class LionPreTrainedMixin:
                 f"given {type(config).__name__} with model_type {getattr(config, 'model_type', None)!r}. Text models "
                 "take a LionConfig, image models a LionVisionConfig; AutoModel picks the class that fits a checkpoint."
             )
+        config.validate_shape()  # options may have been set one by one
         super().__init__(config, *args, **kwargs)
         # Loading reads the strict set, quantisers the other one.
         self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = float32_patterns(config)

@@ -56,7 +56,7 @@ class LionEmbeddings(nn.Module):
         embeddings = embeddings + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             embeddings = embeddings + self._positions(position_ids, embeddings)
-        elif position_ids is not None and not torch.compiler.is_compiling():
+        elif position_ids is not None and not torch.compiler.is_compiling() and not _are_counted(position_ids):
             logger.warning_once(
                 "position_ids are ignored: this LION model has no position table (pos_emb=False), it tells positions "
                 "by its decay."
@@ -121,7 +121,8 @@ class LionPooler(nn.Module):
             return sequence_means(hidden_states, cu_seqlens, key_mask)
         if key_mask is None:
             return hidden_states.mean(1)
-        real = key_mask.scatter(1, key_mask.int().argmax(1, keepdim=True), True)  # the first of all where none is
+        positions = torch.arange(key_mask.shape[1], device=key_mask.device)
+        real = key_mask | (positions == key_mask.int().argmax(1, keepdim=True))  # the first of all where none is
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         sums = hidden_states.masked_fill(~real.unsqueeze(2), 0).sum(1, dtype=dtype)
         return (sums / real.sum(1, keepdim=True)).to(hidden_states.dtype)
@@ -229,6 +230,11 @@ class LionModel(LionPreTrainedModel):
         if self.pooler is not None:
             pooled = self.pooler(hidden_states, key_mask, cu_seqlens, self.config.classifier_pooling)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+def _are_counted(position_ids: Tensor) -> bool:
+    """Whether positions are known to rise by 1 from token to token, as they do where nobody gives any."""
+    return values_can_be_read(position_ids) and bool((position_ids.diff() == 1).all())
 
 
 def _check_positions(position_ids: Tensor | None, batch: int, length: int) -> None:

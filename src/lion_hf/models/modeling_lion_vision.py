@@ -59,6 +59,10 @@ class LionVisionPatchEmbeddings(nn.Module):
         if is_exporting():  # a graph without the check above: in ONNX a reshape refuses what does not fit, too
             pixel_values = pixel_values.unflatten(2, (-1, self.patch_size)).flatten(2, 3)
             pixel_values = pixel_values.unflatten(3, (-1, self.patch_size)).flatten(3, 4)
+        elif torch.jit.is_tracing():  # likewise; with -1 in one place only, the batch stays free
+            shape = batch, channels, height, width = pixel_values.shape
+            pixel_values = pixel_values.reshape(batch, channels, -1, self.patch_size, width)
+            pixel_values = pixel_values.reshape(batch, channels, height, -1, self.patch_size).reshape(shape)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
 
