@@ -149,7 +149,8 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
 
 def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, shared: bool, left, right, dleft, dright):
     """Gradients of chunks from the states that reach them (left, right) and the gradients of those they send on
-    (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, V), or None as `w` is.
+    (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, V), or None
+    as `w` is.
 
     The last result is d gates (B, H, n, K), or (1, H, 1, K), summed over batch and chunks, if `shared` (LION-D)."""
 
