@@ -277,6 +277,31 @@ def test_a_regression_of_any_kind_of_model_starts_at_the_mean(kind):
 # -------------------------------------------------------------------------------------------------------- predicting
 
 
+@pytest.mark.parametrize(
+    "names, has_head",
+    [
+        (["LionForSequenceClassification"], True),
+        (["BertForPreTraining"], True),
+        (["ReviewsForSale"], True),  # of one's own, with whatever head
+        (["Reviews"], True),
+        (None, True),
+        (["LionForMaskedLM"], False),
+        (["LionModel"], False),
+        (["LionForQuestionAnswering"], False),
+    ],
+)
+def test_a_head_is_judged_by_names_of_transformers_only(names, has_head):
+    from lion_hf.training.errors import UserError
+    from lion_hf.training.models import require_head
+
+    config = lion_hf.LionConfig(architectures=names)
+    if has_head:
+        require_head(config, AutoModelForSequenceClassification, "folder")
+    else:
+        with pytest.raises(UserError, match="has no trained head"):
+            require_head(config, AutoModelForSequenceClassification, "folder")
+
+
 def read_csv(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
