@@ -51,6 +51,7 @@ from .parts import (
     load_tokens,
     load_vector,
     load_weights,
+    meetings,
     of_head,
     place_of,
     places,
@@ -148,6 +149,7 @@ def forward_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, decay_b, decay_h, decay_l, length, chunks, tiles, scale, eps,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows of s sum_j M_ij (q_i . k_j) v_j, and its row sums where RESULT needs them."""
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -168,9 +170,10 @@ def forward_kernel(
         v_tile = load_tokens(of_head(value, batch, head, v_b, v_h), at, kept, v_l, WIDTH_V, BLOCK_V)
     if states is not None:
         place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
-        left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-        if DECAY != 0:
-            right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if EARLY:
+            left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+            if DECAY != 0:
+                right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     mixed, row_sum = tl.zeros((TILE, BLOCK_V), tl.float32), tl.zeros((TILE,), tl.float32)
     if DECAY != 0:
         decay = of_head(decay, batch, head, decay_b, decay_h)
@@ -179,11 +182,15 @@ def forward_kernel(
         reading = q_tile
         if DECAY != 0:
             reading = q_tile.to(tl.float32) * tl.exp(e + e_rest)[:, None]
+        if not EARLY:
+            left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         mixed += product(reading, left_state, PRECISION)
         if RESULT != 0:
             row_sum += tl.sum(reading.to(tl.float32) * load_vector(vectors, place, WIDTH_K, BLOCK_K)[None, :], 1)
         if DECAY != 0:
             reading = q_tile.to(tl.float32) * tl.exp((total - f) + (total_rest - f_rest))[:, None]
+            if not EARLY:
+                right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             mixed += product(reading, right_state, PRECISION)
             if RESULT != 0:
                 row_sum += tl.sum(reading * load_vector(vectors, place + 1, WIDTH_K, BLOCK_K)[None, :], 1)
@@ -225,10 +232,11 @@ def backward_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, d_out_b, d_out_h, d_out_l, decay_b, decay_h, decay_l,
     length, chunks, tiles, scale,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    DECAY: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """The gradients of one tile of queries, keys and values, and of the gates: (B, H, L), or with one gate for each
-    head the tile's share of its gradient, (tiles, H)."""
+    head the tile's share of its gradient, (tiles, H). EARLY: states are small enough to be read before they are needed,
+    and kept."""
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     chunk = tile // tiles
     batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
@@ -251,9 +259,10 @@ def backward_kernel(
     dy_tile = load_tokens(of_head(d_out, batch, head, d_out_b, d_out_h), at, keep, d_out_l, WIDTH_V, BLOCK_V)
     if key_states is not None:
         place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
-        left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-        if DECAY != 0:
-            right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if EARLY:
+            left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+            if DECAY != 0:
+                right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     # What the gradients of queries are multiplied by, and those of keys and values; tokens on the left and on the right
     # are seen through the gates on the way to that edge of the tile.
     reading, writing = weight * scale, kept.to(tl.float32) * scale
@@ -276,12 +285,17 @@ def backward_kernel(
         scores = product(q_tile, tl.trans(k_tile), PRECISION) * factor
         dv += product(tl.trans(scores), dy_tile, PRECISION)
     if key_states is not None:
+        if not EARLY:
+            left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         dv += product(k_tile, left_queries, PRECISION) * left_writing[:, None]
         if DECAY != 0:
+            if not EARLY:
+                right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             dv += product(k_tile, right_queries, PRECISION) * right_writing[:, None]
-        left_keys = load_state(key_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-        if DECAY != 0:
-            right_keys = load_state(key_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if EARLY:
+            left_keys = load_state(key_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+            if DECAY != 0:
+                right_keys = load_state(key_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     store_rows(d_value, dv, batch, head, heads, length, at, keep, WIDTH_V, BLOCK_V)
 
     # The gradient of gate t is a sum over the pairs whose way passes it: all that `cross` the tile, of those that end
@@ -301,25 +315,35 @@ def backward_kernel(
         d_scores *= factor
         dk += product(tl.trans(d_scores), q_tile, PRECISION)
     if key_states is not None:
+        if not EARLY:
+            left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         part = product(v_tile, tl.trans(left_queries), PRECISION)
         if query_vectors is not None:
             part += load_vector(query_vectors, place, WIDTH_K, BLOCK_K)[None, :]
         dk += part * left_writing[:, None]
         if DECAY != 0:
             to_come += tl.sum(k_tile.to(tl.float32) * part, 1) * left_writing
+            if not EARLY:
+                right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             part = product(v_tile, tl.trans(right_queries), PRECISION)
             if query_vectors is not None:
                 part += load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K)[None, :]
             dk += part * right_writing[:, None]
             begun += tl.sum(k_tile.to(tl.float32) * part, 1) * right_writing
-            cross += tl.sum(tl.sum(left_keys.to(tl.float32) * right_queries.to(tl.float32), 1), 0)
-            cross += tl.sum(tl.sum(right_keys.to(tl.float32) * left_queries.to(tl.float32), 1), 0)
+            if EARLY:
+                cross += tl.sum(tl.sum(left_keys.to(tl.float32) * right_queries.to(tl.float32), 1), 0)
+                cross += tl.sum(tl.sum(right_keys.to(tl.float32) * left_queries.to(tl.float32), 1), 0)
+            else:
+                cross += meetings(key_states, query_states, place, place + 1, WIDTH_K * WIDTH_V)
+                cross += meetings(key_states, query_states, place + 1, place, WIDTH_K * WIDTH_V)
     store_rows(d_key, dk, batch, head, heads, length, at, keep, WIDTH_K, BLOCK_K)
 
     dq = tl.zeros((TILE, BLOCK_K), tl.float32)
     if DECAY != 0 or key_states is None:
         dq += product(d_scores, k_tile, PRECISION)
     if key_states is not None:
+        if not EARLY:
+            left_keys = load_state(key_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         part = product(dy_tile, tl.trans(left_keys), PRECISION)
         if key_vectors is not None:
             left_vector = load_vector(key_vectors, place, WIDTH_K, BLOCK_K)
@@ -329,6 +353,8 @@ def backward_kernel(
             rows = tl.sum(q_tile.to(tl.float32) * part, 1) * left_reading
             to_come += rows
             own -= rows
+            if not EARLY:
+                right_keys = load_state(key_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             part = product(dy_tile, tl.trans(right_keys), PRECISION)
             if key_vectors is not None:
                 right_vector = load_vector(key_vectors, place + 1, WIDTH_K, BLOCK_K)

@@ -35,9 +35,10 @@ MAX_WIDTH = 128
 _FORWARD = (64, 4)
 _BACKWARD = (64, 4)
 _ONE_TILE = (128, 8)
-# Tokens in float32 without tensor cores, whose products need the registers that larger tiles would fill, and where
-# operands in float32 are wide: larger tiles of them do not fit into shared memory. Wide heads take twice the warps.
-_FLOAT32_TILE = 32
+# Tokens at most where operands are float32, forward: of heads of at most 64 features on tensor cores, and of others.
+# Backward takes half as many. Registers and shared memory hold no more; benchmarks/kernel_resources.py counts them.
+# Such small tiles, and wider heads, take twice the warps.
+_FLOAT32_TILES = (64, 32)
 
 # Tiles of a chunk of LION-LIT, whose states are summed up anyway; chunks whose states are propagated at a time.
 _TILES = 4
@@ -127,12 +128,15 @@ class _Operator:
         # float16 fits into the mantissa of tf32, whose range holds the factors that its own does not.
         self.precision = "bf16" if dtypes == {torch.bfloat16} else "ieee" if exact else "tf32"
         wide = max(self.head_dim, self.value_dim) > 64
-        small = exact or (wide and self.precision != "bf16")
+        self.early = self.precision == "bf16" and not wide
         tile, warps = _BACKWARD if backward else _FORWARD
-        if tile < self.length <= _ONE_TILE[0] and cu_seqlens is None:
+        if self.early and tile < self.length <= _ONE_TILE[0] and cu_seqlens is None:
             tile, warps = _ONE_TILE
+        largest = tile
+        if self.precision != "bf16":
+            largest = min(tile, _FLOAT32_TILES[exact or wide] // (2 if backward else 1))
         tiles = _TILES if self.kind == NONE else 1
-        self.tiling = _tiling(self.batch, self.length, cu_seqlens, min(tile, _FLOAT32_TILE) if small else tile, tiles)
+        self.tiling = _tiling(self.batch, self.length, cu_seqlens, largest, tiles)
         self.has_states = self.length > self.tiling.tile or cu_seqlens is not None
         self.sizes = {
             "WIDTH_K": self.head_dim,
@@ -142,7 +146,7 @@ class _Operator:
             "TILE": self.tiling.tile,
             "DECAY": self.kind,
             "PRECISION": self.precision,
-            "num_warps": min(8, 2 * warps) if exact or wide else warps,
+            "num_warps": min(8, 2 * warps) if wide or largest < tile else warps,
             "num_stages": 2,
         }
 
@@ -179,7 +183,7 @@ class _Operator:
         forward_kernel[self._grid()](
             query, key, value, out, row_sums, states, vectors, self.key_mask, self.decay, tiling.table, self.path,
             *_strides(query), *_strides(key), *_strides(value), *self.decay_strides,
-            self.length, tiling.chunks, tiling.tiles, self.scale, eps, **self.sizes, RESULT=result,
+            self.length, tiling.chunks, tiling.tiles, self.scale, eps, **self.sizes, RESULT=result, EARLY=self.early,
         )  # fmt: skip
 
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:
@@ -206,6 +210,7 @@ class _Operator:
             key_states, key_vectors, query_states, query_vectors, bias, row_sums, self.key_mask, self.decay,
             tiling.table, self.path, *_strides(query), *_strides(key), *_strides(value), *_strides(d_out),
             *self.decay_strides, self.length, tiling.chunks, tiling.tiles, self.scale, **self.sizes,
+            EARLY=self.early,
         )  # fmt: skip
         if self.kind == HEAD:
             d_decay.copy_(torch.where(self.decay >= FLOOR.value, shares.sum(0), 0))

@@ -176,6 +176,17 @@ def load_vector(vectors, place, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def meetings(keys, queries, place, other, SIZE: tl.constexpr):
+    """The sum of the products of the entries of a state of keys and of one of queries, a number."""
+    total = 0.0
+    for begin in range(0, SIZE, 1024):
+        entry = begin + tl.arange(0, 1024)
+        one = tl.load(keys + place * SIZE + entry, mask=entry < SIZE, other=0.0).to(tl.float32)
+        total += tl.sum(one * tl.load(queries + other * SIZE + entry, mask=entry < SIZE, other=0.0).to(tl.float32), 0)
+    return total
+
+
+@triton.jit
 def store_state(
     states, vectors, place, state, vector,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
