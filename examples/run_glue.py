@@ -184,9 +184,16 @@ def make_model(task: GlueTask, model_args: TextModelArguments, tokenizer, max_le
     require_room(model.config, tokenizer, max_length)
     trained_head = config.num_labels == 1 and any("SequenceClassification" in x for x in config.architectures or [])
     if mean is not None and not trained_head:
-        torch.nn.init.constant_(model.classifier.bias, mean)
+        start_at(model, mean)
     # A checkpoint in half precision is trained in float32 too; what bf16 computes is autocast's matter.
     return model.float()
+
+
+def start_at(model: torch.nn.Module, value: float) -> None:
+    """Sets the bias of the last layer, which every kind of model calls by another name, if it has one."""
+    last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
+    if last.bias is not None:
+        torch.nn.init.constant_(last.bias, value)
 
 
 def run_task(

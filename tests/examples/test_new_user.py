@@ -14,7 +14,7 @@ import torch
 from glue_script import ONE_STEP, TINY, write
 from image_script import DIGITS, picture, train
 from small_models import text_config, vision_config
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
 
 import lion_hf
 from lion_hf.training.reports import Report, plot_curves
@@ -259,7 +259,47 @@ def test_the_new_head_of_a_regression_starts_at_the_mean_of_the_labels(run_glue)
         assert model.classifier.bias.item() == pytest.approx(expected, abs=0.2)
 
 
+@pytest.mark.parametrize("kind", ["lion", "bert", "modernbert", "roberta", "electra", "gpt2"])
+def test_a_regression_of_any_kind_of_model_starts_at_the_mean(kind):
+    from run_glue import start_at
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = AutoConfig.for_model(kind, vocab_size=16, num_labels=1, pad_token_id=0, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    start_at(model, 100.0)
+    changed = [name for name, x in model.named_parameters() if not torch.equal(x, before[name])]
+    assert len(changed) == (0 if kind == "gpt2" else 1)  # its head has no bias
+    if changed:
+        assert abs(model(torch.ones(1, 4, dtype=torch.long)).logits.item() - 100) < 10
+
+
 # -------------------------------------------------------------------------------------------------------- predicting
+
+
+@pytest.mark.parametrize(
+    "names, has_head",
+    [
+        (["LionForSequenceClassification"], True),
+        (["BertForPreTraining"], True),
+        (["ReviewsForSale"], True),  # of one's own, with whatever head
+        (["Reviews"], True),
+        (None, True),
+        (["LionForMaskedLM"], False),
+        (["LionModel"], False),
+        (["LionForQuestionAnswering"], False),
+    ],
+)
+def test_a_head_is_judged_by_names_of_transformers_only(names, has_head):
+    from lion_hf.training.errors import UserError
+    from lion_hf.training.models import require_head
+
+    config = lion_hf.LionConfig(architectures=names)
+    if has_head:
+        require_head(config, AutoModelForSequenceClassification, "folder")
+    else:
+        with pytest.raises(UserError, match="has no trained head"):
+            require_head(config, AutoModelForSequenceClassification, "folder")
 
 
 def read_csv(path):

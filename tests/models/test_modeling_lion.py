@@ -422,9 +422,12 @@ def test_one_row_of_mask_serves_every_row(head, training):
     shared = [mask, mask[:, None, None]]
     if ids.dim() == 3:
         shared = [mask, mask[None], mask.expand(3, 7)[:, None], mask.expand(2, 7)[None]]
+        shared += [mask[:, None, None], mask.expand(6, 7)[:, None, None], mask.expand(1, 2, 1, 1, 7)]
     for row in shared:
         outputs = model(ids, row, **labels)
         for a, b in zip(outputs.values(), expected.values(), strict=True):
             assert torch.equal(a, b)
     with pytest.raises(ValueError, match="attention_mask has shape"):
         model(ids, torch.ones(4, 7) if ids.dim() == 2 else torch.ones(5, 7))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        model(ids, torch.ones(4, 1, 1, 7))

@@ -312,6 +312,19 @@ def test_options_are_taken_beside_a_configuration_object(tmp_path, kind):
         AutoModel.from_pretrained(tmp_path, config=config, format="nonsense")
 
 
+@pytest.mark.parametrize("name", configuration_lion.STRUCTURAL)
+def test_none_leaves_what_decides_the_structure_beside_a_configuration_object_too(name, tmp_path):
+    config = text_config(mask_type="selective", pos_emb=True, layer_norm_after=True, mlp_type="glu")
+    lion_hf.LionModel(config).save_pretrained(tmp_path)
+    stored = config.structure()
+    for model in (
+        AutoModel.from_pretrained(tmp_path, **{name: None}),
+        AutoModel.from_pretrained(tmp_path, config=config, **{name: None}),
+        AutoModel.from_config(config, **{name: None}),
+    ):
+        assert model.config.structure() == stored
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16", torch.float64, "auto", None], ids=str)
 @pytest.mark.parametrize("mask_type", VARIANTS)
 def test_a_new_model_has_the_dtypes_of_a_loaded_one(tmp_path, mask_type, dtype):

@@ -141,3 +141,24 @@ def test_a_key_is_read_up_to_the_documented_distance(form, chunk_size, normalize
     z = run(x.double(), gates.double())  # float64 reads further
     assert (z != 0).all()
     torch.testing.assert_close(y.double(), z, rtol=1e-5, atol=1e-10)
+
+
+@pytest.mark.parametrize("length, calls", [(9, 0), (30, 2)])
+@pytest.mark.parametrize("shape", [(2,), (3, 2, None)], ids=["head", "token"])
+def test_factors_are_made_where_chunks_exchange_states_and_of_each_row_only_where_they_differ(
+    monkeypatch, length, calls, shape
+):
+    made, make = [], chunk.decay_factors
+
+    def recorded(*args, **kwargs):
+        made.append(make(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(chunk, "decay_factors", recorded)
+    query, key, value = (torch.rand(3, 2, length, 4, requires_grad=True) for _ in range(3))
+    log_decay = -torch.rand([length if n is None else n for n in shape])
+    y = bidirectional_linear_attention(query, key, value, log_decay, format="chunk", chunk_size=9)
+    y.backward(torch.rand_like(y) + 0.1)
+    assert len(made) == calls
+    for factors, _ in made:
+        assert {x.shape[0] for x in factors} == ({1} if len(shape) == 1 else {3})

@@ -14,7 +14,6 @@ LENGTHS = (7, 9, 12, 4, 5, 3, 1, 2, 8, 16, 17, 23, 64, 257, 256, 260, 300, 31, 6
 
 def cases():
     yield pytest.param("chunk", "none", True, LENGTHS, id="chunk-none-True-quick")
-    yield pytest.param("chunk", "head", False, LENGTHS[:3], id="chunk-head-False-few")
     for form in ("attention", "chunk", "rnn", "auto"):
         for kind in ("none", "head", "token"):
             for training in (False, True):

@@ -124,9 +124,7 @@ class _LionOptions:
             )
         if "order" in kwargs and "order" not in cls.__dataclass_fields__:
             _normalised("order", kwargs.pop("order"), cls)  # refused unless it means nothing here
-        for name in STRUCTURAL:
-            if name in kwargs and kwargs[name] is None:
-                del kwargs[name]
+        _drop_undecided(kwargs)
         cls.require_structure(config_dict, {name: kwargs[name] for name in STRUCTURAL if name in kwargs})
         result = super().from_dict(cls._arguments(config_dict), **kwargs)
         (
@@ -148,8 +146,9 @@ class _LionOptions:
 
     def with_options(self, options: dict[str, Any]) -> "PreTrainedConfig":
         """A copy with those of `options` that are options of this class, which leave the dict; itself where there are
-        none."""
+        none. None means what it does in `from_dict`."""
         own = self.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+        _drop_undecided(options)
         chosen = {name: options.pop(name) for name in own & options.keys()}
         if not chosen:
             return self
@@ -246,6 +245,13 @@ def spellings(option: str) -> dict[str, str]:
     if option == "mask_type":
         return {word: name for name, cls in VARIANTS.items() for word in (name, *cls.spellings)}
     return _SPELLINGS[option]
+
+
+def _drop_undecided(options: dict[str, Any]) -> None:
+    """Takes out options of the structure that are None, which leaves what is stored."""
+    for name in STRUCTURAL:
+        if name in options and options[name] is None:
+            del options[name]
 
 
 def _in_plain_values(cls: type) -> type:

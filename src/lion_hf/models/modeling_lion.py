@@ -524,11 +524,15 @@ class LionForMultipleChoice(LionPreTrainedModel):
 
 
 def _flat_choices(x: Tensor | None, batch: int, choices: int) -> Tensor | None:
-    """(batch, choices, ...), or with 1 in place of either, as rows of one batch; (1, length) as it is."""
+    """(batch, choices, ...), or with 1 in place of either, as rows of one batch. As they are: (1, length), and masks of
+    such rows, (rows, 1, 1, length)."""
     if x is None or x.dim() < 3:
         return x
     if x.shape[:2] != (batch, choices):
-        x = x.expand(*(n if size == 1 else size for n, size in zip((batch, choices), x.shape, strict=False)), -1)
+        if x.dim() == 4:
+            return x
+        sizes = (n if size == 1 else size for n, size in zip((batch, choices), x.shape, strict=False))
+        x = x.expand(*sizes, *x.shape[2:])
     return x.flatten(0, 1)
 
 

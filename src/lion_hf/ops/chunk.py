@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import is_exporting, makes_graph
+from .checks import is_exporting, makes_graph, values_can_be_read
 from .decays import (
     Factors,
     Flow,
@@ -53,7 +53,11 @@ def chunk_factors(
     if torch.jit.is_tracing() or is_exporting():  # what runs the graph has denormals of its own, and no such operators
         return decay_factors(gates, None, None, scale, x.dtype, all_large=True)
     keys = None if x.key_mask is None else split(x.key_mask[:, None].bool())
-    queries = None if dy is None else split(dy.abs().amax(-1) != 0)
+    queries = None
+    if dy is not None:
+        queries = dy.abs().amax(-1) != 0
+        every = values_can_be_read(dy) and bool(queries.all())  # as a rule, and LION-D needs no factors of each row
+        queries = queries.new_ones(1, 1, 1, 1) if every else split(queries)
     return decay_factors(gates, keys, queries, scale, x.dtype)
 
 
@@ -108,9 +112,9 @@ def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
     chunks, size = equal_chunks(length, chunk_size)
     q, k, v = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values()))
     gates = chunk_gates(log_decay, length, chunks, size, q.dtype)
-    (w, flows), total = chunk_factors(x, gates, chunks, scale), gates.sum(-1)
     y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(tile_weights(gates, scale, q.dtype)), v)
     if torch.jit.is_tracing() or chunks > 1:
+        (w, flows), total = chunk_factors(x, gates, chunks, scale), gates.sum(-1)
         left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
         y = _add_product(y, q * w.read_left, left)
         right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
@@ -123,11 +127,12 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
     chunks, size = equal_chunks(length, chunk_size)
     dy = x.join(dy, dc)
     gates = chunk_gates(log_decay, length, chunks, size, dy.dtype)
-    (w, flows), total = chunk_factors(x, gates, chunks, scale, dy), gates.sum(-1)
+    whole = dy
     q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), dy))
     tile = tile_weights(gates, scale, q.dtype)
-    left = right = dleft = dright = None
+    w = left = right = dleft = dright = None
     if torch.jit.is_tracing() or chunks > 1:
+        (w, flows), total = chunk_factors(x, gates, chunks, scale, whole), gates.sum(-1)
         left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
         right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
         # The transposed mask: what a query read from the left flows back to keys that lie to its left.
@@ -142,9 +147,10 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
     return dq, dk, dv, F.pad(dgates.flatten(2, 3), (0, length - chunks * size))
 
 
-def chunk_gradients(q, k, v, dy, w: Factors, tile: Tensor, shared: bool, left, right, dleft, dright):
+def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, shared: bool, left, right, dleft, dright):
     """Gradients of chunks from the states that reach them (left, right) and the gradients of those they send on
-    (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, V) or None.
+    (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, V), or None
+    as `w` is.
 
     The last result is d gates (B, H, n, K), or (1, H, 1, K), summed over batch and chunks, if `shared` (LION-D)."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import CONFIG_MAPPING
+from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
 from ..convert import config_from_bert, config_from_vit, from_bert, from_vit
 from ..models.configuration_lion import PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
@@ -50,8 +50,10 @@ def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
 def require_head(config: PreTrainedConfig, auto_class, name: str) -> None:
     """Raises a `UserError` for a model without the head that a script evaluates: it would be a random one."""
     wanted = auto_class.__name__.removeprefix("AutoModel")
-    heads = [found[0] for x in config.architectures or [] if (found := re.search(r"(For[A-Z]\w+|Model)$", x))]
-    if heads and not {wanted, "ForPreTraining"} & set(heads):
+    heads = {found[0] for x in config.architectures or [] if (found := re.search(r"(For[A-Z]\w+|Model)$", x))}
+    # Classes of one's own say nothing by their names.
+    heads &= {"Model"} | {x.removeprefix("AutoModel") for x in modeling_auto.__all__ if x.startswith("AutoModelFor")}
+    if heads and not heads & {wanted, "ForPreTraining"}:
         raise UserError(
             f"{name!r} holds {', '.join(config.architectures)}, which has no trained head for this script: train it "
             "first, without --do_train false"
