@@ -56,7 +56,6 @@ STRUCTURAL = (
     "gate_eps",
 )
 
-
 _KINDS = ("lion", "lion_vision")
 
 # What a decoder does, and no LION: every token reads both directions.
