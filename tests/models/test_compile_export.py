@@ -223,6 +223,16 @@ assert not {"lion_hf", "torch", "transformers"} & sys.modules.keys()
 """
 
 
+def test_a_compiled_loss_that_settles_the_problem_type_warns_of_nothing(recwarn):
+    """The first labels of a classifier set an option of its configuration, inside the graph."""
+    torch.compiler.reset()
+    model = lion_hf.LionForSequenceClassification(text_config(num_hidden_layers=1))
+    compiled = torch.compile(model, backend="eager")
+    compiled(**text_inputs(2, 5), labels=torch.tensor([0, 1])).loss.backward()
+    assert model.config.problem_type == "single_label_classification"
+    assert not [str(w.message) for w in recwarn if "lru_cache" in str(w.message)]
+
+
 def run_onnx(file, batches):
     names = []
     for number, inputs in enumerate(batches):

@@ -56,7 +56,6 @@ STRUCTURAL = (
     "gate_eps",
 )
 
-
 _KINDS = ("lion", "lion_vision")
 
 # What a decoder does, and no LION: every token reads both directions.
@@ -261,7 +260,7 @@ def _in_plain_values(cls: type) -> type:
 
     def __setattr__(self, name: str, value: Any) -> None:
         value = _normalised(name, plain(value), type(self))
-        if meant := misspelt_option(type(self), name):
+        if name not in self.__dataclass_fields__ and (meant := misspelt_option(type(self), name)):
             logger.warning_once(
                 f"{type(self).__name__} keeps {name!r}, which no LION reads; if {meant!r} was meant, set that."
             )
