@@ -1,4 +1,4 @@
-"""Draws what the three forms compute, and how image encoders read their patches, for docs/variants-and-forms.md.
+"""Draws what the three forms compute and how image encoders read patches, for docs/formats.md and docs/variants.md.
 
 python examples/draw_forms.py --folder docs
 """

@@ -12,7 +12,7 @@ from lion_hf.nn import MLP, Block, Encoder, Mixer, SoftmaxMixer
 from lion_hf.ops import snake_orders
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "layers.md"
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 EXAMPLES = re.findall(
     r"^## ([^\n]*)\n.*?^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
 )
