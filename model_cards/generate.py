@@ -180,7 +180,7 @@ def summary(paper: dict[str, Any] | None, variant: str, baseline: str) -> str:
 def operations(
     config: LionConfig | LionVisionConfig, lengths: tuple[int | None, ...]
 ) -> list[tuple[str, float, float]]:
-    """Return (input, GFLOP in the attention form, GFLOP in the chunk form) for each length; None stands for an image."""
+    """Return (input, GFLOP in the attention form, GFLOP in the chunk form) for each length; None means an image."""
     rows = []
     for length in lengths:
         label = f"{length} tokens" if length else "224 pixels"

@@ -87,8 +87,8 @@ def from_bert(
 ) -> PreTrainedModel:
     """Build a LION text encoder from the weights of a BERT.
 
-    Embeddings, MLPs, norms and a matching head are copied. The projections of attention are copied and rescaled, so
-    that a layer starts near softmax attention; decays start from `windows`. The result needs training before use.
+    Embeddings, MLPs, norms and a matching head are copied. The projections of attention are copied and changed to the
+    first-order expansion of softmax; decays start from `windows`. The result needs training before use.
 
     Example::
 

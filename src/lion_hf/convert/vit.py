@@ -52,10 +52,9 @@ def from_vit(
 ) -> PreTrainedModel:
     """Build a LION image encoder from the weights of a ViT, or of a DeiT without distillation token.
 
-    Embeddings, projections, MLPs, norms and a matching head are copied; queries and keys pass through LION's feature
-    map. Decays start from `windows`. The
-    result needs training before use. Load the image processor from the source:
-    `AutoImageProcessor.from_pretrained(source)`.
+    Embeddings, projections, MLPs, norms and a matching head are copied. Queries and keys pass through LION's feature
+    map, and decays start from `windows`. The result needs training before use. Load the image processor from the
+    source: `AutoImageProcessor.from_pretrained(source)`.
 
     Args:
         model_or_path: a ViT model of Transformers, its name on the Hub, or its folder.
