@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from lion_hf import bidirectional_linear_attention
+from lion_hf.ops.api import CROSSOVER
 
 
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -155,7 +157,7 @@ def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
         ("bench_models", ["--output", __file__], "not a folder that can be written to"),
         ("bench_gates", ["--dim", "24", "--heads", "5"], "[5] must divide --dim 24"),
         ("bench_packing", ["--data", "nowhere"], "nowhere is not a folder with .txt files"),
-        ("bench_versions", ["nowhere"], "nowhere holds no package lion_hf"),
+        ("bench_versions", ["nowhere"], "nowhere does not hold the package lion_hf"),
         ("bench_gpu", ["operator", "--device", "gpu"], "'gpu' cannot be used"),
         ("bench_warm_start", ["--model", "bert", "--text", "nowhere.txt"], "no file nowhere.txt"),
     ],
@@ -173,8 +175,15 @@ def test_crossover_is_timed(monkeypatch, tmp_path):
     assert all(row["chunk / attention"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("device, label", [("cpu", "CPU"), ("accelerator", "accelerator")])
+def test_the_crossover_on_the_page_is_the_one_in_use(device, label):
+    page = (Path(__file__).parents[1] / "docs/benchmarks.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {label} .*$", page, re.MULTILINE)
+    assert [int(cell) for cell in row.split("|")[2:5]] == list(CROSSOVER[device].values())
+
+
 def test_advice_follows_the_times(bench):
-    """The best on the mean over lengths; what failed once is not chosen."""
+    """The choice is the best on the mean over lengths. A choice that failed once is not taken."""
     times = {(64, 4): (1.0, 4.0), (64, 8): (3.0, 2.0), (128, 8): (0.1, math.nan)}
     rows = [
         {"tile": tile, "warps": warps, "forward": forward, "backward": 1 / forward}
