@@ -1,4 +1,4 @@
-"""The benchmarks: what they compare computes the same, and each runs, tried at tiny sizes on a CPU."""
+"""Every benchmark runs (at tiny sizes on a CPU), and the candidates that it compares compute the same function."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "n
 
 @pytest.fixture
 def bench(monkeypatch):
-    """bench_gpu, gpu_operator and so on, with small shapes."""
+    """Import bench_gpu and its parts, with small shapes."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import bench_gpu
 
@@ -33,7 +33,7 @@ def bench(monkeypatch):
 
 
 def run(bench, part, folder, *arguments):
-    """The rows that a part writes; what fails in it has null for a time."""
+    """Return the rows that a part of bench_gpu.py writes. A candidate that failed has the time null."""
     short = "--device", "cpu", "--seconds", "0", "--rounds", "1", "--output", str(folder)
     bench.main([part, *arguments, *short])
     assert (folder / f"gpu_{part}.png").stat().st_size > 0
@@ -80,7 +80,7 @@ def test_autotune(bench, tmp_path, capsys):
 
 
 def run_script(monkeypatch, name, folder, *arguments):
-    """The rows that `benchmarks/name.py` writes, with small models."""
+    """Return the rows that `benchmarks/name.py` writes, with small models."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     script = importlib.import_module(name)
     width = {name: value for name, value in TINY.items() if name != "num_hidden_layers"}
@@ -146,7 +146,7 @@ def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
     rows = run_script(monkeypatch, "bench_versions", tmp_path, source, *few)
     assert {row["form"] for row in rows} == {"attention", "chunk", "rnn"}
     assert all(row["ratio"] == pytest.approx(row["now ms"] / row["before ms"]) for row in rows)
-    assert sys.modules["lion_hf"] is lion_hf, "the other version takes the place of this one"
+    assert sys.modules["lion_hf"] is lion_hf, "the other version replaced this one"
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_advice_follows_the_times(bench):
 
 
 def causal(query, key, value, log_decay):
-    """Causal linear attention with a gate per token, heads third: the state decays by the gate of the token entered."""
+    """Causal linear attention with gates per token, heads third. A state decays by the gate of the token it enters."""
     sums = log_decay.cumsum(1).transpose(1, 2)
     mask = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).exp().tril()
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -244,7 +244,7 @@ def test_least_work_is_linear_in_the_end(bench, variant, backward):
 
     assert torch.equal(work(1, 2048), 2 * work(1, 1024))
     assert torch.equal(work(6, 10), 3 * work(2, 10))
-    assert work(1, 8)[1] == 4 * work(1, 4)[1]  # short texts: pairs of tokens
+    assert work(1, 8)[1] == 4 * work(1, 4)[1]  # in short texts, pairs of tokens are the least work
 
 
 def test_one_failure_leaves_the_others(bench, capsys):
