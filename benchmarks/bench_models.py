@@ -82,7 +82,7 @@ def compare(name, models, inputs, arguments, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192], help="tokens in a text")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
     parser.add_argument("--tokens", type=count, default=1024, help="tokens in a batch (at least one row)")
     parser.add_argument("--layers", type=count, default=2, help="layers of text and base image models")
     parser.add_argument(

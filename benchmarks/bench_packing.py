@@ -87,7 +87,7 @@ def main():
     parser.add_argument(
         "--data", type=text_folder, help="folder with .txt files; default: the topics of Python's help()"
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
     parser.add_argument("--shortest", type=count, default=128, help="fewest words of a document")
     parser.add_argument("--longest", type=count, default=2048, help="most words of a document")
     parser.add_argument("--rows", type=count, default=8, help="documents in a batch")

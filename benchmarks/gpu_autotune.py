@@ -105,7 +105,13 @@ def add_part(parts) -> None:
     parser = parts.add_parser(
         "autotune", parents=[options], help="search for the constants of the kernels and for CROSSOVER"
     )
-    parser.add_argument("--lengths", type=count, nargs="+", default=[128, 197, 256, 512, 1024, 2048, 4096, 16384])
+    parser.add_argument(
+        "--lengths",
+        type=count,
+        nargs="+",
+        default=[128, 197, 256, 512, 1024, 2048, 4096, 16384],
+        help="tokens in a row",
+    )
     parser.add_argument("--batch_tokens", type=count, default=16384, help="tokens in a batch (at least one row)")
     parser.add_argument("--tiles", type=count, nargs="+", default=[64, 128], help="tokens in a tile; powers of two")
     parser.add_argument("--warps", type=count, nargs="+", default=[4, 8], help="warps in a program")

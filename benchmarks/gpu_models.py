@@ -155,13 +155,15 @@ def add_parts(parts) -> None:
     parser = parts.add_parser("training", parents=[options], help="time and memory of training steps")
     parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192], help="tokens in a text")
     parser.add_argument("--batch_tokens", type=count, default=32768, help="tokens in a batch (at least one row)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
     parser.add_argument("--image_size", type=count, default=224, help="pixels a side")
     parser.add_argument("--image_batch", type=count, default=256, help="images in a batch")
     parser.add_argument("--no_images", action="store_true", help="time text models only")
     parser.add_argument("--no_compile", action="store_true", help="time eager models only")
     options = gpu_options(resolution, seconds=3.0, rounds=3)
     parser = parts.add_parser("resolution", parents=[options], help="inference of image models by resolution")
-    parser.add_argument("--sizes", type=count, nargs="+", default=[224, 512, 768, 1024, 1536, 2048, 2496])
+    parser.add_argument(
+        "--sizes", type=count, nargs="+", default=[224, 512, 768, 1024, 1536, 2048, 2496], help="pixels a side"
+    )
     parser.add_argument("--batch", type=count, default=8, help="images in a batch")
-    parser.add_argument("--variant", choices=VARIANTS, default="selective")
+    parser.add_argument("--variant", choices=VARIANTS, default="selective", help="variant of LION")

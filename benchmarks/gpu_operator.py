@@ -231,6 +231,12 @@ def add_part(parts) -> None:
     parser = parts.add_parser(
         "operator", parents=[options], help="time of the operator, ratios and share of the roofline"
     )
-    parser.add_argument("--lengths", type=count, nargs="+", default=[128, 197, 512, 1024, 2048, 4096, 16384, 65536])
+    parser.add_argument(
+        "--lengths",
+        type=count,
+        nargs="+",
+        default=[128, 197, 512, 1024, 2048, 4096, 16384, 65536],
+        help="tokens in a row",
+    )
     parser.add_argument("--batch_tokens", type=count, default=16384, help="tokens in a batch (at least one row)")
     parser.add_argument("--ceiling_size", type=count, default=8192, help="rows and columns of the large matrix product")

@@ -98,8 +98,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90, help="compute capability times 10")
     parser.add_argument("--widths", type=int, nargs="+", default=[64], help="features of a head")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--decays", nargs="+", default=["none", "head", "token"], choices=["none", "head", "token"])
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"], help="of the inputs"
+    )
+    parser.add_argument(
+        "--decays",
+        nargs="+",
+        default=["none", "head", "token"],
+        choices=["none", "head", "token"],
+        help="kinds of decay",
+    )
     parser.add_argument("--packed", action="store_true", help="compile for packed texts")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products")
     for name in ("forward", "backward"):
