@@ -126,7 +126,7 @@ class Options:
         if self.flags:
             useless = ", ".join(QUESTIONS[name][0].split()[0] for name in self.flags)
             raise ConversionError(
-                f"{self.source.path} holds a model of {self.source.kind}, which has no such option; remove {useless}."
+                f"The {self.source.kind} model in {self.source.path} has no such option; remove {useless}."
             )
         try:
             return config_class(**self.values)
