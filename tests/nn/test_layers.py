@@ -152,14 +152,14 @@ def test_layers_can_be_built_without_memory():
         ),
         (lambda: Encoder(24, 2, 3, mlp_type="moe"), "mlp_type is 'moe'; allowed are 'mlp', 'glu'"),
         (lambda: MLP(4, 8, activation="swish"), "activation is 'swish'; allowed are 'gelu', 'relu', 'silu'"),
-        (lambda: Mixer(24, 3, scans=2)(torch.randn(1, 5, 24)), "averages 2 scans, so it needs as many paths"),
+        (lambda: Mixer(24, 3, scans=2)(torch.randn(1, 5, 24)), "averages 2 scans, so it needs 2 paths"),
         (
             lambda: Mixer(24, 3, scans=2)(torch.randn(1, 5, 24), torch.ones(1, 5).bool(), paths=snake_orders(2, 2)),
-            "take neither key_mask nor cu_seqlens",
+            "support neither key_mask nor cu_seqlens",
         ),
         (
             lambda: Mixer(24, 3, prefix_tokens=1)(torch.randn(1, 5, 24), cu_seqlens=torch.tensor([0, 5])),
-            "has prefix_tokens=1, the first of a row, and takes no packed rows",
+            "has prefix_tokens=1, counted from the beginning of a row, so it does not support packed rows",
         ),
         (
             lambda: Mixer(24, 3)(torch.randn(1, 5, 24), format="chunk", output_attentions=True),

@@ -62,5 +62,5 @@ def test_a_size_is_finite_and_not_negative(what, value):
         SIZES[what](value)
     name = what.split()[0]
     if not (isinstance(value, str | None) and "model" in what):
-        assert f"{name} is {value!r}; it must not be negative, and must be finite" in said(error)
+        assert f"{name} is {value!r}; it must be a finite number that is not negative" in said(error)
     assert name in said(error)

@@ -245,9 +245,9 @@ class Plain(Variant):
 @pytest.mark.parametrize(
     "name, attributes, message",
     [
-        ("lit", {}, "'lit' is the variant lion_hf.nn.variants.Lit already"),
-        ("lion-d", {}, "'lion-d' is the variant .*HeadDecay already"),
-        ("new", {"spellings": ("lion-s",)}, "'lion-s' is the variant"),
+        ("lit", {}, "'lit' is already the variant lion_hf.nn.variants.Lit"),
+        ("lion-d", {}, "'lion-d' is already the variant .*HeadDecay"),
+        ("new", {"spellings": ("lion-s",)}, "'lion-s' is already the variant"),
         ("New", {}, "'New'; it must be in lower case"),
         ("new", {"label": None}, "has no label"),
         ("new", {"feature_map": "relu"}, "feature_map is 'relu'; allowed are 'identity', 'elu', 'unit_silu'"),
@@ -280,7 +280,7 @@ def test_a_name_that_the_mixer_has_is_refused(registered):
             self.add("q_proj", nn.Linear(2, 2))
 
     registered(Own)
-    with pytest.raises(ValueError, match="Own adds 'q_proj', which a mixer or a variant has already"):
+    with pytest.raises(ValueError, match="Own adds 'q_proj', but the mixer or the variant already has"):
         Mixer(24, 3, "new")
     for name in ("norm", "decay", "heads", "prepare"):
         Own.build = lambda self, name=name: self.add(name, nn.Parameter(torch.zeros(3)))
@@ -298,13 +298,13 @@ def test_masks_scans_and_operators_that_a_variant_does_not_state_are_refused(reg
 
     registered(Own)
     x = torch.randn(1, 5, 24)
-    with pytest.raises(ValueError, match="plain takes no cu_seqlens; it states masks"):
+    with pytest.raises(ValueError, match="plain does not support cu_seqlens; its class sets masks"):
         Mixer(24, 3, "new")(x, cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match="asks for the operator 'other'; it states"):
+    with pytest.raises(ValueError, match="requests the operator 'other'; it must be one of its operators"):
         Mixer(24, 3, "new")(x)
     Own.prepare = lambda self, x, query, key, value, prefix_tokens: Recurrence(query, key + 1, value, torch.zeros(3))
     paths = lion_hf.ops.snake_orders(2, 2)
-    with pytest.raises(ValueError, match="changes query, key or value, .* must state scans = 1"):
+    with pytest.raises(ValueError, match="changes query, key or value, .* set scans = 1"):
         Mixer(24, 3, "new", scans=2)(x, paths=paths)
 
 
@@ -313,7 +313,7 @@ def test_prepare_returns_what_its_class_states(registered):
         decay = "head"
 
     registered(Own)
-    with pytest.raises(ValueError, match="Own states decay = 'head', but prepare returned no log_decay"):
+    with pytest.raises(ValueError, match="Own sets decay = 'head', but prepare returned no log_decay"):
         Mixer(24, 3, "new")(torch.randn(1, 5, 24))
     Own.prepare = lambda self, x, query, key, value, prefix_tokens: (query, key, value)
     with pytest.raises(TypeError, match="Own.prepare returned tuple; it must return a Recurrence"):

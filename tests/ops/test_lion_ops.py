@@ -383,10 +383,10 @@ X = torch.zeros(2, 3, 5, 4)
     "arguments, options, message",
     [
         ((X[0], X, X), {}, r"query has shape \(3, 5, 4\); it must have 4 dimensions"),
-        ((X, X[:, :, :4], X), {}, "do not fit"),
-        ((X, X, X[:, :2]), {}, "do not fit"),
+        ((X, X[:, :, :4], X), {}, "do not match"),
+        ((X, X, X[:, :2]), {}, "do not match"),
         ((X.long(), X, X), {}, "must be floating point"),
-        ((X, X, X, torch.zeros(4)), {}, r"allowed are None, floating point \(heads,\) = \(3,\)"),
+        ((X, X, X, torch.zeros(4)), {}, r"must be None, or floating point of shape \(heads,\) = \(3,\)"),
         ((X, X, X, torch.zeros(2, 3, 5).long()), {}, "log_decay has shape"),
         ((X, X, X, torch.full((3,), 0.1)), {}, "positive or NaN entry"),
         ((X, X, X, torch.full((3,), math.nan)), {}, "positive or NaN entry"),
