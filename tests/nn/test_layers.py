@@ -1,4 +1,4 @@
-"""Layers without a configuration: what the documented models promise, and that they are the layers of the models."""
+"""Layers without a configuration: the examples of the documentation, and equality with the layers of the models."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ EXAMPLES = re.findall(
 
 
 def example(title):
-    """What the piece of code below a heading of the page defines."""
+    """Run the first block of code below a heading of the page and return what it defines."""
     defined = {}
     exec(compile(dict(EXAMPLES)[title], str(PAGE), "exec"), defined)
     return defined
@@ -167,7 +167,7 @@ def test_layers_can_be_built_without_memory():
         ),
     ],
 )
-def test_what_does_not_fit_is_told(build, message):
+def test_invalid_options_raise_an_error(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 

@@ -1,4 +1,4 @@
-"""Rates and other numbers of layers and configurations: what is none of a kind is refused where it is given."""
+"""Invalid rates and other numbers of layers and configurations raise an error when they are set."""
 
 import math
 import re
@@ -38,7 +38,7 @@ SIZES = {
 
 
 def said(error):
-    """The message; Transformers' configurations wrap it, and speak of types in words of their own."""
+    """Return the message. Transformers' configurations wrap it, and have their own messages for wrong types."""
     return str(error.value.__cause__ or error.value)
 
 

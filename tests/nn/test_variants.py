@@ -1,4 +1,4 @@
-"""Variants from a file outside the package go wherever the package's own go."""
+"""Variants from a file outside the package work wherever those of the package do."""
 
 import copy
 import importlib.util
@@ -28,7 +28,7 @@ PAPER = ("lit", "decay", "selective")
 
 @pytest.fixture(autouse=True, scope="module")
 def two_variants():
-    """The user's file, imported, and forgotten again afterwards."""
+    """Import the user's file, and unregister its variants afterwards."""
     spec = importlib.util.spec_from_file_location("two_variants", FILE)
     module = importlib.util.module_from_spec(spec)
     sys.modules["two_variants"] = module
@@ -115,7 +115,7 @@ def test_loaded_values_survive_the_initialisation(kind, mask_type, tmp_path):
 
 
 def test_weights_that_a_checkpoint_lacks_are_initialised_as_the_variant_says(tmp_path):
-    """Also where a module, not the mixer, owns them, and although models are built without memory at load."""
+    """Also if a module of the variant owns the weights. Models are built without memory when they are loaded."""
     model = lion_hf.LionForMaskedLM(text_config("head_times_token"))
     state = {name: x for name, x in model.state_dict().items() if "layers.1.mixer.token_proj" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -269,7 +269,7 @@ def test_only_variants_can_be_registered():
 
 @pytest.fixture
 def registered():
-    """Registers a variant under the name "new" for one test."""
+    """Register a variant under the name "new" for one test."""
     yield lambda cls: register_variant("new")(cls)
     VARIANTS.pop("new", None)
 
@@ -324,7 +324,7 @@ def test_prepare_returns_what_its_class_states(registered):
 
 
 def test_padding_stays_where_a_variant_mixes_neighbours(registered):
-    """Unpadding joins rows, which such a variant does not take; it is no option that the user chose."""
+    """Unpadding joins rows, which such a variant does not support, so it is skipped instead of raising an error."""
 
     class Own(Plain):
         masks = ("key_mask",)
@@ -339,6 +339,6 @@ def test_padding_stays_where_a_variant_mixes_neighbours(registered):
         assert model(torch.ones(2, 80).long(), attention_mask=mask).last_hidden_state.isfinite().all()
 
 
-def test_the_decorator_wants_a_name():
+def test_the_decorator_requires_a_name():
     with pytest.raises(TypeError, match="write @register_variant"):
         register_variant(Plain)

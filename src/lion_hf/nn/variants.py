@@ -71,8 +71,8 @@ class Variant:
         label (str): class attribute, required: name for reports and model cards, such as "LION-S".
         spellings (tuple): class attribute: further accepted names, in lower case; none by default.
         description (str): class attribute: half a sentence for model cards.
-        decay (str): class attribute: "head" if `log_decay` has one number per head, "token" if it has one per head and
-            token, None (default) if there is none.
+        decay (str | None): class attribute: "head" if `log_decay` has one number per head, "token" if it has one per
+            head and token, None (default) if there is none.
         feature_map (str): class attribute: default function of query and key of normalised mixers: "identity", "elu"
             or "unit_silu" (default).
         normalize (bool): class attribute: whether mixers divide outputs by their row sums by default; True.

@@ -79,19 +79,19 @@ def bidirectional_linear_attention(
             (heads,) a decay per head (LION-D), (batch, heads, length) a decay per token and head (LION-S). Use float32
             or wider: half precision cannot represent a decay close to 1.
         format: how the result is computed, in any letter case. "attention" takes quadratic time. "rnn" takes linear
-            time, and its memory does not depend on the length (forward). "chunk" takes linear time and computes all
-            chunks at once, or one after another if they do not fit into the cache of a CPU. "auto" is "attention" up
-            to a measured length and "chunk" beyond it, see `resolve_format`.
+            time, and its state takes memory independent of the length (forward). "chunk" takes linear time and computes
+            all chunks at once, or one after another if they do not fit into the cache of a CPU. "auto" is "attention"
+            up to a measured length and "chunk" beyond it, see `resolve_format`.
         chunk_size: maximum number of tokens per chunk of the chunk and rnn forms. Chunks are equally long: 65 tokens
             become 33 + 32 rather than 64 + 1. The backward pass of the rnn form uses chunks of at least sqrt(length)
             tokens and stores one state per chunk and direction; its forward pass stores none.
         normalize: whether to divide by the row sums. The paper's image models do, its text models do not.
         return_denominator: return the pair `(s n, s c)`, undivided whatever `normalize` is, so that several scans can
             be added before one division.
-        key_mask: (batch, length), True or 1 for real tokens, False or 0 for padding. A padded key contributes neither
-            to the numerator nor to the denominator, but its decay still applies between the tokens on both sides of
-            it. A row that reads no key is 0. Outside the fused kernels, a row is also 0 if `M_ij` is less than `e**-40`
-            (`e**-600` in float64) for all of its keys.
+        key_mask: (batch, length), True or 1 for real tokens, False or 0 for padding; None (default) without padding. A
+            padded key contributes neither to the numerator nor to the denominator, but its decay still applies between
+            the tokens on both sides of it. If all keys are masked, outputs are 0. Outside the fused kernels, output `i`
+            is also 0 if `M_ij` is less than `e**-40` (`e**-600` in float64) for all keys that are not masked.
         scale: the factor `s`, positive; `head_dim**-0.5` by default.
         eps: added to `s c` before the division.
         cu_seqlens: (sequences + 1,), int32 or int64, the bounds of several sequences packed into one row (batch 1).
@@ -174,7 +174,7 @@ def resolve_format(format: str, length: int, device: torch.device, log_decay: Te
         return format
     if is_exporting() or torch.jit.is_tracing():
         warn_once(
-            "format='auto' is exported as the attention form, which takes any length. Set format='chunk' before the "
+            "format='auto' is exported as the attention form, which accepts any length. Set format='chunk' before the "
             "export for linear time at one fixed length."
         )
         return "attention"

@@ -148,7 +148,7 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
     dq, dk, dv = (gradient.flatten(2, 3).narrow(2, 0, length) for gradient in (dq, dk, dv))
     if shared:
         return dq, dk, dv, dgates[0, :, 0]
-    # A negative pad copies. A view would be contiguous at some lengths only, which costs a second graph.
+    # F.pad cuts by a copy. A view would be contiguous at some lengths only, which costs a second graph.
     return dq, dk, dv, F.pad(dgates.flatten(2, 3), (0, length - chunks * size))
 
 

@@ -162,9 +162,10 @@ def unpad(key_mask: Tensor, least_padding: float = 1, padding: Tensor | None = N
 
     Returns:
         A named tuple with `index` (tokens,), the index of each kept token in the flattened batch; `cu_seqlens`
-        (batch + 1,), the bounds of the rows, on the CPU; `key_mask` (1, tokens), or None if no kept token is masked;
-        and the methods `join(x)`, from (batch, length, dim) to (1, tokens, dim), and `restore(y, x)`, which puts y
-        (1, tokens, dim) back and takes removed positions from x. None if there is nothing to remove, or too little.
+        (batch + 1,), the bounds of the rows, on the CPU; and `key_mask` (1, tokens), or None if no kept token is
+        masked. Its method `join(x)` turns (batch, length, dim) into (1, tokens, dim). `restore(y, x)` turns y
+        (1, tokens, dim) back into (batch, length, dim), with the removed positions of x. The result is None if fewer
+        than `least_padding` positions can be removed.
     """
     wanted = key_mask if padding is None else key_mask | ~padding
     begun, to_come = wanted.cumsum(1) > 0, wanted.flip(1).cumsum(1).flip(1) > 0
@@ -195,7 +196,7 @@ def map_sequences(
             every call unchanged.
 
     Returns:
-        The concatenated output, or a tuple of them if `function` returns a tuple.
+        The concatenated output, or a tuple of concatenated outputs if `function` returns tuples.
     """
     lengths = cu_seqlens.diff().tolist()
     sequences = zip(*(_split_row(x, lengths, 2) for x in tensors), _split_row(key_mask, lengths, 1), strict=True)
