@@ -297,6 +297,7 @@ class Mixer(TokenMixer):
             )
 
     def extra_repr(self) -> str:
+        """Return the options that `repr` shows."""
         return (
             f"variant={self.variant.name!r}, feature_map={self.feature_map!r}, normalize={self.normalize}, "
             f"scans={self.scans}"

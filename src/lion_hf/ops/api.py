@@ -65,7 +65,7 @@ def bidirectional_linear_attention(
     cu_seqlens: Tensor | None = None,
     check_values: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute bidirectional linear attention with a decay mask (arXiv 2502.16249, sections 3 and 4).
+    """Bidirectional linear attention with a decay mask (arXiv 2502.16249, sections 3 and 4).
 
     The result is `y_i = s n_i`, or `y_i = s n_i / (s c_i + eps)` if `normalize` is True, with
     `n_i = sum_j M_ij (q_i . k_j) v_j` and `c_i = sum_j M_ij (q_i . k_j)`. `M_ij` is the product of the decays of all
