@@ -219,7 +219,9 @@ class LionTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         if self.bf16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
-            logger.warning_once("--bf16 is ignored: no accelerator here supports bfloat16. Training runs in float32")
+            logger.warning_once(
+                "--bf16 is ignored without an accelerator that supports bfloat16; training runs in float32"
+            )
             self.bf16 = False
         if not (self.do_eval and self.do_train):
             self.eval_strategy = "no"

@@ -148,7 +148,7 @@ def choose_backend(wanted: str) -> str:
 
 
 def shift_and_flip(pixels: Tensor, kind: str, padding: Tensor, draws: np.ndarray) -> Tensor:
-    """Mirror half of the images and shift each by up to an eighth of its side, depending on `kind`.
+    """Mirror each image with probability one half and shift it by up to an eighth of its side, depending on `kind`.
 
     Args:
         pixels: (batch, channels, height, width).

@@ -122,14 +122,8 @@ def load_file(path: str, *, streaming: bool = False):
 @contextmanager
 def reading(prefix: str):
     """Turn errors of `datasets` into a `UserError`; the reason is often the cause of the exception it raises."""
-    kinds = (
-        OSError,
-        ValueError,
-        TypeError,
-        NotImplementedError,
-        RuntimeError,
-        DatasetsError,
-    )  # data sets with a script: RuntimeError
+    # Data sets that need a script raise RuntimeError.
+    kinds = (OSError, ValueError, TypeError, NotImplementedError, RuntimeError, DatasetsError)
     with user_errors(prefix, *kinds):
         try:
             yield

@@ -56,7 +56,7 @@ class _Parser(HfArgumentParser):
     """Raises `UserError` instead of printing a page of usage. `--help` lists the script's own flags first."""
 
     def __init__(self, classes: Sequence[type], **kwargs):
-        usage = "python %(prog)s [FILE] --output_dir FOLDER [FLAGS]"
+        usage = "%(prog)s [FILE] --output_dir FOLDER [FLAGS]"
         super().__init__(classes, formatter_class=_Formatter, usage=usage, **kwargs)
         own = _OFTEN_USED | {
             name

@@ -1,4 +1,4 @@
-"""GLUE's metrics as a local module of `evaluate`, for machines without a network::
+"""GLUE's metrics as a local module of `evaluate`, for machines without a network.
 
     evaluate.load("src/lion_hf/training/glue/offline.py", "mrpc").compute(predictions=[0, 1], references=[0, 1])
 

@@ -1,4 +1,4 @@
-"""Write mean and standard deviation of each task over its seeds, and the GLUE score, as JSON, Markdown and a chart::
+"""Write mean and standard deviation of each task over its seeds, and the GLUE score, as JSON, Markdown and a chart.
 
     python -m lion_hf.training.glue.summary outputs/glue
 
