@@ -1,6 +1,7 @@
 """Layers without a configuration: the examples of the documentation, and equality with the layers of the models."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,17 @@ def test_layers_can_be_built_without_memory():
         (
             lambda: Mixer(24, 3)(torch.randn(1, 5, 24), format="chunk", output_attentions=True),
             "needs the attention matrix, which format='chunk' never builds",
+        ),
+        *(
+            (
+                lambda call=call: call(torch.randn(1, 5, 24), cu_seqlens=torch.tensor([0, 2, 5])),
+                "several packed sequences, for which no attention matrix is built",
+            )
+            for call in (
+                partial(Mixer(24, 3), output_attentions=True),
+                partial(Mixer(24, 3, normalize=False), dropout=0.1),
+                partial(SoftmaxMixer(24, 3), output_attentions=True),
+            )
         ),
     ],
 )

@@ -8,17 +8,10 @@ from torch import Tensor, nn
 from ..ops.checks import is_abstract, is_exporting, values_can_be_read
 from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
-from .mixer import Mixer
+from .mixer import NO_MATRIX_OF_PACKED_ROWS, Mixer
 from .mlp import MLP
 from .names import BLOCK_OPTIONS, MLP_TYPES, require_name, require_rate
 from .softmax import SoftmaxMixer
-
-
-NO_MATRIX_OF_PACKED_ROWS = (
-    "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
-    "attention_probs_dropout_prob > 0 in training needs one. Give each sequence its own row, or set output_attentions "
-    "to False and attention_probs_dropout_prob to 0."
-)
 
 
 def run_blocks(

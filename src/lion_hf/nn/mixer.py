@@ -45,6 +45,12 @@ OPERATORS = {
     ),
 }
 
+NO_MATRIX_OF_PACKED_ROWS = (
+    "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
+    "attention_probs_dropout_prob > 0 in training needs one. Give each sequence its own row, or set output_attentions "
+    "to False and attention_probs_dropout_prob to 0."
+)
+
 
 class TokenMixer(nn.Module):
     """Base class of the layers that mix tokens, with the projections of their heads.
@@ -198,8 +204,7 @@ class Mixer(TokenMixer):
             x: (batch, length, dim).
             key_mask: (batch, length), True for real tokens, False for padding.
             cu_seqlens: (sequences + 1,), the bounds of the sequences of a packed row (batch 1), see
-                `bidirectional_linear_attention`. Do not combine it with `output_attentions`, or with `dropout` in
-                training: the attention matrix does not separate sequences. `run_blocks` raises an error then.
+                `bidirectional_linear_attention`. Not together with `output_attentions`, nor with `dropout` in training.
             paths: one pair (order, inverse) for each of two scans, see `snake_orders`; ignored for a single scan.
             format: how the same output is computed: "attention", "rnn", "chunk" or "auto" (default).
             chunk_size: maximum number of tokens per chunk of the rnn and chunk forms; 64 by default.
@@ -212,7 +217,7 @@ class Mixer(TokenMixer):
 
         Raises:
             ValueError: if the matrix is needed (`output_attentions`, or dropout in training) and `format` is "rnn" or
-                "chunk"; if the variant does not support the given mask; if two scans are given no paths, or a mask.
+                "chunk", or the row is packed; if the variant does not support the given mask; if two scans are given no paths, or a mask.
         """
         require_rate("dropout", dropout)
         dropout = dropout if self.training and not self.normalize else 0.0
@@ -220,7 +225,7 @@ class Mixer(TokenMixer):
         recurrences = self.recurrences(x)
         weights = None
         if output_attentions or dropout:
-            require_matrix(format, output_attentions)
+            require_matrix(format, output_attentions, cu_seqlens)
             weights = F.dropout(self._matrix(recurrences, key_mask, paths), dropout).to(recurrences[0].value.dtype)
             mixed = torch.matmul(weights, recurrences[0].value)
         else:
@@ -347,8 +352,10 @@ def chosen_feature_map(variant: type[Variant], name: str | None, normalize: bool
     return name
 
 
-def require_matrix(format: str, output_attentions: bool) -> None:
-    """Raise ValueError for a form that never builds the attention matrix."""
+def require_matrix(format: str, output_attentions: bool, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError for packed rows, and for a form that never builds the attention matrix."""
+    if cu_seqlens is not None:
+        raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
     if format.lower() not in ("attention", "auto"):
         cause = "output_attentions=True" if output_attentions else "attention_probs_dropout_prob > 0 in training"
         raise ValueError(

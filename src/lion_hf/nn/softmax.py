@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.packing import map_sequences
-from .mixer import Path, TokenMixer
+from .mixer import NO_MATRIX_OF_PACKED_ROWS, Path, TokenMixer
 from .names import require_rate
 from .variants import at_least_float32
 
@@ -55,9 +55,11 @@ class SoftmaxMixer(TokenMixer):
             (batch, heads, length, length).
 
         Raises:
-            ValueError: if `dropout` is not in [0, 1).
+            ValueError: if `dropout` is not in [0, 1); if `output_attentions` is set for a packed row.
         """
         require_rate("dropout", dropout)
+        if output_attentions and cu_seqlens is not None:
+            raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
         query, key, value = self.project(x)
         dropout = dropout if self.training else 0.0
 
