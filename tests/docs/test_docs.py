@@ -1,49 +1,25 @@
-"""The pages in docs: their links, code, numbers and pictures, and the API page."""
+"""Names, numbers and pictures in the documentation are those of the package. Code and links: test_pages.py."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
+from pages import blocks_of
 from PIL import Image
 
 import lion_hf
 import lion_hf.convert
-from lion_hf.nn.variants import VARIANTS
 from lion_hf.ops.api import CROSSOVER
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def text(name):
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
-
-
-def anchors(page):
-    """The anchors that headings get: lower case, no punctuation, hyphens for spaces."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
-    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
-        if target.startswith("https:"):
-            continue
-        file = page.parent / target if target else page
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "uses"], ids=lambda page: page.stem)
-def test_python_of_a_page_runs(page):  # uses.md: test_uses.py
-    with patch.dict(VARIANTS):  # a page may register one
-        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-            exec(compile(code, page.name, "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -53,6 +29,11 @@ def test_presets_and_files_that_a_page_names_exist(page):
     assert set(presets) <= lion_hf.PRESETS.keys()
     files = [name for word in words for name in re.findall(r"[\w/]+\.py", word)]
     assert all((ROOT / name).is_file() for name in files)
+
+
+def test_the_first_code_of_the_readme_is_short():
+    code = blocks_of(ROOT / "README.md", "python")[0].code
+    assert 4 <= len([line for line in code.splitlines() if line.strip()]) <= 10
 
 
 def test_migration_names_every_preset_of_a_size_and_every_text_model():
