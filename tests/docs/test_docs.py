@@ -1,9 +1,11 @@
 """Names, numbers and pictures in the documentation are those of the package. Code and links: test_pages.py."""
 
+import html
 import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from pages import blocks_of
@@ -69,17 +71,48 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, examples, monkeyp
     assert "error: cannot write the pictures" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_the_api_page_holds_every_public_name_with_its_docstring(tmp_path):
-    pytest.importorskip("pdoc")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """What `make docs` builds."""
+    pytest.importorskip("furo")
     (recipe,) = re.findall(r"^docs:.*\n\t\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    command = recipe.replace("build/api", str(tmp_path)).split()
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
-    page = (tmp_path / "lion_hf.html").read_text(encoding="utf-8")
-    for name in lion_hf.__all__:
-        assert f'id="{name}"' in page
-    assert "Bidirectional linear attention with a decay mask" in page
-    assert "<strong>chunk_size" in page  # arguments are a list, not a paragraph
-    for module in (lion_hf.nn, lion_hf.ops, lion_hf.convert):
-        page = tmp_path.joinpath(*module.__name__.split(".")).with_suffix(".html").read_text(encoding="utf-8")
-        assert all(f'id="{name}"' in page for name in module.__all__), module
+    folder = tmp_path_factory.mktemp("site")
+    command = recipe.replace("build/docs", str(folder / "html")).replace("build/doctrees", str(folder / "doctrees"))
+    subprocess.run([sys.executable, *command.split()], check=True, cwd=ROOT)
+    return folder / "html"
+
+
+@pytest.mark.slow
+def test_the_api_pages_hold_every_public_name_with_its_docstring(site):
+    for module in (lion_hf, lion_hf.nn, lion_hf.ops, lion_hf.convert):
+        page = (site / "docs" / "api" / f"{module.__name__.split('.')[-1]}.html").read_text(encoding="utf-8")
+        assert all(f'id="{module.__name__}.{name}"' in page for name in module.__all__), module
+        assert "<strong>" in page  # arguments are a list, not a paragraph
+        assert 'id="lion_hf.LionModel.forward"' in page or module is not lion_hf
+        assert ".gradient_checkpointing_enable" not in page  # and nothing that Transformers documents
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_works_without_a_network(site):
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 50
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for tag, target in re.findall(r'<(script|link|img|a)\b[^>]*?(?:src|href)="([^"]*)"', text):
+            name, _, anchor = html.unescape(unquote(target)).partition("#")
+            if re.match(r"[a-z]+:", name):
+                assert tag == "a", f"{page.name} loads {target}"
+                continue
+            file = page.parent / name.partition("?")[0] if name else page
+            assert file.is_file(), f"{page.relative_to(site)}: {target}"
+            assert not anchor or file.suffix != ".html" or f'id="{anchor}"' in file.read_text(encoding="utf-8"), target
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+@pytest.mark.slow
+def test_the_site_begins_with_the_contents_and_shows_pictures(site):
+    assert "url=docs/index.html" in (site / "index.html").read_text(encoding="utf-8")
+    assert {"masks.png", "scans.png", "forms.png"} <= {path.name for path in (site / "_images").iterdir()}
+    assert "copybutton" in (site / "docs" / "training.html").read_text(encoding="utf-8")
+    assert "docs/training" in (site / "searchindex.js").read_text(encoding="utf-8")
