@@ -106,6 +106,7 @@ def test_extras_are_named_before_the_code_that_needs_them(page):
         "what is printed is shown": ("```python\nprint(1)\n```\n\n```text\n1\n```\n", None),
         "the comment shows it": ("```python\nprint(1)  # 1\nprint(\n    [2]\n)  # [2]\n```\n", None),
         "dots stand for anything": ("```python\nprint('took 17 s')\n```\n```text\ntook ... s\n```\n", None),
+        "a line of dots may stand for none": ("```python\nprint(1)\nprint(2)\n```\n```text\n1\n...\n2\n...\n```\n", None),
         "a log is shown": ("```python\nlog('no weights')\n```\n```text\nno weights\n```\n", None),
         "other output": ("```python\nprint(1)\n```\n\n```text\n2\n```\n", "line 2\nExpected:\n    2\nGot:\n    1"),
         "other comment": ("```python\nprint(1)  # 2\n```\n", "Expected:\n    2"),
