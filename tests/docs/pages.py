@@ -120,11 +120,17 @@ def run(block: Block, namespace: dict, name: str) -> None:
     place = f"{name}, line {block.line}"
     with what_a_reader_sees() as shown:
         exec(compile("\n" * (block.line - 1) + block.code, name, "exec"), namespace)
-    got = re.sub(r"\x1b\[[\d;]*m|^\[transformers\] ", "", shown.getvalue(), flags=re.MULTILINE)  # bold, and who logs
+    got = shown.getvalue()
     expected = comments_behind_prints(block.code) if block.output is None else block.output
-    expected = re.sub(r"^\[transformers\] ", "", expected, flags=re.MULTILINE)
     assert expected or not got.strip(), f"{place}: the page does not show what the block prints:\n{got}"
+    check_output(expected, got, place)
+
+
+def check_output(expected: str, got: str, place: str) -> None:
+    """Compares as doctest does, with `...` for anything."""
     assert not expected or re.search(r"\w", expected.replace("...", "")), f"{place}: what is shown says nothing"
+    bold_and_source = r"\x1b\[[\d;]*m|^\[transformers\] "  # of what Transformers logs
+    got, expected = (re.sub(bold_and_source, "", text, flags=re.MULTILINE) for text in (got, expected))
     wanted = re.sub(r"\s*^ *\.\.\. *$\s*", "...", expected, flags=re.MULTILINE)  # such a line may stand for none
     if not CHECKER.check_output(wanted, got, OPTIONS):
         raise AssertionError(f"{place}\n" + CHECKER.output_difference(doctest.Example("", expected), got, OPTIONS))

@@ -3,9 +3,11 @@ name scripts, targets and flags that exist."""
 
 import argparse
 import configparser
+import os
 import random
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -13,7 +15,7 @@ from unittest.mock import patch
 import numpy
 import pytest
 import torch
-from pages import EXTRAS, ROOT, blocks_of, commands, commands_of, dead_links, run, split
+from pages import EXTRAS, ROOT, blocks_of, check_output, commands, commands_of, dead_links, run, split
 
 import lion_hf.convert.command
 from lion_hf.nn.variants import VARIANTS
@@ -43,8 +45,8 @@ COMMANDS = (
     "model_cards/README.md",
 )
 LINKED = ("*.md", "docs/**/*.md", "examples/**/*.md", "benchmarks/**/*.md", "model_cards/*.md")
-# Pages whose blocks all take long, for what they train.
-LONG = {"getting-started.md"}
+# Pages whose code reads what their shell blocks train: here these blocks run, too.
+TRAINING = {"README.md", "getting-started.md"}
 
 
 # -------------------------------------------------------------------------------------------------------------- code
@@ -64,33 +66,52 @@ def empty_folder(tmp_path, monkeypatch):
 
 def run_page(page, folder, blocks):
     namespace = {"__name__": "__main__"}
-    runnable = [block for block in blocks if not block.missing]
-    for block in runnable:
-        run(block, namespace, page.name)
-    outside = [path.name for path in folder.iterdir() if path.name != "outputs"]
+    for block in blocks:
+        if block.language == "bash":
+            train(block, page.name)
+        elif not block.missing:
+            run(block, namespace, page.name)
+    outside = [path.name for path in folder.iterdir() if path.name not in ("outputs", "examples")]
     assert not outside, f"{page.name} writes outside of outputs/: {outside}"
     missing = sorted({name for block in blocks for name in block.missing})
     if missing:
         pytest.skip(f"all blocks passed but those that need {', '.join(missing)}")
 
 
-def has_quick_blocks(page):
-    return page.name not in LONG and any(not block.is_slow for block in python(page))
+def train(block, name):
+    """Runs the training commands of a shell block as a reader of the checkout would."""
+    if not Path("examples").exists():
+        Path("examples").symlink_to(ROOT / "examples")
+    shown = ""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2"}
+    for words in commands(block.code):
+        if words[0] == "python" and words[1].startswith("examples/"):
+            command = [sys.executable, *words[1:]]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            shown += done.stdout
+            assert done.returncode == 0, f"{name}, line {block.line}: {' '.join(words)}\n{done.stdout[-2000:]}"
+    if block.output:
+        check_output(block.output, shown, f"{name}, line {block.line}")
 
 
-def has_slow_blocks(page):
-    return page.name in LONG or any(block.is_slow for block in python(page))
+def quick_blocks(page):
+    blocks = [block for block in python(page) if not block.is_slow]
+    return blocks if page.name not in TRAINING else [block for block in blocks if "outputs/" not in block.code]
 
 
-@pytest.mark.parametrize("page", pages(*READ, having=has_quick_blocks))
+def needs_time(page):
+    return page.name in TRAINING or any(block.is_slow for block in python(page))
+
+
+@pytest.mark.parametrize("page", pages(*READ, having=quick_blocks))
 def test_the_quick_code_of_a_page_runs_and_prints_what_the_page_shows(page, empty_folder):
-    run_page(page, empty_folder, [block for block in python(page) if not block.is_slow])
+    run_page(page, empty_folder, quick_blocks(page))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", pages(*READ, having=has_slow_blocks))
+@pytest.mark.parametrize("page", pages(*READ, having=needs_time))
 def test_all_code_of_a_page_runs_and_prints_what_the_page_shows(page, empty_folder):
-    run_page(page, empty_folder, python(page))
+    run_page(page, empty_folder, blocks_of(page, "python", *(["bash"] if page.name in TRAINING else [])))
 
 
 @pytest.mark.parametrize("page", pages(*READ, having=python))
@@ -106,7 +127,10 @@ def test_extras_are_named_before_the_code_that_needs_them(page):
         "what is printed is shown": ("```python\nprint(1)\n```\n\n```text\n1\n```\n", None),
         "the comment shows it": ("```python\nprint(1)  # 1\nprint(\n    [2]\n)  # [2]\n```\n", None),
         "dots stand for anything": ("```python\nprint('took 17 s')\n```\n```text\ntook ... s\n```\n", None),
-        "a line of dots may stand for none": ("```python\nprint(1)\nprint(2)\n```\n```text\n1\n...\n2\n...\n```\n", None),
+        "a line of dots may stand for none": (
+            "```python\nprint(1)\nprint(2)\n```\n```text\n1\n...\n2\n...\n```\n",
+            None,
+        ),
         "a log is shown": ("```python\nlog('no weights')\n```\n```text\nno weights\n```\n", None),
         "other output": ("```python\nprint(1)\n```\n\n```text\n2\n```\n", "line 2\nExpected:\n    2\nGot:\n    1"),
         "other comment": ("```python\nprint(1)  # 2\n```\n", "Expected:\n    2"),
