@@ -97,12 +97,12 @@ def comments_behind_prints(code: str) -> str:
 
 @contextlib.contextmanager
 def what_a_reader_sees() -> Iterator[io.StringIO]:
-    """Stdout, and the warnings that Transformers and lion_hf log."""
+    """Stdout, and the warnings that Transformers, this package and other libraries log."""
     transformers_logging.warning_once.cache_clear()  # or a page would not show what another one has caused
     shown, level = io.StringIO(), transformers_logging.get_verbosity()
     handler = logging.StreamHandler(shown)
     handler.setLevel(logging.WARNING)
-    loggers = [logging.getLogger(name) for name in ("transformers", "lion_hf")]
+    loggers = [logging.getLogger(name) for name in ("", "transformers")]
     transformers_logging.set_verbosity_warning()
     try:
         for logger in loggers:
