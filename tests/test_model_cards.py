@@ -105,7 +105,7 @@ def test_parameters_are_those_of_the_paper(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_links_lead_somewhere_and_the_recipe_trains_this_model(preset):
     links = re.findall(r"\]\(([^)]+)\)", text_of(preset))
-    local = [FOLDER / link for link in links if not link.startswith("https://")]
+    local = [FOLDER / link.partition("#")[0] for link in links if not link.startswith("https://")]
     assert all(path.exists() for path in local)
     recipes = [path for path in local if path.suffix == ".yaml"]
     assert expand(recipes[0], preset)["preset"] == preset
@@ -223,5 +223,5 @@ def test_upload_of_the_readme_runs_dry(tmp_path, monkeypatch, capsys):
     exec(compile(code, "README.md", "exec"), {})
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     sizes = {name: int(size.replace(",", "")) for size, name in shown}
-    assert sizes == {file.name: file.stat().st_size for file in (tmp_path / "to-upload").iterdir()}
+    assert sizes == {file.name: file.stat().st_size for file in (tmp_path / "outputs/to-upload").iterdir()}
     assert {"README.md", "model.safetensors", "tokenizer.json", "lion_ops_api.py"} <= sizes.keys()

@@ -127,9 +127,9 @@ def test_compiled_code_takes_any_bounds():
         (torch.tensor([0.0, 6.0]), r"shape \(2,\) and dtype torch.float32; it must be int32 or int64"),
         (torch.tensor([[0, 6]]), r"shape \(1, 2\)"),
         (torch.tensor([0]), r"at least one sequence"),
-        (torch.tensor([0, 4, 5]), "runs from 0 to 5 .* to the 6 tokens of the row"),
+        (torch.tensor([0, 4, 5]), "runs from 0 to 5, .* end with 6, the number of tokens"),
         (torch.tensor([1, 6]), "runs from 1 to 6"),
-        (torch.tensor([0, 5, 4, 6]), "shortest sequence has -1 tokens"),
+        (torch.tensor([0, 5, 4, 6]), "smallest step is -1"),
     ],
     ids=str,
 )
@@ -267,7 +267,7 @@ def test_sequences_are_classified_one_by_one():
     "options, message",
     [
         ({"cu_seq_lens_q": [0, 4, 6]}, "cu_seqlens is a list"),
-        ({"cu_seq_lens_q": torch.tensor([0, 4, 5])}, "runs from 0 to 5 .* the 6 tokens"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 5])}, "runs from 0 to 5, .* end with 6"),
         ({"cu_seq_lens_q": torch.tensor([0, 0, 6])}, "is empty and has no first token"),
         ({"seq_idx": torch.tensor([[0, 0, 1]])}, r"seq_idx has shape \(1, 3\) .* must be \(1, 6\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 6]), "output_attentions": True}, "no attention matrix is built"),
