@@ -2,6 +2,8 @@
 name scripts, targets and flags that exist."""
 
 import argparse
+import ast
+import builtins
 import configparser
 import os
 import random
@@ -95,8 +97,27 @@ def train(block, name):
 
 
 def quick_blocks(page):
-    blocks = [block for block in python(page) if not block.is_slow]
-    return blocks if page.name not in TRAINING else [block for block in blocks if "outputs/" not in block.code]
+    """Blocks that take no time and need nothing of a block that does."""
+    if page.name not in TRAINING:
+        return [block for block in python(page) if not block.is_slow]
+    kept, known = [], set(dir(builtins))
+    for block in python(page):
+        bound, loaded = names_of(block.code)
+        if "outputs/" not in block.code and loaded <= known | bound:
+            kept.append(block)
+            known |= bound
+    return kept
+
+
+def names_of(code):
+    """The names that code binds, and those that it reads."""
+    nodes = [*ast.walk(ast.parse(code))]
+    names = [node for node in nodes if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)}
+    bound |= {alias.asname or alias.name.partition(".")[0] for node in nodes for alias in getattr(node, "names", ())}
+    bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return bound, {node.id for node in names if isinstance(node.ctx, ast.Load)}
 
 
 def needs_time(page):
