@@ -40,6 +40,14 @@ def test_the_first_code_of_the_readme_is_short():
     assert 4 <= len([line for line in code.splitlines() if line.strip()]) <= 10
 
 
+def test_the_index_links_every_page_and_answers_twenty_questions():
+    index = text("index.md")
+    linked = set(re.findall(r"\]\(([^)#]+)", index))
+    assert {page.name for page in PAGES if page.name not in ("README.md", "index.md")} <= linked
+    questions = re.findall(r"^\| ([^|]*\?) \| .*\]\([\w./-]+(?:#[\w-]+)?\).* \|$", index, re.MULTILINE)
+    assert len(set(questions)) >= 20
+
+
 def test_migration_names_every_preset_of_a_size_and_every_text_model():
     named = set(re.findall(r"`(lion-[\w-]+)`", text("migration.md")))
     assert {name for name in lion_hf.PRESETS if "tiny" in name or "patch" not in name} <= named

@@ -41,7 +41,7 @@ READ = ("README.md", "docs/*.md")
 COMMANDS = (
     "README.md",
     "CONTRIBUTING.md",
-    "docs/**/*.md",
+    "docs/*.md",
     "examples/*.md",
     "examples/recipes/**/*.md",
     "model_cards/README.md",
@@ -85,7 +85,7 @@ def train(block, name):
     if not Path("examples").exists():
         Path("examples").symlink_to(ROOT / "examples")
     shown = ""
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2"}
+    environment = {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT / "src")}
     for words in commands(block.code):
         if words[0] == "python" and words[1].startswith("examples/"):
             command = [sys.executable, *words[1:]]
@@ -172,6 +172,24 @@ def test_a_block_shows_what_it_prints_or_fails(text, message):
         return run(block, namespace, "page")
     with pytest.raises(AssertionError, match=re.escape(message)):
         run(block, namespace, "page")
+
+
+def test_files_outside_of_outputs_are_found(empty_folder):
+    inside, outside = (split(f"```python\nopen('{name}', 'w').close()\n```\n")[0] for name in ("outputs/a", "b"))
+    run_page(empty_folder / "page.md", empty_folder, inside)
+    with pytest.raises(AssertionError, match=r"writes outside of outputs/: \['b'\]"):
+        run_page(empty_folder / "page.md", empty_folder, outside)
+
+
+@pytest.mark.slow
+def test_training_commands_run_and_their_output_is_compared(empty_folder):
+    page = "```bash\npython examples/draw_masks.py --output outputs/m.png\n```\n\n```text\n...wrote {}\n```\n"
+    (block, _), _ = split(page.format("outputs/m.png"))
+    train(block, "page")
+    assert Path("outputs/m.png").is_file()
+    (block, _), _ = split(page.format("another"))
+    with pytest.raises(AssertionError, match="another"):
+        train(block, "page")
 
 
 # ------------------------------------------------------------------------------------------------------------- links
