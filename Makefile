@@ -37,9 +37,9 @@ bench: .venv/installed
 cards: .venv/installed
 	$(BIN)/python model_cards/generate.py
 
-# The API page, from the docstrings: open build/api/index.html
+# The pages and the API as one site that works without a network: open build/docs/index.html
 docs: .venv/installed
-	$(BIN)/python -m pdoc --docformat google --output-directory build/api lion_hf lion_hf.nn lion_hf.ops lion_hf.convert
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -c docs -d build/doctrees . build/docs
 
 clean:
 	rm -rf .venv build dist outputs .pytest_cache .ruff_cache .hypothesis src/*.egg-info

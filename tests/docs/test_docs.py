@@ -1,49 +1,28 @@
-"""The pages in docs: their links, code, numbers and pictures, and the API page."""
+"""Names, numbers and pictures in the documentation are those of the package. Code and links: test_pages.py."""
 
+import html
 import re
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import patch
+from urllib.parse import unquote
 
 import pytest
+from pages import blocks_of
 from PIL import Image
 
 import lion_hf
 import lion_hf.convert
-from lion_hf.nn.variants import VARIANTS
 from lion_hf.ops.api import CROSSOVER
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+FOLDERS = (".", "examples", "benchmarks")  # where a script may be whose folder a page does not repeat
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def text(name):
     return (ROOT / "docs" / name).read_text(encoding="utf-8")
-
-
-def anchors(page):
-    """The anchors that headings get: lower case, no punctuation, hyphens for spaces."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_lead_somewhere(page):
-    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text(encoding="utf-8")):
-        if target.startswith("https:"):
-            continue
-        file = page.parent / target if target else page
-        assert file.exists(), target
-        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "uses"], ids=lambda page: page.stem)
-def test_python_of_a_page_runs(page):  # uses.md: test_uses.py
-    with patch.dict(VARIANTS):  # a page may register one
-        for code in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
-            exec(compile(code, page.name, "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -52,7 +31,21 @@ def test_presets_and_files_that_a_page_names_exist(page):
     presets = [word for word in words if re.fullmatch(r"lion-\w+-(tiny|small|base|large).*", word)]
     assert set(presets) <= lion_hf.PRESETS.keys()
     files = [name for word in words for name in re.findall(r"[\w/]+\.py", word)]
-    assert all((ROOT / name).is_file() for name in files)
+    absent = [name for name in files if not any((ROOT / folder / name).is_file() for folder in FOLDERS)]
+    assert not absent
+
+
+def test_the_first_code_of_the_readme_is_short():
+    code = blocks_of(ROOT / "README.md", "python")[0].code
+    assert 4 <= len([line for line in code.splitlines() if line.strip()]) <= 10
+
+
+def test_the_index_links_every_page_and_answers_twenty_questions():
+    index = text("index.md")
+    linked = set(re.findall(r"\]\(([^)#]+)", index))
+    assert {page.name for page in PAGES if page.name not in ("README.md", "index.md")} <= linked
+    questions = re.findall(r"^\| ([^|]*\?) \| .*\]\([\w./-]+(?:#[\w-]+)?\).* \|$", index, re.MULTILINE)
+    assert len(set(questions)) >= 20
 
 
 def test_migration_names_every_preset_of_a_size_and_every_text_model():
@@ -88,17 +81,48 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, examples, monkeyp
     assert "error: cannot write the pictures" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_the_api_page_holds_every_public_name_with_its_docstring(tmp_path):
-    pytest.importorskip("pdoc")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """What `make docs` builds."""
+    pytest.importorskip("furo")
     (recipe,) = re.findall(r"^docs:.*\n\t\$\(BIN\)/python (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    command = recipe.replace("build/api", str(tmp_path)).split()
-    subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
-    page = (tmp_path / "lion_hf.html").read_text(encoding="utf-8")
-    for name in lion_hf.__all__:
-        assert f'id="{name}"' in page
-    assert "Bidirectional linear attention with a decay mask" in page
-    assert "<strong>chunk_size" in page  # arguments are a list, not a paragraph
-    for module in (lion_hf.nn, lion_hf.ops, lion_hf.convert):
-        page = tmp_path.joinpath(*module.__name__.split(".")).with_suffix(".html").read_text(encoding="utf-8")
-        assert all(f'id="{name}"' in page for name in module.__all__), module
+    folder = tmp_path_factory.mktemp("site")
+    command = recipe.replace("build/docs", str(folder / "html")).replace("build/doctrees", str(folder / "doctrees"))
+    subprocess.run([sys.executable, *command.split()], check=True, cwd=ROOT)
+    return folder / "html"
+
+
+@pytest.mark.slow
+def test_the_api_pages_hold_every_public_name_with_its_docstring(site):
+    for module in (lion_hf, lion_hf.nn, lion_hf.ops, lion_hf.convert):
+        page = (site / "docs" / "api" / f"{module.__name__.split('.')[-1]}.html").read_text(encoding="utf-8")
+        assert all(f'id="{module.__name__}.{name}"' in page for name in module.__all__), module
+        assert "<strong>" in page  # arguments are a list, not a paragraph
+        assert 'id="lion_hf.LionModel.forward"' in page or module is not lion_hf
+        assert ".gradient_checkpointing_enable" not in page  # and nothing that Transformers documents
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_works_without_a_network(site):
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 50
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for tag, target in re.findall(r'<(script|link|img|a)\b[^>]*?(?:src|href)="([^"]*)"', text):
+            name, _, anchor = html.unescape(unquote(target)).partition("#")
+            if re.match(r"[a-z]+:", name):
+                assert tag == "a", f"{page.name} loads {target}"
+                continue
+            file = page.parent / name.partition("?")[0] if name else page
+            assert file.is_file(), f"{page.relative_to(site)}: {target}"
+            assert not anchor or file.suffix != ".html" or f'id="{anchor}"' in file.read_text(encoding="utf-8"), target
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", style.read_text(encoding="utf-8")), style
+
+
+@pytest.mark.slow
+def test_the_site_begins_with_the_contents_and_shows_pictures(site):
+    assert "url=docs/index.html" in (site / "index.html").read_text(encoding="utf-8")
+    assert {"masks.png", "scans.png", "forms.png"} <= {path.name for path in (site / "_images").iterdir()}
+    assert "copybutton" in (site / "docs" / "training.html").read_text(encoding="utf-8")
+    assert "docs/training" in (site / "searchindex.js").read_text(encoding="utf-8")
