@@ -472,7 +472,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
         apply_layernorm (`bool`, defaults to `True`):
             Whether `LionBackbone` applies the final LayerNorm to the feature maps.
         norm_position, mlp_type, gate_eps:
-            As in `LionConfig`, with the defaults `"pre"`, `"mlp"` and 0.0.
+            As in `LionConfig`, but by default norm_position is `"pre"` and gate_eps is 0.0.
         feature_map (`str`, *optional*):
             As in `LionConfig`. By default that of the variant.
         normalize (`bool`, defaults to `True`):
@@ -530,12 +530,12 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """Names of the stages that `LionBackbone` can return: the embeddings, then the output of each layer."""
+        """Names of the stages that `LionBackbone` can return, first the embeddings, then the output of each layer."""
         return ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
 
     @property
     def encoder_stride(self) -> int:
-        """Side in pixels of what `LionForMaskedImageModeling` predicts for a token: `patch_size`."""
+        """Pixels in a side of what `LionForMaskedImageModeling` predicts for a token. It equals `patch_size`."""
         return self.patch_size
 
     @encoder_stride.setter

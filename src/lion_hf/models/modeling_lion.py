@@ -142,7 +142,7 @@ class LionMLMHead(nn.Module):
         return self.decoder(self.norm(self.act_fn(self.dense(hidden_states))))
 
 
-@auto_docstring
+@auto_docstring(custom_intro="Base class of the LION text encoder and its heads.")
 class LionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     config: LionConfig
     base_model_prefix = "lion"
@@ -165,9 +165,11 @@ class LionModel(LionPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
+        """Return the word embeddings, a `torch.nn.Embedding`."""
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value):
+        """Replace the word embeddings."""
         self.embeddings.word_embeddings = value
 
     @merge_with_config_defaults
@@ -289,9 +291,11 @@ class LionForMaskedLM(LionPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self):
+        """Return the decoder, a `torch.nn.Linear` from hidden_size to vocab_size."""
         return self.head.decoder
 
     def set_output_embeddings(self, new_embeddings):
+        """Replace the decoder."""
         self.head.decoder = new_embeddings
 
     @can_return_tuple
@@ -443,10 +447,12 @@ class LionForQuestionAnswering(LionPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | QuestionAnsweringModelOutput:
         r"""
-        start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            First and last token of the answer. The loss is the mean of both cross entropies, over the real tokens of a
-            row. Positions beyond the row are ignored; positions on padding raise ValueError (checked on a CPU, outside
-            compiled graphs). Trainer finds these two by the name of the class: for a subclass with another name set
+        start_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            First token of the answer. Positions beyond the row are ignored; positions on padding raise ValueError
+            (checked on a CPU, outside compiled graphs).
+        end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Last token of the answer. The loss is the mean of both cross entropies, over the real tokens of a row.
+            Trainer finds the two arguments by the name of the class: for a subclass with another name set
             `TrainingArguments(label_names=["start_positions", "end_positions"])`.
 
         Returns:
@@ -515,8 +521,14 @@ class LionForMultipleChoice(LionPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | MultipleChoiceModelOutput:
         r"""
-        input_ids, attention_mask, token_type_ids, position_ids (`torch.Tensor`):
-            As in the other heads, with a dimension for the choices: `(batch_size, num_choices, sequence_length)`.
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Token ids of every choice.
+        attention_mask (`torch.Tensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            True or 1 for real tokens, False or 0 for padding.
+        token_type_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Rows of the token-type table. All 0 by default.
+        position_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Rows of the position table, if the model has one.
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_choices, sequence_length, hidden_size)`, *optional*):
             Embeddings in place of input_ids.
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):

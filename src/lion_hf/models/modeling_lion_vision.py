@@ -132,7 +132,7 @@ class LionVisionLayer(LionLayer):
         super().__init__(config, layer_idx, mlp_dropout=config.hidden_dropout_prob)
 
 
-@auto_docstring
+@auto_docstring(custom_intro="Base class of the LION image encoder and its heads.")
 class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     config: LionVisionConfig
     base_model_prefix = "lion_vision"
