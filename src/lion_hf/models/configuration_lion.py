@@ -460,7 +460,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0.0):
             Rate of stochastic depth in the last layer. The rates of earlier layers rise linearly from 0 to it.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
-            Applies to softmax layers only: the image models of the paper have no attention dropout.
+            Applies to softmax layers and, with `normalize=False`, to the others. The paper's image models have none.
         out_features (`list[str]`, *optional*):
             Stages whose feature maps `LionBackbone` returns, in ascending order: `"stem"` (the embeddings),
             `"stage1"`, ... `"stageN"` (the output of each layer). The last stage by default.
