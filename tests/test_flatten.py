@@ -98,21 +98,21 @@ def test_imports_are_rewritten_where_they_stand(statement):
 
 
 REFUSED = {
-    "from . import chunk": "import what is in lion_hf.ops.chunk, not the module",
-    "from .. import ops": "say which module has it",
-    "from .triton import launch": "import what is in lion_hf.ops.triton.launch, not the module",
-    "import lion_hf.ops.chunk": "say what is imported",
-    "import torch, lion_hf as lion": "say what is imported",
-    "from lion_hf import LionConfig": "say which module has it",
-    "from lion_hf.lion_ops import a": "is no file of this package",
-    "import torch; from .chunk import a": "put it on a line of its own",
-    "from \\\n    .chunk import a": "put it on a line of its own",
+    "from . import chunk": "import names from lion_hf.ops.chunk, not the module",
+    "from .. import ops": "import from the module that defines it",
+    "from .triton import launch": "import names from lion_hf.ops.triton.launch, not the module",
+    "import lion_hf.ops.chunk": "import names, as in",
+    "import torch, lion_hf as lion": "import names, as in",
+    "from lion_hf import LionConfig": "import from the module that defines it",
+    "from lion_hf.lion_ops import a": "is not a file of this package",
+    "import torch; from .chunk import a": "write it on its own line",
+    "from \\\n    .chunk import a": "write it on its own line",
 }
 
 
 @pytest.mark.parametrize("statement", REFUSED)
 def test_imports_without_a_flat_form_are_refused(statement):
-    with pytest.raises(ValueError, match=f"in line 1 of lion_hf.ops.api has no form .*: .*{REFUSED[statement]}"):
+    with pytest.raises(ValueError, match=f"cannot follow .* in line 1 of lion_hf.ops.api: .*{REFUSED[statement]}"):
         _flattened(statement, "lion_hf.ops.api")
 
 
@@ -239,11 +239,11 @@ def test_two_classes_of_one_file_and_two_files_come_along(tmp_path, monkeypatch)
 
 
 IMPOSSIBLE = {
-    "relative": ("from . import x", "a package cannot come along"),
-    "the package": ("import lion_hf", "say what is imported, as in `from lion_hf.nn import x`"),
-    "a name of the package": ("from lion_hf import LionModel", "say which module has it"),
-    "an old path": ("from lion_hf.lion_ops import attention_scores", "is no file of this package"),
-    "a file beside it": ("import beside_it", "beside_it does not come along; put all .* into one file"),
+    "relative": ("from . import x", "packages cannot be included"),
+    "the package": ("import lion_hf", "import names, as in `from lion_hf.nn import x`"),
+    "a name of the package": ("from lion_hf import LionModel", "import from the module that defines it"),
+    "an old path": ("from lion_hf.lion_ops import attention_scores", "is not a file of this package"),
+    "a file beside it": ("import beside_it", "beside_it is not included; put everything .* into one file"),
 }
 
 
@@ -267,7 +267,7 @@ def test_a_package_of_the_user_does_not_come_along(tmp_path, monkeypatch):
     (package / "helper.py").write_text("x = 1")
     (package / "variant.py").write_text("from own_package.helper import x\nclass Own: pass")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="own_package does not come along"):
+    with pytest.raises(ValueError, match="own_package is not included"):
         flat_files("lion_hf.models.modeling_lion", [importlib.import_module("own_package.variant").Own])
     with pytest.raises(ValueError, match="__init__.py cannot be imported as a flat file"):
         flat_files("lion_hf.models.modeling_lion", [sys.modules["own_package"].Own])
@@ -282,8 +282,8 @@ def test_classes_without_a_file_of_their_own_are_refused(tmp_path, monkeypatch):
     class Local:
         pass
 
-    assert "test_flatten.py does not hold it under its name" in refusal(Local)
-    assert "in the script that runs, or in a notebook" in refusal(type("Own", (), {"__module__": "__main__"}))
+    assert "test_flatten.py has no such name at top level" in refusal(Local)
+    assert "in a notebook or in the running script" in refusal(type("Own", (), {"__module__": "__main__"}))
     assert "no source file" in refusal(type("Own", (), {"__module__": "nowhere"}))
     assert "no source file" in refusal(type("Own", (), {"__module__": "math"}))
 
@@ -291,7 +291,7 @@ def test_classes_without_a_file_of_their_own_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["modeling_lion", "configuration_lion", "lion_ops_api"])
 def test_a_users_file_does_not_replace_one_of_ours(tmp_path, monkeypatch, name):
     own = imported(tmp_path, monkeypatch, "class Own: pass", name)
-    with pytest.raises(ValueError, match=rf"{name}.Own .*: {name}.py has the name of another file .* rename it"):
+    with pytest.raises(ValueError, match=rf"{name}.Own .*: {name}.py has the same name as another .* rename it"):
         flat_files("lion_hf.models.modeling_lion", [own])
 
 
@@ -300,7 +300,7 @@ def test_two_files_of_one_name_are_refused(tmp_path, monkeypatch):
     first.__module__ = "elsewhere"
     monkeypatch.setitem(sys.modules, "elsewhere", sys.modules["own_variant"])
     second = imported(tmp_path / "b", monkeypatch, "class Own: pass")
-    with pytest.raises(ValueError, match="own_variant.Own .*: own_variant.py has the name of another file"):
+    with pytest.raises(ValueError, match="own_variant.Own .*: own_variant.py has the same name as another"):
         flat_files("lion_hf.models.modeling_lion", [first, second])
 
 

@@ -1,7 +1,7 @@
 """LION: linear attention with decay for bidirectional encoders.
 
-`lion_hf.ops` (the operators) and `lion_hf.nn` (layers) need PyTorch only. The models, `lion_hf.convert`, `push` and
-`save_with_code` need Transformers, whose Auto classes and pipelines know LION once this package is imported.
+`lion_hf.ops` (operators) and `lion_hf.nn` (layers) need PyTorch only. The models, `lion_hf.convert`, `push` and
+`save_with_code` need Transformers too. Importing this package registers LION with the Auto classes of Transformers.
 """
 
 import contextlib
@@ -75,8 +75,8 @@ else:
     AutoBackbone.register(LionVisionConfig, LionBackbone, exist_ok=True)
     AutoTokenizer.register(LionConfig, fast_tokenizer_class=BertTokenizer, exist_ok=True)
 
-    # Without Pillow, or on Transformers 5.10 without torchvision, there is no image processor to register: images must
-    # then be prepared by hand, which is no error.
+    # Without Pillow, or on Transformers 5.10 without torchvision, there is no image processor to register. The models
+    # work without one.
     with contextlib.suppress(ImportError):
         from transformers import ViTImageProcessorPil
 
@@ -114,7 +114,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name in (*__all__, "convert", "hub", "models"):
         raise ImportError(
-            f"{__name__}.{name} needs Transformers, which is not installed (pip install transformers); without it "
-            f"{__name__}.ops and {__name__}.nn are there."
+            f"{__name__}.{name} needs Transformers, which is not installed (pip install transformers). Only "
+            f"{__name__}.ops and {__name__}.nn work without it."
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

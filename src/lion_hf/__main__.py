@@ -1,4 +1,4 @@
-"""`python -m lion_hf SCRIPT ARGS`: runs a script, such as one of Transformers' examples, with LION registered.
+"""`python -m lion_hf SCRIPT ARGS` runs a script, such as an example of Transformers, with LION registered.
 
 python -m lion_hf run_glue.py --model_name_or_path lion-s-base ...
 accelerate launch -m lion_hf run_glue.py ...
@@ -13,11 +13,11 @@ import sys
 from ._script import run_script
 
 
-IMPORT_HELP = "module to import before the script, such as one with a variant of your own; repeatable"
+IMPORT_HELP = "module to import before the script, such as one with a custom variant; can be repeated"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 2 after an error in it (one line); else what the script does decides."""
+    """Run the command line. Return 2 after an error in the arguments, else 0 unless the script exits by itself."""
     options = _parser().parse_args(arguments)
     if not os.path.isfile(options.script):
         return _error(f"there is no script {options.script!r}")
@@ -38,13 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m lion_hf",
-        description="Runs a script as `python SCRIPT ARGS` does, with LION known to Transformers' Auto classes.",
+        description="Run a script as `python SCRIPT ARGS` does, with LION registered with Transformers' Auto classes.",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--import", dest="imports", metavar="MODULE", action="append", default=[], help=IMPORT_HELP)
-    add("script", metavar="SCRIPT", help="the file to run")
-    add("args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
+    add("script", metavar="SCRIPT", help="script to run")
+    add("args", metavar="ARGS", nargs=argparse.REMAINDER, help="arguments of the script")
     return parser
 
 

@@ -1,7 +1,7 @@
-"""The import paths of version 0.1, which work through 0.2 with one warning each.
+"""Import paths of version 0.1, which work in 0.2 with one warning each.
 
-`lion_hf.lion_ops` and the others are no files any more. A finder makes them when they are asked for: modules without
-contents, which look a name up in the modules where it stands now.
+`lion_hf.lion_ops` and the others are no longer files. A finder creates them when they are imported: empty modules that
+look up each name in the modules where it is now.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from typing import Any
 
 _PACKAGE = __package__
 
-# Where the contents of each module of 0.1 are now, below lion_hf; names are looked up in this order.
+# Modules below lion_hf that hold the contents of each module of 0.1. Names are looked up in this order.
 MOVED = {
     "configuration_lion": ("models.configuration_lion",),
     "convert_companions": ("convert.companions",),
@@ -51,25 +51,25 @@ MOVED = {
 
 
 def targets(name: str) -> list[str]:
-    """The full names of the modules that hold now what the module of this full name held in 0.1."""
+    """Return the full names of the modules that now hold the contents of a module of 0.1."""
     return [f"{_PACKAGE}.{target}" for target in MOVED[name.removeprefix(f"{_PACKAGE}.")]]
 
 
 def install() -> None:
-    """Makes the old paths importable, once in a process."""
+    """Make the old paths importable, once in a process."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
     sys.modules[_PACKAGE].__class__ = _Package
 
 
 def run(name: str) -> None:
-    """What `python -m` does with the old name of a module: runs the new one."""
+    """Run the new module when `python -m` is given the old name."""
     _warn(name)
     runpy.run_module(targets(name)[0], run_name="__main__", alter_sys=True)
 
 
 class _Package(ModuleType):
-    """The package. The import of an old module does not replace a function of the same name (push, save_with_code)."""
+    """Class of the package. Importing an old module does not replace a function of its name (push, save_with_code)."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (isinstance(value, _Moved) and name in vars(self)):
@@ -77,7 +77,7 @@ class _Package(ModuleType):
 
 
 class _Moved(ModuleType):
-    """A module of 0.1: every name is looked up where it stands now."""
+    """A module of 0.1. Every name is looked up in the module where it is now."""
 
     def __getattr__(self, name: str) -> Any:
         modules = [importlib.import_module(target) for target in targets(self.__name__)]
@@ -92,7 +92,7 @@ class _Moved(ModuleType):
             if not name.startswith("__") and hasattr(module, name):
                 return getattr(module, name)
         raise AttributeError(
-            f"module {self.__name__!r} has no attribute {name!r}; what it held is now in {_places(self.__name__)}."
+            f"module {self.__name__!r} has no attribute {name!r}; its contents are now in {_places(self.__name__)}."
         )
 
     def __dir__(self) -> list[str]:
@@ -115,7 +115,7 @@ class _Loader(Loader):
         _warn(module.__name__)
 
     def get_code(self, fullname: str) -> CodeType:
-        """What `python -m` runs."""
+        """Return the code that `python -m` runs."""
         return compile(f"from {__name__} import run\nrun({fullname!r})\n", __file__, "exec")
 
 
@@ -128,12 +128,12 @@ def _places(name: str) -> str:
 
 
 def _warn(name: str) -> None:
-    """One warning, at the line outside of this package and of the import system that asked for the module."""
+    """Warn once, at the line outside this package and the import system that imports the module."""
     frame = sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in (_PACKAGE, "importlib"):
         frame = frame.f_back
     warnings.warn_explicit(
-        f"{name} is now {_places(name)}; the old path works through lion_hf 0.2 and is removed in 0.3.",
+        f"{name} is now {_places(name)}; the old path works in lion_hf 0.2 and will be removed in 0.3.",
         FutureWarning,
         frame.f_code.co_filename,
         frame.f_lineno,

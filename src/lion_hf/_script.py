@@ -1,7 +1,7 @@
-"""Runs a script as `python SCRIPT` does, in this process and in those that multiprocessing spawns from it.
+"""Runs a script as `python SCRIPT` does, in this process and in the processes that multiprocessing spawns from it.
 
-A spawned process imports the main module of its parent under the name "__mp_main__". It would find the script by its
-path, and not know LION; so the main module bears the name of this one, which imports the package and runs the script.
+A spawned process imports the main module of its parent under the name "__mp_main__". By the path of the script it would
+run without LION. The main module therefore has the name of this module, which imports the package and runs the script.
 """
 
 import importlib
@@ -12,29 +12,29 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import CodeType, ModuleType, TracebackType
 
 
-# Tells spawned processes which script runs, and what it needs beforehand.
+# Environment variables for spawned processes: the script, and the modules to import before it.
 _SCRIPT = "LION_HF_SCRIPT"
 _IMPORTS = "LION_HF_IMPORTS"
 
 
 def run_script(script: str, arguments: Sequence[str], imports: Sequence[str] = ()) -> None:
-    """Runs a script as the main module of this process.
+    """Run a script as the main module of this process.
 
     Args:
         script: path of the file.
-        arguments: what `sys.argv` holds after it.
-        imports: modules that were imported for it; spawned processes import them, too. Where there are any, the current
-            folder stays on the path, after that of the script.
+        arguments: the rest of `sys.argv`.
+        imports: modules that were imported for the script. Spawned processes import them too. If there are any, the
+            current folder stays on the path, after the folder of the script.
     """
     file = os.path.abspath(script)
     os.environ |= {_SCRIPT: file, _IMPORTS: ",".join(imports)}
     sys.argv = [script, *arguments]
-    if not getattr(sys.flags, "safe_path", False):  # else Python puts no folder there
+    if not getattr(sys.flags, "safe_path", False):  # in safe-path mode Python adds no folder
         sys.path[:1] = [os.path.dirname(os.path.realpath(file)), *([os.getcwd()] if imports else [])]
     main = ModuleType("__main__")
     main.__file__ = file
     main.__spec__ = ModuleSpec(__name__, None, origin=file)
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = main  # spawned processes name its classes by the latter
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main  # spawned processes look up its classes in the latter
     sys.excepthook = _Traceback(file, sys.excepthook)
     exec(_compiled(file), vars(main))
 
@@ -45,7 +45,7 @@ def _compiled(file: str) -> CodeType:
 
 
 class _Traceback:
-    """Shows errors of a script from its own first line on, as if it ran alone."""
+    """Exception hook that shows only the part of a traceback from the script on, as `python SCRIPT` would."""
 
     def __init__(self, file: str, hook):
         self.file, self.hook = file, hook

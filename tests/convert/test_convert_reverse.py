@@ -98,7 +98,7 @@ def test_a_missing_shard_and_a_broken_index_are_told(tmp_path):
     with pytest.raises(ConversionError, match=f"contains no {shard.name}"):
         reverse_checkpoint(tmp_path / "ours", None)
     (tmp_path / "ours" / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ConversionError, match="no index of weights"):
+    with pytest.raises(ConversionError, match="not an index of weights"):
         reverse_checkpoint(tmp_path / "ours", None)
 
 

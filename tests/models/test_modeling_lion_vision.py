@@ -354,14 +354,14 @@ def test_a_configured_image_size_need_not_be_square(pos_emb, order):
     assert model(images(2, 8, 24)).logits.isfinite().all()
     if pos_emb:
         assert model.lion_vision.embeddings.position_embeddings.shape == (1, 13, HIDDEN)
-        with pytest.raises(ValueError, match="24 x 8 pixels, but the position table was made for 8 x 24"):
+        with pytest.raises(ValueError, match="24 x 8 pixels, but the position table is for 8 x 24"):
             model(images(2, 24, 8))
 
 
 def test_a_position_table_of_another_size_is_interpolated_on_request():
     model = build(lion_hf.LionForImageClassification, pos_emb=True)
     larger = images(2, 24, 32)
-    with pytest.raises(ValueError, match="24 x 32 pixels.*made for 16 x 16.*interpolate_pos_encoding=True"):
+    with pytest.raises(ValueError, match="24 x 32 pixels.*is for 16 x 16.*interpolate_pos_encoding=True"):
         model(larger)
     assert model(larger, interpolate_pos_encoding=True).logits.shape == (2, 5)
     same = images(2)

@@ -50,7 +50,7 @@ def test_layers_are_a_sorted_list_in_every_spelling(tmp_path, kind, given, kept)
     [
         ([2], r"softmax_layers is \[2\]; with num_hidden_layers 2 its numbers must be from 0 to 1"),
         ([-1], r"softmax_layers is \[-1\]; .*negative"),
-        ([0, 0], r"softmax_layers is \[0, 0\]; it must name each layer once"),
+        ([0, 0], r"softmax_layers is \[0, 0\]; it must contain each layer once"),
         ([0.5], r"softmax_layers is \[0.5\]; it must be a list of layer numbers, whole"),
         ([True], r"softmax_layers is \[True\]; it must be a list of layer numbers"),
         (1, "softmax_layers is 1; it must be a list of layer numbers"),

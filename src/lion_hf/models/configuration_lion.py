@@ -18,7 +18,7 @@ from .lion_options import is_known, misspelt_option, plain, sorted_layers
 
 logger = logging.get_logger(__name__)
 
-# Every accepted spelling, in lower case, of the options that are names. The variants' are in their registry.
+# Accepted spellings, in lower case, of options whose values are names. Those of variants are in their registry.
 _SPELLINGS = {
     "format": {name: name for name in ("attention", "rnn", "chunk", "auto")},
     "order": {"normal": "normal", "s": "s", "snake": "s"},
@@ -41,8 +41,8 @@ _COUNTS = (
     "num_channels",
 )
 
-# Options that decide which parameters a model has, or what they mean: they cannot change at load or after the model was
-# built. A warm start refuses all of them but those that it makes anew.
+# Options that determine which parameters a model has, or what they mean. They cannot change when a model is loaded or
+# after it was built. A warm start accepts only those of them that it sets itself.
 STRUCTURAL = (
     "mask_type",
     "order",
@@ -58,36 +58,36 @@ STRUCTURAL = (
 
 _KINDS = ("lion", "lion_vision")
 
-# What a decoder does, and no LION: every token reads both directions.
+# Options of decoders. LION is an encoder: every token reads both directions.
 _DECODERS = ("is_decoder", "add_cross_attention")
 
 
 class _LionOptions:
-    """What both configurations share: spellings, refusal of misspelt names, options that follow the variant, presets.
+    """Base of both configurations: spellings, misspelt names, options that follow the variant, presets.
 
-    A class with it has `_in_plain_values` above `strict`."""
+    Classes derived from it need the decorator `_in_plain_values` above `strict`."""
 
-    # Options that follow the variant until they are set: the attribute of `Variant` that decides, by name.
+    # Options that follow the variant until they are set, with the attribute of `Variant` that gives their value.
     derived_options: Mapping[str, str] = MappingProxyType({})
-    # First tokens of every row that do not decay.
+    # Number of tokens at the beginning of every row that do not decay.
     prefix_tokens = 0
-    # Read by what serves decoders too; they decide nothing here.
+    # Read by code of Transformers that also handles decoders. They have no effect here.
     use_cache = False
     is_decoder = False
     add_cross_attention = False
 
     def __post_init__(self, **kwargs):
-        use_cache = kwargs.pop("use_cache", self.use_cache)  # Transformers would drop it as one of generation's
+        use_cache = kwargs.pop("use_cache", self.use_cache)  # Transformers would drop it as a generation option
         if not kwargs.pop("_stored", False):
             self._refuse_misspelt(kwargs)
             if alone := [name for name in kwargs if not is_known(type(self), name)]:
                 logger.warning_once(
-                    f"{type(self).__name__} keeps {', '.join(alone)}, which no LION reads and which changes nothing."
+                    f"{type(self).__name__} has no option named {', '.join(alone)}: stored, but without effect."
                 )
         super().__post_init__(**kwargs)
         if use_cache != self.use_cache:
             self.use_cache = use_cache
-        if self.transformers_version is not None:  # the arguments are those of a dict that `to_dict` made
+        if self.transformers_version is not None:  # the arguments come from `to_dict`
             derived = {name for name in self.derived_options if getattr(self, name) == self._derived(name)}
             self.__dict__["_following"] = getattr(self, "_following", frozenset()) | derived
 
@@ -102,8 +102,8 @@ class _LionOptions:
 
     @classmethod
     def _arguments(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """A stored configuration as arguments of the constructor. Options that equal what the stored variant derives
-        count as derived, and no name is refused: the file may be another's."""
+        """Arguments of the constructor from a stored configuration. Options with the default value of the stored
+        variant count as not set. Unknown names are accepted: another program may have written the file."""
         mask_type = stored.get("mask_type", cls.__dataclass_fields__["mask_type"].default)
         variant = variant_class(_normalised("mask_type", mask_type, cls))
         derived = {name: getattr(variant, attribute) for name, attribute in cls.derived_options.items()}
@@ -112,8 +112,8 @@ class _LionOptions:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in Transformers, but an override that contradicts the stored structure, or is misspelt, is an error
-        (ValueError). None leaves the stored value of what decides the structure, and of `format`."""
+        """As in Transformers, but an override that is misspelt, or differs from a stored structural option, raises
+        ValueError. None keeps the stored value of structural options and of `format`."""
         cls._refuse_misspelt(kwargs)
         kind, own = config_dict.get("model_type"), {getattr(base, "model_type", None) for base in cls.__mro__}
         if kind in _KINDS and kind not in own:
@@ -122,30 +122,29 @@ class _LionOptions:
                 "models a LionVisionConfig; AutoConfig and AutoModel pick the class that fits a checkpoint."
             )
         if "order" in kwargs and "order" not in cls.__dataclass_fields__:
-            _normalised("order", kwargs.pop("order"), cls)  # refused unless it means nothing here
+            _normalised("order", kwargs.pop("order"), cls)  # an error unless it has no effect here
         _drop_undecided(kwargs)
         cls.require_structure(config_dict, {name: kwargs[name] for name in STRUCTURAL if name in kwargs})
         result = super().from_dict(cls._arguments(config_dict), **kwargs)
-        (
-            result[0] if isinstance(result, tuple) else result
-        ).validate()  # overrides are set one by one, after the checks
+        config = result[0] if isinstance(result, tuple) else result
+        config.validate()  # overrides are set one by one, after the checks
         return result
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers."""
-        register_adapters(self.model_type)  # PEFT begins with this call
+        """Return all options as a dict, as in Transformers."""
+        register_adapters(self.model_type)  # PEFT calls `to_dict` before it looks for adapters
         output = super().to_dict()
         output.pop("_following", None)
         return output
 
     @classmethod
     def from_json_file(cls, json_file):
-        """As in Transformers, from a stored configuration."""
+        """Read a configuration from a JSON file, as in Transformers."""
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def with_options(self, options: dict[str, Any]) -> "PreTrainedConfig":
-        """A copy with those of `options` that are options of this class, which leave the dict; itself where there are
-        none. None means what it does in `from_dict`."""
+        """Return a copy with the entries of `options` that this class has, and remove them from the dict. Without such
+        entries, return the configuration itself. None means the same as in `from_dict`."""
         own = self.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
         _drop_undecided(options)
         chosen = {name: options.pop(name) for name in own & options.keys()}
@@ -158,8 +157,8 @@ class _LionOptions:
 
     @classmethod
     def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
-        """Raises ValueError where `wanted` (options by name, or a configuration) contradicts a stored configuration in
-        what decides the parameters of a model, see `STRUCTURAL`."""
+        """Raise ValueError if `wanted` (options by name, or a configuration) differs from a stored configuration in a
+        structural option, see `STRUCTURAL`."""
         if isinstance(wanted, PreTrainedConfig):
             wanted = wanted.structure()
         wanted = {name: value for name, value in wanted.items() if name in cls.__dataclass_fields__}
@@ -170,17 +169,16 @@ class _LionOptions:
             if _normalised(name, value, cls) != built[name]:
                 raise ValueError(
                     f"{name}={value!r} contradicts the checkpoint, which has {name}={built[name]!r}. "
-                    f"{name} decides the parameters of the model, or what they mean, and cannot change at load: leave "
-                    "it out, or build a "
-                    "new model from a new configuration."
+                    f"{name} determines the parameters of the model and cannot change when it is loaded. Leave it out, "
+                    "or build a new model from a new configuration."
                 )
 
     def _derived(self, name: str) -> Any:
-        """What the variant makes of an option that follows it."""
+        """The value that the variant gives to an option that follows it."""
         return getattr(variant_class(self.mask_type), self.derived_options[name])
 
     def structure(self) -> dict[str, Any]:
-        """The options that decide the parameters of a model, by name; see `STRUCTURAL`."""
+        """Return the options that determine the parameters of a model, by name; see `STRUCTURAL`."""
         options = {name: getattr(self, name) for name in STRUCTURAL if hasattr(self, name)}
         if options["feature_map"] is None:
             options["feature_map"] = variant_class(self.mask_type).feature_map if self.normalize else "identity"
@@ -188,10 +186,13 @@ class _LionOptions:
 
     @classmethod
     def from_preset(cls, name: str, **overrides):
-        """A named size of the paper; `PAPER_PRESETS` lists them. Keyword arguments override single options.
+        """Return the configuration of a model of the paper. Keyword arguments override single options.
+
+        Args:
+            name: such as "lion-s-base"; `PAPER_PRESETS` lists all of them.
 
         Raises:
-            ValueError: for an unknown name, or one that belongs to the other kind of model.
+            ValueError: if the name is unknown or belongs to the other kind of model.
         """
         key = name.lower().removesuffix("-uncased")
         is_image = "patch_size" in cls.__dataclass_fields__
@@ -231,7 +232,7 @@ class _LionOptions:
 
 
 def _activations() -> Mapping | None:
-    """Transformers' activations by name; None without torch, which they need and configurations do not."""
+    """Transformers' activations by name, or None without torch, which configurations do not need."""
     try:
         from transformers.activations import ACT2FN
     except ImportError:
@@ -240,33 +241,33 @@ def _activations() -> Mapping | None:
 
 
 def spellings(option: str) -> dict[str, str]:
-    """Every accepted spelling, in lower case, of an option that is a name, and the name it stands for."""
+    """Return every accepted spelling of an option, in lower case, with the name that it stands for."""
     if option == "mask_type":
         return {word: name for name, cls in VARIANTS.items() for word in (name, *cls.spellings)}
     return _SPELLINGS[option]
 
 
 def _drop_undecided(options: dict[str, Any]) -> None:
-    """Takes out options of the structure that are None, which leaves what is stored."""
+    """Remove structural options that are None, so that the stored values stay."""
     for name in STRUCTURAL:
         if name in options and options[name] is None:
             del options[name]
 
 
 def _in_plain_values(cls: type) -> type:
-    """Class decorator above `strict`: values are spelt as this package spells them, and made Python's own, before their
-    types are checked, and options that follow the variant are set with it."""
+    """Class decorator above `strict`: normalises spellings and converts numpy values before types are checked, and
+    sets the options that follow the variant when the variant is set."""
     checked = cls.__setattr__
 
     def __setattr__(self, name: str, value: Any) -> None:
         value = _normalised(name, plain(value), type(self))
         if name not in self.__dataclass_fields__ and (meant := misspelt_option(type(self), name)):
             logger.warning_once(
-                f"{type(self).__name__} keeps {name!r}, which no LION reads; if {meant!r} was meant, set that."
+                f"{type(self).__name__} has no option {name!r}: stored, but without effect. Did you mean {meant!r}?"
             )
-        if name == "format" and value is None:  # as it is, or by default
+        if name == "format" and value is None:  # keep the current value, or the default
             value = getattr(self, name)
-        if name in self.derived_options:  # nobody set those that are None: they follow the variant
+        if name in self.derived_options:  # None: the option follows the variant
             following = getattr(self, "_following", frozenset())
             self.__dict__["_following"] = following | {name} if value is None else following - {name}
             value = self._derived(name) if value is None else value
@@ -292,8 +293,8 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
     allowed = spellings(name)
     if value.lower() not in allowed:
         hint = (
-            " A variant of your own must be registered before it is used: import the file with its class, decorated "
-            "with lion_hf.nn.register_variant (for a script: python -m lion_hf --import MODULE SCRIPT)."
+            " A custom variant must be registered first: import the file with its class, decorated with "
+            "lion_hf.nn.register_variant (for a script: python -m lion_hf --import MODULE SCRIPT)."
             if name == "mask_type"
             else ""
         )
@@ -309,67 +310,66 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
 @_in_plain_values
 @strict
 class LionConfig(_LionOptions, PreTrainedConfig):
-    r"""Configuration of [`LionModel`] and its heads: BERT with its attention replaced by LION (arXiv 2502.16249).
+    r"""Configuration of `LionModel` and its heads: BERT with its attention replaced by LION (arXiv 2502.16249).
 
-    The defaults are BERT-base's shape with LION-S. Besides the options of `BertConfig`:
+    The defaults are the shape of BERT-base with LION-S. `BertConfig` has the other options.
 
     Args:
         mask_type (`str`, defaults to `"selective"`):
             The variant: `"lit"` (no decay), `"decay"` (one learned decay per head), `"selective"` (a decay per token
-            and head), or one that was registered with `lion_hf.nn.register_variant`. The authors' spellings `"Lit"`,
-            `"Decay"`, `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"` mean the same.
+            and head), or the name of one registered with `lion_hf.nn.register_variant`. The authors' spellings are
+            accepted too: `"Lit"`, `"Decay"`, `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"`.
         format (`str`, defaults to `"auto"`):
             How the same function is computed: `"attention"` (quadratic), `"chunk"` (linear time), `"rnn"` (linear time,
-            constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time;
-            `None` leaves what is stored.
+            constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time.
+            `None` keeps the stored value.
         chunk_size (`int`, defaults to 64):
-            Most tokens in one chunk of the chunk and rnn forms.
+            Largest number of tokens in one chunk of the chunk and rnn forms.
         pos_emb (`bool`, *optional*):
-            Learned absolute positions. By default only for `"lit"`; the other two tell positions by their decay. The
-            default follows `mask_type` when that is changed, until `pos_emb` is set.
+            Add a learned table of absolute positions. By default only for `"lit"`; the others derive positions from
+            the decay. The default follows `mask_type` until `pos_emb` is set.
         layer_norm_after (`bool`, *optional*):
-            LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`; it follows as `pos_emb` does.
+            LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`; follows `mask_type` too.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
-            Dropout on the attention matrix in training. Only the attention form has that matrix: with `format="auto"`
-            it is chosen, with `"rnn"` or `"chunk"` training raises an error. Softmax layers apply it in every format.
+            Dropout on the attention matrix in training, which needs the attention form: `format="auto"` selects it,
+            `"rnn"` and `"chunk"` raise ValueError in training. Softmax layers apply it in every format.
         softmax_layers (`list[int]`, defaults to none):
-            Layers, counted from 0, that keep softmax attention: a hybrid encoder. They have no decay, no
-            `layer_norm_after` and quadratic time, whatever the format.
+            Layers, counted from 0, that keep softmax attention (a hybrid encoder). They have no decay and no
+            `layer_norm_after`, and take quadratic time in every format.
         unpad (`bool`, *optional*):
-            Take the padding at the left and right ends of rows, masked tokens `pad_token_id`, out before the first
-            layer and put its embeddings back after the last. All other tokens, pooled rows and their gradients are the
-            same (a row of padding alone keeps its first token); only outputs at padding differ. By default in training
-            on a CPU, outside `torch.compile`, where rows have 2048 / `hidden_size` padded positions or more on average
-            (3 at base width); `True`: in every batch, and with `inputs_embeds`, or without a `pad_token_id`, all
-            that is masked; `False`: in none. Never where the hidden states of all layers, attentions or attention
-            dropout are asked for, which need the batch as it is, nor in exported graphs. Can be changed at any time.
+            Remove padding (masked tokens `pad_token_id` at both ends of rows) before the first layer and put its
+            embeddings back after the last. Only outputs at padding change; a row of padding alone keeps its first
+            token. By default in training on a CPU, outside `torch.compile`, if rows have 2048 / `hidden_size` padded
+            positions or more on average (3 at base width). `True`: in every batch; with `inputs_embeds`, or without a
+            `pad_token_id`, all masked tokens at the ends count as padding. `False`: never. Ignored with
+            `output_hidden_states`, `output_attentions` or attention dropout, which need the whole batch, and in
+            exported graphs. Can be changed at any time.
         classifier_dropout (`float`, *optional*):
             Dropout before the classification heads; `hidden_dropout_prob` by default.
         classifier_pooling (`str`, defaults to `"first"`):
-            What sequence classification and multiple choice read, through the pooler: `"first"`, the first real token
-            of a text, as the paper does, or `"mean"`, the mean of its real tokens. With little fine-tuning data the
-            mean learns more (examples/results). Can be changed at any time.
+            Input of the pooler in sequence classification and multiple choice: `"first"` (the first real token of a
+            text, as in the paper) or `"mean"` (the mean of its real tokens). The mean is better with little
+            fine-tuning data (examples/results). Can be changed at any time.
         norm_position (`str`, defaults to `"post"`):
             `"post"` as in BERT, or `"pre"`, which adds a LayerNorm after the last layer.
         mlp_type (`str`, defaults to `"mlp"`):
             `"mlp"`, or `"glu"` for MLPs whose values are multiplied by a gate, a third projection.
         feature_map (`str`, defaults to `"identity"`):
-            Function of queries and keys: `"identity"`, `"elu"` (elu + 1) or `"unit_silu"` (silu + 1/2 at length 1).
-            `None` is the variant's own where outputs are normalised.
+            Function applied to queries and keys: `"identity"`, `"elu"` (elu + 1) or `"unit_silu"` (silu + 1/2, scaled
+            to length 1). `None` selects that of the variant if `normalize` is True, else `"identity"`.
         normalize (`bool`, defaults to `False`):
-            Divide outputs by their row sums, as the image models do. It needs another feature map than `"identity"`,
-            and attention dropout does not go with it.
+            Divide outputs by their row sums, as in the image models. Requires a feature map other than `"identity"`
+            and no attention dropout.
         gate_eps (`float`, defaults to 1e-7):
-            Added to the decays of `"selective"` before their logarithm, as the authors' text models do.
+            Added to the decays of `"selective"` before their logarithm, as in the authors' text models.
 
-    Raises an error that names the option, the value and what is allowed when a value does not fit.
+    Raises:
+        ValueError: for a misspelt option or a value that is not allowed.
 
-    ```python
-    >>> from lion_hf import LionConfig, LionForMaskedLM
-
-    >>> config = LionConfig(mask_type="decay", num_hidden_layers=2)
-    >>> model = LionForMaskedLM(config)
-    ```"""
+    Example:
+        >>> from lion_hf import LionConfig, LionForMaskedLM
+        >>> config = LionConfig(mask_type="decay", num_hidden_layers=2)
+        >>> model = LionForMaskedLM(config)"""
 
     model_type = "lion"
     derived_options = MappingProxyType({"pos_emb": "pos_emb", "layer_norm_after": "norm"})
@@ -406,13 +406,13 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     gate_eps: float | int = 1e-7
 
     def __post_init__(self, **kwargs):
-        order = kwargs.pop("order", None)  # refused unless it means nothing here
+        order = kwargs.pop("order", None)  # an error unless it has no effect here
         if order is not None:
             _normalised("order", order, type(self))
         super().__post_init__(**kwargs)
 
     def validate_shape(self):
-        """Raises ValueError for sizes that do not fit together."""
+        """Raise ValueError if sizes do not fit together."""
         self._check_shape()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
@@ -421,17 +421,17 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             )
         if variant_class(self.mask_type).pos_emb and not self.pos_emb:
             logger.warning_once(
-                f"mask_type is {self.mask_type!r} with pos_emb=False: nothing tells this model the order of its "
-                "tokens. Set pos_emb=True unless a bag of words is wanted."
+                f"mask_type is {self.mask_type!r} with pos_emb=False: this model cannot see the order of its tokens. "
+                "Set pos_emb=True unless you want a bag of words."
             )
         if self.normalize and self.attention_probs_dropout_prob > 0:
             raise ValueError(
-                f"attention_probs_dropout_prob is {self.attention_probs_dropout_prob} with normalize=True, where rows "
-                "of the attention matrix keep their sums and nothing is dropped. Set one of them to 0 or False."
+                f"attention_probs_dropout_prob is {self.attention_probs_dropout_prob}, but models with normalize=True "
+                "have no attention dropout. Set attention_probs_dropout_prob=0 or normalize=False."
             )
 
 
-# Options of `LionBackbone` alone: config.json names them only where they differ from this.
+# Options of `LionBackbone` alone. config.json holds them only if they differ from these defaults.
 _BACKBONE_DEFAULTS = {
     "out_features": None,
     "out_indices": None,
@@ -443,47 +443,45 @@ _BACKBONE_DEFAULTS = {
 @_in_plain_values
 @strict
 class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
-    r"""Configuration of [`LionVisionModel`], its heads and [`LionBackbone`] (arXiv 2502.16249).
+    r"""Configuration of `LionVisionModel`, its heads and `LionBackbone` (arXiv 2502.16249).
 
-    The defaults are the base size (patch 16, 224 pixels) with LION-S. Besides the options of `ViTConfig`:
+    The defaults are the base size (patch 16, 224 pixels) with LION-S. `ViTConfig` has the other options.
 
     Args:
         mask_type, format, chunk_size, softmax_layers:
-            As in [`LionConfig`].
+            As in `LionConfig`.
         order (`str`, defaults to `"normal"`):
             `"normal"` reads patches row by row; `"s"` (or `"snake"`) averages two snake scans, along rows and along
-            columns (the natural variants of the paper). Without decay it changes nothing.
+            columns (the natural variants of the paper). It has no effect without decay.
         pos_emb (`bool`, defaults to `False`):
             Add a learned position table. Without it, any image size divisible by `patch_size` is accepted.
         cls_tok (`bool`, defaults to `False`):
-            Classify from the class token; otherwise from the mean over all tokens, class token included.
+            Classify from the class token. Otherwise from the mean over all tokens, class token included.
         drop_path_rate (`float`, defaults to 0.0):
-            Stochastic depth of the last block; earlier blocks have linearly less.
+            Rate of stochastic depth in the last layer. The rates of earlier layers rise linearly from 0 to it.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
-            Applied in softmax layers only: the image models of the paper have no attention dropout.
+            Applies to softmax layers and, with `normalize=False`, to the others. The paper's image models have none.
         out_features (`list[str]`, *optional*):
-            [`LionBackbone`] returns the feature maps of these stages, in ascending order: `"stem"` (the embeddings),
+            Stages whose feature maps `LionBackbone` returns, in ascending order: `"stem"` (the embeddings),
             `"stage1"`, ... `"stageN"` (the output of each layer). The last stage by default.
         out_indices (`list[int]`, *optional*):
-            The same by number: 0 is the stem, negative numbers count from the end.
+            The same stages by number: 0 is the stem, negative numbers count from the end.
         reshape_hidden_states (`bool`, defaults to `True`):
-            Whether [`LionBackbone`] gives feature maps (batch, hidden_size, rows, columns). `False`: tokens (batch,
-            1 + rows * columns, hidden_size), the class token first, as DPT and Depth Anything take them.
+            Whether `LionBackbone` returns feature maps (batch, hidden_size, rows, columns). `False`: tokens (batch,
+            1 + rows * columns, hidden_size), the class token first, as DPT and Depth Anything expect them.
         apply_layernorm (`bool`, defaults to `True`):
-            Whether [`LionBackbone`] passes the feature maps through the final LayerNorm.
-        norm_position (`str`, defaults to `"pre"`), mlp_type, gate_eps (defaults to 0.0):
-            As in [`LionConfig`].
+            Whether `LionBackbone` applies the final LayerNorm to the feature maps.
+        norm_position, mlp_type, gate_eps:
+            As in `LionConfig`, but by default norm_position is `"pre"` and gate_eps is 0.0.
         feature_map (`str`, *optional*):
-            As in [`LionConfig`]; the variant's own by default.
+            As in `LionConfig`. By default that of the variant.
         normalize (`bool`, defaults to `True`):
             Divide outputs by their row sums.
 
-    ```python
-    >>> from lion_hf import LionForImageClassification, LionVisionConfig
-
-    >>> config = LionVisionConfig(mask_type="decay", order="s", num_hidden_layers=2)
-    >>> model = LionForImageClassification(config)
-    ```"""
+    Example:
+        >>> from lion_hf import LionForImageClassification, LionVisionConfig
+        >>> config = LionVisionConfig(mask_type="decay", order="s", num_hidden_layers=2)
+        >>> model = LionForImageClassification(config)"""
 
     model_type = "lion_vision"
     prefix_tokens = 1  # the class token
@@ -526,36 +524,36 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
             self.set_output_features_output_indices(out_features, out_indices)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in Transformers; options of backbones are left out where nobody chose them."""
+        """Return all options as a dict, as in Transformers, without default values of backbone options."""
         output = super().to_dict()
         return {k: v for k, v in output.items() if k not in _BACKBONE_DEFAULTS or v != _BACKBONE_DEFAULTS[k]}
 
     @property
     def stage_names(self) -> list[str]:
-        """Names of what [`LionBackbone`] can return: the embeddings, then each layer's output."""
+        """Names of the stages that `LionBackbone` can return, first the embeddings, then the output of each layer."""
         return ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
 
     @property
     def encoder_stride(self) -> int:
-        """Pixels in a side of what the decoder of [`LionForMaskedImageModeling`] makes of one token: `patch_size`."""
+        """Pixels in a side of what `LionForMaskedImageModeling` predicts for a token. It equals `patch_size`."""
         return self.patch_size
 
     @encoder_stride.setter
     def encoder_stride(self, value: int) -> None:
         if value != self.patch_size:
             raise ValueError(
-                f"encoder_stride is {value}, but patch_size is {self.patch_size}; the reconstruction has the size of "
-                "the image only if they are equal. Leave encoder_stride out: it follows patch_size."
+                f"encoder_stride is {value}, but patch_size is {self.patch_size}; they must be equal. Leave "
+                "encoder_stride out: it follows patch_size."
             )
 
     @property
     def grid_size(self) -> tuple[int, int]:
-        """Patches in a column and in a row of an image of the configured size."""
+        """Number of (rows, columns) of patches in an image of the configured size."""
         height, width = (self.image_size,) * 2 if isinstance(self.image_size, int) else self.image_size
         return height // self.patch_size, width // self.patch_size
 
     def validate_shape(self):
-        """Raises ValueError for sizes that do not fit together."""
+        """Raise ValueError if sizes do not fit together."""
         self._check_shape()
         sides = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
         if (not isinstance(self.image_size, int) and len(sides) != 2) or any(
@@ -593,7 +591,7 @@ def _sizes(mask_type: str, width: int, layers: int, heads: int) -> dict[str, Any
     }
 
 
-# Every model of the paper by name: 6 text encoders and 15 image encoders. Other models, and variants, need no preset.
+# Every model of the paper by name: 6 text encoders and 15 image encoders.
 PAPER_PRESETS: Mapping[str, Mapping[str, Any]] = _presets()
 PRESETS = PAPER_PRESETS  # the name in 0.1
 

@@ -1,16 +1,17 @@
-"""What PEFT adapts in a LION where nobody names `target_modules`."""
+"""The layers that PEFT adapts in a LION model by default, without `target_modules`."""
 
 import sys
 
 
-# LION's layers by the names of a Llama's, whose other layers are named alike (q_proj, v_proj, down_proj, ...).
+# LION's names for layers of Llama. The other layers have the same names in both (q_proj, v_proj, down_proj, ...).
 _NAMES = {"input_layernorm": "mixer_norm", "post_attention_layernorm": "mlp_norm"}
 
 
 def register_adapters(model_type: str) -> None:
-    """Adds a kind of model to the tables in which PEFT names the layers that each kind of adapter takes by default:
-    those it takes in a Llama. PEFT is not imported for it: it asks the configuration of a model for its dict before it
-    looks into its tables, and that is when this is called."""
+    """Add a model type to PEFT's tables of default layers, with the layers that each kind of adapter has in Llama.
+
+    This does nothing until PEFT is imported, and does not import it. PEFT calls `to_dict` of a configuration before it
+    reads its tables; `to_dict` calls this function."""
     constants = vars(sys.modules.get("peft.utils.constants", sys))
     for name, table in constants.items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING") and "llama" in table:

@@ -1,4 +1,4 @@
-"""What both LION models are made of: layers built from a configuration, and the base of their classes."""
+"""Parts that the text and the image encoder share: layers built from a configuration, and the base class."""
 
 import os
 import re
@@ -39,37 +39,37 @@ class LionMixer(Mixer):
         )
 
     def reset_parameters(self) -> None:
-        """Left to the model, which initialises all weights once it is built."""
+        """Do nothing: the model initialises all weights after it was built."""
 
 
 def make_mixer(config, layer_idx: int) -> TokenMixer:
-    """What mixes the tokens in layer number `layer_idx`, counted from 0."""
+    """Build the mixer of layer number `layer_idx`, counted from 0: linear or softmax attention."""
     if layer_idx not in config.softmax_layers:
         return LionMixer(config, layer_idx)
     return SoftmaxMixer(config.hidden_size, config.num_attention_heads, qkv_bias=getattr(config, "qkv_bias", True))
 
 
 def scans_of(config) -> int:
-    """Scans of the tokens that each layer averages."""
+    """Return the number of scans that each layer averages."""
     asked = 2 if getattr(config, "order", "normal") == "s" else 1
     return variant_class(config.mask_type).scans_taken(asked)
 
 
 def float32_patterns(config) -> set[str]:
-    """Regular expressions for the names of what stays float32 in a model that is loaded in half precision or quantised:
-    the weights of the mixers for which their variant says so, whole names, and no other module of such an ending."""
+    """Regular expressions for the parameters that stay float32 in half precision and in quantised models: the
+    `float32_weights` of the variant, by whole names, so that no other module with such an ending matches."""
     variant = variant_class(config.mask_type)
     names = [variant.weight_name(name, scan) for name in variant.float32_weights for scan in range(scans_of(config))]
     return {rf".*\bmixer\.{re.escape(name)}\b" for name in names}
 
 
 def stays_float32(model, name: str) -> bool:
-    """Whether a parameter of that name stays float32 when a LION model is loaded in half precision."""
+    """Return whether the parameter of this name stays float32 when the model is loaded in half precision."""
     return any(re.match(pattern, name) for pattern in model._keep_in_fp32_modules_strict)
 
 
 def make_mlp(config, dropout: float = 0.0) -> MLP:
-    """The MLP of a layer; `dropout` is the rate inside it."""
+    """Build the MLP of a layer, with the given rate of dropout inside it."""
     return MLP(
         config.hidden_size,
         config.intermediate_size,
@@ -84,7 +84,7 @@ class LionLayer(GradientCheckpointingLayer, Block):
 
     Args:
         config: a LionConfig or LionVisionConfig.
-        layer_idx: number of the layer.
+        layer_idx: number of the layer, counted from 0.
         mlp_dropout: rate of dropout inside the MLP.
     """
 
@@ -102,7 +102,7 @@ class LionLayer(GradientCheckpointingLayer, Block):
 
 
 def mixing_options(config) -> dict[str, object]:
-    """What a forward tells every mixer: options that can be changed at any time."""
+    """Return the arguments of every mixer that can be changed at any time."""
     return {
         "format": config.format,
         "chunk_size": config.chunk_size,
@@ -110,15 +110,15 @@ def mixing_options(config) -> dict[str, object]:
     }
 
 
-# What from_pretrained and a configuration both take to find a file.
+# Arguments of from_pretrained that are also needed to find the configuration.
 _WHERE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 class LionPreTrainedMixin:
-    """What the base classes of both encoders share; stands before `PreTrainedModel` in their bases."""
+    """Common behaviour of the base classes of both encoders. It comes before `PreTrainedModel` in their bases."""
 
     supports_gradient_checkpointing = True
-    # Name of the loss of a head, in Transformers' table; its subclasses have the same, whatever they are called.
+    # Name of a head's loss in Transformers' table. Subclasses with other names keep it.
     stated_loss_type: str | None = None
 
     def __init__(self, config, *args, **kwargs):
@@ -129,25 +129,25 @@ class LionPreTrainedMixin:
                 f"given {type(config).__name__} with model_type {getattr(config, 'model_type', None)!r}. Text models "
                 "take a LionConfig, image models a LionVisionConfig; AutoModel picks the class that fits a checkpoint."
             )
-        config.validate_shape()  # options may have been set one by one
+        config.validate_shape()  # options may have changed since it was built
         super().__init__(config, *args, **kwargs)
-        # Loading reads the strict set, quantisers the other one.
+        # Loading reads the strict set, quantisers read the other one.
         self._keep_in_fp32_modules = self._keep_in_fp32_modules_strict = float32_patterns(config)
         self._built = config.structure()
         if self.stated_loss_type is not None:
-            self.loss_type = self.stated_loss_type  # Transformers has guessed it from the name of the class
+            self.loss_type = self.stated_loss_type  # overrides what Transformers derives from the class name
 
     @classmethod
     def _takes(cls, config) -> bool:
-        """Whether a configuration is of the kind of this class: a subclass with a model_type of its own is, and so is
-        one of the same model_type whose code came with a checkpoint."""
+        """Whether a configuration fits this class. Subclasses with their own model_type fit, and so does a class of the
+        same model_type whose code came with a checkpoint."""
         return isinstance(config, cls.config_class) or (
             isinstance(config, PreTrainedConfig) and config.model_type == cls.config_class.model_type
         )
 
     def _initialize_weights(self, module, *args, **kwargs):
-        """As in Transformers, which passes over a mixer without parameters of its own: its variant may fill those of
-        the modules in it. The functions leave loaded values alone."""
+        """As in Transformers, which skips a mixer without parameters of its own, although its variant may initialise
+        modules inside it. The functions of `init` do not overwrite loaded values."""
         initialized = getattr(module, "_is_hf_initialized", False)
         super()._initialize_weights(module, *args, **kwargs)
         if isinstance(module, Mixer) and not initialized:
@@ -155,9 +155,15 @@ class LionPreTrainedMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """As in Transformers. Options of the configuration may be given beside a configuration object, too. One that
-        contradicts the checkpoint's own in what decides the parameters (`configuration_lion.STRUCTURAL`) raises
-        ValueError, as such an option does."""
+        """Load a model from a folder or the Hub, as in Transformers.
+
+        Options of the configuration can be given as keyword arguments, such as `format="chunk"`, also together with
+        `config`.
+
+        Raises:
+            ValueError: if an option or `config` differs from the checkpoint in an option that determines the
+                parameters, such as `mask_type`.
+        """
         if isinstance(config, (str, os.PathLike)):
             config = cls.config_class.from_pretrained(config)
         if cls._takes(config):
@@ -165,7 +171,7 @@ class LionPreTrainedMixin:
             where = {name: kwargs[name] for name in _WHERE_OPTIONS if name in kwargs}
             try:
                 stored, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **where)
-            except OSError:  # weights without a configuration: the given one is all there is
+            except OSError:  # weights without a configuration
                 stored = {}
             if stored.get("model_type") in (config.model_type, cls.config_class.model_type):
                 cls.config_class.require_structure(stored, config)
@@ -173,11 +179,11 @@ class LionPreTrainedMixin:
 
     @classmethod
     def _from_config(cls, config, **kwargs):
-        """As in Transformers, which the Auto classes call. Options of the configuration may be given, and what stays
-        float32 in a model that is loaded in half precision does so here."""
+        """As in Transformers; the Auto classes call it. Accepts options of the configuration, and keeps the same
+        parameters in float32 as `from_pretrained`."""
         if cls._takes(config):
             config = config.with_options(kwargs)
-        if kwargs.get("dtype") == "auto":  # as the configuration says
+        if kwargs.get("dtype") == "auto":  # the dtype of the configuration
             del kwargs["dtype"]
         model = super()._from_config(config, **kwargs)
         model.config.dtype = model.dtype
@@ -188,19 +194,22 @@ class LionPreTrainedMixin:
         return model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As in Transformers, but a configuration that was changed after the model was built, and describes other
-        modules now (`configuration_lion.STRUCTURAL`), raises ValueError: the weights would not fit it."""
+        """Save the model to a folder, as in Transformers.
+
+        Raises:
+            ValueError: if the configuration was changed after the model was built and no longer fits its weights.
+        """
         structure = self.config.structure()
         for name, built in _built_options(self.base_model).items():
             stated = structure[name]
             if stated != built:
                 raise ValueError(
-                    f"config.{name} is {stated!r}, but the model was built with {name}={built!r}, which decides its "
-                    "modules. Set it back to save this model, or build a new one from the changed configuration."
+                    f"config.{name} is {stated!r}, but the model was built with {name}={built!r}, which determines its "
+                    "modules. Set it back to save this model, or build a new model from the changed configuration."
                 )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    # Layers in `softmax_layers` call scaled_dot_product_attention, whatever is chosen.
+    # Layers in `softmax_layers` always call scaled_dot_product_attention.
     _supports_sdpa = True
 
     @classmethod
@@ -211,23 +220,22 @@ class LionPreTrainedMixin:
         return self.get_correct_attn_implementation(attn_implementation)
 
     def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
-        """What is chosen: "eager", the default, or "sdpa", which mean the same. Anything else raises ValueError."""
+        """Return "eager" (the default) or "sdpa", which mean the same. Raise ValueError for anything else."""
         if requested_attention not in (None, "eager", "sdpa"):
             raise ValueError(
-                f"attn_implementation is {requested_attention!r}; LION takes 'eager' and 'sdpa', which mean the same: "
-                "softmax_layers always use SDPA. How linear attention is computed says config.format: 'attention', "
-                "'rnn', 'chunk' or 'auto'."
+                f"attn_implementation is {requested_attention!r}; allowed are 'eager' and 'sdpa', which mean the same. "
+                "What selects how LION is computed is config.format: 'attention', 'rnn', 'chunk' or 'auto'."
             )
         return requested_attention or "eager"
 
 
-# Options of the configuration that no layer shows where all mix by softmax attention.
+# Options that have no effect on the modules if all layers use softmax attention.
 _MIXER_OPTIONS = ("mask_type", "order", "layer_norm_after", "feature_map", "normalize")
 
 
 def _built_options(encoder: nn.Module) -> dict[str, object]:
-    """The options of a configuration that decided the modules of an encoder. One that shows nowhere, such as the order
-    of a model without decay, is absent. Layers may have been removed since."""
+    """The options that determined the modules of an encoder, by name, without those that had no effect, such as the
+    order in a model without decay. `softmax_layers` is that of the current layers: some may have been removed."""
     mixers = [layer.mixer for layer in encoder.layers]
     variant = next((mixer.variant for mixer in mixers if isinstance(mixer, Mixer)), None)
     hidden = _MIXER_OPTIONS if variant is None else ("order",) if variant.scans_taken(2) == 1 else ()
@@ -236,15 +244,15 @@ def _built_options(encoder: nn.Module) -> dict[str, object]:
 
 
 def sequence_classification_loss(model, logits: Tensor, labels: Tensor | None, **kwargs) -> Tensor | None:
-    """Transformers' classification or regression loss, right under gradient accumulation for every problem type.
+    """Transformers' classification or regression loss, corrected for gradient accumulation.
 
-    Transformers divides cross entropy by `num_items_in_batch`, the number of labels in all accumulated batches, when
-    the Trainer gives it, but leaves squared error and binary cross entropy a mean, which would then count once per
-    accumulated batch, and be NaN for the empty batch of a process that has no row left.
+    If Trainer passes `num_items_in_batch`, the number of labels in all accumulated batches, Transformers divides cross
+    entropy by it. Squared error and binary cross entropy stay means of one batch: their sum over the accumulated
+    batches would be too large, and an empty batch of a process without rows would give NaN.
     """
     if labels is None:
         return None
-    loss = model.loss_function(labels, logits, model.config, **kwargs)  # also settles the problem type
+    loss = model.loss_function(labels, logits, model.config, **kwargs)  # also sets config.problem_type if it is None
     items, problem = kwargs.get("num_items_in_batch"), model.config.problem_type
     if items is None or problem == "single_label_classification":
         return loss

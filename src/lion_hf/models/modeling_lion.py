@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 
 class LionEmbeddings(nn.Module):
-    """Word and token-type embeddings, learned positions if `config.pos_emb`, LayerNorm, dropout."""
+    """Sum of word, token-type and (with `config.pos_emb`) position embeddings, then LayerNorm and dropout."""
 
     def __init__(self, config: LionConfig):
         super().__init__()
@@ -51,15 +51,15 @@ class LionEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is None:  # one row, broadcast; tables are only ever read by calls, which offloading needs
+        if token_type_ids is None:  # one row, broadcast; offloading requires that tables are called, not indexed
             token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=embeddings.device)
         embeddings = embeddings + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             embeddings = embeddings + self._positions(position_ids, embeddings)
         elif position_ids is not None and not torch.compiler.is_compiling() and not _are_counted(position_ids):
             logger.warning_once(
-                "position_ids are ignored: this LION model has no position table (pos_emb=False), it tells positions "
-                "by its decay."
+                "position_ids are ignored: this model has no position table (pos_emb=False) and derives positions from "
+                "its decay."
             )
         return self.dropout(self.norm(embeddings))
 
@@ -70,7 +70,7 @@ class LionEmbeddings(nn.Module):
                 raise ValueError(
                     f"The input has {length} tokens, but this model has a table of max_position_embeddings = "
                     f"{positions} positions. Truncate the input, or use a LION-D or LION-S model, "
-                    "which take any length."
+                    "which accept any length."
                 )
             position_ids = torch.arange(length, device=embeddings.device)
         elif values_can_be_read(position_ids) and position_ids.numel() and int(position_ids.max()) >= positions:
@@ -82,10 +82,10 @@ class LionEmbeddings(nn.Module):
 
 
 class LionPooler(nn.Module):
-    """tanh(W x + b) of the first real token (token 0 unless the input is padded on the left), or of the mean of all
-    real tokens, (batch, hidden).
+    """tanh(W x + b) of the first real token, or of the mean of the real tokens: (batch, hidden).
 
-    Of a packed row, that of every sequence, (sequences, hidden). Where no token is real, the first of all."""
+    A packed row gives one vector for each sequence: (sequences, hidden). Without a real token, the very first counts.
+    """
 
     def __init__(self, config: LionConfig):
         super().__init__()
@@ -101,8 +101,8 @@ class LionPooler(nn.Module):
         pool = {"first": self._first, "mean": self._mean}[pooling]
         if cu_seqlens is not None and int(cu_seqlens.diff().min()) == 0:
             raise ValueError(
-                "A sequence of this packed row is empty and has no first token to pool. Leave empty sequences out, "
-                "or build the model with add_pooling_layer=False."
+                "A sequence of this packed row is empty and has no first token to pool. Remove empty sequences, or "
+                "build the model with add_pooling_layer=False."
             )
         return torch.tanh(self.dense(pool(hidden_states, key_mask, cu_seqlens)))
 
@@ -122,14 +122,14 @@ class LionPooler(nn.Module):
         if key_mask is None:
             return hidden_states.mean(1)
         positions = torch.arange(key_mask.shape[1], device=key_mask.device)
-        real = key_mask | (positions == key_mask.int().argmax(1, keepdim=True))  # the first of all where none is
+        real = key_mask | (positions == key_mask.int().argmax(1, keepdim=True))  # the very first if none is real
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         sums = hidden_states.masked_fill(~real.unsqueeze(2), 0).sum(1, dtype=dtype)
         return (sums / real.sum(1, keepdim=True)).to(hidden_states.dtype)
 
 
 class LionMLMHead(nn.Module):
-    """LN(gelu(W x + b)), then the decoder, whose weight is tied to the word embeddings."""
+    """LayerNorm(gelu(W x + b)), then the decoder, whose weight is tied to the word embeddings."""
 
     def __init__(self, config: LionConfig):
         super().__init__()
@@ -142,7 +142,7 @@ class LionMLMHead(nn.Module):
         return self.decoder(self.norm(self.act_fn(self.dense(hidden_states))))
 
 
-@auto_docstring
+@auto_docstring(custom_intro="Base class of the LION text encoder and its heads.")
 class LionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     config: LionConfig
     base_model_prefix = "lion"
@@ -150,12 +150,12 @@ class LionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     _can_record_outputs = {"hidden_states": LionLayer, "attentions": TokenMixer}
 
 
-@auto_docstring(custom_intro="The bare LION text encoder, hidden states and a pooled text.")
+@auto_docstring(custom_intro="The LION text encoder without a head: hidden states and a pooled vector for each text.")
 class LionModel(LionPreTrainedModel):
     def __init__(self, config: LionConfig, add_pooling_layer: bool = True):
         r"""
         add_pooling_layer (`bool`, *optional*, defaults to `True`):
-            Whether to add a tanh pooler on what `config.classifier_pooling` says.
+            Whether to add a pooler. It reads the token or mean that `config.classifier_pooling` selects.
         """
         super().__init__(config)
         self.embeddings = LionEmbeddings(config)
@@ -165,9 +165,11 @@ class LionModel(LionPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self):
+        """Return the word embeddings, a `torch.nn.Embedding`."""
         return self.embeddings.word_embeddings
 
     def set_input_embeddings(self, value):
+        """Replace the word embeddings."""
         self.embeddings.word_embeddings = value
 
     @merge_with_config_defaults
@@ -184,15 +186,19 @@ class LionModel(LionPreTrainedModel):
     ) -> tuple[Tensor] | BaseModelOutputWithPooling:
         r"""
         attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-            True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` is accepted too,
-            and one row for all, `(1, sequence_length)`.
-            A mask over pairs of tokens or an additive mask raises ValueError: LION masks keys only.
+            True or 1 for real tokens, False or 0 for padding. `(batch_size, 1, 1, sequence_length)` and, for all rows,
+            `(1, sequence_length)` are accepted too. A mask over pairs of tokens or an additive mask raises ValueError:
+            LION masks keys only.
         position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Rows of the position table, where the model has one; `(1, sequence_length)` is accepted too. In a batch of
-            one row without attention_mask, positions that rise by 1 inside each text and fall to the next tell that
-            the row holds several texts, as `DataCollatorWithFlattening` packs them, whatever number they start with;
-            so do its `cu_seq_lens_q` and `seq_idx`, which take an attention_mask as well. No text reads another, and
-            the pooler returns one vector for each.
+            Rows of the position table, if the model has one; `(1, sequence_length)` is accepted too. In a batch of one
+            row without attention_mask, positions that rise by 1 inside each text and fall between texts mean that the
+            row holds several packed texts, as made by `DataCollatorWithFlattening`. Its `cu_seq_lens_q` and `seq_idx`
+            mean the same and can be combined with an attention_mask. No text reads another.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, sequence_length, hidden_size) and
+            `pooler_output` (batch_size, hidden_size), or (texts, hidden_size) for packed texts. It is None without a
+            pooling layer.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds; both or neither were given.")
@@ -206,10 +212,10 @@ class LionModel(LionPreTrainedModel):
         )
         if cu_seqlens is not None:
             if self.embeddings.position_embeddings is None:
-                position_ids = None  # they have told where the sequences begin
+                position_ids = None  # only needed for the bounds of the sequences
             elif position_ids is None:
                 position_ids = packed_positions(cu_seqlens).to(inputs.device)
-        # A masked token may be read all the same, such as those that expand a query; one of padding is not.
+        # Masked tokens that are not padding, such as those that expand a query, keep their outputs.
         pad = self.config.pad_token_id
         padding = None if input_ids is None or pad is None else input_ids == pad
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
@@ -233,24 +239,23 @@ class LionModel(LionPreTrainedModel):
 
 
 def _are_counted(position_ids: Tensor) -> bool:
-    """Whether positions are known to rise by 1 from token to token, as they do where nobody gives any."""
+    """Whether positions are known to rise by 1 from token to token, as the default positions do."""
     return values_can_be_read(position_ids) and bool((position_ids.diff() == 1).all())
 
 
 def _check_positions(position_ids: Tensor | None, batch: int, length: int) -> None:
-    """Raises ValueError unless every token has one position, be it shared by all rows."""
+    """Raise ValueError unless every token has one position, its own or shared by all rows."""
     if position_ids is None:
         return
     if position_ids.shape[-1:] != (length,) or position_ids.shape[:-1] not in ((), (1,), (batch,)):
         raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; it must be (batch, length) = ({batch}, {length}) as "
-            f"the tokens, or (1, {length}) for all rows. "
-            "Give every token one position, or leave position_ids out to count them."
+            f"position_ids has shape {tuple(position_ids.shape)}; it must be (batch, length) = ({batch}, {length}), or "
+            f"(1, {length}) for all rows. Leave position_ids out to count the tokens from 0."
         )
 
 
 def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """Boolean (batch, length), or None where nothing is masked. Raises ValueError for any other kind of mask."""
+    """The mask as a boolean (batch, length), or None if nothing is masked. Raises ValueError for other masks."""
     if attention_mask is None:
         return None
     mask = attention_mask
@@ -259,14 +264,14 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
     if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != length:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; LION masks keys only, so it must be "
-            f"(batch, length) = ({batch}, {length}) or (batch, 1, 1, length), with 1 for real tokens and 0 for "
-            "padding, or have one row for all."
+            f"(batch, length) = ({batch}, {length}), (1, length) or (batch, 1, 1, length), with 1 for real tokens and "
+            "0 for padding."
         )
     if values_can_be_read(mask):
         if not is_binary(mask):
             raise ValueError(
-                "attention_mask holds values other than 0 and 1; LION takes 1 for real tokens and 0 for padding, not "
-                "an additive mask. Pass the tokenizer's attention_mask as it is."
+                "attention_mask has values other than 0 and 1; it must be 1 for real tokens and 0 for padding, not an "
+                "additive mask. Pass the tokenizer's attention_mask unchanged."
             )
         if bool(mask.all()):
             return None
@@ -274,7 +279,7 @@ def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor 
     return mask if mask.shape[0] == batch else mask.expand(batch, length)
 
 
-@auto_docstring(custom_intro="LION with a masked language modelling head, whose decoder is tied to the embeddings.")
+@auto_docstring(custom_intro="LION with a masked language modelling head. Its decoder is tied to the word embeddings.")
 class LionForMaskedLM(LionPreTrainedModel):
     stated_loss_type = "ForMaskedLM"
     _tied_weights_keys = {"head.decoder.weight": "lion.embeddings.word_embeddings.weight"}
@@ -286,9 +291,11 @@ class LionForMaskedLM(LionPreTrainedModel):
         self.post_init()
 
     def get_output_embeddings(self):
+        """Return the decoder, a `torch.nn.Linear` from hidden_size to vocab_size."""
         return self.head.decoder
 
     def set_output_embeddings(self, new_embeddings):
+        """Replace the decoder."""
         self.head.decoder = new_embeddings
 
     @can_return_tuple
@@ -305,7 +312,11 @@ class LionForMaskedLM(LionPreTrainedModel):
     ) -> tuple[Tensor] | MaskedLMOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Token ids to predict, -100 where nothing is predicted. The loss is their mean cross entropy, in float32.
+            Token ids to predict, or -100 for tokens that the loss ignores. The loss is the mean cross entropy over the
+            others, in float32.
+
+        Returns:
+            `MaskedLMOutput`: `logits` (batch_size, sequence_length, vocab_size) and, with labels, `loss` (a scalar).
         """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
@@ -324,7 +335,7 @@ def _classifier_dropout(config: LionConfig) -> nn.Dropout:
     return nn.Dropout(rate)
 
 
-@auto_docstring(custom_intro="LION with a linear layer on the pooled text: classification or regression.")
+@auto_docstring(custom_intro="LION with a linear layer on the pooled text, for classification or regression.")
 class LionForSequenceClassification(LionPreTrainedModel):
     stated_loss_type = "ForSequenceClassification"
 
@@ -351,7 +362,12 @@ class LionForSequenceClassification(LionPreTrainedModel):
         r"""
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
             Class indices (cross entropy), one float each (mean squared error, `num_labels` 1) or 0/1 floats per label
-            (binary cross entropy). `config.problem_type` decides, or the shape and dtype of the first labels.
+            (binary cross entropy). `config.problem_type` selects the loss. If it is None, `num_labels` and the dtype of
+            the first labels do.
+
+        Returns:
+            `SequenceClassifierOutput`: `logits` (batch_size, num_labels), or (texts, num_labels) for packed texts, and,
+            with labels, `loss` (a scalar).
         """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
@@ -363,7 +379,7 @@ class LionForSequenceClassification(LionPreTrainedModel):
         )
 
 
-@auto_docstring(custom_intro="LION with a linear layer on every token, for named entities and the like.")
+@auto_docstring(custom_intro="LION with a linear layer on every token, for example for named entities.")
 class LionForTokenClassification(LionPreTrainedModel):
     stated_loss_type = "ForTokenClassification"
 
@@ -389,7 +405,11 @@ class LionForTokenClassification(LionPreTrainedModel):
     ) -> tuple[Tensor] | TokenClassifierOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-            Class of every token, -100 where none counts.
+            Class of every token, or -100 for tokens that the loss ignores.
+
+        Returns:
+            `TokenClassifierOutput`: `logits` (batch_size, sequence_length, num_labels) and, with labels, `loss` (a
+            scalar).
         """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
@@ -403,7 +423,7 @@ class LionForTokenClassification(LionPreTrainedModel):
         )
 
 
-@auto_docstring(custom_intro="LION with a linear layer that scores every token as start and end of an answer span.")
+@auto_docstring(custom_intro="LION with a linear layer that scores every token as the start and the end of an answer.")
 class LionForQuestionAnswering(LionPreTrainedModel):
     stated_loss_type = "ForQuestionAnswering"
 
@@ -427,12 +447,17 @@ class LionForQuestionAnswering(LionPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | QuestionAnsweringModelOutput:
         r"""
-        start_positions, end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            First and last token of the answer. The loss is the mean of both cross entropies, each over the real tokens
-            of a row, so that its padding counts for nothing. One beyond the row is left out; one on padding raises
-            ValueError (on the CPU, outside compiled graphs: an accelerator would have to be waited for).
-            Trainer looks for these two by the name of the class: for a subclass of another name say
+        start_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            First token of the answer. Positions beyond the row are ignored; positions on padding raise ValueError
+            (checked on a CPU, outside compiled graphs).
+        end_positions (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Last token of the answer. The loss is the mean of both cross entropies, over the real tokens of a row.
+            Trainer finds the two arguments by the name of the class: for a subclass with another name set
             `TrainingArguments(label_names=["start_positions", "end_positions"])`.
+
+        Returns:
+            `QuestionAnsweringModelOutput`: `start_logits` and `end_logits` (batch_size, sequence_length) and, with both
+            labels, `loss` (a scalar).
         """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
@@ -455,7 +480,7 @@ class LionForQuestionAnswering(LionPreTrainedModel):
 
 
 def _check_answers(name: str, positions: Tensor, key_mask: Tensor | None) -> None:
-    """Raises ValueError for a label that stands on padding, which no score could ever choose."""
+    """Raise ValueError for a label on padding, which can never be predicted."""
     if key_mask is None or not values_can_be_read(positions):
         return
     positions = positions.flatten().clamp(min=0)  # as the loss does
@@ -464,8 +489,8 @@ def _check_answers(name: str, positions: Tensor, key_mask: Tensor | None) -> Non
     if bool(masked.any()):
         row = int(masked.nonzero()[0])
         raise ValueError(
-            f"{name}[{row}] is {int(positions[row])}, where attention_mask is 0; an answer must stand on real tokens. "
-            "For no answer give the first real token, or a position beyond the row to leave the row out of the loss."
+            f"{name}[{row}] is {int(positions[row])}, where attention_mask is 0; an answer must be on real tokens. For "
+            "no answer give the first real token, or a position beyond the row to exclude the row from the loss."
         )
 
 
@@ -474,7 +499,7 @@ def _real_scores(logits: Tensor, key_mask: Tensor | None) -> Tensor:
     return logits if key_mask is None else logits.masked_fill(~key_mask, torch.finfo(logits.dtype).min)
 
 
-@auto_docstring(custom_intro="LION that scores each of several texts, for multiple choice.")
+@auto_docstring(custom_intro="LION with a linear layer that scores each of several texts, for multiple choice.")
 class LionForMultipleChoice(LionPreTrainedModel):
     def __init__(self, config: LionConfig):
         super().__init__(config)
@@ -496,17 +521,26 @@ class LionForMultipleChoice(LionPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[Tensor] | MultipleChoiceModelOutput:
         r"""
-        input_ids, attention_mask, token_type_ids, position_ids (`torch.Tensor`):
-            As in the other heads, with a dimension more for the choices: `(batch_size, num_choices, sequence_length)`.
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Token ids of every choice.
+        attention_mask (`torch.Tensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            True or 1 for real tokens, False or 0 for padding.
+        token_type_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Rows of the token-type table. All 0 by default.
+        position_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Rows of the position table, if the model has one.
         inputs_embeds (`torch.Tensor` of shape `(batch_size, num_choices, sequence_length, hidden_size)`, *optional*):
             Embeddings in place of input_ids.
         labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Index of the right choice.
+
+        Returns:
+            `MultipleChoiceModelOutput`: `logits` (batch_size, num_choices) and, with labels, `loss` (a scalar).
         """
         if input_ids is not None and input_ids.dim() != 3:
             raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}; multiple choice takes (batch, num_choices, length). "
-                "Use unsqueeze(0) for a batch of one question."
+                f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, num_choices, length). Use "
+                "unsqueeze(0) for a batch of one question."
             )
         batch, choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         flat = [
@@ -524,8 +558,8 @@ class LionForMultipleChoice(LionPreTrainedModel):
 
 
 def _flat_choices(x: Tensor | None, batch: int, choices: int) -> Tensor | None:
-    """(batch, choices, ...), or with 1 in place of either, as rows of one batch. As they are: (1, length), and masks of
-    such rows, (rows, 1, 1, length)."""
+    """Flatten (batch, choices, ...), or a shape with 1 in place of either, to rows of one batch. (1, length) and masks
+    of such rows, (rows, 1, 1, length), stay as they are."""
     if x is None or x.dim() < 3:
         return x
     if x.shape[:2] != (batch, choices):

@@ -34,7 +34,7 @@ from .lion_layers import (
 
 
 class LionVisionPatchEmbeddings(nn.Module):
-    """Non-overlapping patches through one convolution, flattened row by row."""
+    """Embed non-overlapping patches with one convolution, and flatten them row by row."""
 
     def __init__(self, config: LionVisionConfig):
         super().__init__()
@@ -47,19 +47,19 @@ class LionVisionPatchEmbeddings(nn.Module):
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; it must be (batch, channels, height, width) with "
-                f"{self.num_channels} channels (config.num_channels). Convert the image, for instance with "
+                f"{self.num_channels} channels (config.num_channels). Convert the image, for example with "
                 ".convert('RGB')."
             )
         height, width = pixel_values.shape[2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"The image is {height} x {width} pixels, which patch_size {self.patch_size} does not divide. Resize "
-                "or crop both sides to a multiple of it."
+                "or crop both sides to multiples of it."
             )
-        if is_exporting():  # a graph without the check above: in ONNX a reshape refuses what does not fit, too
+        if is_exporting():  # replaces the check above in the graph: the reshape fails for other sizes, in ONNX too
             pixel_values = pixel_values.unflatten(2, (-1, self.patch_size)).flatten(2, 3)
             pixel_values = pixel_values.unflatten(3, (-1, self.patch_size)).flatten(3, 4)
-        elif torch.jit.is_tracing():  # likewise; with -1 in one place only, the batch stays free
+        elif torch.jit.is_tracing():  # the same for traces; one -1 at a time keeps the batch size free
             shape = batch, channels, height, width = pixel_values.shape
             pixel_values = pixel_values.reshape(batch, channels, -1, self.patch_size, width)
             pixel_values = pixel_values.reshape(batch, channels, height, -1, self.patch_size).reshape(shape)
@@ -67,7 +67,7 @@ class LionVisionPatchEmbeddings(nn.Module):
 
 
 class LionVisionEmbeddings(nn.Module):
-    """Class token before the patches, a learned position table if `config.pos_emb`, a mask token on request."""
+    """Patches after a class token, with learned positions if `config.pos_emb` and an optional mask token."""
 
     def __init__(self, config: LionVisionConfig, use_mask_token: bool = False):
         super().__init__()
@@ -100,7 +100,7 @@ class LionVisionEmbeddings(nn.Module):
     def _masked(self, patches: Tensor, bool_masked_pos: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.mask_token is None:
             raise ValueError(
-                "bool_masked_pos was given, but this model has no mask token. Use LionForMaskedImageModeling, or "
+                "bool_masked_pos was given, but this model has no mask token. Use LionForMaskedImageModeling or "
                 "LionVisionModel(config, use_mask_token=True)."
             )
         mask, shapes = bool_masked_pos.flatten(1), (tuple(patches.shape[:2]), (patches.shape[0], *grid))
@@ -117,7 +117,7 @@ class LionVisionEmbeddings(nn.Module):
         if not interpolate:
             sides = [n * self.patch_size for n in (*grid, *self.grid_size)]
             raise ValueError(
-                f"The image is {sides[0]} x {sides[1]} pixels, but the position table was made for "
+                f"The image is {sides[0]} x {sides[1]} pixels, but the position table is for "
                 f"{sides[2]} x {sides[3]}. Resize the image or pass interpolate_pos_encoding=True."
             )
         table = self.position_embeddings[:, 1:].unflatten(1, self.grid_size).permute(0, 3, 1, 2)
@@ -126,13 +126,13 @@ class LionVisionEmbeddings(nn.Module):
 
 
 class LionVisionLayer(LionLayer):
-    """A [`LionLayer`] with dropout inside its MLP too, as in ViT."""
+    """A `LionLayer` that also has dropout inside its MLP, as in ViT."""
 
     def __init__(self, config: LionVisionConfig, layer_idx: int = 0):
         super().__init__(config, layer_idx, mlp_dropout=config.hidden_dropout_prob)
 
 
-@auto_docstring
+@auto_docstring(custom_intro="Base class of the LION image encoder and its heads.")
 class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
     config: LionVisionConfig
     base_model_prefix = "lion_vision"
@@ -144,7 +144,7 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Linear layers, special tokens and positions truncated N(0, initializer_range), biases 0."""
+        """Linear weights, special tokens and positions: truncated N(0, initializer_range**2). Biases: 0."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
@@ -157,18 +157,20 @@ class LionVisionPreTrainedModel(LionPreTrainedMixin, PreTrainedModel):
                 init.trunc_normal_(module.position_embeddings, std=std)
 
 
-@auto_docstring(custom_intro="The bare LION image encoder: tokens after the final LayerNorm, and the pooled image.")
+@auto_docstring(
+    custom_intro="The LION image encoder without a head: tokens after the final LayerNorm, and a pooled vector."
+)
 class LionVisionModel(LionVisionPreTrainedModel):
     def __init__(self, config: LionVisionConfig, use_mask_token: bool = False):
         r"""
         use_mask_token (`bool`, *optional*, defaults to `False`):
-            Whether to add the learned token that stands for masked patches, see `bool_masked_pos`.
+            Whether to add a learned token that replaces masked patches, see `bool_masked_pos`.
         """
         super().__init__(config)
         self.embeddings = LionVisionEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList([LionVisionLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = self.layers[-1].final_norm()
-        self.scans = scans_of(config)  # as the layers are built, whatever becomes of the configuration
+        self.scans = scans_of(config)  # what the layers were built with, even if the configuration changes
         self.post_init()
 
     @merge_with_config_defaults
@@ -183,15 +185,17 @@ class LionVisionModel(LionVisionPreTrainedModel):
     ) -> tuple[Tensor] | BaseModelOutputWithPooling:
         r"""
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-            Resize the position table (bicubic) to images of another size. Models without one take any size as it is.
+            Resize the position table (bicubic) to images of another size. Models without a table need no resizing.
         bool_masked_pos (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
-            True or 1 for patches, counted row by row, to be replaced by the mask token. Needs `use_mask_token=True`.
+            True or 1 for patches, row by row, that the mask token replaces. Requires `use_mask_token=True`.
 
-        Returns `pooler_output` (batch, hidden_size): the class token if `config.cls_tok`, otherwise the mean over all
-        tokens, class token included.
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, 1 + num_patches, hidden_size), the class
+            token first, and `pooler_output` (batch_size, hidden_size): the class token if `config.cls_tok`, otherwise
+            the mean over all tokens, class token included.
         """
         if pixel_values is None:
-            raise ValueError("pixel_values is missing; pass a tensor (batch, channels, height, width).")
+            raise ValueError("pixel_values is missing. Pass a tensor (batch, channels, height, width).")
         output_attentions = kwargs.get("output_attentions", self.config.output_attentions)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, bool_masked_pos)
         paths = None
@@ -211,7 +215,7 @@ class LionVisionModel(LionVisionPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-@auto_docstring(custom_intro="LION image encoder with a linear classifier on the pooled image.")
+@auto_docstring(custom_intro="LION image encoder with a linear classifier on the pooled vector.")
 class LionForImageClassification(LionVisionPreTrainedModel):
     stated_loss_type = "ForImageClassification"
 
@@ -233,9 +237,12 @@ class LionForImageClassification(LionVisionPreTrainedModel):
     ) -> tuple[Tensor] | ImageClassifierOutput:
         r"""
         labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
-            Class indices (cross entropy), or as in [`LionForSequenceClassification`] for the other problem types.
+            Class indices (cross entropy), or as in `LionForSequenceClassification` for the other problem types.
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-            See [`LionVisionModel`].
+            See `LionVisionModel`.
+
+        Returns:
+            `ImageClassifierOutput`: `logits` (batch_size, num_labels) and, with labels, `loss` (a scalar).
         """
         outputs = self.lion_vision(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
@@ -246,7 +253,7 @@ class LionForImageClassification(LionVisionPreTrainedModel):
 
 
 class LionPixelShuffle(nn.PixelShuffle):
-    """PyTorch's, whose backward fails for an empty batch, as a permutation of dimensions."""
+    """`nn.PixelShuffle` as a permutation of dimensions: PyTorch's backward pass fails for an empty batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         side = self.upscale_factor
@@ -256,10 +263,10 @@ class LionPixelShuffle(nn.PixelShuffle):
 
 
 @auto_docstring(
-    custom_intro="LION image encoder with a decoder that paints masked patches: one convolution and a pixel shuffle."
+    custom_intro="LION image encoder with a decoder for masked patches: one convolution and a pixel shuffle."
 )
 class LionForMaskedImageModeling(LionVisionPreTrainedModel):
-    # The loss is a mean over the batch at hand: Trainer shall average it over accumulated batches, not count labels.
+    # The loss is a mean over one batch. Trainer averages it over accumulated batches instead of counting labels.
     accepts_loss_kwargs = False
 
     def __init__(self, config: LionVisionConfig):
@@ -283,13 +290,15 @@ class LionForMaskedImageModeling(LionVisionPreTrainedModel):
     ) -> tuple[Tensor] | MaskedImageModelingOutput:
         r"""
         bool_masked_pos (`torch.BoolTensor` of shape `(batch_size, num_patches)`, *optional*):
-            True or 1 for masked patches, counted row by row; `(batch_size, rows, columns)` is accepted too. The loss is
-            the mean absolute error over their pixels and channels, in float32, and 0 where no patch is masked. For
-            `Trainer.evaluate` name it: `TrainingArguments(label_names=["bool_masked_pos"])`.
+            True or 1 for masked patches, row by row; `(batch_size, rows, columns)` is accepted too. The loss is the
+            mean absolute error over their pixels and channels, in float32, and 0 if no patch is masked.
+            `Trainer.evaluate` needs `TrainingArguments(label_names=["bool_masked_pos"])`.
         interpolate_pos_encoding (`bool`, *optional*, defaults to `False`):
-            See [`LionVisionModel`].
+            See `LionVisionModel`.
 
-        Returns `reconstruction`, all patches in the shape of `pixel_values`.
+        Returns:
+            `MaskedImageModelingOutput`: `reconstruction` of all patches (batch_size, num_channels, height, width) and,
+            with `bool_masked_pos`, `loss` (a scalar).
         """
         outputs = self.lion_vision(pixel_values, interpolate_pos_encoding, bool_masked_pos, return_dict=True, **kwargs)
         features = _grid_features(outputs.last_hidden_state, pixel_values, self.config.patch_size)
@@ -306,7 +315,7 @@ class LionForMaskedImageModeling(LionVisionPreTrainedModel):
 
 
 def _grid_features(hidden_states: Tensor, pixel_values: Tensor, patch_size: int) -> Tensor:
-    """Tokens (batch, 1 + rows * columns, channels) as a map (batch, channels, rows, columns), class token removed."""
+    """Turn tokens (batch, 1 + rows * columns, channels) into a map (batch, channels, rows, columns)."""
     grid = tuple(side // patch_size for side in pixel_values.shape[2:])
     return hidden_states[:, 1:].transpose(1, 2).unflatten(2, grid)
 
@@ -314,19 +323,21 @@ def _grid_features(hidden_states: Tensor, pixel_values: Tensor, patch_size: int)
 def _masked_l1_loss(reconstruction: Tensor, pixel_values: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     dtype = torch.promote_types(reconstruction.dtype, torch.float32)
     error = (reconstruction.to(dtype) - pixel_values.to(dtype)).abs().mean(1)
-    by_patch = F.avg_pool2d(error.unsqueeze(1), patch_size).squeeze(1)  # three dimensions would allow no empty batch
+    by_patch = F.avg_pool2d(error.unsqueeze(1), patch_size).squeeze(
+        1
+    )  # with three dimensions an empty batch would fail
     mask = mask.reshape(by_patch.shape).bool().to(dtype)
     return (by_patch * mask).sum() / mask.sum().clamp(min=1)
 
 
 @auto_docstring(
-    custom_intro="LION image encoder as a backbone: feature maps of chosen stages, for detectors and the like."
+    custom_intro="LION image encoder as a backbone: feature maps of selected stages, for example for detectors."
 )
 class LionBackbone(BackboneMixin, LionVisionPreTrainedModel):
     def __init__(self, config: LionVisionConfig):
-        config = copy.deepcopy(config)  # the caller may build other heads from it
+        config = copy.deepcopy(config)  # it is changed below; the caller may build other heads from it
         super().__init__(config)
-        # Settles the last stage where none was chosen, and names and numbers of stages where only one was.
+        # Selects the last stage by default, and completes names and numbers of stages if only one of them was given.
         config.set_output_features_output_indices(config.out_features, config.out_indices)
         self.num_features = [config.hidden_size] * len(config.stage_names)
         self.lion_vision = LionVisionModel(config)
@@ -343,18 +354,18 @@ class LionBackbone(BackboneMixin, LionVisionPreTrainedModel):
     ) -> tuple[Tensor] | BackboneOutput:
         r"""
         interpolate_pos_encoding (`bool`, *optional*, defaults to `True`):
-            See [`LionVisionModel`]. A backbone meets images of any size, so here it is the default.
+            See `LionVisionModel`. True here, because backbones often receive images of other sizes.
 
-        Returns `feature_maps`, one `(batch_size, hidden_size, height / patch_size, width / patch_size)` for each of
-        `config.out_features`, through the final LayerNorm if `config.apply_layernorm`; all tokens, `(batch_size, 1 +
-        num_patches, hidden_size)`, where `config.reshape_hidden_states` is False.
+        Returns:
+            `BackboneOutput`: `feature_maps`, a tuple with one tensor for each of `config.out_features`, after the final
+            LayerNorm if `config.apply_layernorm`. Each is (batch_size, hidden_size, height / patch_size, width /
+            patch_size), or (batch_size, 1 + num_patches, hidden_size) if `config.reshape_hidden_states` is False.
 
-        ```python
-        >>> from lion_hf import LionBackbone, LionVisionConfig
-
-        >>> config = LionVisionConfig(num_hidden_layers=4, out_features=["stage2", "stage4"])
-        >>> backbone = LionBackbone(config)
-        ```"""
+        Example:
+            >>> from lion_hf import LionBackbone, LionVisionConfig
+            >>> config = LionVisionConfig(num_hidden_layers=4, out_features=["stage2", "stage4"])
+            >>> backbone = LionBackbone(config)
+        """
         kwargs["output_hidden_states"] = True
         outputs = self.lion_vision(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
         stages = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
