@@ -32,7 +32,7 @@ IGNORED = shutil.ignore_patterns(
 )
 LIMIT = 900  # seconds after which a step is stopped
 # Commands of the README that the trial does not run: it has its own copy and environment, and `make` builds another.
-NOT_RUN = ("git", "cd", "pip", "python -m pip", "python3 -m venv", "source", "make")
+NOT_RUN = ("git", "cd", "pip", "python -m pip", "python -m venv", "python3 -m venv", "source", "make")
 BLOCK = re.compile(r"(?:^<!-- (?P<comment>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
