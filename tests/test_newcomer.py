@@ -1,9 +1,12 @@
 """The newcomer's trial: its page can be read, its runner notices broken promises, and (slow) all its steps pass."""
 
 import importlib.util
+import os
+import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,30 @@ def test_the_exit_code_tells_what_happened(tmp_path):
         command = [sys.executable, RUNNER, "--python", sys.executable, "--page", page]
         codes.append(subprocess.run(command, capture_output=True).returncode)
     assert codes == [0, 1, 2]
+
+
+def test_a_runner_that_is_ended_ends_its_step(tmp_path):
+    page, mark = tmp_path / "page.md", tmp_path / "mark"
+    page.write_text(block("exit 0", f"echo $$ > {mark}.part; mv {mark}.part {mark}; sleep 60; true"))
+    command = [sys.executable, RUNNER, "--python", sys.executable, "--page", page]
+    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"TMPDIR": str(tmp_path)})
+    end = time.monotonic() + 60
+    while not mark.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    runner.terminate()
+    assert runner.wait(60) == 143
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
+    assert not list(tmp_path.glob("newcomer-*"))
+
+
+def test_ctrl_c_reaches_a_step_of_a_runner_in_the_background(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(block('exit 130; says "stopped"; interrupt "m"', "trap 'echo stopped; exit 130' INT; >m; sleep 20"))
+    command = [sys.executable, RUNNER, "--python", sys.executable, "--page", page]
+    script = shlex.join(map(str, command))
+    run = subprocess.run(["bash", "-c", f"{script} & wait $!"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
 
 
 @pytest.mark.slow

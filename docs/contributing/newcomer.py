@@ -219,6 +219,9 @@ def main() -> int:
     except PageError as error:
         print(f"{options.page}: {error}", file=sys.stderr)
         return 2
+    # A process in the background may have been started with Ctrl-C ignored, which its children would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # runs the `finally` parts, which end the step
     folder = Path(tempfile.mkdtemp(prefix="newcomer-"))
     try:
         return 0 if trial(steps, python, folder) else 1
