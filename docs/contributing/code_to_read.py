@@ -68,7 +68,7 @@ RECIPES = {"mlm": "run_mlm.py", "glue": "run_glue.py", "imagenet": "run_image_cl
 
 
 def lines_of(file, names):
-    """Numbers of the lines of some definitions of a file, of all lines without names."""
+    """Line numbers of the named definitions in a file; of the whole file without names."""
     text = (ROOT / file).read_text(encoding="utf-8")
     if not names:
         return set(range(1, len(text.splitlines()) + 1))

@@ -31,6 +31,7 @@ IGNORED = shutil.ignore_patterns(
     ".git", ".venv", "build", "dist", "outputs", "__pycache__", "*.egg-info", ".*_cache", ".hypothesis"
 )
 LIMIT = 900  # seconds after which a step is stopped
+SHOWN = 6000  # characters of the output of a failed step that are printed, the last ones
 # Commands of the README that the trial does not run: it has its own copy and environment, and `make` builds another.
 NOT_RUN = ("git", "cd", "pip", "python -m pip", "python -m venv", "python3 -m venv", "source", "make")
 BLOCK = re.compile(r"(?:^<!-- (?P<comment>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
@@ -181,25 +182,26 @@ def wrong(step: Step, code: int, output: str) -> list[str]:
 
 
 def trial(steps: list[Step], python: Path | None, folder: Path) -> bool:
-    """Run all steps; print a line for each and the output of those that failed. Return whether none did."""
+    """Run all steps; print a line for each, the output of those that failed, and a summary. Return whether all passed."""
     checkout = folder / "checkout"
     shutil.copytree(ROOT, checkout, ignore=IGNORED)
     if python is None:
         subprocess.run([sys.executable, "-m", "venv", folder / "bare"], check=True)
     variables = environment(folder, python or folder / "bare" / "bin" / "python", python is None)
-    begin, failed = time.monotonic(), 0
-    run_steps = [step for step in steps if python is None or not step.bare]
-    width = max(len(step.name) for step in run_steps)
-    for step in run_steps:
+    chosen = [step for step in steps if python is None or not step.bare]
+    width = max(len(step.name) for step in chosen)
+    begin, failed = time.monotonic(), []
+    for step in chosen:
         started = time.monotonic()
         output, problems = run(step, checkout, variables)
         result = "FAILED: " + "; ".join(problems) if problems else "passed"
-        print(f"{step.name:{width}}  {time.monotonic() - started:6.1f} s  {result}", flush=True)
+        line = f"{step.name:{width}}  {time.monotonic() - started:6.1f} s  {result}"
+        print(line, flush=True)
         if problems:
-            failed += 1
-            print(f"{step.code}--- output\n{output.rstrip()}\n---", flush=True)
-    summary = f"{failed} of {len(run_steps)} steps failed" if failed else f"all {len(run_steps)} steps passed"
-    print(f"{summary}, {time.monotonic() - begin:.0f} s")
+            failed.append(line)
+            print(f"{step.code}--- output\n{output.strip()[-SHOWN:]}\n---", flush=True)
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} steps passed, {time.monotonic() - begin:.0f} s")
+    print("\n".join(failed), end="\n" if failed else "")
     return not failed
 
 
