@@ -182,7 +182,7 @@ def wrong(step: Step, code: int, output: str) -> list[str]:
 
 
 def trial(steps: list[Step], python: Path | None, folder: Path) -> bool:
-    """Run all steps; print a line for each, the output of those that failed, and a summary. Return whether all passed."""
+    """Run all steps; print a line for each, the output of failed ones, and a summary. Return whether all passed."""
     checkout = folder / "checkout"
     shutil.copytree(ROOT, checkout, ignore=IGNORED)
     if python is None:
