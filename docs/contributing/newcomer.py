@@ -56,15 +56,15 @@ class Step:
 # ------------------------------------------------------------------------------------------------------- the page
 
 
-def parse(page: str, readme: str) -> list[Step]:
-    """Return the steps of the page, with the blocks of the README in the place of its two README comments."""
+def parse(page: str, readme: str, short: bool = False) -> list[Step]:
+    """Return the steps of the page, with the blocks of the README in the place of its README comment."""
     steps, heading, place = [], "", 0
-    pattern = re.compile(rf"^#+ (?P<heading>[^\n]*)$|^<!-- README (?P<readme>\w+) -->$|{BLOCK.pattern}", re.M | re.S)
+    pattern = re.compile(rf"^#+ (?P<heading>[^\n]*)$|^<!-- (?P<readme>README) -->$|{BLOCK.pattern}", re.M | re.S)
     for match in pattern.finditer(page):
         if match["heading"]:
             heading, place = match["heading"], 0
         elif match["readme"]:
-            steps += readme_steps(match["readme"], readme)
+            steps += readme_steps(readme, short)
         elif match["language"] == "bash":
             place += 1
             steps.append(step_of(f"{heading} ({place})", match["comment"], match["code"]))
@@ -92,15 +92,17 @@ def step_of(name: str, comment: str | None, code: str) -> Step:
     return step
 
 
-def readme_steps(language: str, readme: str) -> list[Step]:
-    """Return one step for all Python blocks, which share their names, or one for each command."""
-    blocks = [match["code"] for match in BLOCK.finditer(readme) if match["language"] == language]
-    if not blocks:
-        raise PageError(f"README.md has no ```{language} block")
-    if language == "python":
-        code = "\n".join(blocks)
-        return [Step("README, Python", f"mkdir -p scratch/outputs\ncd scratch\npython - <<'README'\n{code}README\n")]
-    return [Step(f"README: {shorten(command)}", quick(command)) for block in blocks for command in commands_of(block)]
+def readme_steps(readme: str, short: bool) -> list[Step]:
+    """Return one step for each command of the README, then one for all its Python blocks, which share their names."""
+    blocks = {"bash": [], "python": []}
+    for match in BLOCK.finditer(readme):
+        blocks.setdefault(match["language"], []).append(match["code"])
+    commands = [command for block in blocks["bash"] for command in commands_of(block)]
+    if not commands or not blocks["python"]:
+        raise PageError("README.md has no command that the trial can run, or no Python")
+    steps = [Step(f"README: {shorten(command)}", affordable(command, short)) for command in commands]
+    code = "\n".join(blocks["python"])
+    return [*steps, Step("README, Python", f"python - <<'README'\n{code}README\n")]
 
 
 def commands_of(block: str) -> Iterator[str]:
@@ -112,11 +114,11 @@ def commands_of(block: str) -> Iterator[str]:
             yield command
 
 
-def quick(command: str) -> str:
-    """The command with a flag that makes a training short: --smoke for recipes, a few steps for the others."""
-    if "examples/run_" not in command:
-        return command
-    return f"{command} --smoke" if "examples/recipes/" in command else f"{command} --max_steps 8"
+def affordable(command: str, short: bool) -> str:
+    """The command; a recipe, which is made for GPUs, with --smoke; with `short`, other trainings with a few steps."""
+    if "examples/recipes/" in command:
+        return f"{command} --smoke"
+    return f"{command} --max_steps 8" if short and "examples/run_" in command else command
 
 
 def shorten(text: str) -> str:
@@ -209,6 +211,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", type=Path, help="Python of an existing environment; by default a bare one is made.")
     parser.add_argument("--keep", action="store_true", help="Keep the scratch folder.")
+    parser.add_argument("--short", action="store_true", help="Stop the trainings of the README after 8 steps.")
     parser.add_argument("--page", type=Path, default=PAGE, help="Page with the steps.")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="README whose blocks are run.")
     options = parser.parse_args()
@@ -217,7 +220,8 @@ def main() -> int:
     if python and not python.exists():
         parser.error(f"--python {options.python} does not exist")
     try:
-        steps = parse(options.page.read_text(encoding="utf-8"), options.readme.read_text(encoding="utf-8"))
+        page, readme = (path.read_text(encoding="utf-8") for path in (options.page, options.readme))
+        steps = parse(page, readme, options.short)
     except PageError as error:
         print(f"{options.page}: {error}", file=sys.stderr)
         return 2
