@@ -1,11 +1,11 @@
-"""What gates in half precision cost: how far a mixer's rows are from those with gates in float32.
+"""Error of gates in half precision: how far a mixer's output is from its output with float32 gates.
 
     python benchmarks/bench_gates.py     # about two minutes on two free CPU cores
 
-Only the gates (`float32_weights` of the variant) are converted; all else stays float32. Decays start from windows, as
-in warm starts: from the smallest one, 4 or 16, to the length, spread over the heads. The distance of a row is relative
-to its norm, and the worst is that of any row of any start. Rows of tokens are random, of norm sqrt(dim), as after a
-LayerNorm. Outputs of text are not normalised, those of images are.
+Only the gates (`float32_weights` of the variant) are converted; all else stays float32. Decays are initialised from
+windows, as in warm starts. The windows of the heads range from 4 or 16 tokens to the length. The error of an output row
+is relative to the norm of the row. "worst" is the largest error of any row, "mean" the average. Input tokens are random
+and have the norm sqrt(dim), as after a LayerNorm. Outputs of text are not normalised, those of images are.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def convert_gates(mixer: Mixer, dtype: torch.dtype) -> None:
 
 @torch.no_grad()
 def rows_of(mixer: Mixer, windows: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the mixer computes with gates of that dtype, without the bias at its end, (length, dim)."""
+    """Return the mixer's output, (length, dim), with gates of this dtype and without the bias of the last layer."""
     convert_gates(mixer, torch.float32)
     set_windows(mixer, windows)
     convert_gates(mixer, dtype)
@@ -41,7 +41,7 @@ def rows_of(mixer: Mixer, windows: torch.Tensor, x: torch.Tensor, dtype: torch.d
 
 
 def distances(variant: str, kind: str, length: int, dim: int, heads: int) -> dict[str, torch.Tensor]:
-    """By dtype, the distance of each row of each start."""
+    """Return for each dtype the relative error of every row, for both smallest windows."""
     found = {name: [] for name in DTYPES}
     x = F.layer_norm(torch.randn(1, length, dim), (dim,))
     for smallest in SMALLEST_WINDOWS:
@@ -56,13 +56,15 @@ def distances(variant: str, kind: str, length: int, dim: int, heads: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=count, nargs="+", default=[512, 1024, 2048, 4096, 8192])
-    parser.add_argument("--dim", type=count, default=192)
-    parser.add_argument("--heads", type=count, nargs="+", default=[3, 12], help="that divide --dim")
-    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
+    parser.add_argument("--lengths", type=count, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="tokens")
+    parser.add_argument("--dim", type=count, default=192, help="width of the mixer")
+    parser.add_argument(
+        "--heads", type=count, nargs="+", default=[3, 12], help="numbers of heads; each must divide --dim"
+    )
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results", help="folder for results")
     arguments = parser.parse_args()
     if any(arguments.dim % heads for heads in arguments.heads):
-        parser.error(f"--heads: {arguments.heads} must divide --dim {arguments.dim}.")
+        parser.error(f"--heads {arguments.heads} must divide --dim {arguments.dim} without remainder.")
     torch.manual_seed(0)
     rows = []
     gated = [name for name, cls in VARIANTS.items() if cls.float32_weights]
@@ -80,9 +82,7 @@ def main() -> None:
         for row in rows:
             label = f"{row['variant']}, {row['kind']}, {row['heads']} heads"
             axis.plot(arguments.lengths, row["bf16 by length"], marker="o", label=label)
-        axis.set(
-            xscale="log", ylim=(0, None), xlabel="tokens", ylabel="worst relative distance", title="bfloat16 gates"
-        )
+        axis.set(xscale="log", ylim=(0, None), xlabel="tokens", ylabel="worst relative error", title="bfloat16 gates")
         axis.legend()
 
     save("bench_gates", arguments.output, rows, picture)

@@ -1,15 +1,15 @@
-"""Whole encoders against their softmax twins: LION text against BERT, LION images against ViT (both with SDPA).
+"""Time of whole encoders against their softmax twins with SDPA: text against BERT, images against ViT.
 
     python benchmarks/bench_models.py                      # text and images, training steps and inference
     python benchmarks/bench_models.py --lengths 128 512 --variants selective
-    python benchmarks/bench_models.py --bf16               # each model under bfloat16 autocast as well
-    python benchmarks/bench_models.py --floor              # and the twin with attention that costs nothing
+    python benchmarks/bench_models.py --bf16               # adds each model under bfloat16 autocast
+    python benchmarks/bench_models.py --floor              # adds the twin with attention that costs nothing
 
-All models of one case are timed in turn in one process; a ratio below 1 means LION is faster than the twin in the same
-precision, "over float32" is a model under autocast over itself without. Dropout is 0, weights are random. Text: 2
-layers of base width (768, 12 heads), bare encoders, a training step is forward and backward of the mean output (an
-optimizer step costs both the same). Images, classifiers at 224 pixels: the same base width and layers, and tiny (192, 3
-heads, 12 layers).
+All models of one case are timed in turn in one process. "ratio" is the time over the twin's in the same precision:
+below 1, LION is faster. "over float32" is a model's time under autocast over its own time in float32. Dropout is 0, and
+weights are random. Text: encoders of 2 layers of base width (768, 12 heads) without a head; a training step is forward
+and backward of the mean output, without the optimizer step, which costs all models the same. Images: classifiers at 224
+pixels of the same width and depth, and tiny ones (width 192, 3 heads, 12 layers).
 """
 
 import argparse
@@ -45,7 +45,7 @@ def inference(model, inputs, bf16=False):
 
 
 def no_mixing(module, query, key, value, *arguments, **options):
-    """In the place of attention: every token reads itself alone, so that a step still has all projections to train."""
+    """Replace attention: every token reads only itself, so that a step still trains all projections."""
     return (query + key + value).transpose(1, 2), None
 
 
@@ -81,18 +81,20 @@ def compare(name, models, inputs, arguments, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192], help="tokens in a text")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
     parser.add_argument("--tokens", type=count, default=1024, help="tokens in a batch (at least one row)")
-    parser.add_argument("--layers", type=count, default=2)
-    parser.add_argument("--masked_lm", action="store_true", help="with the masked-LM head (vocabulary 30522) instead")
-    parser.add_argument("--format", choices=FORMATS, default="auto", help="LION's format, in text")
-    parser.add_argument("--bf16", action="store_true", help="time every model under bfloat16 autocast as well")
-    parser.add_argument("--floor", action="store_true", help="also time the twin with its attention taken out")
-    parser.add_argument("--no_images", action="store_true")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each comparison, at least")
-    parser.add_argument("--rounds", type=count, default=3)
-    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
+    parser.add_argument("--layers", type=count, default=2, help="layers of text and base image models")
+    parser.add_argument(
+        "--masked_lm", action="store_true", help="time text models with a masked-LM head (vocabulary 30522)"
+    )
+    parser.add_argument("--format", choices=FORMATS, default="auto", help="format of LION's text models")
+    parser.add_argument("--bf16", action="store_true", help="also time every model under bfloat16 autocast")
+    parser.add_argument("--floor", action="store_true", help="also time the twin without its attention")
+    parser.add_argument("--no_images", action="store_true", help="time text models only")
+    parser.add_argument("--seconds", type=float, default=10.0, help="minimum time for each comparison")
+    parser.add_argument("--rounds", type=count, default=3, help="minimum number of repeats")
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results", help="folder for results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []

@@ -1,10 +1,11 @@
-"""The operator's forms against each other and against softmax attention (PyTorch's SDPA), in time and memory.
+"""Time and memory of the operator's forms, compared with each other and with softmax attention (PyTorch's SDPA).
 
-    python benchmarks/bench_ops.py                 # time per token and ratios, linearity, peak memory
-    python benchmarks/bench_ops.py --crossover     # where the chunk form overtakes the attention form (CROSSOVER)
+    python benchmarks/bench_ops.py                 # time per token, ratios, linearity, peak memory
+    python benchmarks/bench_ops.py --crossover     # length at which the chunk form overtakes the attention form
 
-One layer's worth of heads (12 x 64), float32, forward + backward unless --inference. All candidates of one length are
-timed in turn in one process; peak memory is that of a fresh process for every case, above what it held before the call.
+The heads of one layer (12 x 64) in float32, forward and backward unless --inference is given. All candidates of one
+length are timed in turn in one process. Peak memory is measured in a fresh process for every case, and counts what the
+call adds.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def times(arguments, lengths):
 
 
 def linearity(rows, short, long):
-    """Cost per token at `long` over that at `short`, for the linear forms."""
+    """Print the cost per token at `long` over that at `short`, for the linear forms."""
     cost = {(r["length"], r["operator"]): r["us per token"] for r in rows}
     result = []
     for kind in KINDS:
@@ -105,7 +106,7 @@ def memory(arguments):
                         "mode": mode,
                         "form": form,
                         f"peak MiB at {arguments.memory_length}": mib,
-                        # So short a call may take less than the system measures.
+                        # A very short call may use less memory than the system can measure.
                         "ratio to attention": mib / case["attention"] if case["attention"] else float("nan"),
                     }
                 )
@@ -114,10 +115,10 @@ def memory(arguments):
 
 
 def one_case(kind, form, mode, length):
-    """Prints the peak memory in MiB that one call adds to the process, measured by the operating system (Linux)."""
-    for size in (64, int(length)):  # a short call first: libraries that load on first use are not the operator's memory
+    """Print the peak memory in MiB that one call adds to the process, as measured by the operating system (Linux)."""
+    for size in (64, int(length)):  # first a short call, which loads lazily imported libraries
         inputs, decays = make(1, size)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = memory_kib("VmRSS")
         runner(lion(form, decays[kind], 64), inputs, mode == "inference")()
     print((memory_kib("VmHWM") - before) / 1024)
@@ -129,7 +130,7 @@ def memory_kib(field):
 
 
 def crossover(arguments):
-    """Forward + backward of the chunk form over the attention form, by length and kind of decay."""
+    """Print the time of the chunk form over that of the attention form, by length and kind of decay."""
     rows = []
     for length in (32, 64, 96, 128, 192, 256, 384, 512):
         inputs, decays = make(max(1, arguments.tokens // length), length)
@@ -147,16 +148,18 @@ def crossover(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=count, nargs="+", default=[128, 512, 2048, 8192, 16384])
+    parser.add_argument(
+        "--lengths", type=count, nargs="+", default=[128, 512, 2048, 8192, 16384], help="tokens in a row"
+    )
     parser.add_argument("--tokens", type=count, default=2048, help="tokens in a batch (at least one row)")
-    parser.add_argument("--chunk_size", type=count, default=64)
-    parser.add_argument("--longest_softmax", type=int, default=8192)
-    parser.add_argument("--longest_attention", type=int, default=2048)
-    parser.add_argument("--memory_length", type=count, default=8192)
-    parser.add_argument("--inference", action="store_true")
-    parser.add_argument("--crossover", action="store_true")
-    parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each comparison, at least")
-    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
+    parser.add_argument("--chunk_size", type=count, default=64, help="tokens in a chunk")
+    parser.add_argument("--longest_softmax", type=int, default=8192, help="longest row for softmax attention")
+    parser.add_argument("--longest_attention", type=int, default=2048, help="longest row for the attention form")
+    parser.add_argument("--memory_length", type=count, default=8192, help="tokens in the row whose memory is measured")
+    parser.add_argument("--inference", action="store_true", help="time the forward pass only")
+    parser.add_argument("--crossover", action="store_true", help="time the attention and the chunk form only")
+    parser.add_argument("--seconds", type=float, default=4.0, help="minimum time for each comparison")
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results", help="folder for results")
     parser.add_argument("--one_case", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.manual_seed(0)

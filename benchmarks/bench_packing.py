@@ -1,14 +1,15 @@
-"""Training steps on texts of very different lengths: padded against unpadded against packed.
+"""Training steps on texts of very different lengths: padded, unpadded and packed.
 
-    python benchmarks/bench_packing.py                     # the topics of Python's help(), of a few words to thousands
-    python benchmarks/bench_packing.py --data FOLDER       # documents of the .txt files in FOLDER
+    python benchmarks/bench_packing.py                     # topics of Python's help(), of up to thousands of words
+    python benchmarks/bench_packing.py --data FOLDER       # documents in the .txt files of FOLDER
 
-The same documents, batch by batch, in three ways, timed in turn in one process: padded to the longest of the batch, as
-a tokenizer does (unpad=False); the same with the padding taken out by the model (unpad=True); and packed into one row,
-as DataCollatorWithFlattening does. A ratio below 1 is faster than padded. Documents are separated by empty lines, or
-are the lines of a file that has none; one shorter than --shortest words is joined with the next, and --longest cuts.
-Only their lengths count: token ids are random. A training step is forward and backward of the mean output of a bare
-encoder of base width, without dropout, weights random, float32.
+The same batches of documents are timed in turn in one process in three ways: padded to the longest document of the
+batch, as a tokenizer does (unpad=False); with the padding removed by the model (unpad=True); and packed into one row,
+as DataCollatorWithFlattening does. A ratio below 1 is faster than padded. Documents are separated by empty lines; in a
+file without empty lines, each line is a document. A document with fewer than --shortest words is joined with the next
+one. A document with more than --longest words is cut. Only the lengths count: token ids are random. A training step is
+forward and backward of the mean output of an encoder of base width without a head, in float32, without dropout and with
+random weights.
 """
 
 import argparse
@@ -26,7 +27,7 @@ VOCABULARY = 30522
 
 
 def text_folder(text):
-    """Type of an option: a folder with .txt files."""
+    """Parse an option that must be a folder with .txt files."""
     folder = Path(text)
     if not any(folder.glob("*.txt")):
         raise argparse.ArgumentTypeError(f"{text} is not a folder with .txt files")
@@ -40,7 +41,7 @@ def documents(folder):
         yield from topics.values()
         return
     for file in sorted(folder.glob("*.txt")):
-        text = file.read_text(encoding="utf-8", errors="replace")  # only words are counted
+        text = file.read_text(encoding="utf-8", errors="replace")  # only the number of words matters
         yield from text.split("\n\n" if "\n\n" in text else "\n")
 
 
@@ -55,13 +56,14 @@ def draw_lengths(arguments, parser):
     if len(lengths) < count:
         parser.error(
             f"{arguments.data or 'help()'} has {len(lengths)} documents of at least {arguments.shortest} words, but "
-            f"{arguments.batches} batches of {arguments.rows} need {count}; lower one of these, or give another --data."
+            f"{arguments.batches} batches of {arguments.rows} need {count}. Lower --shortest, --batches or --rows, or "
+            "give another --data."
         )
     return torch.tensor(lengths)[torch.randperm(len(lengths))[:count]].clamp(max=arguments.longest)
 
 
 def padded_and_packed(lengths):
-    """One batch as a tokenizer and as a flattening collator give it."""
+    """Return one batch twice: as a tokenizer pads it, and as DataCollatorWithFlattening packs it."""
     texts = [torch.randint(1, VOCABULARY, (int(length),)) for length in lengths]
     ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
     packed = DataCollatorWithFlattening(return_flash_attn_kwargs=True)([{"input_ids": text} for text in texts])
@@ -83,17 +85,17 @@ def steps(model, batches, unpad):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", type=text_folder, help="folder with .txt files; the topics of Python's help() without it"
+        "--data", type=text_folder, help="folder with .txt files; default: the topics of Python's help()"
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--shortest", type=count, default=128)
-    parser.add_argument("--longest", type=count, default=2048)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
+    parser.add_argument("--shortest", type=count, default=128, help="fewest words of a document")
+    parser.add_argument("--longest", type=count, default=2048, help="most words of a document")
     parser.add_argument("--rows", type=count, default=8, help="documents in a batch")
-    parser.add_argument("--batches", type=count, default=4)
-    parser.add_argument("--layers", type=count, default=2)
-    parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each variant, at least")
-    parser.add_argument("--rounds", type=count, default=3)
-    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
+    parser.add_argument("--batches", type=count, default=4, help="number of batches")
+    parser.add_argument("--layers", type=count, default=2, help="layers of the encoder")
+    parser.add_argument("--seconds", type=float, default=10.0, help="minimum time for each variant")
+    parser.add_argument("--rounds", type=count, default=3, help="minimum number of repeats")
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results", help="folder for results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     lengths = draw_lengths(arguments, parser)
@@ -101,7 +103,7 @@ def main():
     tokens, positions = int(lengths.sum()), sum(batch["input_ids"].numel() for batch in padded)
     share = 1 - tokens / positions
     print(
-        f"{len(lengths)} documents of {lengths.min()} to {lengths.max()} tokens; {share:.0%} of the batches is padding"
+        f"{len(lengths)} documents of {lengths.min()} to {lengths.max()} tokens; {share:.0%} of the tokens is padding"
     )
     rows = []
     for variant in arguments.variants:

@@ -1,14 +1,14 @@
-"""LION in 8 bits on the CPU, through torchao: accuracy and speed against float32.
+"""LION in 8 bits on a CPU with torchao: accuracy, size and time compared with float32.
 
     pip install 'lion-hf[quantization]'
     python benchmarks/bench_quantization.py              # about 5 minutes on two CPU cores
-    python benchmarks/bench_quantization.py --compile    # timings of compiled models as well; needs a C++ compiler
+    python benchmarks/bench_quantization.py --compile    # also times compiled models; needs a C++ compiler
 
-Accuracy is that of a LION-D classifier on the 360 test digits of scikit-learn, trained here for a minute, or of the
-model in --model. Speed and size are those of a text encoder of base width with random weights: eight rows of 128
-tokens, all candidates timed in turn. Linear layers become int8, but for the layers of the decays: a decay close to 1
-needs more than 8 bits, and these layers are a thousandth of a model. The embeddings, and a decoder tied to them, count
-as they are.
+Accuracy is that of a LION-D classifier on the 360 test digits of scikit-learn. The script trains it for about a minute
+unless --model names a folder. Time and size are those of a text encoder of base width with random weights, on eight
+rows of 128 tokens; all candidates are timed in turn. All linear layers become int8 except the layers of the decays: a
+decay close to 1 needs more than 8 bits, and these layers hold a thousandth of the weights. The size is that of the
+layers, without embeddings.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def quantized(model: nn.Module, recipe: str) -> nn.Module:
 
 
 def megabytes(model: nn.Module) -> float:
-    """Weights in MiB, as torchao stores them: one byte each, and a scale per row."""
+    """Return the size of the weights in MiB, as torchao stores them: one byte per weight, and a scale per row."""
     parts = []
     for parameter in model.parameters():
         names = getattr(parameter, "tensor_data_names", None)
@@ -57,7 +57,7 @@ def accuracy(model: nn.Module, inputs: dict, labels: torch.Tensor) -> tuple[floa
 
 
 def accuracies(folder: str) -> list[dict[str, object]]:
-    """One row per precision: top-1 accuracy on the test digits, and how far the logits are from float32's."""
+    """Return one row per precision: top-1 accuracy on the test digits, and the error of the logits against float32."""
     from lion_hf.training.images import ImageArguments, load_digits
 
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -77,7 +77,7 @@ def accuracies(folder: str) -> list[dict[str, object]]:
 
 
 def speeds(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """One row per precision: size of the layers, milliseconds eager and, on request, compiled."""
+    """Return one row per precision: size of the layers, milliseconds eager and, with --compile, compiled."""
     config = LionConfig.from_preset(arguments.preset, num_hidden_layers=arguments.layers)
     models = {"float32": LionModel(config, add_pooling_layer=False).eval()}
     models |= {recipe: quantized(models["float32"], recipe) for recipe in RECIPES}
@@ -101,12 +101,12 @@ def speeds(arguments: argparse.Namespace) -> list[dict[str, object]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of a digits classifier; trained on the spot by default")
-    parser.add_argument("--preset", default="lion-s-base", help="size of the text encoder that is timed")
-    parser.add_argument("--layers", type=count, default=2, help="its layers")
-    parser.add_argument("--compile", action="store_true", help="time compiled models, too")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time spent on each comparison, at least")
-    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
+    parser.add_argument("--model", help="folder of a digits classifier; default: train one")
+    parser.add_argument("--preset", default="lion-s-base", help="preset of the text encoder that is timed")
+    parser.add_argument("--layers", type=count, default=2, help="layers of this encoder")
+    parser.add_argument("--compile", action="store_true", help="also time compiled models")
+    parser.add_argument("--seconds", type=float, default=10.0, help="minimum time for each comparison")
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results", help="folder for results")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -1,12 +1,12 @@
-"""Two versions of the package against each other, timed in turn in one process: does a change of the code cost speed?
+"""Time of two versions of the package, to find out whether a change costs speed.
 
     git worktree add ../before v0.1.0
     python benchmarks/bench_versions.py ../before/src
     python benchmarks/bench_versions.py ../before/src --cases text --seconds 30
 
-Both versions compute with the same weights and inputs: training steps and inference of text models in each form and
-of image models in both orders, and the operator alone. A ratio below 1 means that this version is faster. Each ratio
-is the median of the ratios of neighbouring runs.
+Both versions run in turn in one process, with the same weights and inputs: training steps and inference of text models
+in each form and of image models in both orders, and the operator alone. The ratio is the time now over the time before:
+below 1, this version is faster. Each ratio is the median over pairs of neighbouring runs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ FORMS = ("attention", "chunk", "rnn")
 
 
 def load_version(source: Path) -> ModuleType:
-    """The package in a folder of sources, beside any other version of it."""
+    """Import the package from a folder of sources, without replacing the version that is already imported."""
     ours = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "lion_hf"}
     for name in ours:
         del sys.modules[name]
@@ -60,7 +60,7 @@ def inference(model, inputs: dict) -> Candidate:
 
 
 def model_cases(build: Callable[[ModuleType], torch.nn.Module], inputs: dict, versions: dict[str, ModuleType]) -> dict:
-    """By mode, the runs of one model in each version, with the same weights."""
+    """Return for each mode the runs of one model in both versions, with the same weights."""
     models = {name: build(version) for name, version in versions.items()}
     first = next(iter(models.values()))
     for model in models.values():
@@ -115,12 +115,12 @@ def operator_cases(versions: dict[str, ModuleType], length: int):
 
 
 def paired_ratio(runs: dict[str, Candidate], seconds: float, rounds: int) -> dict[str, float]:
-    """Median milliseconds of both runs, and the median of the ratios of neighbouring ones, second over first."""
+    """Return the median milliseconds of both runs, and the median ratio of neighbouring runs, second over first."""
     (_, first), (_, second) = runs.items()
     first(), second()
     times: list[tuple[float, float]] = []
     while len(times) < rounds or sum(map(sum, times)) < seconds:
-        # In turn one and the other begins, so that neither always finds what the other left in the caches.
+        # The two take turns in going first, so that the caches favour neither.
         if len(times) % 2:
             after, before = wall_time(second), wall_time(first)
         else:
@@ -137,15 +137,17 @@ CASES = {"text": text_cases, "image": image_cases, "operator": operator_cases}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("before", type=Path, help="folder that holds the package lion_hf of the other version")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--length", type=count, default=1024, help="tokens of texts, an eighth in the attention form")
-    parser.add_argument("--seconds", type=float, default=4.0, help="time spent on each comparison, at least")
-    parser.add_argument("--rounds", type=count, default=11, help="pairs of runs of each comparison, at least")
-    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
+    parser.add_argument("before", type=Path, help="folder src of the other version, which holds the package lion_hf")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    parser.add_argument(
+        "--length", type=count, default=1024, help="tokens in a text; the attention form takes an eighth"
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="minimum time for each comparison")
+    parser.add_argument("--rounds", type=count, default=11, help="minimum number of pairs of runs for each comparison")
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results", help="folder for results")
     arguments = parser.parse_args()
     if not (arguments.before / "lion_hf" / "__init__.py").is_file():
-        parser.error(f"{arguments.before} holds no package lion_hf; give the folder src of another version")
+        parser.error(f"{arguments.before} does not hold the package lion_hf. Give the folder src of another version.")
     torch.manual_seed(0)
     import lion_hf
 

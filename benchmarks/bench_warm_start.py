@@ -1,8 +1,8 @@
-"""How near a warm start is to its source before any training: cosine of the last hidden states, per real token.
+"""Similarity of a warm start to its source before any training: cosine of the last hidden states of real tokens.
 
     python benchmarks/bench_warm_start.py --model DATA/minilm --text DATA/wiki/validation.txt
 
-DATA as in examples/run_evidence.py; any BERT and any file of lines will do.
+DATA is the folder that examples/run_evidence.py describes. Any BERT with its tokenizer and any text file will do.
 """
 
 import argparse
@@ -24,12 +24,12 @@ def hidden_states(model, inputs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub name of a BERT with its tokenizer")
-    parser.add_argument("--text", type=Path, required=True, help="file of lines")
-    parser.add_argument("--lines", type=int, default=32)
-    parser.add_argument("--max_length", type=int, default=128)
+    parser.add_argument("--text", type=Path, required=True, help="text file; each line is one text")
+    parser.add_argument("--lines", type=int, default=32, help="lines to read")
+    parser.add_argument("--max_length", type=int, default=128, help="most tokens of a line")
     arguments = parser.parse_args()
     if not arguments.text.is_file():
-        parser.error(f"--text: there is no file {arguments.text}; give one of lines of text.")
+        parser.error(f"--text: there is no file {arguments.text}. Give a text file.")
     lines = [line for line in arguments.text.read_text(encoding="utf-8").splitlines() if line.strip()][
         : arguments.lines
     ]

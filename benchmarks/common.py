@@ -1,4 +1,4 @@
-"""What the benchmarks share: alternating timings, peak memory, models and their twins, tables, JSON and pictures."""
+"""Code shared by the benchmarks: alternating timings, peak memory, models and their twins, tables, JSON, pictures."""
 
 import argparse
 import importlib.util
@@ -29,7 +29,7 @@ VARIANTS = tuple(REGISTRY)  # by name
 
 
 def count(text: str) -> int:
-    """Type of an option: a whole number of at least 1."""
+    """Parse an option that must be a whole number of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} was given; it must be at least 1")
@@ -37,7 +37,7 @@ def count(text: str) -> int:
 
 
 def output_folder(text: str) -> Path:
-    """Type of an option: a folder that can be written to, told before anything is timed. `save` makes it."""
+    """Parse an option that must be a writable folder, before anything is timed. `save` creates the folder."""
     folder = Path(text)
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
@@ -46,10 +46,10 @@ def output_folder(text: str) -> Path:
 
 
 def usable_device(text: str) -> torch.device:
-    """Type of an option: a device that is there."""
+    """Parse an option that must be an available device."""
     try:
         return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # of an unknown name, and of a PyTorch built without it
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a PyTorch built without this device
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
@@ -60,7 +60,7 @@ def wall_time(run: Candidate) -> float:
 
 
 def device_timer(device: torch.device) -> Callable[[Candidate], float]:
-    """Seconds of the device for one run, from cold caches; on a CPU the wall time.
+    """Return a function that measures one run: device seconds from cold caches, or wall time on a CPU.
 
     The device is first kept busy for a few milliseconds, so that it does not wait for the host between small kernels.
     """
@@ -88,10 +88,11 @@ def alternate(
     timer: Callable[[Candidate], float] = wall_time,
     survive: tuple[type[Exception], ...] = (),
 ) -> dict[Hashable, float]:
-    """Median seconds of each candidate, all timed in turn so that a busy machine slows them alike.
+    """Return the median seconds of each candidate, timed in turn so that other work on the machine slows them alike.
 
-    At least `rounds` rounds after one for warming up, more until `seconds` have passed. A candidate that raises one of
-    `survive`, for want of memory for instance, is named, left out from then on, and takes NaN seconds.
+    One warm-up round is followed by at least `rounds` rounds, and by more until `seconds` have passed. A candidate that
+    raises one of the exceptions in `survive` (out of memory, for example) is reported, left out of later rounds, and
+    gets NaN.
     """
     times: dict[Hashable, list[float]] = {name: [] for name in candidates}
     remaining = dict(candidates)
@@ -111,7 +112,7 @@ def alternate(
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What one candidate on a GPU may fail with while others go on: no memory, no kernel for this shape or device."""
+    """Return the exceptions that end only one candidate on a GPU: no memory, no kernel for this shape or device."""
     try:
         from triton.errors import TritonError
     except ImportError:
@@ -120,24 +121,29 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def gpu_options(main: Callable, seconds: float, rounds: int) -> argparse.ArgumentParser:
-    """The options that all parts of bench_gpu.py have; `device` is the GPU where there is one."""
+    """Return a parser with the options that all parts of bench_gpu.py share."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.set_defaults(main=main)
-    parser.add_argument("--device", type=usable_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=seconds, help="time spent on each comparison, at least")
-    parser.add_argument("--rounds", type=count, default=rounds, help="repeats of each candidate, at least")
-    parser.add_argument("--output", type=output_folder, default="benchmarks/results")
+    parser.add_argument(
+        "--device",
+        type=usable_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to run on; default: the GPU if there is one, else the CPU",
+    )
+    parser.add_argument("--seconds", type=float, default=seconds, help="minimum time for each comparison")
+    parser.add_argument("--rounds", type=count, default=rounds, help="minimum number of repeats of each candidate")
+    parser.add_argument("--output", type=output_folder, default="benchmarks/results", help="folder for results")
     return parser
 
 
 def peak_memory(script: str, *arguments: str) -> float:
-    """MiB that `python script arguments` reports on its last line: each case needs a process of its own."""
+    """Return the MiB that `python script arguments` prints on its last line. Each case needs a fresh process."""
     command = [sys.executable, script, *arguments]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
 
 
 def device_memory(run: Candidate, device: torch.device) -> float:
-    """MiB that one run takes at its peak beyond what the device held before; NaN on a CPU."""
+    """Return the peak memory of one run in MiB, beyond what the device already held; NaN on a CPU."""
     if device.type != "cuda":
         return math.nan
     torch.cuda.reset_peak_memory_stats(device)
@@ -147,7 +153,7 @@ def device_memory(run: Candidate, device: torch.device) -> float:
 
 
 def text_models(length: int, variants: list[str], shape: dict[str, object], masked_lm: bool = False) -> dict:
-    """BERT with SDPA and LION's variants, without dropout: with a masked-LM head, or bare encoders."""
+    """Return BERT with SDPA and LION's variants, without dropout, with a masked-LM head or without a head."""
     options = {"hidden_dropout_prob": 0.0, "max_position_embeddings": max(512, length), **shape}
     bert = BertConfig(**options, attention_probs_dropout_prob=0.0)
     bert._attn_implementation = "sdpa"
@@ -159,7 +165,7 @@ def text_models(length: int, variants: list[str], shape: dict[str, object], mask
 
 
 def image_models(variants: list[str], shape: dict[str, object], snake: bool = True, eager: bool = False) -> dict:
-    """ViT with SDPA, with eager attention on request, and LION's variants, in snake order too: image classifiers."""
+    """Return image classifiers: ViT with SDPA (and with eager attention), and LION's variants (also in snake order)."""
     models = {}
     for name, attention in (("vit", "sdpa"), ("vit-eager", "eager"))[: 1 + eager]:
         config = ViTConfig(**shape, num_labels=1000)
@@ -173,7 +179,7 @@ def image_models(variants: list[str], shape: dict[str, object], snake: bool = Tr
 
 
 def processor() -> str:
-    """Name of the processor, with what its matrix products use: AMX makes them several times faster."""
+    """Return the processor's name and vector units. They matter: AMX makes matrix products several times faster."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -215,13 +221,13 @@ def _cell(value: object) -> str:
 
 
 def goal(subject: str, value: float, at_most: float = math.inf, at_least: float = -math.inf) -> dict[str, object]:
-    """One row of the table of goals; a value that was not measured is n/a and meets none."""
+    """Return one row of the table of goals. A value that was not measured (NaN) is printed as n/a and meets no goal."""
     limit = f"<= {at_most:g}" if math.isfinite(at_most) else f">= {at_least:g}"
     return {"goal": subject, "limit": limit, "measured": value, "met": "yes" if at_least <= value <= at_most else "no"}
 
 
 def draw_lines(axis, rows: list[dict[str, object]], x: str, y: str, name: str) -> None:
-    """One line for each value of column `name`."""
+    """Draw one line for each value of the column `name`."""
     for label in dict.fromkeys(row[name] for row in rows):
         chosen = [row for row in rows if row[name] == label]
         axis.plot([row[x] for row in chosen], [row[y] for row in chosen], "o-", label=label)
@@ -229,7 +235,7 @@ def draw_lines(axis, rows: list[dict[str, object]], x: str, y: str, name: str) -
 
 
 def token_axis(axis, lengths: Sequence[int]) -> None:
-    """A logarithmic axis of tokens with plain numbers where something was measured."""
+    """Set a logarithmic axis of tokens, with plain numbers at the measured lengths."""
     axis.set(xscale="log", xlabel="tokens")
     axis.set_xticks(lengths, lengths)
     axis.minorticks_off()
@@ -244,7 +250,7 @@ def save(
     device: torch.device = CPU,
     goals: Sequence[dict[str, object]] = (),
 ) -> None:
-    """Writes FOLDER/name.json and FOLDER/name.png; `picture` draws on as many matplotlib axes as there are panels."""
+    """Write FOLDER/name.json and FOLDER/name.png. `picture` receives one matplotlib axis per panel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -265,5 +271,5 @@ def save(
 
 
 def _without_nan(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """JSON has none."""
+    """Replace NaN, which JSON does not have, by None."""
     return [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows]

@@ -1,4 +1,4 @@
-"""The search for the constants of the GPU kernels and for CROSSOVER; see bench_gpu.py."""
+"""Search for the constants of the GPU kernels and for CROSSOVER; see bench_gpu.py."""
 
 import argparse
 import itertools
@@ -12,7 +12,7 @@ from gpu_operator import KINDS, Inputs, lion
 
 
 def kernels(inputs: Inputs, variant: str, backward: bool, choice: tuple[int, int]) -> Callable:
-    """The kernels, without or with backward, in tiles of so many tokens and programs of so many warps."""
+    """Return a run of the kernels with or without backward; `choice` is (tokens per tile, warps per program)."""
     run = inputs.runner(lion("auto", "triton"), variant, backward)
     constants = {"_FORWARD": choice, "_BACKWARD": choice, "_ONE_TILE": (0, 0)}
 
@@ -24,7 +24,7 @@ def kernels(inputs: Inputs, variant: str, backward: bool, choice: tuple[int, int
 
 
 def search_tiles(arguments, timer) -> list[dict]:
-    """Milliseconds of every tile size with every number of warps, by length and decay: forward, and the rest."""
+    """Return the milliseconds of forward and of backward for every tile and number of warps, by length and decay."""
     rows = []
     grid = list(itertools.product(arguments.tiles, arguments.warps))
     for length, (variant, kind) in itertools.product(arguments.lengths, KINDS.items()):
@@ -40,8 +40,11 @@ def search_tiles(arguments, timer) -> list[dict]:
 
 
 def search_forms(arguments, timer) -> tuple[list[dict], dict[str, int]]:
-    """Milliseconds of the attention and the chunk form in PyTorch, which run where the kernels do not, and by kind of
-    decay the last length up to which the former is no slower (0: none)."""
+    """Return the times of the PyTorch forms, and the crossover of the attention and the chunk form.
+
+    The crossover is, for each kind of decay, the largest length up to which the attention form is at least as fast (0
+    if it is slower at the first length). These forms run where the kernels cannot.
+    """
     rows, crossover = [], {}
     for variant, kind in KINDS.items():
         ours = []
@@ -61,14 +64,16 @@ def require_kernels(device: torch.device) -> None:
     try:
         from lion_hf.ops.triton import launch
     except ImportError as error:
-        raise argparse.ArgumentError(None, f"autotune times the fused kernels, and {error}") from error
+        raise argparse.ArgumentError(
+            None, f"autotune times the fused kernels, which cannot be imported: {error}"
+        ) from error
     reason = launch.unsupported(*Inputs(1, 1, device).leaves)
     if reason is not None:
-        raise argparse.ArgumentError(None, f"autotune times the kernels alone, and {reason}")
+        raise argparse.ArgumentError(None, f"autotune times the fused kernels, which cannot run here: {reason}")
 
 
 def best(rows: list[dict], part: str) -> tuple[int, int]:
-    """The tile and the warps with the least sum of the logarithms of its times."""
+    """Return the tile and the number of warps whose times have the least sum of logarithms."""
     totals: dict[tuple[int, int], float] = {}
     for row in rows:
         choice = row["tile"], row["warps"]
@@ -97,8 +102,16 @@ def main(arguments) -> None:
 
 def add_part(parts) -> None:
     options = gpu_options(main, seconds=1.0, rounds=10)
-    parser = parts.add_parser("autotune", parents=[options], help="the constants of the kernels, and CROSSOVER")
-    parser.add_argument("--lengths", type=count, nargs="+", default=[128, 197, 256, 512, 1024, 2048, 4096, 16384])
+    parser = parts.add_parser(
+        "autotune", parents=[options], help="search for the constants of the kernels and for CROSSOVER"
+    )
+    parser.add_argument(
+        "--lengths",
+        type=count,
+        nargs="+",
+        default=[128, 197, 256, 512, 1024, 2048, 4096, 16384],
+        help="tokens in a row",
+    )
     parser.add_argument("--batch_tokens", type=count, default=16384, help="tokens in a batch (at least one row)")
-    parser.add_argument("--tiles", type=count, nargs="+", default=[64, 128], help="tokens in a tile, powers of two")
-    parser.add_argument("--warps", type=count, nargs="+", default=[4, 8])
+    parser.add_argument("--tiles", type=count, nargs="+", default=[64, 128], help="tokens in a tile; powers of two")
+    parser.add_argument("--warps", type=count, nargs="+", default=[4, 8], help="warps in a program")

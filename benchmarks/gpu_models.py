@@ -1,4 +1,4 @@
-"""LION's models on a GPU against their softmax twins, training and inference; see bench_gpu.py."""
+"""Training and inference of LION's models on a GPU against their softmax twins; see bench_gpu.py."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-# Most of the time of the twin with SDPA, by case; images in snake order may take a little more.
+# Upper limits of the ratio to the twin with SDPA, by case. Images in snake order have a limit of their own.
 GOALS = {"image 224": 1.0, "text 128": 1.0, "text 512": 1.0, "text 2048": 0.7, "text 8192": 0.38}
 SNAKE_GOAL = 1.1
 BASE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
@@ -34,7 +34,7 @@ LARGE = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 40
 
 
 def training_step(model: nn.Module, inputs: dict[str, Tensor], device: torch.device) -> Callable[[], None]:
-    """Forward and backward in bfloat16 autocast, and AdamW: of the loss, or of the mean output of a bare encoder."""
+    """Return a training step in bfloat16 autocast with AdamW, on the loss or on an encoder's mean output."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def run():
@@ -56,7 +56,7 @@ def eager(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def training_case(case: str, models: dict, inputs: dict[str, Tensor], timer: Callable, arguments) -> list[dict]:
-    """One row per model, eager and with every layer compiled; the first model is the peer."""
+    """Return one row per model, eager and with every layer compiled. Ratios are to the first model."""
     device, runs = arguments.device, {}
     torch.compiler.reset()
     for name, model in models.items():
@@ -64,7 +64,7 @@ def training_case(case: str, models: dict, inputs: dict[str, Tensor], timer: Cal
         runs[name, "no"] = eager(step)
         if not arguments.no_compile:
             for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
-                layer.compile()  # all layers share one compilation, which takes seconds and not minutes
+                layer.compile()  # all layers share one compilation, which takes seconds instead of minutes
             runs[name, "yes"] = step
     times = alternate(runs, arguments.seconds, arguments.rounds, timer, failures())
     peer, rows = next(iter(models)), []
@@ -77,7 +77,7 @@ def training_case(case: str, models: dict, inputs: dict[str, Tensor], timer: Cal
 
 
 def goals(rows: list[dict]) -> list[dict]:
-    """LION's training steps, eager and compiled, against the goals."""
+    """Compare LION's training steps, eager and compiled, with the goals."""
     found = []
     for row in rows:
         name, case = row["model"], row["case"]
@@ -97,7 +97,7 @@ def training(arguments) -> None:
         inputs = {"pixel_values": pixels, "labels": torch.randint(0, 1000, pixels.shape[:1], device=device)}
         rows += training_case(f"image {arguments.image_size}", models, inputs, timer, arguments)
     for length in arguments.lengths:
-        models = None  # the memory of the last ones, before the next are made
+        models = None  # frees the memory of the previous models
         with device:
             models = text_models(length, arguments.variants, LARGE)
         ids = torch.randint(1, 30000, (max(1, arguments.batch_tokens // length), length), device=device)
@@ -119,7 +119,7 @@ def training(arguments) -> None:
 
 def inference(model: nn.Module, pixels: Tensor, format: str | None = None) -> Callable[[], None]:
     def run():
-        model.config.format = format  # read by LION alone
+        model.config.format = format  # only LION reads it
         with torch.inference_mode(), torch.autocast(pixels.device.type, torch.bfloat16):
             model(pixel_values=pixels)
 
@@ -152,16 +152,18 @@ def resolution(arguments) -> None:
 
 def add_parts(parts) -> None:
     options = gpu_options(training, seconds=5.0, rounds=5)
-    parser = parts.add_parser("training", parents=[options], help="training steps and their memory")
-    parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192])
+    parser = parts.add_parser("training", parents=[options], help="time and memory of training steps")
+    parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192], help="tokens in a text")
     parser.add_argument("--batch_tokens", type=count, default=32768, help="tokens in a batch (at least one row)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--image_size", type=count, default=224)
-    parser.add_argument("--image_batch", type=count, default=256)
-    parser.add_argument("--no_images", action="store_true")
-    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
+    parser.add_argument("--image_size", type=count, default=224, help="pixels a side")
+    parser.add_argument("--image_batch", type=count, default=256, help="images in a batch")
+    parser.add_argument("--no_images", action="store_true", help="time text models only")
+    parser.add_argument("--no_compile", action="store_true", help="time eager models only")
     options = gpu_options(resolution, seconds=3.0, rounds=3)
-    parser = parts.add_parser("resolution", parents=[options], help="image inference by resolution")
-    parser.add_argument("--sizes", type=count, nargs="+", default=[224, 512, 768, 1024, 1536, 2048, 2496])
-    parser.add_argument("--batch", type=count, default=8)
-    parser.add_argument("--variant", choices=VARIANTS, default="selective")
+    parser = parts.add_parser("resolution", parents=[options], help="inference of image models by resolution")
+    parser.add_argument(
+        "--sizes", type=count, nargs="+", default=[224, 512, 768, 1024, 1536, 2048, 2496], help="pixels a side"
+    )
+    parser.add_argument("--batch", type=count, default=8, help="images in a batch")
+    parser.add_argument("--variant", choices=VARIANTS, default="selective", help="variant of LION")

@@ -1,7 +1,8 @@
-"""The operator on a GPU, by length, against what else mixes tokens; see bench_gpu.py.
+"""Time of the operator on a GPU, by length, against softmax attention and other linear attention; see bench_gpu.py.
 
 "distance" is the relative difference between a candidate's output and LION's. The roofline is the time that the least
-work takes at the speeds of a large copy and a large matrix product, measured in the same run: see `least_work`.
+possible work (see `least_work`) takes at the speeds of a large copy and a large matrix product, which are measured in
+the same run.
 """
 
 import itertools
@@ -31,16 +32,19 @@ from lion_hf.ops import backend as lion_backend
 
 
 HEADS, WIDTH = 12, 64
-# Most of flash attention's time, by length; most of two causal calls' from a length up; least share of the roofline.
+# Upper limits of the ratio to flash attention, by length, and to two causal calls, from a length up; least share (%) of
+# the roofline.
 SDPA_GOALS = {512: 0.9, 4096: 0.25, 16384: 0.08}
 CAUSAL_GOAL, CAUSAL_GOAL_FROM = 0.4, 2048
 ROOFLINE_GOAL = 50
-KINDS = {"lit": "none", "decay": "head", "selective": "token"}  # of decay, by variant
+KINDS = {"lit": "none", "decay": "head", "selective": "token"}  # kind of decay, by variant
 
 
 class Inputs:
-    """Leaves as a layer gives them, (batch, length, heads, width), and the decays of each variant. Without a GPU, where
-    Triton's interpreter cannot multiply bfloat16, they are float32."""
+    """Query, key and value as a layer produces them, (batch, length, heads, width), and the decays of each variant.
+
+    They are float32 without a GPU, because Triton's interpreter cannot multiply bfloat16.
+    """
 
     def __init__(self, batch: int, length: int, device: torch.device):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -57,7 +61,7 @@ class Inputs:
         }
 
     def runner(self, operator: Callable[..., Tensor], variant: str = "lit", backward: bool = True) -> Callable:
-        """One call of operator(query, key, value, log_decay), heads first, and the gradients of all its inputs."""
+        """Return a call of operator(query, key, value, log_decay), heads first, and of its gradients if `backward`."""
         decay = self.decays[variant]
         leaves = self.leaves if decay is None else [*self.leaves, decay]
 
@@ -90,13 +94,16 @@ def softmax(backend: SDPBackend) -> Callable[..., Tensor]:
 
 
 def two_matmuls(query, key, value, _):
-    """Non-causal linear attention without decay, as anyone would write it."""
+    """Compute non-causal linear attention without decay by two matrix products."""
     return query @ (key.transpose(2, 3) @ value * WIDTH**-0.5)
 
 
 def two_causal_calls(causal: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The operator from causal(query, key, value, log_decay), heads third, whose gate decays the token that is entered
-    and not the one being left: hence gates are shifted by one token."""
+    """Build the operator from two calls of causal(query, key, value, log_decay), heads third.
+
+    Its state decays by the gate of the token that it enters, ours by the gate of the token that it leaves. Gates are
+    therefore shifted by one token.
+    """
 
     def shifted(gates: Tensor) -> Tensor:
         return F.pad(gates[:, :-1], (0, 0, 1, 0))
@@ -112,20 +119,20 @@ def two_causal_calls(causal: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def operators(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], str]]:
-    """Each candidate and the variant that it computes; softmax attention reads no decay."""
+    """Return each candidate with the variant that it computes; softmax attention ignores the decay."""
     on_gpu = device.type == "cuda"
     found = {"SDPA flash": (softmax(SDPBackend.FLASH_ATTENTION), "lit")}
     if on_gpu:
         found["SDPA cuDNN"] = softmax(SDPBackend.CUDNN_ATTENTION), "lit"
     for variant in KINDS:
-        # On a GPU a fallback would be timed under the wrong name.
+        # On a GPU the kernels are required: a fallback to PyTorch would be timed under the wrong name.
         found[f"LION {variant}"] = lion("auto", "triton" if on_gpu else lion_backend.BACKEND), variant
         found[f"torch {variant}"] = lion("auto", "torch"), variant
     found["matmuls lit"] = two_matmuls, "lit"
     try:
         from fla.ops.simple_gla import chunk_simple_gla
     except ImportError:
-        print("Two causal calls are left out: pip install flash-linear-attention")
+        print("Two causal calls are not timed. To add them: pip install flash-linear-attention")
     else:
         operator = two_causal_calls(lambda query, key, value, gates: chunk_simple_gla(query, key, value, gates)[0])
         found |= {f"simple_gla {variant}": (operator, variant) for variant in ("decay", "selective") if on_gpu}
@@ -136,11 +143,12 @@ def operators(device: torch.device) -> dict[str, tuple[Callable[..., Tensor], st
 
 
 def least_work(variant: str, batch: int, length: int, backward: bool) -> tuple[int, float]:
-    """Bytes and FLOPs that the operator cannot do without.
+    """Return the least number of bytes and FLOPs that the operator needs.
 
-    Bytes: q, k, v and the output once; backward q, k, v, dy and three gradients; decays per token and their gradients
-    in float32. FLOPs of one token and head, a multiply-add being two: 2 products with a row of L pairs and 5 backward,
-    or a state written and read in each direction (one without decay) and 4 products with states backward; what is less.
+    Bytes: q, k, v and the output once; in backward q, k, v, dy and three gradients; decays per token and their
+    gradients in float32. FLOPs per token and head (a multiply-add counts as two) are the smaller of two numbers.
+    Attention form: 2 products with a row of L pairs, and 5 in backward. States: one is written and read in each
+    direction (in one direction without decay), and backward has 4 products with states.
     """
     tokens = batch * length * HEADS
     traffic = tokens * WIDTH * 2 * (4 + 7 * backward) + tokens * 4 * (1 + 2 * backward) * (variant == "selective")
@@ -150,7 +158,7 @@ def least_work(variant: str, batch: int, length: int, backward: bool) -> tuple[i
 
 
 def ceilings(size: int, timer: Callable, device: torch.device) -> tuple[float, float]:
-    """Bytes per second of a large copy, read and written, and FLOPs per second of a large product in bfloat16."""
+    """Measure bytes per second of a large copy (reads and writes) and FLOPs per second of a bfloat16 product."""
     a, b, c = (torch.randn(size, size, dtype=torch.bfloat16, device=device) for _ in range(3))
     source = a.repeat(8, 1)
     target = torch.empty_like(source)
@@ -188,7 +196,7 @@ def compare(
 
 
 def goals(rows: list[dict]) -> list[dict]:
-    """Forward and backward together against the goals."""
+    """Compare the times of forward and backward together with the goals."""
     found = []
     for row in (row for row in rows if row["mode"] != "forward"):
         name, length = row["operator"], row["length"]
@@ -221,8 +229,14 @@ def main(arguments) -> None:
 def add_part(parts) -> None:
     options = gpu_options(main, seconds=2.0, rounds=20)
     parser = parts.add_parser(
-        "operator", parents=[options], help="the operator's time, ratios and share of the roofline"
+        "operator", parents=[options], help="time of the operator, ratios and share of the roofline"
     )
-    parser.add_argument("--lengths", type=count, nargs="+", default=[128, 197, 512, 1024, 2048, 4096, 16384, 65536])
+    parser.add_argument(
+        "--lengths",
+        type=count,
+        nargs="+",
+        default=[128, 197, 512, 1024, 2048, 4096, 16384, 65536],
+        help="tokens in a row",
+    )
     parser.add_argument("--batch_tokens", type=count, default=16384, help="tokens in a batch (at least one row)")
-    parser.add_argument("--ceiling_size", type=count, default=8192, help="rows and columns of the large product")
+    parser.add_argument("--ceiling_size", type=count, default=8192, help="rows and columns of the large matrix product")

@@ -1,11 +1,11 @@
-"""Compiles the fused kernels for a GPU that need not be there, and prints what they take of it.
+"""Compile the fused kernels for a GPU and print the registers and the shared memory they use. No GPU is needed.
 
     python benchmarks/kernel_resources.py                        # Hopper: H100, H200
     python benchmarks/kernel_resources.py --capability 80 --widths 64 128 --dtypes bfloat16 float32
 
-Registers of a thread (255 at most; what does not fit is spilled to memory, seen as stack), shared memory of a block,
-and tensor core instructions. The launches of a forward and a backward pass are recorded, not run; Triton brings the
-compiler.
+The table lists registers per thread (at most 255; the rest is spilled to memory and counted as stack), shared memory
+per block, and the number of tensor core instructions. The launches of a forward and a backward pass are recorded, not
+run. The compiler comes with Triton.
 """
 
 import argparse
@@ -34,7 +34,7 @@ OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Recorder:
-    """Stands for a kernel and keeps what it would have been launched with."""
+    """Replace a kernel and record its launches."""
 
     def __init__(self, kernel, launches):
         self.kernel, self.launches = kernel, launches
@@ -49,7 +49,7 @@ class Recorder:
 
 
 def record(dtype, width, decay, normalized, packed):
-    """The launches of a forward and a backward pass in chunks."""
+    """Return the launches of a forward and a backward pass in chunks."""
     launches = []
     kernels = {name: x for name, x in vars(lion_triton).items() if name.endswith("_kernel")}
     for name, kernel in kernels.items():
@@ -85,7 +85,7 @@ def compile_launch(kernel, arguments, options, capability):
 
 
 def resources(compiled):
-    """Registers and bytes of stack, from the binary."""
+    """Return the registers and the bytes of stack, as the binary states them."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -96,12 +96,20 @@ def resources(compiled):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, default=90)
-    parser.add_argument("--widths", type=int, nargs="+", default=[64])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--decays", nargs="+", default=["none", "head", "token"], choices=["none", "head", "token"])
-    parser.add_argument("--packed", action="store_true")
-    parser.add_argument("--tf32", action="store_true", help="allow tf32 in products of float32")
+    parser.add_argument("--capability", type=int, default=90, help="compute capability times 10")
+    parser.add_argument("--widths", type=int, nargs="+", default=[64], help="features of a head")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16"], choices=["bfloat16", "float16", "float32"], help="of the inputs"
+    )
+    parser.add_argument(
+        "--decays",
+        nargs="+",
+        default=["none", "head", "token"],
+        choices=["none", "head", "token"],
+        help="kinds of decay",
+    )
+    parser.add_argument("--packed", action="store_true", help="compile for packed texts")
+    parser.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products")
     for name in ("forward", "backward"):
         default = getattr(lion_triton, f"_{name.upper()}")
         parser.add_argument(f"--{name}", type=int, nargs=2, default=default, metavar=("TILE", "WARPS"))

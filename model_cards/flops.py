@@ -1,28 +1,30 @@
-"""Floating-point operations of one forward of a LION model, as stated in the cards."""
+"""Floating-point operations of one forward pass of a LION model, for the cards."""
 
 from lion_hf import LionConfig, LionVisionConfig
 from lion_hf.nn import variant_class
 
 
-# The chunk form links up to this many chunks by one product, more of them group by group (ops/chunk.py).
+# Up to this many chunks are linked by one product, more of them group by group (ops/chunk.py).
 _SCAN_GROUP = 64
 
 
 def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int | None = None) -> int:
-    """Operations of one forward at batch 1, a multiply-add counted as 2: all matrix products of the model with its head
-    (masked LM on every token, or classifier on the pooled image). Elementwise work is left out, as is usual.
+    """Count the operations of one forward pass at batch size 1; a multiply-add counts as 2.
+
+    Counts all matrix products of the model with its head (masked language modelling for every token, or the classifier
+    of the pooled image). Elementwise operations are not counted, as is usual.
 
     With N tokens, width C, I features in the MLP and H heads, a layer costs N (4 C^2 + 2 C I) multiply-adds for its
-    projections and MLP, N C H for the gate of LION-S, and the operator (see [`operator_multiply_adds`]) per head. Snake
-    order runs the gate twice, and the chunk form of the operator.
+    projections and MLP, N C H for the gate of LION-S, and `operator_multiply_adds` for each head. Snake order runs the
+    gate twice, and the operator too in the chunk form.
 
     Args:
-        config: of the model.
+        config: configuration of the model.
         form: "attention" or "chunk".
-        tokens: length of a text; images of the configured size have one token per patch and the class token.
+        tokens: length of a text. Images have one token per patch of the configured size, and the class token.
 
     Raises:
-        ValueError: for another form, or a text without a length.
+        ValueError: if the form is another one, or `tokens` is missing for a text model.
     """
     if form not in ("attention", "chunk"):
         raise ValueError(f"form is {form!r}; operations are counted for 'attention' and 'chunk'.")
@@ -51,11 +53,11 @@ def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int 
 
 
 def operator_multiply_adds(length: int, d: int, e: int, form: str, decays: bool, chunk_size: int) -> int:
-    """Multiply-adds of the operator for one head: query and key of width `d`, value of width `e` (one more than the
-    head's where a denominator is wanted).
+    """Count the multiply-adds of the operator for one head, with queries and keys of width `d` and values of width `e`
+    (one more than the head's if there is a denominator).
 
     attention   L^2 (D + E)
-    chunk       L (K (D + E) + 4 D E) for n chunks of K tokens, and 2 n^2 D E to link them; L a multiple of K
+    chunk       L (K (D + E) + 4 D E) for n chunks of K tokens, and 2 n^2 D E to link them, if K divides L
     no decay    2 L D E instead of chunks
     """
     if form == "attention":

@@ -1,7 +1,7 @@
-"""Writes the model cards: one per preset, and README.md with a table of them.
+"""Write the model cards: one per preset, and README.md with a table of them.
 
-python model_cards/generate.py           # writes them
-python model_cards/generate.py --check   # exit code 1 and the names of the files that differ
+python model_cards/generate.py           # write them
+python model_cards/generate.py --check   # write nothing; exit code 1 if files differ, and their names
 """
 
 import argparse
@@ -29,16 +29,21 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 FORMS = ("attention", "chunk")
 
-# Limits of text models with a position table, and of all others.
+# Limits of text models by whether they have a position table.
 TEXT_LIMITS = {
-    True: "At most {} tokens (`max_position_embeddings`), since positions come from a learned table.",
-    False: "Any length is accepted; quality beyond the recipe's 128 tokens is untested.",
+    True: "Inputs have at most {} tokens (`max_position_embeddings`), because positions come from a learned table.",
+    False: "Inputs of any length are accepted; quality beyond the recipe's 128 tokens is untested.",
 }
-IMAGE_LIMITS = "Any height and width divisible by {} are accepted; quality away from 224 pixels is untested."
+IMAGE_LIMITS = "Any height and width divisible by {} are accepted; quality at sizes other than 224 pixels is untested."
+# The input row of a card.
+TEXT_INPUTS = {True: "English text, at most {} tokens", False: "English text of any length, trained on 128 tokens"}
+IMAGE_INPUT = "images of 224 pixels a side; other sizes divisible by {} are accepted"
 
-# What text and image cards say differently. `lengths` are those at which operations are counted.
+# Differences between text and image cards. `lengths` are those at which operations are counted.
 TEXT = {
-    "kind": "A masked language model: BERT",
+    "kind": "A masked language model",
+    "baseline": "BERT",
+    "task": "masked language modelling; fine-tuned for classification of texts and tokens, question answering",
     "config_class": "LionConfig",
     "recipes": "mlm",
     "script": "run_mlm.py",
@@ -47,11 +52,13 @@ TEXT = {
     "lengths": (128, 2048),
     "metric": "masked accuracy on encyclopedia summaries",
     "results": "text",
-    "input": "The lion [MASK] in the sun.",
-    "corpus": "The recipe's text is a crawl of the English web: a trained model will repeat its biases.",
+    "example": "The lion [MASK] in the sun.",
+    "corpus": "The recipe's text is a crawl of the English web, whose biases a trained model will repeat.",
 }
 IMAGE = {
-    "kind": "An image classifier: ViT",
+    "kind": "An image classifier",
+    "baseline": "ViT",
+    "task": "image classification, 1,000 classes",
     "config_class": "LionVisionConfig",
     "recipes": "imagenet",
     "script": "run_image_classification.py",
@@ -60,24 +67,24 @@ IMAGE = {
     "lengths": (None,),
     "metric": "top-1 accuracy on Fashion-MNIST",
     "results": "images",
-    "input": "lion.jpg",
-    "corpus": "The recipe's 1,000 classes and photographs are those of ImageNet-1k, with their biases.",
+    "example": "lion.jpg",
+    "corpus": "The recipe's photographs and 1,000 classes are those of ImageNet-1k, with their biases.",
 }
-# The names of the Hub for what the recipes call by an alias.
+# Names on the Hub of data sets that recipes call by an alias.
 DATASETS = {"imagenet-1k": "ILSVRC/imagenet-1k"}
 
 USAGE = """\
 from transformers import pipeline
 
-import lion_hf  # makes the Auto classes know LION
+import lion_hf  # registers LION with the Auto classes
 
 model = pipeline("{task}", "{folder}")
-for answer in model("{input}"):
+for answer in model("{example}"):
     print(answer)"""
 
 
 def generate() -> dict[str, str]:
-    """Content of every generated file by name."""
+    """Return the content of every generated file by name."""
     cards = {preset: facts(preset) for preset in PRESETS}
     files = {f"{preset}.md": render(values) for preset, values in cards.items()}
     by_kind = {
@@ -89,7 +96,7 @@ def generate() -> dict[str, str]:
 
 
 def render(values: dict[str, Any]) -> str:
-    """A card from the facts of its preset."""
+    """Render a card from the facts of its preset."""
     data = ModelCardData(
         language="en" if values["pipeline_tag"] == "fill-mask" else None,
         license="apache-2.0",
@@ -102,7 +109,7 @@ def render(values: dict[str, Any]) -> str:
 
 
 def facts(preset: str) -> dict[str, Any]:
-    """All that the card of a preset says.
+    """Return the values of the template for the card of a preset.
 
     Raises:
         ValueError: if no recipe trains the preset.
@@ -112,32 +119,35 @@ def facts(preset: str) -> dict[str, Any]:
     recipe = recipe_of(preset, table["recipes"])
     if recipe is None:
         folder = f"examples/recipes/{table['recipes']}"
-        raise ValueError(f"No file in {folder} has the preset {preset!r}; add it to one before its card.")
+        raise ValueError(f"No file in {folder} has the preset {preset!r}; add it to a recipe first.")
     settings = expand(ROOT / recipe, preset)
     snake = getattr(config, "order", "normal") == "s"
     registered = variant_class(config.mask_type)
     variant = registered.label + (", snake" if snake else "")
     description = registered.description
     if snake:
-        description += " Patches are read along two snake curves, by rows and by columns, and both masks are averaged."
+        description += " Patches are read along two snake curves, by rows and by columns; both masks are averaged."
     dataset = settings["dataset_name"]
+    paper = reported()["image" if table is IMAGE else "text"].get(preset.split("-")[2])
     return {
         "preset": preset,
         "config": config,
-        "kind": table["kind"],
+        **{name: table[name] for name in ("kind", "baseline", "task")},
+        "input": input_of(config),
         "config_class": table["config_class"],
         "pipeline_tag": table["pipeline_tag"],
         "variant": variant,
         "variant_description": description,
         "flops": operations(config, table["lengths"]),
-        "usage": USAGE.format(task=table["pipeline_tag"], folder=settings["output_dir"], input=table["input"]),
+        "usage": USAGE.format(task=table["pipeline_tag"], folder=settings["output_dir"], example=table["example"]),
         "recipe": recipe,
         "script": f"examples/{table['script']}",
         "flags": table["flags"],
         "finetune": recipe_of(preset, "glue"),
         "dataset": DATASETS.get(dataset, dataset),
         "source": reported()["source"],
-        "reported": reported()["image" if table is IMAGE else "text"].get(preset.split("-")[2]),
+        "reported": paper,
+        "reported_summary": summary(paper, variant, table["baseline"]),
         "ours": ours(table, variant),
         "limits": f"{limits(config)} {table['corpus']}",
         "keeps_float32": bool(registered.float32_weights),
@@ -146,16 +156,31 @@ def facts(preset: str) -> dict[str, Any]:
 
 
 def limits(config: LionConfig | LionVisionConfig) -> str:
-    """What inputs a model takes."""
+    """Return the limits on the inputs of a model."""
     if config.model_type == "lion_vision":
         return IMAGE_LIMITS.format(config.patch_size)
     return TEXT_LIMITS[config.pos_emb].format(config.max_position_embeddings)
 
 
+def input_of(config: LionConfig | LionVisionConfig) -> str:
+    """Describe the inputs of a model in a few words."""
+    if config.model_type == "lion_vision":
+        return IMAGE_INPUT.format(config.patch_size)
+    return TEXT_INPUTS[config.pos_emb].format(config.max_position_embeddings)
+
+
+def summary(paper: dict[str, Any] | None, variant: str, baseline: str) -> str:
+    """Put the paper's figures for a variant beside those of the softmax encoder, in one line."""
+    if paper is None or variant not in paper["rows"]:
+        return "none recorded here for this size"
+    figures = zip(paper["columns"], paper["rows"][variant], paper["rows"][baseline], strict=True)
+    return "; ".join(f"{column} {number} ({baseline}: {other})" for column, number, other in figures)
+
+
 def operations(
     config: LionConfig | LionVisionConfig, lengths: tuple[int | None, ...]
 ) -> list[tuple[str, float, float]]:
-    """(input, GFLOP in the attention form, GFLOP in the chunk form) for each length; None is an image's."""
+    """Return (input, GFLOP in the attention form, GFLOP in the chunk form) for each length; None means an image."""
     rows = []
     for length in lengths:
         label = f"{length} tokens" if length else "224 pixels"
@@ -166,7 +191,7 @@ def operations(
 
 
 def sizes(config: LionConfig | LionVisionConfig) -> dict[str, float]:
-    """Parameters of the model with its head, and MiB of its weights as `from_pretrained` loads them."""
+    """Return the parameters of the model with its head, and MiB of its weights as `from_pretrained` loads them."""
     with torch.device("meta"):
         model = (LionForImageClassification if config.model_type == "lion_vision" else LionForMaskedLM)(config)
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}  # tied weights once
@@ -176,7 +201,7 @@ def sizes(config: LionConfig | LionVisionConfig) -> dict[str, float]:
 
 
 def recipe_of(preset: str, folder: str) -> str | None:
-    """Path below the root of the recipe that trains a preset, if there is one."""
+    """Return the path, relative to the root, of the recipe that trains a preset, if there is one."""
     for path in sorted((ROOT / "examples/recipes" / folder).glob("*.yaml")):
         if preset in presets_of(path):
             return path.relative_to(ROOT).as_posix()
@@ -185,12 +210,12 @@ def recipe_of(preset: str, folder: str) -> str | None:
 
 @cache
 def reported() -> dict[str, Any]:
-    """What the paper reports; numbers as strings, with the digits that it prints."""
+    """Return the paper's results; numbers are strings with the digits that it prints."""
     return yaml.load((FOLDER / "reported.yaml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
 
 
 def ours(table: dict[str, Any], variant: str) -> dict[str, Any] | None:
-    """What this project measured with a small model of a variant, if it did."""
+    """Return this project's results with a small model of a variant, if there are any."""
     path = ROOT / f"examples/results/{table['results']}.json"
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if variant not in rows:
@@ -207,7 +232,7 @@ def ours(table: dict[str, Any], variant: str) -> dict[str, Any] | None:
 
 
 def differing(files: dict[str, str], folder: Path) -> list[str]:
-    """Names of the files that are missing, different, or cards of no preset."""
+    """Return the names of files that are missing, different, or cards without a preset."""
     present = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
     cards = {name for name in present if name.startswith("lion-")}
     return sorted(name for name in files.keys() | cards if files.get(name) != present.get(name))
@@ -215,7 +240,7 @@ def differing(files: dict[str, str], folder: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None, folder: Path = FOLDER) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; name the files that are not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; list the files that are not up to date")
     check = parser.parse_args(arguments).check
     try:
         files = generate()

@@ -1,7 +1,7 @@
-"""Checkpoints as the authors' training scripts write them, for the tests of the converter.
+"""Checkpoints in the layouts of the authors' training scripts, for the tests of the converter.
 
-tests/golden holds one whole checkpoint of each kind; the others are built here from the authors' weights there, or from
-random ones.
+tests/golden holds one complete checkpoint of each kind. The others are built here, from the weights in tests/golden or
+from random weights.
 """
 
 import argparse
@@ -22,7 +22,7 @@ IMAGE_EXPECTED, TEXT_EXPECTED = GOLDEN / f"{IMAGE.name}.expected.safetensors", T
 
 
 def golden(name):
-    """Weights under the authors' names, all tensors of the file, and the configuration of a golden model."""
+    """Return the weights under the authors' names, all tensors of the file, and the configuration of a golden model."""
     manifest = json.loads((GOLDEN / "manifest.json").read_text())
     config = next(case["config"] for case in manifest if case["file"] == f"{name}.safetensors")
     tensors = load_file(GOLDEN / f"{name}.safetensors")
@@ -30,14 +30,14 @@ def golden(name):
 
 
 def deit(weights, config, **changes):
-    """What the image training saves; `config` is spelt as in the golden files."""
+    """Return what the authors' image training saves; `config` has the spelling of the golden files."""
     args = {name: config[name] for name in ("mask_type", "order", "pos_emb", "cls_tok")}
     args |= {"model": "lion_custom", "input_size": config["img_size"], "nb_classes": config["num_classes"]}
     return {"model": weights, "epoch": 3, "args": argparse.Namespace(**args, drop=0.0, drop_path=0.1, **changes)}
 
 
 def composer(weights, config, **changes):
-    """What the text training saves; `config` is spelt as in the golden files."""
+    """Return what the authors' text training saves; `config` has the spelling of the golden files."""
     content = {name: value for name, value in config.items() if name not in ("head", "num_labels", "chunk_size")}
     model = {"config": {"file_extension": ".json", "content": content | {"model_type": "bert"} | changes}}
     weights = {f"model.{name}": x for name, x in weights.items()}
@@ -45,19 +45,19 @@ def composer(weights, config, **changes):
 
 
 def bare_image(mask_type="lit", **options):
-    """Random weights of an image classifier under the authors' names, and our model that holds them."""
+    """Return random weights of an image classifier under the authors' names, and our model with these weights."""
     model = spread_decays(lion_hf.LionForImageClassification(vision_config(mask_type, **options))).eval()
     return revert_vision_state_dict(model.state_dict()), model
 
 
 def bare_text(mask_type="lit", **options):
-    """The same of a masked language model."""
+    """Return random weights of a masked language model under the authors' names, and our model with these weights."""
     model = spread_decays(lion_hf.LionForMaskedLM(text_config(mask_type, **options))).eval()
     return revert_text_state_dict(model.state_dict(), model.config), model
 
 
 def relative(actual, expected):
-    """The largest error over the largest entry."""
+    """Return the largest error divided by the largest entry."""
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 

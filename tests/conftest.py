@@ -12,7 +12,7 @@ import pytest
 import torch
 
 
-if not torch.cuda.is_available():  # before anything imports Triton, which decides then how kernels run
+if not torch.cuda.is_available():  # must be set before Triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
@@ -20,14 +20,14 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("lion", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("lion")
-atexit.register(gc.unfreeze)  # or libraries report at the end what nobody has released
-gc.set_threshold(50_000, 20, 100)  # compilers make many objects, and none of these processes lives long
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+atexit.register(gc.unfreeze)  # without this, libraries report leaks at exit
+gc.set_threshold(50_000, 20, 100)  # compilers make many objects, and the processes are short
+torch.set_num_threads(1)  # models are tiny: more threads are slower
 
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen_imports():
-    """What the libraries hold for good is not searched again: a Trainer that collects garbage takes .6 s otherwise."""
+    """Keep the objects of libraries out of garbage collection, which otherwise takes 0.6 s in each Trainer."""
     gc.collect()
     gc.freeze()
 
@@ -39,7 +39,7 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def examples():
-    """The example scripts can be imported."""
+    """Make the example scripts importable."""
     folder = str(Path(__file__).parents[1] / "examples")
     sys.path.insert(0, folder)
     yield folder
@@ -48,7 +48,7 @@ def examples():
 
 @pytest.fixture
 def modules_cache(tmp_path, monkeypatch):
-    """Code that comes with checkpoints is copied to, and imported from, a folder of this test alone."""
+    """Give each test its own folder for code that comes with checkpoints, which is copied there and imported."""
 
     def forget():
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:

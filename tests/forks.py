@@ -1,7 +1,7 @@
-"""Scripts in processes of their own that start at once: forked from a server that imported the libraries before.
+"""Run scripts in new processes that start without delay, because they are forked from a server.
 
-A new interpreter needs several seconds for PyTorch, Transformers and datasets; a fork of one that has them needs none.
-The server itself does nothing but import, so each process is as fresh as one from the shell.
+A new interpreter needs several seconds to import PyTorch, Transformers and datasets. The server has already imported
+them, and does nothing else, so a fork of it behaves like a new process.
 """
 
 import functools
@@ -22,7 +22,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 @functools.cache
 def _start_server():
-    """Before Python 3.12.4 the server knows nothing of this process's sys.path and skips what it cannot import."""
+    """Start the server with this process's sys.path, which it does not inherit before Python 3.12.4."""
     _CONTEXT.set_forkserver_preload(["forks_preload"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
@@ -30,7 +30,7 @@ def _start_server():
 
 
 class Script:
-    """A running script: its process and what it has written to stdout and stderr."""
+    """A running script: its process, and a log of its stdout and stderr."""
 
     def __init__(self, command, log: Path, environment=None):
         _start_server()
@@ -39,7 +39,7 @@ class Script:
         self.process.start()
 
     def wait(self) -> str:
-        """The text that it wrote; fails with the end of it where the script fails."""
+        """Wait for the script and return its output. Fail with the end of the output if the script failed."""
         self.process.join()
         text = self.log.read_text()
         assert self.process.exitcode == 0, f"exit code {self.process.exitcode}\n{text[-3000:]}"
@@ -47,7 +47,7 @@ class Script:
 
 
 def run_script(command: list[str], log: Path, processes: int = 1) -> str:
-    """`[script, *flags]` in one process, or in several with the environment that torchrun gives them."""
+    """Run `[script, *flags]` in one process, or in several with the environment variables that torchrun sets."""
     if processes == 1:
         return Script(command, log).wait()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -65,7 +65,7 @@ def run_script(command: list[str], log: Path, processes: int = 1) -> str:
 
 
 def _run(command, log, environment):
-    """In the new process."""
+    """Run the script in the new process."""
     os.environ.update(environment)
     with open(log, "w") as file:
         for stream in (1, 2):

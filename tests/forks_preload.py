@@ -1,4 +1,4 @@
-"""What the server of forks.py imports before the first script: libraries that the example scripts use."""
+"""The libraries of the example scripts, which the server of forks.py imports before the first script."""
 
 import atexit
 import gc
@@ -16,4 +16,4 @@ import lion_hf  # noqa: F401
 
 
 atexit.register(gc.unfreeze)
-gc.freeze()  # what was imported is not searched for garbage again, in no fork
+gc.freeze()  # forks do not search the imported objects for garbage

@@ -46,7 +46,7 @@ def vision_config(mask_type="selective", **options):
 
 
 def text_inputs(batch=3, length=11, vocab_size=61):
-    """Rows of different lengths, padded on the right."""
+    """Return token ids and a mask: rows of different lengths, padded on the right."""
     ids = torch.randint(1, vocab_size, (batch, length))
     lengths = torch.linspace(length, max(1, length // 2), batch).long()
     mask = (torch.arange(length) < lengths[:, None]).long()
@@ -54,7 +54,7 @@ def text_inputs(batch=3, length=11, vocab_size=61):
 
 
 def spread_decays(model):
-    """Decays that differ from head to head and token to token, as after training."""
+    """Set decays that differ between heads and between tokens, as after training."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "decay_proj" in name and name.endswith("weight"):

@@ -1,4 +1,4 @@
-"""A bare installation works: import, forward, gradients, save, load. Run by .ci/run in environments without pytest.
+"""Check a bare installation: import, forward, gradients, save, load. Run by .ci/run in environments without pytest.
 
 python tests/smoke.py FOLDER
 """

@@ -1,4 +1,4 @@
-"""Operators and layers work where PyTorch is all there is. Run by .ci/run in an environment without Transformers.
+"""Check that operators and layers need only PyTorch. Run by .ci/run in an environment without Transformers.
 
 python tests/smoke_torch_only.py
 """

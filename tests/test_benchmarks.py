@@ -1,8 +1,9 @@
-"""The benchmarks: what they compare computes the same, and each runs, tried at tiny sizes on a CPU."""
+"""Every benchmark runs (at tiny sizes on a CPU), and the candidates that it compares compute the same function."""
 
 import importlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from lion_hf import bidirectional_linear_attention
+from lion_hf.ops.api import CROSSOVER
 
 
 TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -19,7 +21,7 @@ TINY = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "n
 
 @pytest.fixture
 def bench(monkeypatch):
-    """bench_gpu, gpu_operator and so on, with small shapes."""
+    """Import bench_gpu and its parts, with small shapes."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     import bench_gpu
 
@@ -31,7 +33,7 @@ def bench(monkeypatch):
 
 
 def run(bench, part, folder, *arguments):
-    """The rows that a part writes; what fails in it has null for a time."""
+    """Return the rows that a part of bench_gpu.py writes. A candidate that failed has the time null."""
     short = "--device", "cpu", "--seconds", "0", "--rounds", "1", "--output", str(folder)
     bench.main([part, *arguments, *short])
     assert (folder / f"gpu_{part}.png").stat().st_size > 0
@@ -78,7 +80,7 @@ def test_autotune(bench, tmp_path, capsys):
 
 
 def run_script(monkeypatch, name, folder, *arguments):
-    """The rows that `benchmarks/name.py` writes, with small models."""
+    """Return the rows that `benchmarks/name.py` writes, with small models."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     script = importlib.import_module(name)
     width = {name: value for name, value in TINY.items() if name != "num_hidden_layers"}
@@ -144,7 +146,7 @@ def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
     rows = run_script(monkeypatch, "bench_versions", tmp_path, source, *few)
     assert {row["form"] for row in rows} == {"attention", "chunk", "rnn"}
     assert all(row["ratio"] == pytest.approx(row["now ms"] / row["before ms"]) for row in rows)
-    assert sys.modules["lion_hf"] is lion_hf, "the other version takes the place of this one"
+    assert sys.modules["lion_hf"] is lion_hf, "the other version replaced this one"
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
         ("bench_models", ["--output", __file__], "not a folder that can be written to"),
         ("bench_gates", ["--dim", "24", "--heads", "5"], "[5] must divide --dim 24"),
         ("bench_packing", ["--data", "nowhere"], "nowhere is not a folder with .txt files"),
-        ("bench_versions", ["nowhere"], "nowhere holds no package lion_hf"),
+        ("bench_versions", ["nowhere"], "nowhere does not hold the package lion_hf"),
         ("bench_gpu", ["operator", "--device", "gpu"], "'gpu' cannot be used"),
         ("bench_warm_start", ["--model", "bert", "--text", "nowhere.txt"], "no file nowhere.txt"),
     ],
@@ -173,8 +175,15 @@ def test_crossover_is_timed(monkeypatch, tmp_path):
     assert all(row["chunk / attention"] > 0 for row in rows)
 
 
+@pytest.mark.parametrize("device, label", [("cpu", "CPU"), ("accelerator", "accelerator")])
+def test_the_crossover_on_the_page_is_the_one_in_use(device, label):
+    page = (Path(__file__).parents[1] / "docs/benchmarks.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {label} .*$", page, re.MULTILINE)
+    assert [int(cell) for cell in row.split("|")[2:5]] == list(CROSSOVER[device].values())
+
+
 def test_advice_follows_the_times(bench):
-    """The best on the mean over lengths; what failed once is not chosen."""
+    """The choice is the best on the mean over lengths. A choice that failed once is not taken."""
     times = {(64, 4): (1.0, 4.0), (64, 8): (3.0, 2.0), (128, 8): (0.1, math.nan)}
     rows = [
         {"tile": tile, "warps": warps, "forward": forward, "backward": 1 / forward}
@@ -186,7 +195,7 @@ def test_advice_follows_the_times(bench):
 
 
 def causal(query, key, value, log_decay):
-    """Causal linear attention with a gate per token, heads third: the state decays by the gate of the token entered."""
+    """Causal linear attention with gates per token, heads third. A state decays by the gate of the token it enters."""
     sums = log_decay.cumsum(1).transpose(1, 2)
     mask = (sums.unsqueeze(-1) - sums.unsqueeze(-2)).exp().tril()
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
@@ -235,7 +244,7 @@ def test_least_work_is_linear_in_the_end(bench, variant, backward):
 
     assert torch.equal(work(1, 2048), 2 * work(1, 1024))
     assert torch.equal(work(6, 10), 3 * work(2, 10))
-    assert work(1, 8)[1] == 4 * work(1, 4)[1]  # short texts: pairs of tokens
+    assert work(1, 8)[1] == 4 * work(1, 4)[1]  # in short texts, pairs of tokens are the least work
 
 
 def test_one_failure_leaves_the_others(bench, capsys):

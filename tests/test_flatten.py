@@ -1,4 +1,4 @@
-"""The package's modules as flat files beside weights, with the files of users that register themselves."""
+"""Modules of the package, and files of users that register classes, are saved as flat files beside the weights."""
 
 import ast
 import importlib
@@ -161,7 +161,7 @@ torch.save(model(input_ids=torch.arange(1, 12)[None]).logits, sys.argv[2])
 
 
 def imported(folder, monkeypatch, text, name="own_variant"):
-    """The class Own of a file of a user."""
+    """Write a user's file, import it, and return its class Own."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(folder)
@@ -171,7 +171,7 @@ def imported(folder, monkeypatch, text, name="own_variant"):
 
 @pytest.fixture
 def own(monkeypatch):
-    """Classes from outside the package that models say they use."""
+    """Make models report the use of classes from outside the package."""
     classes = []
     monkeypatch.setattr("lion_hf.hub._foreign_classes", lambda model: classes)
     yield classes
@@ -375,7 +375,7 @@ for options in ({"mask_type": "other"}, {"norm_position": "other"}, {"format": "
 
 
 def test_configurations_check_names_without_pytorch(tmp_path):
-    """What travels with a configuration: the tables of names need no torch."""
+    """The files saved with a configuration, which hold the tables of names, work without PyTorch."""
     (tmp_path / "copied").mkdir()
     for name, text in flat_files("lion_hf.models.configuration_lion").items():
         (tmp_path / "copied" / name).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The house rules that a program can check: sizes, line lengths, no print, and who may import whom."""
+"""Project rules that a program can check: sizes, line lengths, no print, and which part may import which."""
 
 import ast
 import tokenize
@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CODE = ("src", "examples", "benchmarks", "tests", "model_cards")
-# What programs wrote: results, golden numbers, folders as version 0.1 saved them, cards and what they are made from.
+# Files written by programs: results, golden numbers, and folders as version 0.1 saved them.
 WRITTEN = ("examples/results/", "benchmarks/results/", "tests/golden/", "tests/data/v0_1/")
-# A part imports parts on lower floors and itself. What `import lion_hf` gives stands above the models.
+# A part may import itself and parts with a lower number. Names of `import lion_hf` count as PACKAGE, above models.
 FLOORS = {"ops": 0, "nn": 1, "models": 2, "hub": 4, "convert": 5, "training": 6}
 PACKAGE = 3
 
@@ -27,7 +27,7 @@ def text(name):
 
 
 def body_length(function):
-    """Lines from the first statement after the docstring to the last one."""
+    """Count the lines from the first statement after the docstring to the last one."""
     statements = function.body[1:] if ast.get_docstring(function) is not None else function.body
     return statements[-1].end_lineno - statements[0].lineno + 1 if statements else 0
 
@@ -38,7 +38,7 @@ def test_files_have_at_most_600_lines():
 
 
 def test_functions_fit_a_screen():
-    """Bodies of at most 60 lines; a GPU kernel is one function."""
+    """Bodies have at most 60 lines, except in GPU kernels, which cannot be split."""
     long = {}
     for name in files(".py"):
         for node in ast.walk(ast.parse(text(name))):
@@ -48,7 +48,7 @@ def test_functions_fit_a_screen():
 
 
 def test_lines_have_at_most_120_characters():
-    """Tables and addresses in documents cannot be broken, and cards come from templates."""
+    """Exempt are tables and addresses in documents, which cannot be broken, and cards, which come from templates."""
     documents = [name for name in files(".md", folders=(*CODE, "docs")) if not name.startswith("model_cards/")]
     long = []
     for name in [*files(".py", ".yaml"), *documents, *(path.name for path in sorted(ROOT.glob("*.md")))]:
@@ -69,7 +69,7 @@ def test_the_package_prints_nothing():
 
 
 def imported(name):
-    """What a file of the package imports from the package, anywhere in it: `nn.mixer` for `from ..nn import mixer`."""
+    """Yield the modules of the package that a file imports anywhere: `nn.mixer` for `from ..nn import mixer`."""
     package = Path(name).relative_to("src/lion_hf").parent.parts
     for node in ast.walk(ast.parse(text(name))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The cards are what the generator writes, valid for the Hub, and their snippets run."""
+"""Model cards are up to date with the generator and valid for the Hub, and their snippets run."""
 
 import re
 import sys
@@ -21,7 +21,7 @@ from lion_hf.training.recipes import expand, presets_of
 FOLDER = Path(__file__).parents[1] / "model_cards"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "lion", "sleeps", "in", "sun", "."]
 
-# The parameters of the paper's layout.
+# Parameter counts of the paper's layout.
 PARAMETERS = {
     "lion-lit-base": 109_537_344,
     "lion-s-large": 335_049_920,
@@ -32,7 +32,7 @@ PARAMETERS = {
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The generator and the counter of operations, imported."""
+    """Import the generator of the cards and the counter of operations."""
     sys.path.insert(0, str(FOLDER))
     import flops
     import generate
@@ -84,7 +84,7 @@ def test_metadata_is_what_the_hub_expects(preset):
     assert data["pipeline_tag"] == ("image-classification" if is_image else "fill-mask")
     assert data["datasets"] == ["ILSVRC/imagenet-1k" if is_image else "allenai/c4"]
     assert {"lion", "linear-attention"} <= set(data["tags"])
-    assert "model-index" not in data  # only for numbers measured on this very model
+    assert "model-index" not in data  # reserved for numbers measured on the model itself
     assert f"\n# {preset}\n" in card.text
 
 
@@ -105,7 +105,7 @@ def test_parameters_are_those_of_the_paper(preset):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_links_lead_somewhere_and_the_recipe_trains_this_model(preset):
     links = re.findall(r"\]\(([^)]+)\)", text_of(preset))
-    local = [FOLDER / link for link in links if not link.startswith("https://")]
+    local = [FOLDER / link.partition("#")[0] for link in links if not link.startswith("https://")]
     assert all(path.exists() for path in local)
     recipes = [path for path in local if path.suffix == ".yaml"]
     assert expand(recipes[0], preset)["preset"] == preset
@@ -146,7 +146,7 @@ def test_weights_in_bfloat16_are_what_loading_gives(tmp_path, scripts):
 
 
 def baddbmm_in_place(out, left, right, **options):
-    """Operations of out += left @ right, from shapes: PyTorch's counter knows only the form that is not in place."""
+    """Count the operations of out += left @ right from shapes. PyTorch's counter lacks the in-place version."""
     return 2 * left[0] * left[1] * left[2] * right[2]
 
 
@@ -189,7 +189,7 @@ def test_operations_need_a_form_and_a_length(scripts):
 
 
 def save_small(preset, folder):
-    """The preset with random weights, one layer and few words, as its recipe would leave it."""
+    """Save the preset as its recipe would, with random weights, one layer and a small vocabulary."""
     if "patch_size" in PRESETS[preset]:
         config = LionVisionConfig.from_preset(preset, num_hidden_layers=1)
         lion_hf.LionForImageClassification(config).save_pretrained(folder)
@@ -223,5 +223,5 @@ def test_upload_of_the_readme_runs_dry(tmp_path, monkeypatch, capsys):
     exec(compile(code, "README.md", "exec"), {})
     shown = [line.split() for line in capsys.readouterr().out.splitlines()]
     sizes = {name: int(size.replace(",", "")) for size, name in shown}
-    assert sizes == {file.name: file.stat().st_size for file in (tmp_path / "to-upload").iterdir()}
+    assert sizes == {file.name: file.stat().st_size for file in (tmp_path / "outputs/to-upload").iterdir()}
     assert {"README.md", "model.safetensors", "tokenizer.json", "lion_ops_api.py"} <= sizes.keys()

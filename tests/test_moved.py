@@ -1,4 +1,4 @@
-"""The import paths of 0.1 work, each with one warning that names the new path."""
+"""Import paths of 0.1 work, and each gives one warning with the new path."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ from lion_hf import _moved
 NAMES = json.loads((Path(__file__).parent / "data" / "v0_1" / "names.json").read_text(encoding="utf-8"))
 OLD = sorted(NAMES)
 FUNCTIONS = ("push", "save_with_code")
-# Internal helpers of 0.1 that have no counterpart of the same kind; CHANGELOG.md says what takes their place.
+# Internal helpers of 0.1 without a direct counterpart; CHANGELOG.md names their replacements.
 GONE = {
     "configuration_lion": {"SPELLINGS"},
     "lion_kernels": {"gate_gradient_kernel", "mix_kernel", "scan_kernel", "sums_kernel"},
@@ -30,7 +30,7 @@ GONE = {
 
 @pytest.fixture
 def forgotten():
-    """No old module is imported yet."""
+    """Unload the old modules, as before their first import."""
 
     def forget():
         for name in OLD:
@@ -88,7 +88,7 @@ def test_an_old_module_is_an_attribute_of_the_package(name, forgotten):
             pytest.importorskip("triton")
         assert getattr(lion_hf, name) is getattr(lion_hf, name) is sys.modules[f"lion_hf.{name}"]
     (warning,) = said(caught)
-    assert warning.filename == __file__, "the line that asked for it"
+    assert warning.filename == __file__, "the warning does not point to the line of the import"
 
 
 def test_the_warning_names_the_line_of_the_import(forgotten):

@@ -1,4 +1,4 @@
-"""What `import lion_hf` gives, with Transformers and without, and what it costs."""
+"""Names and imported modules of `import lion_hf`, with and without Transformers."""
 
 import ast
 import os
@@ -27,7 +27,7 @@ def run(code, *arguments, **options):
 
 
 def imports(file):
-    """Full names of what a file of the package imports."""
+    """Yield the full names that a file of the package imports."""
     package = ["lion_hf", *file.relative_to(ROOT).parts[:-1]]
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -40,7 +40,7 @@ def imports(file):
 @pytest.mark.parametrize("folder, inside", [("ops", ("lion_hf.ops",)), ("nn", ("lion_hf.nn", "lion_hf.ops"))])
 def test_operators_and_layers_import_nothing_but_pytorch_and_each_other(folder, inside):
     found = {name: file.name for file in (ROOT / folder).rglob("*.py") for name in imports(file)}
-    assert any(name.startswith(inside) for name in found), "the test sees imports"
+    assert any(name.startswith(inside) for name in found), "no import was found"
     own = tuple(f"{name}." for name in inside)
     alien = {x: file for x, file in found.items() if not f"{x}.".startswith(own) and x.partition(".")[0] not in ALLOWED}
     assert not alien
@@ -97,7 +97,7 @@ def test_a_broken_transformers_is_not_taken_for_an_absent_one(tmp_path):
 
 def test_the_import_alone_is_enough_for_auto_classes_and_is_silent():
     code = (
-        "import lion_hf, lion_hf.convert.command\n"  # no old path of 0.1 either: it would warn
+        "import lion_hf, lion_hf.convert.command\n"  # an old path of 0.1 would warn
         "from transformers import AutoConfig, AutoModelForMaskedLM\n"
         "small = dict(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)\n"
         "config = AutoConfig.for_model('lion', **small)\n"
@@ -106,7 +106,7 @@ def test_the_import_alone_is_enough_for_auto_classes_and_is_silent():
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     bare = run("from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel", env=environment)
     done = run(code, env=environment)
-    assert (done.stdout, done.stderr) == (bare.stdout, bare.stderr), "no word beyond Transformers' own"
+    assert (done.stdout, done.stderr) == (bare.stdout, bare.stderr), "lion_hf prints something"
 
 
 def test_public_names_and_folders_are_there():

@@ -1,4 +1,4 @@
-"""One call saves and uploads a model; a dry run says exactly what would go up, without a network."""
+"""`push` saves and uploads a model in one call. A dry run lists the files without a network."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CARD = "---\nlicense: apache-2.0\nlibrary_name: transformers\n---\n\n# A lion\n"
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub that keeps what it is sent: name of the repository -> contents by path."""
+    """Replace the Hub by a dictionary of uploads: repository name -> contents by path."""
     repositories = {}
 
     class Hub:
@@ -39,7 +39,7 @@ def hub(monkeypatch):
 
 
 def leftovers(folder):
-    """What else may lie in the output folder of a training run."""
+    """Add other files that a training run leaves in its output folder."""
     for name in ("checkpoint-5/optimizer.pt", ".cache/huggingface/x", ".hidden", "curves [1].png"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("left")

@@ -1,4 +1,4 @@
-"""`python -m lion_hf SCRIPT ARGS` does what `python SCRIPT ARGS` does, and the script knows LION."""
+"""`python -m lion_hf SCRIPT ARGS` works like `python SCRIPT ARGS`, with LION registered in the Auto classes."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def run(folder, *command):
 
 @pytest.fixture
 def scripts(tmp_path):
-    """The folder that a user is in; scripts lie in a folder below."""
+    """Return the current folder of a user; scripts are in a subfolder."""
     (tmp_path / "below").mkdir()
     (tmp_path / "own_variants.py").write_text("")
     (tmp_path / "below" / "helper.py").write_text("")
@@ -87,7 +87,7 @@ def test_exit_codes_and_tracebacks_are_those_of_the_script_alone(scripts, argume
     alone = run(scripts / "below", *arguments)
     with_lion = run(scripts / "below", "-m", "lion_hf", *arguments)
     assert with_lion.returncode == alone.returncode != 0
-    length = len(alone.stderr)  # what other libraries say when they are imported comes before
+    length = len(alone.stderr)  # the output of other libraries' imports comes first
     assert with_lion.stderr[len(with_lion.stderr) - length :] == alone.stderr and "lion_hf" not in with_lion.stderr
 
 

@@ -19,7 +19,7 @@ from lion_hf._flatten import flat_files
 IMAGE_HEADS = ["AutoModel", "AutoModelForMaskedImageModeling", "AutoBackbone"]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "lion", "sleeps", *(f"word{i}" for i in range(53))]
 
-# Loads folders in a process that has Transformers but not the package, and saves what the models return.
+# Loads folders in a process with Transformers but without the package, and saves the models' outputs.
 FOREIGN_PROCESS = """
 import sys, torch
 
@@ -87,7 +87,7 @@ def one_thread():
 def test_folders_load_without_the_package_and_outputs_are_bit_equal(tmp_path, one_thread):
     text, image = text_inputs(), {"pixel_values": torch.randn(2, 3, 16, 16)}
     choices = {k: v[:, None].repeat(1, 2, 1) for k, v in text.items()}
-    cases = [  # in one process: starting it takes longer than everything else
+    cases = [  # one process for all cases, because starting it takes the most time
         (
             lion_hf.LionForMaskedLM(text_config("selective", format="chunk")),
             text,
@@ -128,7 +128,7 @@ def test_folders_load_without_the_package_and_outputs_are_bit_equal(tmp_path, on
             assert output["values"].keys() == expected.keys()
             for key, value in output["values"].items():
                 torch.testing.assert_close(value, expected[key], rtol=0, atol=0, msg=f"{name} {key}")
-        with torch.no_grad():  # not only what this process loads from the folder, but the model that was saved
+        with torch.no_grad():  # compares with the saved model too, not only with the one loaded here
             torch.testing.assert_close(outputs[auto_classes[0]]["values"]["logits"], model(**inputs).logits)
 
 
@@ -190,7 +190,7 @@ def test_a_model_that_is_not_lion_is_refused(tmp_path):
 
 
 class OwnModel(lion_hf.LionForMaskedLM):
-    """A user's subclass, whose code lies outside the package."""
+    """A user's subclass, defined outside the package."""
 
 
 def test_a_subclass_from_elsewhere_never_leaves_a_folder_that_cannot_load(tmp_path):

@@ -1,4 +1,4 @@
-"""Folders that version 0.1 wrote load in every way that Transformers, Trainer and PEFT have, and mean the same."""
+"""Folders of version 0.1 load through Transformers, Trainer and PEFT, and give the outputs of 0.1."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TEXTS = [name for name in FOLDERS if name.startswith("text")]
 
 
 def expectation(name):
-    """Inputs of a folder's model, and what it made of them."""
+    """Return the inputs of a folder's model, and the output recorded with 0.1."""
     tensors = load_file(DATA / name / "expected.safetensors")
     output = tensors.pop("output")
     return {name.removeprefix("input."): tensor for name, tensor in tensors.items()}, output
@@ -127,7 +127,7 @@ def test_a_seed_gives_the_weights_that_it_gave(kind, variant):
 
 @pytest.fixture
 def with_code(tmp_path, modules_cache):
-    """A copy of the folder that carries 0.1's code."""
+    """Return a copy of the folder that carries the code of 0.1."""
     return shutil.copytree(DATA / "text_decay_with_code", tmp_path / "folder")
 
 
@@ -199,18 +199,18 @@ def test_trainer_resumes_and_reaches_the_same_weights(tmp_path):
     for name, tensor in expected.items():
         name = name.removeprefix("step4.")
         torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
-    assert any(not torch.equal(state[name], x) for name, x in before.items()), "training goes on"
+    assert any(not torch.equal(state[name], x) for name, x in before.items()), "the weights did not change"
 
 
 @pytest.mark.parametrize("way", ["onto a base", "with its base"])
 def test_an_adapter_loads(monkeypatch, way):
     peft = pytest.importorskip("peft")
-    monkeypatch.chdir(DATA)  # where the adapter finds the base that it names
+    monkeypatch.chdir(DATA)  # the adapter names its base by a relative path
     if way == "onto a base":
         model = peft.PeftModel.from_pretrained(lion_hf.LionForMaskedLM.from_pretrained("text_selective"), "adapter")
-    else:  # it names a class of lion_hf.modeling_lion, as that module was called
+    else:  # it names a class of lion_hf.modeling_lion, the module's name in 0.1
         model = peft.AutoPeftModel.from_pretrained("adapter", import_allowlist=["lion_hf.modeling_lion"])
     assert_as_before(model, "adapter")
     with model.disable_adapter(), torch.no_grad():
         inputs, expected = expectation("adapter")
-        assert (model(**inputs).logits - expected).abs().max() > 1e-4  # of outputs that agree to 1e-6
+        assert (model(**inputs).logits - expected).abs().max() > 1e-4  # far above 1e-6, to which outputs agree

@@ -1,4 +1,4 @@
-"""What lies beside converted weights: tokenizer, image processor, code and card."""
+"""Files beside converted weights: tokenizer, image processor, code and card."""
 
 import json
 
@@ -41,7 +41,7 @@ def test_a_given_tokenizer_goes_before_the_one_inside(tmp_path):
 def test_a_tokenizer_may_be_smaller_than_the_padded_vocabulary_and_never_larger(tmp_path):
     source = read_source(TEXT)
     assert len(load_tokenizer(str(tokenizer_folder(tmp_path / "small", 97)), source, 104)) == 97
-    with pytest.raises(ConversionError, match="has 105 tokens, but the model only 104"):
+    with pytest.raises(ConversionError, match="has 105 tokens, but the model has only 104"):
         load_tokenizer(str(tokenizer_folder(tmp_path / "large", 105)), source, 104)
 
 

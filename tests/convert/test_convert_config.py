@@ -1,4 +1,4 @@
-"""The configuration comes from the file as far as it tells; what is missing is asked, contradictions are errors."""
+"""Configurations are inferred from the file. Missing options are requested, and contradictions are errors."""
 
 import argparse
 
@@ -65,7 +65,7 @@ def test_bare_image_weights_ask_for_what_they_do_not_tell_and_for_nothing_else(m
     with pytest.raises(ConversionError) as error:
         infer(weights)
     assert {name for name, flag in flags.items() if flag in str(error.value)} == needed.keys()
-    assert "--image-size N (without a position table the weights do not show the size" in str(error.value)
+    assert "--image-size N (in pixels; without a position table the weights do not determine" in str(error.value)
     config, *_ = infer(weights, **needed)
     assert config.to_dict() == model.config.to_dict()
 
@@ -90,7 +90,7 @@ def test_a_position_table_tells_the_size_of_the_image():
 
 def test_plain_bert_and_vit_weights_are_only_taken_where_the_user_says_lit():
     weights, _ = bare_text("lit", layer_norm_after=False)
-    with pytest.raises(ConversionError, match="LION-LIT, or of a plain BERT or ViT"):
+    with pytest.raises(ConversionError, match="LION-LIT, or to a plain BERT or ViT"):
         infer(weights, num_attention_heads=3)
     assert infer(weights, num_attention_heads=3, mask_type="lit")[0].layer_norm_after is False
     weights, _ = bare_image("lit")
@@ -106,7 +106,7 @@ def test_the_position_table_of_text_without_description_is_dead_unless_the_user_
     assert infer(weights, pos_emb=True)[0].pos_emb is True
     del weights["bert.embeddings.position_embeddings.weight"]
     assert infer(weights)[0].pos_emb is False
-    with pytest.raises(ConversionError, match="hold no position table"):
+    with pytest.raises(ConversionError, match="contain no position table"):
         infer(weights, pos_emb=True)
 
 
@@ -121,7 +121,7 @@ def test_the_type_of_positions_says_whether_the_table_is_read(stated, reads):
 @pytest.mark.parametrize("stated", ["alibi", "rotary", "Absolute", "", 1, {"type": "absolute"}], ids=str)
 def test_unknown_types_of_positions_are_refused_by_name(stated):
     weights, _, config = golden("text_d_yaml")
-    with pytest.raises(ConversionError, match=f"has position_embedding_type={stated!r}, .*known are 'absolute'"):
+    with pytest.raises(ConversionError, match=f"has position_embedding_type={stated!r}, .*allowed are 'absolute'"):
         infer(composer(weights, config, position_embedding_type=stated))
 
 
@@ -156,10 +156,10 @@ CONTRADICTIONS = {
     "args and weights": ({"mask_type": "Selective"}, {}, "selective.*args, but 'decay' according to the weights"),
     "order in args": ({"order": "Normal"}, {}, "order is 'normal' according to the args, but 's'"),
     "classes in args": ({"num_classes": 7}, {}, "num_labels is 7 according to the args, but 5"),
-    "missing table": ({"pos_emb": True}, {}, "hold no position table"),
-    "unknown variant": ({"mask_type": "Mamba"}, {}, "names the variant 'Mamba'; known are 'lit'"),
-    "odd size": ({"img_size": 15}, {}, "no possible configuration: .*not divisible"),
-    "odd type": ({"cls_tok": "maybe"}, {}, "states cls_tok='maybe'; it must be true or false"),
+    "missing table": ({"pos_emb": True}, {}, "contain no position table"),
+    "unknown variant": ({"mask_type": "Mamba"}, {}, "names the variant 'Mamba'; allowed are 'lit'"),
+    "odd size": ({"img_size": 15}, {}, "not give a valid configuration: .*not divisible"),
+    "odd type": ({"cls_tok": "maybe"}, {}, "contains cls_tok='maybe'; it must be true or false"),
 }
 
 
@@ -176,7 +176,7 @@ def test_contradictions_are_errors_that_name_both_sides(kind):
 @pytest.mark.parametrize("stated", ["Decay", "Selective"])
 def test_a_variant_with_decays_needs_them_in_the_weights(stated):
     weights, _ = bare_image("lit")
-    with pytest.raises(ConversionError, match="the weights hold no decay"):
+    with pytest.raises(ConversionError, match="the weights contain no decay"):
         infer(deit(weights, image_description(mask_type=stated), num_heads=3))
 
 
@@ -192,7 +192,7 @@ def test_a_flag_for_images_is_an_error_for_text(flag):
 )
 def test_an_incomplete_text_model_is_an_error(missing):
     weights, _ = bare_text("decay")
-    with pytest.raises(ConversionError, match="is missing|neither a masked language head"):
+    with pytest.raises(ConversionError, match="is missing|neither a masked language modelling head"):
         infer({name: x for name, x in weights.items() if not name.startswith(missing)})
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors become folders that give their logits; whatever does not fit is one line and no file."""
+"""Converted folders give the logits of the authors' checkpoints; errors are one line and write no file."""
 
 import configparser
 import importlib
@@ -52,18 +52,18 @@ def run(*arguments):
 
 @pytest.fixture
 def out(tmp_path):
-    """A place with nothing else in its folder."""
+    """A path in an empty folder."""
     (tmp_path / "place").mkdir()
     return tmp_path / "place" / "out"
 
 
 def listing(folder):
-    """Every file below a folder and its content."""
+    """Return every file below a folder with its content."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def logits(folder, tensors):
-    """What the folder's model computes in float64 from the inputs of a golden file, through its Auto class."""
+    """Return the float64 logits of a folder's model, loaded by its Auto class, for the inputs of a golden file."""
     head = json.loads((folder / "config.json").read_text())["architectures"][0]
     model = AUTO[head].from_pretrained(folder, dtype=torch.float64).eval()
     inputs = {name.removeprefix("input."): x for name, x in tensors.items() if name.startswith("input.")}
@@ -89,7 +89,7 @@ def test_averaged_weights_give_the_authors_averaged_logits(out):
     assert run(IMAGE, out, "--ema") == 0
     tensors = load_file(IMAGE_EXPECTED)
     actual = logits(out, tensors)
-    assert relative(actual, tensors["output.attention_ema.logits"].double()) < 1e-6  # given in float32 only
+    assert relative(actual, tensors["output.attention_ema.logits"].double()) < 1e-6  # stored in float32 only
     assert relative(actual, tensors["output.attention.logits_float64"]) > 1e-3
 
 
@@ -196,7 +196,7 @@ def test_dry_run_of_the_way_back_shows_the_same_names(tmp_path, capsys):
 
 
 def assert_refused(capfd, out, *arguments, match):
-    """Exit code 2, one line that says why, and nothing changed beside `out`."""
+    """Check for exit code 2, one line with the reason, and no change in the folder of `out`."""
     before = listing(out.parent)
     capfd.readouterr()
     assert run(*arguments) == 2
@@ -220,8 +220,8 @@ def test_the_module_runs_as_a_command_and_refuses_a_hostile_pickle_in_one_line(t
     module = [sys.executable, "-m", "lion_hf.convert"]
     done = subprocess.run([*module, source, out], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    *others, last = done.stderr.splitlines()  # other libraries may greet the import of Transformers
-    assert re.fullmatch(r"lion-convert: error: .* asks for \w+\.mkdir.*", last), done.stderr
+    *others, last = done.stderr.splitlines()  # other libraries may print warnings when Transformers is imported
+    assert re.fullmatch(r"lion-convert: error: .* refers to \w+\.mkdir.*", last), done.stderr
     assert not any("Traceback" in line for line in others), done.stderr
     assert not (tmp_path / "marker").exists() and not os.listdir(out.parent)
 
@@ -235,7 +235,7 @@ def test_the_console_command_is_the_same_function():
 
 
 def changed(change, make=bare_text, mask_type="decay"):
-    """Weights after a change to them."""
+    """Return weights after a change."""
     weights, _ = make(mask_type)
     change(weights)
     return weights
@@ -257,10 +257,10 @@ WRONG = {
     ),
     "layer": (lambda w: [w.pop(n) for n in list(w) if ".layer.0.output" in n], "lacks 4 tensor.*, ..."),
     "shape": (lambda w: w.update({FIRST + "output.dense.bias": torch.zeros(7)}), r"has the shape \(7,\), .*\(24,\)"),
-    "nan": (lambda w: w[FIRST + "attention.self.query.weight"].fill_(torch.nan), "query.weight holds .* finite"),
+    "nan": (lambda w: w[FIRST + "attention.self.query.weight"].fill_(torch.nan), "query.weight contains .* finite"),
     "integers": (
         lambda w: w.update({FIRST + "output.dense.bias": torch.zeros(24, dtype=int)}),
-        "of torch.int64; weights must be",
+        "dtype torch.int64; it must be",
     ),
     "endless": (
         lambda w: w.update({FIRST + "output.dense.bias": torch.zeros(1).expand(10**14)}),
@@ -273,7 +273,7 @@ WRONG = {
     "two biases": (lambda w: w.update({"cls.predictions.bias": torch.ones(61)}), "decoder.bias differ"),
     "selective too": (
         lambda w: w.update({FIRST + "attention.self.Wa_i.weight": torch.zeros(3, 24)}),
-        "has no use for 1 tensor.*: bert.encoder.layer.0.attention.self.Wa_i.weight",
+        "contains 1 tensor.* does not have: bert.encoder.layer.0.attention.self.Wa_i.weight",
     ),
 }
 
@@ -323,7 +323,7 @@ def test_a_bert_is_refused(tmp_path, out, capfd):
         "vocab_size": 61,
     }
     source = save(BertForMaskedLM(BertConfig(**sizes)).state_dict(), tmp_path / "bert.pt")
-    assert_refused(capfd, out, source, out, match="or of a plain BERT or ViT")
+    assert_refused(capfd, out, source, out, match="or to a plain BERT or ViT")
 
 
 @pytest.mark.parametrize(
@@ -334,10 +334,10 @@ def test_a_bert_is_refused(tmp_path, out, capfd):
         ([TEXT, "{out}", "--ema"], "no averaged weights"),
         ([TEXT, "{out}", "--tokenizer", "{out}/none"], "does not load"),
         ([TEXT, "{out}", "--num-heads", "5"], "num_attention_heads is 5 according to the flag, but 4"),
-        (["--reverse", "{out}", "{out}2", "--num-heads", "3", "--ema"], "leave out --ema, --num-attention-heads"),
+        (["--reverse", "{out}", "{out}2", "--num-heads", "3", "--ema"], "remove --ema, --num-heads"),
         (["--reverse", IMAGE, "{out}"], "is not a LION folder"),
         (["none.pth", "{out}"], "does not exist"),
-        ([IMAGE, "{out}/in/between"], "is not a folder; make it first"),
+        ([IMAGE, "{out}/in/between"], "is not a folder; create it first"),
         ([IMAGE, f"{IMAGE}/out"], "is not a folder"),
     ],
 )
@@ -350,7 +350,7 @@ def test_wrong_arguments_are_refused(arguments, match, out, capfd):
 
 def test_what_exists_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(out, tmp_path, capfd):
     assert run(TEXT, out) == 0
-    assert_refused(capfd, out, IMAGE, out, match="exists; give another place, or --force")
+    assert_refused(capfd, out, IMAGE, out, match="exists; give another path, or --force")
     assert run(IMAGE, out, "--force") == 0
     assert "LionForImageClassification" in (out / "config.json").read_text()
     assert not (out / "tokenizer.json").exists()
@@ -368,7 +368,7 @@ def test_files_and_folders_do_not_replace_each_other_nor_the_source(out, tmp_pat
     assert run(IMAGE, out) == 0
     assert_refused(capfd, out, "--reverse", out, out.parent, "--force", match="is a folder; give a file")
     (out / "source.pth").write_bytes(IMAGE.read_bytes())
-    assert_refused(capfd, out, out / "source.pth", out, "--force", match="is where the source is")
+    assert_refused(capfd, out, out / "source.pth", out, "--force", match="would overwrite the source")
     back = out.parent / "back.pth"
     assert run("--reverse", out, back) == 0
     assert_refused(capfd, out, "--reverse", out, back, match="exists")
@@ -385,10 +385,10 @@ def test_force_loses_nothing_but_a_conversion(out, tmp_path, capfd):
     (out / "notes.txt").write_text("mine")
     assert_refused(capfd, out, IMAGE, out, "--force", match="also holds notes.txt, which would be lost")
     weights = out / "model.safetensors"
-    assert_refused(capfd, out, "--reverse", out, weights, "--force", match="is where the source is")
+    assert_refused(capfd, out, "--reverse", out, weights, "--force", match="would overwrite the source")
     mine = tmp_path / "precious.py"
     mine.write_text("mine")
-    assert_refused(capfd, out, "--reverse", out, mine, "--force", match="something other than a checkpoint")
+    assert_refused(capfd, out, "--reverse", out, mine, "--force", match="is not a checkpoint and is not replaced")
     assert weights.read_bytes() == kept and mine.read_text() == "mine"
 
 
@@ -421,7 +421,7 @@ def test_what_ends_early_leaves_the_place_as_it_was(end, code, existing, out, mo
 
     def half(plan, new, *arguments):
         complete(plan, new, *arguments)
-        assert new.parent.parent == out.parent and listing(new)  # written beside, and in part
+        assert new.parent.parent == out.parent and listing(new)  # beside `out`, and incomplete
         end()
 
     monkeypatch.setattr(checkpoint, "write_folder", half)

@@ -1,4 +1,4 @@
-"""The verification that stands between a converted model and its folder."""
+"""A converted model is verified before it is written."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""To the authors' layout and back, and the other way round, without a changed bit."""
+"""Conversion to the authors' layout and back, in both orders, does not change a bit."""
 
 import argparse
 import json
@@ -77,7 +77,7 @@ def test_sharded_folders_are_read_whole(tmp_path):
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_only_the_weights_that_loading_takes_are_reversed(tmp_path, shards):
-    """Averages, older shards and copies lie beside; the one file, or the index, says what counts."""
+    """Averaged weights, older shards and copies in the folder are ignored; the single file, or the index, counts."""
     model = lion_hf.LionForMaskedLM(text_config("decay"))
     model.save_pretrained(tmp_path / "ours", max_shard_size="10KB" if shards > 1 else "1GB")
     assert (len(list((tmp_path / "ours").glob("*.safetensors"))) > 1) == (shards > 1)
@@ -95,7 +95,7 @@ def test_a_missing_shard_and_a_broken_index_are_told(tmp_path):
     lion_hf.LionForMaskedLM(text_config("decay")).save_pretrained(tmp_path / "ours", max_shard_size="10KB")
     shard = sorted((tmp_path / "ours").glob("*.safetensors"))[1]
     shard.rename(tmp_path / "elsewhere")
-    with pytest.raises(ConversionError, match=f"holds no {shard.name}"):
+    with pytest.raises(ConversionError, match=f"contains no {shard.name}"):
         reverse_checkpoint(tmp_path / "ours", None)
     (tmp_path / "ours" / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(ConversionError, match="no index of weights"):
@@ -177,10 +177,10 @@ def test_names_of_text_classes_come_back_and_nothing_is_said(tmp_path, capsys):
 
 
 INEXPRESSIBLE = {
-    "no head": (lambda: lion_hf.LionModel(text_config()), "LionModel, which the authors do not have"),
+    "no head": (lambda: lion_hf.LionModel(text_config()), "LionModel, which the authors' code does not have"),
     "token head": (lambda: lion_hf.LionForTokenClassification(text_config()), "LionForTokenClassification"),
-    "not square": (lambda: image(image_size=(16, 8)), "16 x 8, but the authors' images are square"),
-    "activation": (lambda: image(hidden_act="relu"), "hidden_act is 'relu', which the authors' layout cannot say"),
+    "not square": (lambda: image(image_size=(16, 8)), "16 x 8, but the authors' code supports square images only"),
+    "activation": (lambda: image(hidden_act="relu"), "hidden_act is 'relu', which the authors' layout cannot store"),
     "epsilon": (lambda: image(layer_norm_eps=1e-5), "layer_norm_eps is 1e-05"),
 }
 
@@ -204,7 +204,7 @@ def test_another_folder_is_an_error(tmp_path, content):
     (tmp_path / "ours").mkdir()
     if content:
         (tmp_path / "ours" / "config.json").write_text(content)
-    with pytest.raises(ConversionError, match="is not a LION folder|holds no model.safetensors") as error:
+    with pytest.raises(ConversionError, match="is not a LION folder|contains no model.safetensors") as error:
         reverse_checkpoint(tmp_path / "ours", tmp_path / "back.pth")
     assert "\n" not in str(error.value)
 

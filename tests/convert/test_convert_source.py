@@ -1,4 +1,4 @@
-"""Reading runs nothing, refuses what the authors' checkpoints never hold, and finds the weights in every layout."""
+"""Reading runs no code, rejects types that the authors do not store, and finds the weights in every layout."""
 
 import argparse
 import datetime
@@ -16,7 +16,7 @@ from lion_hf.convert.source import ConversionError, _load, read_source
 
 
 class Hostile:
-    """Creates a file when it is unpickled by a reader that is not careful."""
+    """Creates a file when an unsafe reader unpickles it."""
 
     def __init__(self, marker):
         self.marker = marker
@@ -51,7 +51,7 @@ def test_a_hostile_pickle_is_refused_and_nothing_in_it_runs(tmp_path, writer, pl
         read_source(tmp_path / "source.pth")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "marker").exists()
-    with pytest.raises(Exception, match="."):  # the file is hostile indeed: a careless reader runs it
+    with pytest.raises(Exception, match="."):  # the file is indeed hostile: an unsafe reader runs it
         torch.load(tmp_path / "source.pth", weights_only=False)["x"]
     assert (tmp_path / "marker").exists()
 
@@ -74,7 +74,7 @@ def test_only_the_types_of_the_authors_are_allowed(tmp_path, foreign, name):
 
 
 class Forged:
-    """An array of objects at addresses that the file chooses, which NumPy would follow."""
+    """An array of objects at addresses given by the file, which NumPy would dereference."""
 
     def __init__(self, *arguments):
         self.arguments = arguments
@@ -95,7 +95,7 @@ def test_no_object_of_numpy_is_made_from_what_a_file_says(tmp_path):
 
 def test_a_name_that_is_none_is_refused(tmp_path):
     weights, _ = bare_image("decay")
-    with pytest.raises(ConversionError, match="3, which is no name of a weight"):
+    with pytest.raises(ConversionError, match="under 3, but names of weights must be strings"):
         read_source(save({**weights, 3: torch.zeros(1)}, tmp_path / "source.pth"))
 
 
@@ -131,13 +131,13 @@ BROKEN = {
     "missing": (lambda path: None, "does not exist"),
     "folder": (lambda path: path.mkdir(), "is a folder"),
     "empty": (lambda path: path.touch(), "is empty"),
-    "text": (lambda path: path.write_text("weights\n" * 9), "not a whole PyTorch checkpoint"),
-    "almost whole": (lambda path: truncated(path, 0.999), "not a whole PyTorch checkpoint"),
-    "half": (lambda path: truncated(path, 0.5), "not a whole PyTorch checkpoint"),
-    "beginning": (lambda path: truncated(path, 0.0001), "not a whole PyTorch checkpoint"),
-    "list": (lambda path: torch.save([1], path), "holds list"),
-    "nothing": (lambda path: torch.save({}, path), "holds nothing"),
-    "nothing wrapped": (lambda path: torch.save({"state_dict": {}}, path), "holds 'state_dict', but neither"),
+    "text": (lambda path: path.write_text("weights\n" * 9), "not a complete PyTorch checkpoint"),
+    "almost whole": (lambda path: truncated(path, 0.999), "not a complete PyTorch checkpoint"),
+    "half": (lambda path: truncated(path, 0.5), "not a complete PyTorch checkpoint"),
+    "beginning": (lambda path: truncated(path, 0.0001), "not a complete PyTorch checkpoint"),
+    "list": (lambda path: torch.save([1], path), "contains list, not a checkpoint"),
+    "nothing": (lambda path: torch.save({}, path), "contains nothing"),
+    "nothing wrapped": (lambda path: torch.save({"state_dict": {}}, path), "contains 'state_dict', but neither"),
 }
 
 
@@ -155,7 +155,7 @@ def test_a_truncated_safetensors_file_is_an_error_of_one_line(tmp_path):
     save_file(weights, tmp_path / "whole.safetensors")
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:5000])
     assert read_source(tmp_path / "whole.safetensors").kind == "image"
-    with pytest.raises(ConversionError, match="not a whole safetensors file") as error:
+    with pytest.raises(ConversionError, match="not a complete safetensors file") as error:
         read_source(tmp_path / "half.safetensors")
     assert "\n" not in str(error.value)
 
@@ -165,7 +165,7 @@ def test_a_truncated_safetensors_file_is_an_error_of_one_line(tmp_path):
 )
 def test_another_architecture_is_refused_by_its_names(tmp_path, names):
     source = save({name: torch.zeros(2) for name in names}, tmp_path / "source.pth")
-    with pytest.raises(ConversionError, match=f"not one of the authors' models: it holds {names[0]!r}"):
+    with pytest.raises(ConversionError, match=f"not one of the authors' models: it contains {names[0]!r}"):
         read_source(source)
 
 
@@ -213,7 +213,7 @@ def test_averaged_weights_are_taken_on_demand_and_their_absence_is_an_error(tmp_
     assert not torch.equal(plain.weights["head.weight"], averaged.weights["head.weight"])
     weights, _ = bare_image()
     for content in ({"model": weights}, {"model": weights, "model_ema": None}, weights):
-        with pytest.raises(ConversionError, match="leave out --ema"):
+        with pytest.raises(ConversionError, match="remove --ema"):
             read_source(save(content, tmp_path / "source.pth"), ema=True)
 
 
@@ -234,7 +234,7 @@ WRAPPINGS = {
 
 
 def wrapped(weights, prefix):
-    """Names as wrappers around the whole model and around each block leave them."""
+    """Return names as wrappers around the model and around each block change them."""
     inner = {name.replace("blocks.0.", "blocks.0._checkpoint_wrapped_module._fsdp_wrapped_module."): x
              for name, x in weights.items()}  # fmt: skip
     inner = {name.replace("encoder.layer.0.", "encoder.layer.0._orig_mod."): x for name, x in inner.items()}
@@ -258,7 +258,7 @@ def test_what_wrappers_leave_that_cannot_be_read_is_refused_with_a_way_out(tmp_p
     for content, message in (
         ({"_fsdp_wrapped_module._flat_param": torch.zeros(9)}, "FULL_STATE_DICT"),
         ({"flat_param": torch.zeros(9), **weights}, "FULL_STATE_DICT"),
-        ({"module.norm.weight": torch.zeros(9), **weights}, "remove one of them"),
+        ({"module.norm.weight": torch.zeros(9), **weights}, "both become 'norm.weight' without wrappers; remove one"),
     ):
         with pytest.raises(ConversionError, match=message) as error:
             read_source(save(content, tmp_path / "source.pth"))
@@ -273,7 +273,7 @@ def test_averages_beside_weights_are_taken_on_demand_and_alone_they_are_told(tmp
     assert torch.equal(read_source(source).weights["norm.bias"], weights["norm.bias"])
     assert torch.equal(read_source(source, ema=True).weights["norm.bias"], weights["norm.bias"] + 1)
     alone = save({key: averaged, "epoch": 3}, tmp_path / "alone.pth")
-    with pytest.raises(ConversionError, match=f"averaged weights only \\({key}\\); take them with --ema"):
+    with pytest.raises(ConversionError, match=f"averaged weights only \\({key}\\); convert them with --ema"):
         read_source(alone)
     assert read_source(alone, ema=True).weights.keys() == weights.keys()
 

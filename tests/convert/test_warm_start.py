@@ -1,4 +1,4 @@
-"""Warm starts from BERT and ViT: what is copied is exact, what is new is as documented."""
+"""Warm starts from BERT and ViT: copies are exact, and new weights are as documented."""
 
 import logging
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ BERT_CLASSES = [name for name in TEXT_CLASSES if name != "BertForPreTraining"]
 
 
 def shaken(model, dtype=torch.float32):
-    """Every weight away from its first value."""
+    """Move every weight away from its initial value."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -79,7 +79,7 @@ def warnings_of(caplog):
 
 
 def test_a_quantised_source_is_refused(tmp_path):
-    """8 bit weights of bitsandbytes have the shape of the others, and would be copied as whole numbers."""
+    """8-bit weights of bitsandbytes have the same shapes, and would be copied as integers."""
     source = bert()
     source.is_quantized = True  # as Transformers marks it
     with pytest.raises(ValueError, match="'BertForMaskedLM' is quantised"):
@@ -206,8 +206,8 @@ def test_a_head_that_the_checkpoint_lacks_is_said_to_be_new_once(tmp_path, warni
             initializer_range=1.0,
         )
     assert model.classifier.out_features == num_labels and model.classifier.weight.std() > 0.5, "not BERT's new head"
-    assert "classifier.weight" in said() and "pooler.dense.weight" in said(), "by Transformers"
-    assert "warm_start" not in said(), "and by nobody else"
+    assert "classifier.weight" in said() and "pooler.dense.weight" in said(), "Transformers reports it"
+    assert "warm_start" not in said(), "and only Transformers"
 
 
 def test_a_weight_that_the_checkpoint_lacks_leaves_its_neighbours(tmp_path, warnings_of):
@@ -261,7 +261,7 @@ def test_the_dtype_is_the_sources_but_for_decays(dtype):
 
 
 def decays_of(mixer, hidden):
-    """(scans, heads, tokens but the first) of what a mixer multiplies with."""
+    """Return the decays of a mixer, (scans, heads, all tokens except the first)."""
     found = []
     for recurrence in mixer.recurrences(hidden):
         log_decay = recurrence.log_decay
@@ -303,7 +303,7 @@ def test_gates_learn_from_the_first_step_on():
 
 @pytest.mark.parametrize("mask_type", ["lit", "decay", "selective"])
 def test_text_mixes_by_the_expansion_of_softmax(mask_type):
-    """Exactly (1 + x / 4) M / N where a direction of queries and keys is unused, so that giving it up loses nothing."""
+    """The matrix is exactly (1 + x / 4) M / N if queries and keys do not use the direction that is replaced."""
     source = bert(dtype=torch.float64)
     attention = source.bert.encoder.layer[0].attention.self
     with torch.no_grad():
@@ -323,7 +323,7 @@ def test_text_mixes_by_the_expansion_of_softmax(mask_type):
     mask = decay[:, None, None] ** distance
     scores = (1 + query @ key.transpose(2, 3) / 8**0.5 / 4) * mask / mask.sum((1, 2), keepdim=True) * 30
     expected = (scores @ value).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(mixed[0], expected, rtol=1e-5, atol=1e-6)  # the text gate's 1e-7
+    torch.testing.assert_close(mixed[0], expected, rtol=1e-5, atol=1e-6)  # the text gate adds 1e-7
 
 
 def test_of_queries_and_keys_one_direction_is_given_up_the_least_used():
@@ -338,7 +338,7 @@ def test_of_queries_and_keys_one_direction_is_given_up_the_least_used():
     query, key, _ = mixer.project(hidden)
     logits = query @ key.transpose(2, 3) / 8**0.5 - 1
     assert (torch.linalg.matrix_rank(logits, rtol=1e-9) == 7).all(), (
-        "seven of eight directions, and no product with the constant"
+        "seven of eight directions remain, without products with the constant"
     )
     query, key = (p(hidden).unflatten(-1, (3, 8)).transpose(1, 2) for p in (attention.query, attention.key))
     torch.testing.assert_close(logits, query @ key.transpose(2, 3) / 8**0.5 / 4, rtol=0, atol=1e-2)
@@ -356,15 +356,15 @@ def test_the_norm_after_mixing_starts_with_the_size_of_mixed_values(mask_type):
         assert (layer.mixer.norm.bias == 0).all()
 
 
-# -------------------------------------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------------------------------------- errors
 
 
-# A value that blocks of neither source have, or one for each.
+# For text and images: a value that the blocks of the source do not have.
 OTHER_BLOCKS = {"mlp_type": ("glu", "glu"), "normalize": (True, False), "feature_map": ("unit_silu", "elu")}
 
 
 def other_value(name, config):
-    """Another value of an option of the structure than a source's blocks have."""
+    """Return a value of a structural option that the blocks of the source do not have."""
     if name in BLOCK_OPTIONS:
         return next(value for value in BLOCK_OPTIONS[name] if value != getattr(config, name))
     return OTHER_BLOCKS[name][config.model_type == "lion_vision"]
@@ -373,10 +373,10 @@ def other_value(name, config):
 @pytest.mark.parametrize("name", [name for name in STRUCTURAL if name not in MADE_ANEW])
 @pytest.mark.parametrize("start, source", [(from_bert, bert), (from_vit, vit)], ids=["bert", "vit"])
 def test_blocks_that_the_source_does_not_have_are_refused(start, source, name):
-    """Every option of the structure that a warm start does not make anew: one that is added later is refused, too."""
+    """Covers every structural option that a warm start does not set anew, including options added later."""
     other = other_value(name, start(source()).config)
     options = {name: other} | ({"feature_map": "elu"} if name == "normalize" and other else {})
-    with pytest.raises(ValueError, match=f"({name}|feature_map)=.* cannot be chosen: the copied weights are of blocks"):
+    with pytest.raises(ValueError, match=f"({name}|feature_map)=.* cannot be chosen: the copied weights require"):
         start(source(), **options)
     kept = {n: v for n, v in start(source()).config.structure().items() if n not in MADE_ANEW}
     assert start(source(), **kept).config.structure() == start(source()).config.structure()
@@ -403,9 +403,9 @@ def test_blocks_that_the_source_does_not_have_are_refused(start, source, name):
         (from_bert, lambda: bert(position_embedding_type="relative_key"), {}, "position_embedding_type='relative_key'"),
         (from_bert, lambda: bert("BertForNextSentencePrediction"), {}, "no counterpart in LION.*such as LionModel"),
         (from_vit, lambda: vit(ViTForMaskedImageModeling), {}, "no counterpart in LION.*such as LionVisionModel"),
-        (from_bert, bert, {"hidden_size": 48}, r"hidden_size=48 cannot be chosen: .*decide it \(hidden_size=24\)"),
+        (from_bert, bert, {"hidden_size": 48}, r"hidden_size=48 cannot be chosen: .*determine it \(hidden_size=24\)"),
         (from_vit, vit, {"patch_size": 8}, "patch_size=8 cannot be chosen"),
-        (from_vit, lambda: vit(patch_size=[4, 8]), {}, r"patch_size \[4, 8\]; LION takes square patches"),
+        (from_vit, lambda: vit(patch_size=[4, 8]), {}, r"patch_size \[4, 8\], but LION supports square patches"),
         (
             from_bert,
             bert,
@@ -473,7 +473,7 @@ def test_distance_is_0_at_the_teacher_1_at_nothing_and_has_no_unit():
 
 def test_padding_and_other_rows_do_not_count():
     teacher, student = states(0), states(1)
-    teacher[1][1, 3] = 0  # what padding holds does not matter
+    teacher[1][1, 3] = 0  # content of padding does not matter
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
     loss = hidden_state_distillation_loss(student, teacher, mask)
     cut = hidden_state_distillation_loss([x[1:2, :2] for x in student], [x[1:2, :2] for x in teacher])

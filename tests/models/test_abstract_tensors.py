@@ -1,4 +1,4 @@
-"""Models run on tensors without values: the meta device, FakeTensorMode, and graphs that make_fx records."""
+"""Models run on tensors without values: on the meta device, under FakeTensorMode, and in make_fx."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def image_arguments(head):
     return images | masked if head is lion_hf.LionForMaskedImageModeling else images
 
 
-# Every head, and every variant and form, with both values of an option in turn.
+# Every head, and every pair of variant and form; the two values of an option alternate.
 CASES = [(head, text_config, "selective", "auto", text_arguments) for head in TEXT_HEADS]
 CASES += [(head, vision_config, "decay", "auto", image_arguments) for head in IMAGE_HEADS]
 for variant in VARIANTS:
@@ -34,7 +34,7 @@ CASES = [pytest.param(*case, i % 2, id="-".join([case[0].__name__, *case[2:4]]))
 
 
 def step(model, arguments):
-    """A training step; returns the shapes of all outputs."""
+    """Run a training step and return the shapes of all outputs."""
     output = model.train()(**arguments)
     first = output.loss if "loss" in output else output[0]
     first.sum().backward()
@@ -43,7 +43,7 @@ def step(model, arguments):
 
 
 def with_fake_weights(model, mode):
-    """What initialises weights may read values."""
+    """Replace the weights by fake ones, after an initialisation that may read values."""
     for module in model.modules():
         weights = module._parameters
         weights.update({name: mode.from_tensor(w) for name, w in weights.items() if w is not None})

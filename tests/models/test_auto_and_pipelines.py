@@ -47,7 +47,7 @@ def assert_same_outputs(actual, expected, **tolerance):
 
 @pytest.fixture
 def text_folder(tmp_path):
-    """A folder with a tokenizer of 14 words and nothing else."""
+    """Return a folder that holds only a tokenizer of 14 words."""
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
     BertTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
     return tmp_path
@@ -114,7 +114,7 @@ def test_every_head_loads_and_runs_in_every_dtype(tmp_path, head, auto, dtype):
     expected = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     assert loaded.dtype == expected
     for name, p in loaded.named_parameters():
-        wider = torch.promote_types(expected, torch.float32)  # decays are never narrower
+        wider = torch.promote_types(expected, torch.float32)  # decays are at least float32
         assert p.dtype == (wider if "decay_" in name else expected), name
     assert all(x.dtype == expected and x.isfinite().all() for x in loaded(**inputs).values())
 
@@ -142,7 +142,7 @@ def test_device_map_auto_loads_and_runs(tmp_path, head, auto):
     ids=lambda x: x.__name__ if isinstance(x, type) else "-".join(map(str, x.values())),
 )
 def test_weights_that_lie_on_disk_are_fetched_where_they_are_used(tmp_path, head, options):
-    """device_map="auto" puts what does not fit into memory on disk; weights then exist only inside their module."""
+    """device_map="auto" offloads to disk what does not fit into memory. Only the weights' own module can read them."""
     pytest.importorskip("accelerate")
     model, inputs = build(head, **options), inputs_for(head)
     model.save_pretrained(tmp_path / "model")
@@ -200,7 +200,7 @@ def test_auto_image_processor_fits_the_model_without_torchvision(tmp_path, pictu
     model = build(lion_hf.LionForImageClassification)
     model.save_pretrained(tmp_path)
     size = {"height": 16, "width": 16}
-    # Neither names a processor class: the configuration of the model has to lead to one.
+    # This file names no processor class, so it is found through the model's configuration.
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size}), encoding="utf-8")
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     pixels = processor([picture, picture], return_tensors="pt")

@@ -178,7 +178,7 @@ def test_auto_classes_know_backbones(tmp_path, monkeypatch):
     assert type(AutoBackbone.from_config(backbone.config)) is lion_hf.LionBackbone
     backbone.save_pretrained(tmp_path)
     assert type(AutoModel.from_pretrained(tmp_path)) is lion_hf.LionVisionModel
-    # AutoBackbone.from_pretrained asks the Hub first: where it has no such repository, Transformers turns to timm.
+    # AutoBackbone.from_pretrained asks the Hub first, and uses timm if the Hub has no such repository.
     monkeypatch.setattr(auto_factory, "hf_api", HubThatHasEverything)
     loaded = AutoBackbone.from_pretrained(str(tmp_path)).eval()
     assert type(loaded) is lion_hf.LionBackbone

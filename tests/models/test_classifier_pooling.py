@@ -1,4 +1,4 @@
-"""classifier_pooling: what sequence classification and multiple choice read of a text."""
+"""classifier_pooling: the part of a text that sequence classification and multiple choice read."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ MASKS = {
 
 
 def by_definition(model, hidden, mask):
-    """Row by row; where no token is real, the first of all stands for the text."""
+    """Pool row by row. A row without real tokens is pooled from its first token."""
     mask = torch.ones(hidden.shape[:2]).bool() if mask is None else mask.bool()
     rows = [tokens[real] if real.any() else tokens[:1] for tokens, real in zip(hidden, mask, strict=True)]
     pooled = torch.stack([row.mean(0) for row in rows])
@@ -79,7 +79,7 @@ def test_padding_changes_nothing_and_what_stands_there_reaches_nothing(head, for
 def test_only_heads_that_pool_see_the_option(head):
     first, inputs = build(head), inputs_for(head)
     expected = differentiable_sum(first(**inputs))
-    first.config.classifier_pooling = "MEAN"  # any case, at any time
+    first.config.classifier_pooling = "MEAN"  # any case is accepted, also after construction
     assert first.config.classifier_pooling == "mean"
     assert torch.equal(differentiable_sum(first(**inputs)), expected) == (head not in POOLED_HEADS)
 
@@ -99,7 +99,7 @@ def test_the_choice_is_saved_and_can_be_made_at_load(tmp_path, head):
 
 
 def test_low_precision_sums_in_float32():
-    """2,000 equal tokens: a bfloat16 sum would stand still at 256 of them."""
+    """A bfloat16 sum of 2,000 equal tokens would stop growing at 256 of them."""
     model = lion_hf.LionModel(text_config(classifier_pooling="mean")).bfloat16()
     tokens, mask = torch.ones(1, 2000, 24).bfloat16(), torch.ones(1, 2000).bool()
     mask[:, -1] = False

@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import lion_hf
 
 
-SHORT = (3, 5)  # rows and tokens: graphs of the recurrent form grow with the length; two chunks of 3, one not full
+# Rows and tokens: two chunks of 3, the second not full. Short, because graphs of the rnn form can grow with the length.
+SHORT = (3, 5)
 ANY_BATCH, ANY_LENGTH = torch.export.Dim("batch"), torch.export.Dim("length")
 ANY_IMAGE = {0: ANY_BATCH, 2: 4 * torch.export.Dim("rows", min=2), 3: 4 * torch.export.Dim("columns", min=2)}
 
@@ -46,7 +47,7 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("head", TEXT_HEADS, ids=lambda x: x.__name__)
 def test_text_heads_compile_into_one_graph(head):
-    """In one form: what differs from form to form is the encoder, which the training step compiles in all of them."""
+    """One form is enough: forms differ only in the encoder, which the training step compiles in all forms."""
     form = {lion_hf.LionModel: "rnn", lion_hf.LionForMaskedLM: "chunk"}.get(head, "attention")
     model = spread_decays(head(text_config(format=form))).eval()
     inputs = inputs_for(head, text_inputs(*SHORT))
@@ -57,7 +58,7 @@ def test_text_heads_compile_into_one_graph(head):
 @pytest.mark.parametrize("order", ["normal", "s"])
 @pytest.mark.parametrize("mask_type", VARIANTS)
 def test_layers_compiled_one_by_one_share_their_graphs(mask_type, order):
-    """Nothing in a graph depends on the number of the layer."""
+    """Graphs do not depend on the index of the layer."""
     model = lion_hf.LionForImageClassification(vision_config(mask_type, num_hidden_layers=4, order=order)).train()
     counter = CompileCounterWithBackend("eager")
     for layer in model.lion_vision.layers:
@@ -67,7 +68,7 @@ def test_layers_compiled_one_by_one_share_their_graphs(mask_type, order):
 
 
 def pairs(variants):
-    """Every pair of a variant and a form. The quick ones have each variant and each form once."""
+    """Return all pairs of variant and form. The quick tests have each variant and each form once."""
     for i, variant in enumerate(variants):
         for j, form in enumerate(FORMS):
             marks = [] if (i + j) % 3 == 1 else [pytest.mark.slow]
@@ -77,7 +78,7 @@ def pairs(variants):
 
 @pytest.mark.parametrize("variant, form", pairs([("lit", "normal"), ("decay", "normal"), ("selective", "s")]))
 def test_image_heads_compile_into_one_graph(variant, form):
-    """Every pair of a variant, a form and a head: the heads alternate. Two scans go through autograd's compiler too."""
+    """Covers all pairs of variant and form; the heads alternate. Two scans are compiled with autograd, too."""
     mask_type, order = variant
     number = VARIANTS.index(mask_type) + FORMS.index(form)
     head = (lion_hf.LionVisionModel, lion_hf.LionForImageClassification)[number % 2]
@@ -100,7 +101,7 @@ def test_snake_scans_compile_without_gradients(mask_type):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("mask_type", ["lit", "decay"])
 def test_position_ids_compile_into_one_graph(mask_type, batch):
-    """In one row they could tell packed texts, which a graph refuses when it runs; without a table they are ignored."""
+    """In one row they could mean packed texts, which a graph rejects at run time. Without a table they are ignored."""
     model = lion_hf.LionForSequenceClassification(text_config(mask_type, format="chunk")).eval()
     inputs = {"input_ids": torch.randint(1, 61, (batch, 5)), "position_ids": torch.arange(5)[None]}
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -211,7 +212,7 @@ def test_auto_is_exported_as_the_attention_form_and_says_so(caplog):
     torch.testing.assert_close(program.module()(input_ids=long)[0], model(long)[0])
 
 
-# Runs a file on arrays of inputs where neither this package nor PyTorch is at hand.
+# Runs an ONNX file on arrays in a process without this package and without PyTorch.
 ONNX_PROCESS = """
 import sys
 import numpy, onnxruntime
@@ -224,7 +225,7 @@ assert not {"lion_hf", "torch", "transformers"} & sys.modules.keys()
 
 
 def test_a_compiled_loss_that_settles_the_problem_type_warns_of_nothing(recwarn):
-    """The first labels of a classifier set an option of its configuration, inside the graph."""
+    """The first labels of a classifier set `problem_type` in its configuration, inside the graph."""
     torch.compiler.reset()
     model = lion_hf.LionForSequenceClassification(text_config(num_hidden_layers=1))
     compiled = torch.compile(model, backend="eager")
@@ -242,7 +243,8 @@ def run_onnx(file, batches):
     return [torch.from_numpy(np.load(name)) for name in names[1::2]]
 
 
-# What PyTorch refuses: lengths above the position table, sides that patch_size does not divide, a grid of another size.
+# Inputs that the PyTorch model rejects: lengths above the position table, sides not divisible by patch_size, other
+# grids than that of the position table.
 REFUSED = {
     "lit-attention": [(2, 41)],
     "image-attention": [(2, 18, 24), (2, 16, 25)],
@@ -250,7 +252,7 @@ REFUSED = {
     "snake-chunk": [(2, 18, 24), (1, 16, 23)],
     "image-pos-emb": [(2, 9, 8), (2, 8, 12)],
 }
-ONNX_CASES = {  # options, what is dynamic, sizes to run: the first is the one that is exported
+ONNX_CASES = {  # options, dynamic dimensions, sizes to run (the first is exported)
     "text-attention": ({"format": "attention"}, {0: ANY_BATCH, 1: ANY_LENGTH}, [(2, 9), (5, 40), (1, 1)]),
     "lit-attention": ({"mask_type": "lit", "format": "attention"}, {0: ANY_BATCH, 1: ANY_LENGTH}, [(2, 9), (5, 40)]),
     "text-chunk": ({"format": "chunk"}, {0: ANY_BATCH}, [(2, 11), (5, 11), (1, 11)]),

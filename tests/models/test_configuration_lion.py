@@ -28,7 +28,7 @@ SPELLINGS = [
 INVALID = [("mask_type", "softmax"), ("mask_type", "lion"), ("format", "nonsense"), ("format", ""), ("order", "z")]
 INVALID += [("norm_position", "sandwich"), ("mlp_type", "moe"), ("feature_map", "relu")]
 
-# Parameters of the published models, tied weights counted once.
+# Parameter counts of the published models; tied weights count once.
 PARAMETERS = {
     "lion-lit-base": 109_537_344,
     "lion-d-base": 109_125_840,
@@ -155,7 +155,8 @@ def test_invalid_choices_are_refused_on_all_three_ways(tmp_path, option, value):
 NO_TEXT = [(option, value) for option in ("mask_type", "format", "order") for value in (3, None, True, ["rnn"])]
 
 
-@pytest.mark.parametrize("option, value", [x for x in NO_TEXT if x != ("format", None)], ids=str)  # as it is stored
+# format=None keeps the stored format
+@pytest.mark.parametrize("option, value", [x for x in NO_TEXT if x != ("format", None)], ids=str)
 def test_choices_that_are_no_text_are_refused(option, value):
     for kind in classes_with(option):
         with pytest.raises(Exception, match=option):
@@ -362,7 +363,7 @@ def test_image_structure_cannot_be_overridden_at_load(tmp_path, stored, option, 
         (vision_config("decay"), "order", "s"),
         (vision_config("selective", order="s"), "order", "normal"),
         (vision_config("lit", pos_emb=True), "pos_emb", False),
-        (vision_config("lit"), "softmax_layers", [1]),  # the same names of weights: no load would notice
+        (vision_config("lit"), "softmax_layers", [1]),  # loading cannot detect it: names of weights are equal
     ],
     ids=lambda x: x.model_type if isinstance(x, PreTrainedConfig) else str(x),
 )
@@ -386,7 +387,7 @@ def test_what_fits_the_modules_is_saved(tmp_path):
     again = lion_hf.LionForMaskedLM.from_pretrained(tmp_path / "pruned")
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
     unmarked = lion_hf.LionVisionModel(vision_config("lit"))
-    unmarked.config.order = "s"  # without decay it changes nothing
+    unmarked.config.order = "s"  # the order has no effect without decay
     unmarked.save_pretrained(tmp_path / "lit")
 
 
@@ -395,7 +396,7 @@ def test_a_configuration_object_may_change_what_is_not_structure(tmp_path):
     config = LionConfig.from_pretrained(tmp_path / "model", format="chunk", num_labels=5)
     model = lion_hf.LionForSequenceClassification.from_pretrained(tmp_path / "model", config=config)
     assert (model.config.format, model.num_labels) == ("chunk", 5)
-    (tmp_path / "model" / "config.json").unlink()  # weights alone
+    (tmp_path / "model" / "config.json").unlink()  # only the weights are left
     assert lion_hf.LionModel.from_pretrained(tmp_path / "model", config=config).config.format == "chunk"
 
 

@@ -1,4 +1,4 @@
-"""What people put around an encoder: adapters, 8 bits, sentence embeddings, shards, dtypes. Absent libraries skip."""
+"""Adapters, 8 bits, sentence embeddings, shards and dtypes. Tests skip if their library is not installed."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def bench_quantization(monkeypatch):
 
 
 def tune(model, inputs, steps=30):
-    """The loss before and after a few steps on one batch."""
+    """Train a few steps on one batch and return the loss before and after."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(steps):
@@ -55,7 +55,7 @@ def tune(model, inputs, steps=30):
 
 
 def cases():
-    """(model, inputs, layers to adapt) of every kind; the decay's own linear layer is one to adapt, too."""
+    """Yield (model, inputs, layers to adapt) of every kind. The linear layer of the decay is adapted, too."""
     text = text_inputs(6, 11) | {"labels": torch.arange(6) % 3}
     image = {"pixel_values": torch.randn(6, 3, 16, 16), "labels": torch.arange(6) % 3}
     sequence, picture = lion_hf.LionForSequenceClassification, lion_hf.LionForImageClassification
@@ -87,7 +87,7 @@ def test_adapters_find_their_layers_where_none_are_named(model, kind):
 
 
 def test_a_model_that_was_there_before_peft_is_known_to_it(monkeypatch):
-    """As if PEFT were imported now: its tables know nothing of what happened before."""
+    """Simulates an import of PEFT after the model: its tables are new and do not contain LION."""
     peft, model = pytest.importorskip("peft"), lion_hf.LionModel(text_config())
     constants = sys.modules.pop("peft.utils.constants")
     assert model.config.to_dict()["model_type"] == "lion"
@@ -96,7 +96,7 @@ def test_a_model_that_was_there_before_peft_is_known_to_it(monkeypatch):
     monkeypatch.setitem(table, "lion", None)
     del table["lion"]
     assert {"q_proj", "v_proj"} == peft.get_peft_model(model, peft.LoraConfig()).peft_config["default"].target_modules
-    monkeypatch.setitem(table, "lion", ["k_proj"])  # what a user has registered stands
+    monkeypatch.setitem(table, "lion", ["k_proj"])  # a user's own entry is kept
     assert {"k_proj"} == peft.get_peft_model(model, peft.LoraConfig()).peft_config["default"].target_modules
 
 
@@ -135,7 +135,7 @@ def test_lora_learns_merges_and_is_saved_as_an_adapter(tmp_path, case):
     merged = adapted.merge_and_unload()
     assert type(merged) is type(model)
     torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
-    # Only what was adapted has changed, and the merged model is a checkpoint like any other.
+    # Only the adapted weights have changed, and the merged model is saved as a normal checkpoint.
     changed = {name for name, p in merged.state_dict().items() if not torch.equal(p, before[name])}
     assert changed and all(name.startswith("classifier") or name.split(".")[-2] in layers for name in changed)
     merged.save_pretrained(tmp_path / "merged")
@@ -144,7 +144,7 @@ def test_lora_learns_merges_and_is_saved_as_an_adapter(tmp_path, case):
 
 
 def test_the_decays_of_lion_d_are_trained_beside_an_adapter_and_stay_in_the_merged_model(tmp_path):
-    """One number per head has no low rank, so an adapter's file does not hold it: it lives in the whole model."""
+    """One number per head has no low rank, so it is saved with the whole model and not in the adapter's file."""
     peft = pytest.importorskip("peft")
     model, inputs, layers = cases()["text-decay"]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=layers))
@@ -160,7 +160,7 @@ def test_the_decays_of_lion_d_are_trained_beside_an_adapter_and_stay_in_the_merg
 
 @pytest.mark.parametrize("kind", ["text", "image", "masked-image"])
 def test_lora_adapts_convolutions_and_tables_as_well(kind):
-    """Every layer that PEFT can adapt, not linear ones only: patches, decoders of images, embeddings, positions."""
+    """PEFT adapts every kind of layer: linear layers, patch projection, image decoder, embeddings, position tables."""
     peft = pytest.importorskip("peft")
     if kind == "text":
         model, inputs = lion_hf.LionForSequenceClassification(text_config("lit", num_labels=3)), text_inputs(6, 11)
@@ -176,7 +176,7 @@ def test_lora_adapts_convolutions_and_tables_as_well(kind):
     layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     assert any("position_embeddings" in name or "projection" in name for name in layers)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=layers)).eval()
-    torch.testing.assert_close(adapted(**inputs)[1], expected)  # adapters start as nothing
+    torch.testing.assert_close(adapted(**inputs)[1], expected)  # a new adapter changes nothing
     first, last = tune(adapted, inputs, 10)
     assert last < first
     learned = adapted(**inputs)[1]
@@ -223,7 +223,7 @@ def sentence_folder(tmp_path):
 
 
 def mean_pooled(folder, sentences):
-    """The recipe of the documentation: the mean over real tokens, of length 1."""
+    """Compute embeddings as the documentation does: the normalised mean over real tokens."""
     tokenizer, model = BertTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     inputs = tokenizer(sentences, padding=True, return_tensors="pt")
     with torch.no_grad():

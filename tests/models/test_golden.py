@@ -1,6 +1,7 @@
-"""The authors' models, reproduced: outputs to 1e-9, gradients to 1e-7, in every form.
+"""Every form reproduces the authors' models: outputs to 1e-9, gradients to 1e-7.
 
-tests/golden holds a small copy; a fuller set beside the checkout (shared/golden) is used too where present.
+tests/golden holds a small set of recorded outputs. A larger set beside the checkout (shared/golden) is also used if
+present.
 """
 
 import json
@@ -20,7 +21,7 @@ FOLDERS = (Path(__file__).parents[1] / "golden", Path(__file__).parents[3] / "sh
 
 def cases():
     found = {}
-    for folder in FOLDERS[::-1]:  # the small copies win over the full files of the same name
+    for folder in FOLDERS[::-1]:  # of files with the same name, the small copy is used
         if (manifest := folder / "manifest.json").exists():
             entries = json.loads(manifest.read_text())
             entries = entries["cases"] if isinstance(entries, dict) else entries
@@ -29,7 +30,7 @@ def cases():
 
 
 def build(case, tensors):
-    """Our model with the official weights, and the converter of their names."""
+    """Return our model with the authors' weights, and the converter of their names."""
     k = case["config"]
     if case["kind"] == "vision":
         config = lion_hf.LionVisionConfig(
@@ -86,7 +87,7 @@ def test_outputs_and_gradients_equal_the_authors(folder, case, form):
     if "input.labels" not in tensors:
         return
     loss = outputs.loss
-    if isinstance(model, lion_hf.LionForMaskedLM):  # Transformers computes this one in float32
+    if isinstance(model, lion_hf.LionForMaskedLM):  # Transformers computes this loss in float32
         assert abs(loss.item() / tensors["output.attention.loss"].item() - 1) < 2e-6
         loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), inputs["labels"].flatten())
     if "output.attention.loss" in tensors:

@@ -17,14 +17,14 @@ def build(mask_type="selective", dtype=torch.float32, **options):
 
 
 def images(batch=3, height=16, width=16, dtype=torch.float32):
-    """Pixels, and a mask with a different number of patches in each image."""
+    """Return pixels and a mask with a different number of patches in each image."""
     patches = (height // PATCH) * (width // PATCH)
     share = torch.linspace(0.2, 0.8, batch)[:, None]
     return torch.randn(batch, 3, height, width, dtype=dtype), torch.rand(batch, patches) < share
 
 
 def in_pixels(mask, height, width):
-    """(batch, patches) as (batch, 1, height, width)."""
+    """Expand (batch, patches) to (batch, 1, height, width)."""
     grid = mask.view(-1, 1, height // PATCH, width // PATCH)
     return grid.repeat_interleave(PATCH, 2).repeat_interleave(PATCH, 3)
 
@@ -133,11 +133,12 @@ def test_half_precision_has_a_loss_in_float32(dtype):
 
 
 def train(folder, batch_size, accumulation):
-    """Two optimizer steps on images that carry class labels as well; reported losses, and the weights after."""
+    """Train two steps on images that also have class labels. Return the reported losses and the final weights."""
     torch.manual_seed(0)
     model = build("decay")
     pixels = torch.randn(16, 3, 16, 16)
-    mask = torch.stack([torch.randperm(16) < 6 for _ in range(16)])  # as many in each image, as mask generators do
+    # the same number of patches in each image, as mask generators do
+    mask = torch.stack([torch.randperm(16) < 6 for _ in range(16)])
     rows = [{"pixel_values": x, "bool_masked_pos": m, "labels": 1} for x, m in zip(pixels, mask, strict=True)]
     arguments = TrainingArguments(
         str(folder),
@@ -176,7 +177,7 @@ def test_gradient_accumulation_changes_neither_loss_nor_weights(tmp_path):
 
 @pytest.mark.parametrize("mask_type, order", [("lit", "normal"), ("decay", "normal"), ("selective", "s")])
 def test_a_tiny_model_learns_to_paint_what_its_neighbours_tell(mask_type, order):
-    """Images of one colour each: what is hidden follows from what is seen."""
+    """Each image has one colour, so the visible patches determine the masked ones."""
     model = lion_hf.LionForMaskedImageModeling(vision_config(mask_type, order=order))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(100):
@@ -185,7 +186,7 @@ def test_a_tiny_model_learns_to_paint_what_its_neighbours_tell(mask_type, order)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.4  # always saying the mean colour costs 0.8
+    assert loss < 0.4  # predicting the mean colour has a loss of 0.8
 
 
 # -------------------------------------------------------------------------------------------- weights, configurations
@@ -228,7 +229,7 @@ def test_what_a_classifier_lacks_is_initialised(tmp_path):
 
 
 def test_encoder_stride_is_the_patch_size_and_nothing_else():
-    """Training scripts for masked images read and set it."""
+    """Training scripts for masked images read and set this option."""
     config = vision_config()
     assert config.encoder_stride == 4 and "encoder_stride" not in config.to_dict()
     config.update({"patch_size": 8, "encoder_stride": 8})

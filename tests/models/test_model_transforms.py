@@ -1,4 +1,4 @@
-"""Whole models under torch.func: gradients of each sample, as private training and influence functions take them."""
+"""Whole models under torch.func: per-sample gradients, as differential privacy and influence functions use them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Text models: heads, losses, tied weights, initialisation, refusals."""
+"""Text models: heads, losses, tied weights, initialisation, invalid inputs."""
 
 import re
 
@@ -101,7 +101,7 @@ def test_token_classification_loss_skips_unlabelled_tokens():
 
 def test_question_answering_loss_is_the_mean_over_start_and_end():
     model = build(lion_hf.LionForQuestionAnswering)
-    start, end = torch.tensor([1, 2, 3]), torch.tensor([4, 2, 99])  # the last end lies outside and is not counted
+    start, end = torch.tensor([1, 2, 3]), torch.tensor([4, 2, 99])  # the last end is out of range and is ignored
     inputs = text_inputs()
     outputs = model(**inputs, start_positions=start, end_positions=end)
     real, entropy = inputs["attention_mask"].bool(), torch.nn.functional.cross_entropy
@@ -385,7 +385,7 @@ def test_attention_dropout_selects_the_attention_form_in_training(mask_type):
     share = 1 - kept.sum() / (plain != 0).sum()
     assert abs(share - rate) < 0.1
     a, b = (model(**inputs).last_hidden_state for _ in range(2))
-    assert not torch.equal(a, b), "the dropout acts without output_attentions too"
+    assert not torch.equal(a, b), "dropout has no effect without output_attentions"
 
 
 @pytest.mark.parametrize("form", ["rnn", "chunk"])

@@ -73,7 +73,7 @@ def test_chunk_size_changes_nothing(chunk_size):
 def test_right_padding_changes_no_real_token(mask_type, form):
     model = build(lion_hf.LionModel, mask_type, torch.float64, format=form)
     inputs = text_inputs()
-    inputs["input_ids"][inputs["attention_mask"] == 0] = 7  # whatever stands there
+    inputs["input_ids"][inputs["attention_mask"] == 0] = 7  # any token may be there
     padded = model(**inputs)
     for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
         alone = model(inputs["input_ids"][row : row + 1, :length])
@@ -99,9 +99,7 @@ def test_left_padding_changes_no_real_token_and_the_pooler_takes_the_first(mask_
             rtol=1e-9,
             atol=1e-12,
         )
-    if (
-        mask_type == "lit"
-    ):  # without position_ids the table counts the padding: that this matters shows the test sees it
+    if mask_type == "lit":  # without position_ids the table counts the padding, so the outputs must differ
         assert (model(**moved).pooler_output - right.pooler_output).abs().max() > 1e-6
 
 
@@ -204,7 +202,7 @@ def test_attentions_are_the_matrices_that_mix_the_values(mask_type, form):
     torch.testing.assert_close(outputs.last_hidden_state, plain.last_hidden_state, rtol=1e-9, atol=1e-12)
     for i, a in enumerate(outputs.attentions):
         assert a.shape == (3, 3, 11, 11)
-        assert (a.transpose(1, 3)[inputs["attention_mask"] == 0] == 0).all(), "a masked key takes part"
+        assert (a.transpose(1, 3)[inputs["attention_mask"] == 0] == 0).all(), "a masked key has an effect"
         v = values[i].unflatten(-1, (3, 8)).transpose(1, 2)
         torch.testing.assert_close((a @ v).transpose(1, 2).flatten(2), of_operator[i], rtol=1e-9, atol=1e-12)
 
@@ -218,7 +216,7 @@ def test_attentions_from_a_form_without_matrix_are_a_clear_error(form):
     model.config.output_attentions = True
     with pytest.raises(ValueError, match=message):
         model(**inputs)
-    config = text_config(format=form, output_attentions=True)  # legal to build
+    config = text_config(format=form, output_attentions=True)  # building it raises nothing
     with pytest.raises(ValueError, match=message):
         lion_hf.LionModel(config)(**inputs)
 
@@ -289,7 +287,7 @@ def test_gradient_checkpointing_changes_no_gradient(form, options):
         torch.manual_seed(1)
         model(**inputs).loss.backward()
         hook.remove()
-        assert len(calls) == 1 + checkpointing, "the layer is computed again for backward"
+        assert len(calls) == 1 + checkpointing, "with checkpointing the layer is computed twice"
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, msg=lambda m, name=name: f"{name}: {m}")

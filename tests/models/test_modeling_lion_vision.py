@@ -12,7 +12,7 @@ HIDDEN = 24
 
 
 def build(head, mask_type="selective", dtype=torch.float32, **options):
-    """A model whose every weight matters: biases, norms and decays as after training, tokens that differ."""
+    """Return a model in which every weight has an effect: random biases, norms and decays, and different tokens."""
     model = head(vision_config(mask_type, **options)).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -28,7 +28,7 @@ def images(batch=3, height=16, width=16, dtype=torch.float32, channels=3):
 
 
 def assert_same_model(actual, expected, pixels):
-    """Weights equal bit by bit, outputs to the rounding that the place of the weights in memory may change."""
+    """Check that weights are bit-equal, and outputs equal to rounding, which depends on the alignment of weights."""
     a, b = actual.state_dict(), expected.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     for x, y in zip(actual.eval()(pixels).values(), expected.eval()(pixels).values(), strict=True):
@@ -130,7 +130,7 @@ def test_forms_agree_in_outputs_and_every_gradient(mask_type, order, size):
         for name, x in tensors.items():
             expected = results["attention"][name]
             assert expected.abs().max() > 1e-9, f"{name} has no gradient"
-            # A shift of every key of a head changes almost nothing after the division: on the scale of the others.
+            # A shift of all keys of a head almost cancels in the division. Such small gradients have a fixed tolerance.
             assert (x - expected).abs().max() <= 1e-9 * expected.abs().max().clamp(min=1e-3), f"{form} {name}"
 
 
@@ -239,7 +239,7 @@ def test_a_built_model_stays_as_it_is_when_its_configuration_serves_for_another(
 
 
 def decay_gradients(model, pixels):
-    """Gradient of the output with respect to the logits of every token's decay gate in the first layer."""
+    """Return the gradient of the output with respect to the gate logits of every token in the first layer."""
     seen = []
 
     def keep(module, inputs, output):
@@ -261,17 +261,19 @@ def test_gates_of_all_patches_and_not_of_the_class_token_take_part(form, order):
     seen = decay_gradients(model, images(2, dtype=torch.float64))
     assert len(seen) == (2 if order == "s" else 1)
     for tokens, logits in seen:
-        # Either the gate is not evaluated on the class token, or what it says there has no effect.
+        # Either the gate is not evaluated on the class token, or its value there has no effect.
         class_token = logits.grad[:, : logits.shape[1] - 16]
         assert tokens.shape[:2] == logits.shape[:2] and logits.shape[1] in (16, 17)
         assert (class_token == 0).all()
-        # Every patch, at the ends of the curve too, lies between the class token and itself or another patch.
+        # Every patch, also at the ends of the curve, is on a path from the class token to itself or to another patch.
         assert (logits.grad[:, -16:].abs().sum(-1) > 0).any(0).all()
 
 
 def test_distance_to_the_class_token_counts_no_decay_of_the_class_token():
-    """With every patch gate closed, a patch sees itself and whatever no patch lies between: so patch 1 sees the class
-    token undecayed. A class token that decayed would hide."""
+    """If the decay of every patch is 0, patch 1 reads only itself and the class token, whose own decay must not count.
+
+    A class token that decayed would be hidden from it.
+    """
     model = build(lion_hf.LionVisionModel, dtype=torch.float64, num_hidden_layers=1, format="attention")
     with torch.no_grad():
         gate = model.layers[0].mixer.decay_proj
@@ -280,7 +282,7 @@ def test_distance_to_the_class_token_counts_no_decay_of_the_class_token():
     a = model(images(1, dtype=torch.float64), output_attentions=True).attentions[0][0]
     expected_zero = torch.ones(17, 17, dtype=torch.bool)
     expected_zero.fill_diagonal_(False)
-    expected_zero[1, 0] = False  # patch 1 looks left at the class token: only the class token is left behind
+    expected_zero[1, 0] = False  # from patch 1 to the class token, no other patch is passed
     assert (a[:, expected_zero] < 1e-12).all()
     assert (a[:, 1, 0] > 0.01).all() and (a.diagonal(dim1=1, dim2=2) > 0.01).all()
 
@@ -364,7 +366,7 @@ def test_a_position_table_of_another_size_is_interpolated_on_request():
     assert model(larger, interpolate_pos_encoding=True).logits.shape == (2, 5)
     same = images(2)
     assert torch.equal(model(same, interpolate_pos_encoding=True).logits, model(same).logits)
-    # Bicubic weights sum to 1: a constant table stays constant, one that grows along rows and columns grows so.
+    # Bicubic weights sum to 1: a constant table stays constant, and one that grows along both axes still grows.
     embeddings = model.lion_vision.embeddings
     with torch.no_grad():
         embeddings.position_embeddings.fill_(0.5)
@@ -447,7 +449,7 @@ def test_drop_path_acts_on_both_branches_of_a_model_in_training_only():
     torch.testing.assert_close(plain, plain[:1].expand_as(plain))
     model.train()
     outcomes = {tuple(row) for row in (model(pixels).pooler_output * 1e3).round().tolist()}
-    assert len(outcomes) == 4, "kept or dropped, after the mixer and after the MLP of the last block"
+    assert len(outcomes) == 4, "the last block must be kept or dropped after the mixer and after the MLP"
 
 
 @pytest.mark.parametrize("form", FORMS)

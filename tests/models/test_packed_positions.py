@@ -1,4 +1,4 @@
-"""Which position_ids tell that a row holds several texts, and which are positions."""
+"""Which position_ids mean that a row holds several packed texts, and which are only positions."""
 
 import itertools
 import logging
@@ -12,7 +12,7 @@ from lion_hf.ops.backend import warn_once
 
 
 def build(mask_type="selective", **options):
-    """Every weight away from its first value, decays spread."""
+    """Return a model with noise added to all weights, and with different decays."""
     model = lion_hf.LionModel(text_config(mask_type, **options)).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,7 +41,7 @@ def warned(caplog):
     ids=str,
 )
 def test_positions_that_do_anything_but_start_again_are_positions(positions, caplog):
-    """Those that repeat or fall could be meant as more, so a warning says how they are read."""
+    """Positions that repeat or fall are ambiguous, so a warning explains how they are read."""
     warn_once.cache_clear()
     unclear = any(b <= a for a, b in itertools.pairwise(positions))
     model, ids = build(pos_emb=True), torch.randint(1, 61, (1, 6))
@@ -61,7 +61,7 @@ def test_positions_that_do_anything_but_start_again_are_positions(positions, cap
         ([2, 3, 4, 2, 3], [3, 2]),
         ([0, 1, 2, 0, 1, 0, 1], [3, 2, 2]),
         ([7, 8, 9, 7, 8, 9], [3, 3]),
-        ([5, 6, 7, 0, 1, 2, 3, 0, 1], [3, 4, 2]),  # begins inside a text
+        ([5, 6, 7, 0, 1, 2, 3, 0, 1], [3, 4, 2]),  # starts inside a text
         ([1, 2, 0, 1, 0, 1], [2, 2, 2]),
     ],
     ids=str,
@@ -91,7 +91,7 @@ def test_bounds_overrule_positions(positions, caplog):
 
 
 def test_positions_that_count_the_tokens_are_not_told_to_be_ignored(caplog):
-    """A collator that packs texts gives them for a batch of a single text, too: without a table nothing is lost."""
+    """A packing collator returns positions for a single text, too. Ignoring them without a table loses nothing."""
     logging.Logger.warning_once.cache_clear()
     model, ids = build(), torch.randint(1, 61, (2, 6))
     for start in (0, 3):

@@ -14,7 +14,7 @@ from lion_hf.nn import encoder
 
 
 KINDS = ("none", "head", "token")
-LENGTHS = [1, 7, 0, 3, 4, 5, 13, 0]  # chunks of 4: one less, as many and one more; primes, a single token, none
+LENGTHS = [1, 7, 0, 3, 4, 5, 13, 0]  # chunks of 4: lengths of 3, 4 and 5, primes, a single token, and 0
 TOLD = {
     "position_ids": [{}],
     "bounds": [
@@ -83,7 +83,7 @@ def test_packed_sequences_equal_separate_ones_in_outputs_and_every_gradient(kind
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_of_one_sequence_reaches_no_other(kind, form):
     inputs, _ = operands(kind, 12)
-    whose = torch.arange(12).div(4, rounding_mode="floor")  # three sequences, the middle one is broken
+    whose = torch.arange(12).div(4, rounding_mode="floor")  # three sequences; the second one is NaN
     for x in inputs[:3]:
         x[:, :, whose == 1] = torch.nan
     found = outputs_and_gradients(
@@ -127,9 +127,9 @@ def test_compiled_code_takes_any_bounds():
         (torch.tensor([0.0, 6.0]), r"shape \(2,\) and dtype torch.float32; it must be int32 or int64"),
         (torch.tensor([[0, 6]]), r"shape \(1, 2\)"),
         (torch.tensor([0]), r"at least one sequence"),
-        (torch.tensor([0, 4, 5]), "runs from 0 to 5 .* to the 6 tokens of the row"),
+        (torch.tensor([0, 4, 5]), "runs from 0 to 5, .* end with 6, the number of tokens"),
         (torch.tensor([1, 6]), "runs from 1 to 6"),
-        (torch.tensor([0, 5, 4, 6]), "shortest sequence has -1 tokens"),
+        (torch.tensor([0, 5, 4, 6]), "smallest step is -1"),
     ],
     ids=str,
 )
@@ -149,7 +149,7 @@ def test_a_packed_batch_of_several_rows_is_refused():
 
 
 def build(head=lion_hf.LionModel, mask_type="selective", dtype=torch.float64, **options):
-    """Every weight away from its first value, decays spread."""
+    """Return a model with noise added to all weights, and with different decays."""
     model = head(text_config(mask_type, **options)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -184,7 +184,7 @@ def gradients(model, loss):
 def test_a_flattened_batch_equals_its_sequences_in_outputs_and_every_gradient(mask_type, pos_emb, layers, told):
     model, sequences = build(mask_type=mask_type, pos_emb=pos_emb, softmax_layers=layers), texts((5, 2, 9, 4))
     if told != "position_ids":
-        sequences.insert(1, torch.randint(1, 61, (1,)))  # of a single token, which positions do not tell
+        sequences.insert(1, torch.randint(1, 61, (1,)))  # a text of one token, which positions cannot separate
     separate = [model(ids[None]) for ids in sequences]
     hidden = torch.cat([outputs.last_hidden_state for outputs in separate], 1)
     pooled = torch.cat([outputs.pooler_output for outputs in separate])
@@ -210,7 +210,7 @@ def test_an_attention_mask_beside_the_bounds_masks_keys(form, layers):
 
 @pytest.mark.parametrize("name", ["cu_seq_lens_q", "seq_idx"])
 def test_the_first_token_that_is_not_masked_is_pooled(name):
-    """As of a row of its own: where all are masked, the first one."""
+    """Each text is pooled as in a row of its own; if all its tokens are masked, the first one is pooled."""
     model, sequences = build(), texts((4, 3, 2, 5, 1, 3))
     parts = [[0, 0, 1, 1], [0, 0, 0], [1, 1], [0, 1, 0, 1, 0], [1], [0, 0, 0]]
     masks = [torch.tensor([part]) for part in parts]
@@ -252,7 +252,7 @@ def test_losses_over_tokens_are_those_of_the_sequences(head):
         for ids, y in zip(sequences, labels, strict=True)
         if len(ids) > 1
     ]
-    torch.testing.assert_close(model(**batch, num_items_in_batch=1).loss, sum(losses))  # in float32
+    torch.testing.assert_close(model(**batch, num_items_in_batch=1).loss, sum(losses))  # computed in float32
 
 
 def test_sequences_are_classified_one_by_one():
@@ -267,7 +267,7 @@ def test_sequences_are_classified_one_by_one():
     "options, message",
     [
         ({"cu_seq_lens_q": [0, 4, 6]}, "cu_seqlens is a list"),
-        ({"cu_seq_lens_q": torch.tensor([0, 4, 5])}, "runs from 0 to 5 .* the 6 tokens"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 5])}, "runs from 0 to 5, .* end with 6"),
         ({"cu_seq_lens_q": torch.tensor([0, 0, 6])}, "is empty and has no first token"),
         ({"seq_idx": torch.tensor([[0, 0, 1]])}, r"seq_idx has shape \(1, 3\) .* must be \(1, 6\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 2, 6]), "output_attentions": True}, "no attention matrix is built"),
@@ -284,7 +284,7 @@ def test_what_packed_rows_cannot_do_is_an_error(options, message):
     "batch, shape", [(1, (1, 4)), (1, (4,)), (1, (2, 6)), (2, (2, 4)), (3, (2, 6)), (2, (1, 2, 6))]
 )
 def test_positions_that_do_not_fit_the_tokens_are_an_error(batch, shape, pos_emb):
-    """Those of a single row look like a packed row's, yet nobody who gives them has heard of its bounds."""
+    """The error names positions and tokens, not the bounds of packed texts, which the caller did not give."""
     model, ids = build(pos_emb=pos_emb), torch.ones(batch, 6).long()
     positions = (torch.arange(shape[-1]) % 2).expand(shape)
     found = re.escape(str(shape))
@@ -355,7 +355,7 @@ MASKS = {
 
 
 def ends(mask):
-    """Padding at the ends of rows, position by position; a row of padding alone keeps its first token."""
+    """Return True for padding at the ends of rows. A row that is all padding keeps its first token."""
     real = mask.bool().clone()
     real[~real.any(1), 0] = True
     return torch.tensor([[not (row[: i + 1].any() and row[i:].any()) for i in range(len(row))] for row in real])
@@ -378,7 +378,7 @@ def test_without_padding_real_tokens_and_their_gradients_are_the_same(name, mask
         hidden, pooled = outputs.last_hidden_state, outputs.pooler_output
         results[unpad] = [hidden[real], pooled, *gradients(model, scalar(hidden[real]) + scalar(pooled))]
         untouched = (hidden == model.embeddings(inputs["input_ids"])).all(-1)
-        assert torch.equal(untouched, ends(real) & unpad), "a token masked inside its row is no padding"
+        assert torch.equal(untouched, ends(real) & unpad), "a token masked inside its row counts as padding"
     assert_all_close(results[True], results[False])
 
 
@@ -407,7 +407,7 @@ def test_every_row_is_pooled_alike_with_its_padding_and_without(mask_type, layer
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_loss_of_answers_knows_no_padding(side, monkeypatch):
-    """What is scored there is no token of the text, and differs with `unpad`."""
+    """Scores of padded positions differ with `unpad` and must not enter the loss."""
     monkeypatch.setattr(encoder, "LEAST_PADDING", 0)
     model, inputs = build(lion_hf.LionForQuestionAnswering).train(), padded_batch(side)
     real = inputs["attention_mask"].bool()
@@ -426,7 +426,7 @@ def test_the_loss_of_answers_knows_no_padding(side, monkeypatch):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_decays_of_tokens_masked_inside_a_row_act(form):
-    """Dropping them instead would be another function: the one of the row without these tokens."""
+    """Removing these tokens from the row would give a different result."""
     model, inputs = build(unpad=True, format=form), padded_batch("holes")
     real = inputs["attention_mask"].bool()
     found = model(**inputs).last_hidden_state[0, real[0]]
@@ -457,7 +457,7 @@ def test_by_default_padding_goes_in_training_where_there_is_enough(monkeypatch):
     model, inputs = build(), padded_batch("right")  # 8 padded positions in 3 rows, 24 features wide
     padded, unpadded = {(3, 6)}, {(1, 10)}
     assert recorded_shapes(model, inputs)[0] == padded
-    assert recorded_shapes(model.train(), inputs)[0] == padded, "too little padding for so narrow a model"
+    assert recorded_shapes(model.train(), inputs)[0] == padded, "too little padding for a narrow model"
     for features, expected in ((8 / 3 * 24, unpadded), (8 / 3 * 24 + 1, padded)):
         monkeypatch.setattr(encoder, "LEAST_PADDING", features)
         assert recorded_shapes(model.train(), inputs)[0] == expected
@@ -524,7 +524,7 @@ def test_unpad_is_saved_loaded_and_changed_as_any_option(tmp_path, value):
 
 @pytest.mark.parametrize("unpad", [None, True], ids=str)
 def test_half_precision_training_has_finite_gradients(unpad):
-    """The head, biases 0 as a new one's, reads what stands at padded positions, though no label does."""
+    """A new head, whose biases are 0, reads the padded positions although they have no labels."""
     model = lion_hf.LionForMaskedLM(text_config("selective", hidden_size=240, unpad=unpad)).half().train()
     mask = torch.ones(3, 24, dtype=torch.int64)
     mask[:, 12:] = 0

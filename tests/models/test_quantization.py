@@ -1,4 +1,4 @@
-"""Modules that others put in place of ours: quantised layers, adapters, wrappers. Nothing reads what is inside them."""
+"""Models work if a layer is replaced by a quantised layer, an adapter or a wrapper, whose inside is never read."""
 
 import copy
 
@@ -16,7 +16,7 @@ from lion_hf.nn.variants import VARIANTS
 
 
 class Wrapped(nn.Module):
-    """A layer inside another module, which shows nothing of it."""
+    """A wrapper that hides the attributes of the layer inside it."""
 
     def __init__(self, inner):
         super().__init__()
@@ -27,7 +27,7 @@ class Wrapped(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """As quantisers leave a linear layer: whole numbers and scales, and no `weight` that could be read."""
+    """A quantised linear layer: integers and scales, and no attribute `weight`."""
 
     def __init__(self, linear):
         super().__init__()
@@ -42,7 +42,7 @@ class Int8Linear(nn.Module):
 
 @pytest.fixture
 def gate_and_proj():
-    """A variant of a user, whose weights are plain linear layers, with names that end as those of other modules do."""
+    """Register a user's variant with plain linear layers, whose names are suffixes of other modules' names."""
 
     @register_variant("gate_and_proj")
     class GateAndProj(Variant):
@@ -97,7 +97,7 @@ def outputs_and_gradients(model, inputs):
 @pytest.mark.parametrize("mask_type", ["lit", "decay", "selective"])
 @pytest.mark.parametrize("head", [*TEXT_HEADS, *IMAGE_HEADS], ids=lambda head: head.__name__)
 def test_every_layer_may_hide_in_a_wrapper(head, mask_type):
-    """Each linear layer, convolution, embedding and norm, one and all: outputs and gradients stay as they were."""
+    """Outputs and gradients are unchanged if every linear layer, convolution, embedding and norm is wrapped."""
     options = {"mlp_type": "glu", "softmax_layers": [1], "pos_emb": True}
     make = text if head in TEXT_HEADS else image
     model, inputs = make(mask_type, head, **options)
@@ -112,7 +112,7 @@ def test_every_layer_may_hide_in_a_wrapper(head, mask_type):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_gate_may_be_of_any_dtype_and_hide(form):
-    """A wrapper sees the model's dtype, and what the gate computes in is its own affair."""
+    """A wrapper receives inputs in the model's dtype; the gate inside may compute in any dtype."""
     model, inputs = text(format=form)
     half = model.bfloat16()
     expected = half(**inputs).logits
@@ -126,7 +126,7 @@ def test_a_gate_may_be_of_any_dtype_and_hide(form):
 
 
 def whole_layers(model):
-    """Linear layers that were not replaced, and parameters of floating point are what they hold."""
+    """Return the names of the linear layers that were not replaced."""
     return {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
@@ -141,8 +141,10 @@ def gates(model):
 
 
 def quantise(model, applies, by_parameter):
-    """Replaces linear layers as Transformers' integrations do: bitsandbytes and quanto go by the names of modules,
-    torchao by those of parameters. Returns what Transformers itself leaves alone: the layer of the output."""
+    """Replace linear layers as Transformers' integrations do, and return the output layer, which they leave alone.
+
+    bitsandbytes and quanto select layers by the names of modules, torchao by the names of parameters.
+    """
     kept = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     for name, module in list(model.named_modules()):
         asked = f"{name}.weight" if by_parameter else name
@@ -194,7 +196,7 @@ def test_dynamic_quantisation_of_all_linear_layers_leaves_the_gates_alone(kind):
 
 
 def real_plans():
-    """Quantisers that are installed, by the name of their package."""
+    """Return functions that make the configuration of each quantiser, by the name of its package."""
     import transformers
 
     def torchao():
@@ -213,7 +215,7 @@ def real_plans():
 @pytest.mark.parametrize("kind", ["text", "image"])
 def test_quantised_loading_leaves_the_gates_alone_and_nothing_else(kind, quantiser, dtype, tmp_path):
     pytest.importorskip(quantiser.partition("-")[0])
-    options = {"hidden_size": 192, "intermediate_size": 192}  # bitsandbytes wants multiples of 32 on a CPU
+    options = {"hidden_size": 192, "intermediate_size": 192}  # bitsandbytes requires multiples of 32 on a CPU
     if kind == "text":
         model, inputs = text(vocab_size=64, mlp_type="glu", **options)
     else:
@@ -239,7 +241,7 @@ def test_quantised_loading_leaves_the_gates_alone_and_nothing_else(kind, quantis
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_whole_names_decide_what_stays_float32(dtype, gate_and_proj, tmp_path):
-    """`gate` and `proj` of a variant, but neither `mlp.gate_proj` nor the other projections of its mixer."""
+    """`gate` and `proj` of a variant stay float32; `mlp.gate_proj` and other projections of its mixer do not."""
     model, _ = text(gate_and_proj, mlp_type="glu")
     model.save_pretrained(tmp_path)
     loaded = lion_hf.LionForMaskedLM.from_pretrained(tmp_path, dtype=dtype)

@@ -1,4 +1,4 @@
-"""What is not finite in one row of a batch stays in that row: models do not check their own activations."""
+"""NaN and infinity in one row of a batch do not reach other rows. Models do not check their own activations."""
 
 import math
 
@@ -13,7 +13,7 @@ ORDERED = [(variant, order) for variant in VARIANTS for order in ("normal", "s")
 
 
 def assert_only_one_row_is_lost(run, clean, bad, row=1):
-    """`run` maps a batch to outputs with the same rows."""
+    """Check that NaN in one row changes no other row; `run` maps a batch to outputs with the same rows."""
     expected, actual = run(clean), run(bad)
     assert expected.isfinite().all()
     others = [i for i in range(len(clean)) if i != row]

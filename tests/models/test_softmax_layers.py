@@ -1,4 +1,4 @@
-"""Hybrid encoders: layers that keep softmax attention between LION layers."""
+"""Hybrid encoders, in which some layers use softmax attention."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ PATTERNS = [[0], [1], [0, 1]]
 
 
 def build(kind="text", mask_type="selective", dtype=torch.float32, **options):
-    """Two layers, the first of them softmax unless told otherwise, with every weight away from its first value."""
+    """Return a model of two layers, of which the first is softmax by default, with noise added to all weights."""
     model = HEADS[kind](CONFIGS[kind](mask_type, **{"softmax_layers": [0], **options})).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -91,7 +91,7 @@ def test_softmax_layers_hold_the_four_projections_and_nothing_else(kind, mask_ty
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_softmax_layer_is_textbook_softmax_attention(kind):
-    """Every query, one by one, over the keys it may see."""
+    """Compare with softmax attention computed query by query over the visible keys."""
     mixer = SoftmaxMixer(24, 3).double()
     hidden = torch.randn(2, 7, 24, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1, 0]]).bool()
@@ -109,7 +109,7 @@ def test_a_softmax_layer_is_textbook_softmax_attention(kind):
     for result in (mixed, mixer(hidden, mask)):
         torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(matrix.sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
-    assert (matrix[1][:, :, ~mask[1]] == 0).all(), "a masked key takes part"
+    assert (matrix[1][:, :, ~mask[1]] == 0).all(), "a masked key has an effect"
 
 
 @pytest.mark.parametrize("wanted", [False, True], ids=["sdpa", "matrix"])
@@ -153,11 +153,11 @@ def test_forms_agree_in_outputs_and_every_gradient(kind, options, layers):
 
 
 def test_softmax_layers_know_no_order_of_patches():
-    """Images without positions, in softmax layers alone: permuted patches are permuted tokens."""
+    """Without positions and with softmax layers only, permuted patches give permuted tokens."""
     model = build("image", softmax_layers=[0, 1], order="s", dtype=torch.float64).lion_vision
     pixels = torch.randn(1, 3, 16, 16, dtype=torch.float64)
     tokens = model(pixels).last_hidden_state
-    swapped = model(pixels.roll(4, 3)).last_hidden_state  # each column of patches takes the next one's place
+    swapped = model(pixels.roll(4, 3)).last_hidden_state  # moves each column of patches to the next one
     grid, moved = (x[0, 1:].unflatten(0, (4, 4)) for x in (tokens, swapped))
     torch.testing.assert_close(moved, grid.roll(1, 1))
     torch.testing.assert_close(swapped[:, 0], tokens[:, 0])

@@ -1,4 +1,4 @@
-"""Options that are stored, derived, given at load, or not LION's: what the user set holds, and nothing goes stale."""
+"""Options that are stored, derived, given at load, or unknown: values set by the user win, and none is outdated."""
 
 import copy
 import json
@@ -25,7 +25,7 @@ SPECIAL_TOKENS = ("mask_token_id", "cls_token_id", "sep_token_id", "unk_token_id
 
 @pytest.fixture
 def said(monkeypatch):
-    """What the configuration warns of."""
+    """Collect the warnings of the configuration."""
     lines = []
     monkeypatch.setattr(configuration_lion.logger, "warning_once", lines.append)
     return lines
@@ -33,7 +33,7 @@ def said(monkeypatch):
 
 @pytest.fixture
 def placed():
-    """A registered variant that wants a position table and no norm."""
+    """Register a variant whose defaults are a position table and no norm."""
 
     @register_variant("placed")
     class Placed(Variant):
@@ -140,7 +140,7 @@ def test_derived_options_follow_the_variant(tmp_path, placed, copied, assign):
                 expected = getattr(REGISTERED[after.lower()], attribute)
                 assert getattr(config, option) is config.to_dict()[option] is expected
         assert not [name for name in config.to_dict() if name.startswith("_") and name != "_name_or_path"]
-        copied(config, tmp_path)  # back at the variant that a model of it was built with
+        copied(config, tmp_path)  # the variant is again the one that the model was built with
 
 
 @pytest.mark.parametrize("assign", ASSIGNMENTS.values(), ids=ASSIGNMENTS)
@@ -169,10 +169,10 @@ def test_what_a_folder_states_against_its_variant_stays(tmp_path, option):
 
 
 def test_a_new_model_from_a_folder_with_another_variant_has_its_table(tmp_path):
-    """run_mlm.py --config_name FOLDER --config_overrides mask_type=lit, with a folder of any release."""
+    """The case of run_mlm.py --config_name FOLDER --config_overrides mask_type=lit, with a folder of any release."""
     text_config("selective").save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    assert stored["pos_emb"] is stored["layer_norm_after"] is False  # as 0.1 and 0.2 write them
+    assert stored["pos_emb"] is stored["layer_norm_after"] is False  # as 0.1 and 0.2 store them
     config = AutoConfig.from_pretrained(tmp_path)
     config.update_from_string("mask_type=lit")
     model = AutoModelForMaskedLM.from_config(config)
@@ -305,7 +305,7 @@ def test_options_are_taken_beside_a_configuration_object(tmp_path, kind):
         AutoModel.from_config(config, format="rnn", chunk_size=2),
     ):
         assert (loaded.config.format, loaded.config.chunk_size) == ("rnn", 2)
-    assert config.format == "auto"  # the caller's is as it was
+    assert config.format == "auto"  # the caller's configuration is unchanged
     with pytest.raises(ValueError, match="mask_type='lit' contradicts the checkpoint"):
         AutoModel.from_pretrained(tmp_path, config=config, mask_type="lit")
     with pytest.raises(ValueError, match="format is 'nonsense'"):

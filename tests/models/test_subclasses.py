@@ -1,4 +1,4 @@
-"""A class that somebody derives from a head is that head, whatever it is called, and so is its configuration."""
+"""A user's subclass of a head or of a configuration behaves like its base class, whatever its name."""
 
 import copy
 
@@ -14,7 +14,7 @@ from lion_hf.convert.source import read_source
 
 IMAGE_HEADS = (lion_hf.LionVisionModel, lion_hf.LionForImageClassification, lion_hf.LionForMaskedImageModeling)
 HEADS = (*TEXT_HEADS, *IMAGE_HEADS, lion_hf.LionBackbone)
-# Transformers finds the name of a loss in the first of these only by chance, and a wrong one in the others.
+# Transformers derives the loss from the class name. For these names it finds none, or a wrong one.
 NAMES = ("Clinical", "ClinicalForCausalLM", "ForTokenClassificationOrNot", "MyForSemanticSegmentation")
 
 
@@ -75,7 +75,7 @@ def test_a_configuration_with_a_model_type_of_its_own_builds_and_loads(tmp_path,
     assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in model.state_dict().items())
     with pytest.raises(ValueError, match="mask_type='lit' contradicts the checkpoint"):
         type(model).from_pretrained(tmp_path, mask_type="lit")
-    head(config)  # the encoder in it takes the configuration, and so does the head itself
+    head(config)  # the head accepts the configuration, and so does the encoder inside it
 
 
 @pytest.mark.parametrize(

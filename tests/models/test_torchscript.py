@@ -1,4 +1,4 @@
-"""Graphs of TorchScript: torch.jit.trace, and ONNX export that goes through it (dynamo=False)."""
+"""TorchScript graphs: torch.jit.trace, and ONNX export that uses it (dynamo=False)."""
 
 import io
 import warnings

@@ -1,4 +1,4 @@
-"""Padding that is taken out of batches: harmless to what reads it, and never a token that is meant to be read."""
+"""`unpad` removes only padding, and does no harm to code that reads padded positions."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def any_padding_pays(monkeypatch):
 
 
 def batch(expanded=False):
-    """Rows padded at both ends; with `expanded`, mask tokens stand at masked positions at their right, as a query's."""
+    """Return rows padded at both ends. With `expanded`, the masked positions on the right hold mask tokens."""
     mask = torch.tensor(ENDS)
     ids = torch.randint(1, MASK_TOKEN, mask.shape) * mask
     if expanded:
@@ -40,7 +40,7 @@ def gradient_norm(model, loss):
 @pytest.mark.parametrize("head", [lion_hf.LionForMaskedLM, lion_hf.LionForTokenClassification])
 @pytest.mark.parametrize("mask_type", VARIANTS)
 def test_labels_left_on_padding_are_harmless(mask_type, head, norm_position):
-    """A new model, whose biases are 0: the LayerNorm of a head over zeros would have a gradient of 1 / sqrt(eps)."""
+    """The biases of a new model are 0; a head's LayerNorm over zeros would have a gradient of 1 / sqrt(eps)."""
     model = head(text_config(mask_type, norm_position=norm_position)).train()
     (ids, mask), norms = batch(), {}
     labels = ids % model.config.num_labels if "Token" in head.__name__ else ids
@@ -70,17 +70,17 @@ def test_the_loss_is_the_same_up_to_the_share_of_padding(mask_type, taken_out):
 @pytest.mark.parametrize("embedded", [False, True], ids=["ids", "embeddings"])
 @pytest.mark.parametrize("mask_type", VARIANTS)
 def test_tokens_that_expand_a_query_are_alike_in_training_and_evaluation(mask_type, embedded, taken_out):
-    """Masked, so that no token reads them, but read by a loss themselves."""
+    """These tokens are masked, so that no other token reads them, but the loss reads their outputs."""
     model = build(lion_hf.LionModel, mask_type, torch.float64, unpad=taken_out)
     ids, mask = batch(expanded=True)
     inputs, read = {"input_ids": ids}, ids != 0
-    if embedded:  # nothing tells padding: by default it stays
+    if embedded:  # padding cannot be recognised, so by default it stays
         inputs, read = {"inputs_embeds": model.embeddings.word_embeddings(ids)}, torch.ones_like(ids).bool()
     found = [model.train(mode)(**inputs, attention_mask=mask).last_hidden_state for mode in (True, False)]
     torch.testing.assert_close(found[0][read], found[1][read], rtol=1e-9, atol=1e-12)
     model.config.unpad = False
     expected = model(**inputs, attention_mask=mask).last_hidden_state
-    if not (embedded and taken_out):  # asked for, all that is masked goes
+    if not (embedded and taken_out):  # with unpad=True, everything masked is removed
         torch.testing.assert_close(found[0][read], expected[read], rtol=1e-9, atol=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""Small text models with every weight away from its first value, inputs and labels for each head."""
+"""Small text models with random biases, norms and decays, and inputs and labels for each head."""
 
 import torch
 from small_models import TEXT_HEADS, spread_decays, text_config, text_inputs
@@ -12,7 +12,7 @@ HIDDEN = 24
 
 
 def build(head, mask_type="selective", dtype=torch.float32, **options):
-    """A model whose every weight matters: biases and norms away from 0 and 1, decays spread."""
+    """Return a model in which every weight has an effect: random biases and norms, different decays."""
     model = head(text_config(mask_type, **options)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,7 +43,7 @@ def labels_for(head, batch=3, length=11):
 
 
 def assert_same_model(actual, expected, inputs):
-    """Weights equal bit by bit, outputs to the rounding that the place of the weights in memory may change."""
+    """Check that weights are bit-equal, and outputs equal to rounding, which depends on the alignment of weights."""
     a, b = actual.state_dict(), expected.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     for x, y in zip(actual.eval()(**inputs).values(), expected.eval()(**inputs).values(), strict=True):
@@ -51,7 +51,7 @@ def assert_same_model(actual, expected, inputs):
 
 
 def left_padded(inputs):
-    """The same rows with their padding moved to the left."""
+    """Return the same rows with their padding on the left."""
     ids, mask = inputs["input_ids"].clone(), inputs["attention_mask"].clone()
     for row in range(len(ids)):
         shift = int((mask[row] == 0).sum())
@@ -60,6 +60,6 @@ def left_padded(inputs):
 
 
 def differentiable_sum(outputs):
-    """A number that depends on every entry of every output."""
+    """Return a number that depends on every entry of every output."""
     tensors = [x for name, x in outputs.items() if name != "loss" and torch.is_tensor(x)]
     return sum((x * torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in tensors)

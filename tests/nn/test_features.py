@@ -1,4 +1,4 @@
-"""Feature maps in every precision: values and gradients are those of float64, rounded once."""
+"""Feature maps and layers in every precision: values and gradients are close to those of float64."""
 
 import pytest
 import torch
@@ -27,14 +27,17 @@ def with_gradient(function, x, dy):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_nothing_cancels_in_any_precision(name, dtype):
-    """Relative to each number, or to a row for a map of rows. From -9 on, exp(x) is subnormal in float16."""
+    """Errors are relative to each number, or to the row if the map normalises rows.
+
+    The smallest x is -9, because exp(x) is subnormal in float16 below -9.7.
+    """
     x = torch.linspace(-9, 6, 512).to(dtype).view(32, 16)[:, torch.arange(16).roll(3)]
     dy = torch.linspace(0.5, 2, 512).to(dtype).view(32, 16)
     actual = with_gradient(FUNCTIONS[name], x, dy)
     expected = with_gradient(DEFINITIONS[name], x.double(), dy.double())
     for what, a, b in zip(("output", "gradient"), actual, expected, strict=True):
         scale = b.norm(dim=-1, keepdim=True) if name == "unit_silu" else b.abs()
-        if name == "unit_silu" and what == "gradient":  # the rows' own direction is taken out of it
+        if name == "unit_silu" and what == "gradient":  # the component along the output cancels
             scale = scale.maximum(dy.double().norm(dim=-1, keepdim=True) / 4)
         error = ((a - b).abs() / scale).max().item()
         assert error <= 2 * torch.finfo(dtype).eps, f"{what}: {error:.1e}"
@@ -45,7 +48,7 @@ def test_feature_maps_have_derivatives_of_first_and_second_order(name):
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(FUNCTIONS[name], x)
     assert torch.autograd.gradgradcheck(FUNCTIONS[name], x)
-    x.data[0] = 0  # where the two branches of elu meet
+    x.data[0] = 0  # the two branches of elu meet here
     y, gradient = with_gradient(FUNCTIONS[name], x, torch.ones(3, 5))
     torch.testing.assert_close(y, DEFINITIONS[name](x.detach()))
     expected = with_gradient(DEFINITIONS[name], x, torch.ones(3, 5))[1]
@@ -71,7 +74,7 @@ def test_a_layer_under_autocast_is_as_precise_as_its_projections(name, bias, dty
     expected = run()
     with torch.autocast("cpu", dtype):
         actual = run()
-    # Features of -6 move by as much as -6 is rounded.
+    # The features of -6 change by as much as the rounding of -6.
     tolerances = (0.02, 0.1, 0.02) if dtype == torch.bfloat16 else (0.004, 0.02, 0.004)
     for a, b, tolerance in zip(actual, expected, tolerances, strict=True):
         assert (a - b).norm() / b.norm() <= tolerance

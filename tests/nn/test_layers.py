@@ -1,6 +1,7 @@
-"""Layers without a configuration: what the documented models promise, and that they are the layers of the models."""
+"""Layers without a configuration: the examples of the documentation, and equality with the layers of the models."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ EXAMPLES = re.findall(
 
 
 def example(title):
-    """What the piece of code below a heading of the page defines."""
+    """Run the first block of code below a heading of the page and return what it defines."""
     defined = {}
     exec(compile(dict(EXAMPLES)[title], str(PAGE), "exec"), defined)
     return defined
@@ -152,22 +153,33 @@ def test_layers_can_be_built_without_memory():
         ),
         (lambda: Encoder(24, 2, 3, mlp_type="moe"), "mlp_type is 'moe'; allowed are 'mlp', 'glu'"),
         (lambda: MLP(4, 8, activation="swish"), "activation is 'swish'; allowed are 'gelu', 'relu', 'silu'"),
-        (lambda: Mixer(24, 3, scans=2)(torch.randn(1, 5, 24)), "averages 2 scans, so it needs as many paths"),
+        (lambda: Mixer(24, 3, scans=2)(torch.randn(1, 5, 24)), "averages 2 scans, so it needs 2 paths"),
         (
             lambda: Mixer(24, 3, scans=2)(torch.randn(1, 5, 24), torch.ones(1, 5).bool(), paths=snake_orders(2, 2)),
-            "take neither key_mask nor cu_seqlens",
+            "support neither key_mask nor cu_seqlens",
         ),
         (
             lambda: Mixer(24, 3, prefix_tokens=1)(torch.randn(1, 5, 24), cu_seqlens=torch.tensor([0, 5])),
-            "has prefix_tokens=1, the first of a row, and takes no packed rows",
+            "has prefix_tokens=1, counted from the beginning of a row, so it does not support packed rows",
         ),
         (
             lambda: Mixer(24, 3)(torch.randn(1, 5, 24), format="chunk", output_attentions=True),
             "needs the attention matrix, which format='chunk' never builds",
         ),
+        *(
+            (
+                lambda call=call: call(torch.randn(1, 5, 24), cu_seqlens=torch.tensor([0, 2, 5])),
+                "several packed sequences, for which no attention matrix is built",
+            )
+            for call in (
+                partial(Mixer(24, 3), output_attentions=True),
+                partial(Mixer(24, 3, normalize=False), dropout=0.1),
+                partial(SoftmaxMixer(24, 3), output_attentions=True),
+            )
+        ),
     ],
 )
-def test_what_does_not_fit_is_told(build, message):
+def test_invalid_options_raise_an_error(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 

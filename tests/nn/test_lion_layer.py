@@ -11,7 +11,7 @@ def feature_map(mask_type):
 
 
 def by_the_paper(mask_type, x):
-    """Positive features: elu + 1 without decay, silu + 1/2 of length 1 with it."""
+    """Return the features of the paper: elu + 1 without decay, silu + 1/2 normalised to length 1 with decay."""
     if mask_type == "lit":
         return F.elu(x) + 1
     shifted = F.silu(x) + 0.5
@@ -48,7 +48,7 @@ def test_the_feature_map_rounds_once_in_half_precision(dtype):
 
 
 def test_features_are_finite_at_the_extremes():
-    x = torch.tensor([[-1e30, -1.278, 0.0, 1e18]], requires_grad=True)  # -1.278: the least silu
+    x = torch.tensor([[-1e30, -1.278, 0.0, 1e18]], requires_grad=True)  # silu has its minimum at -1.278
     for features in (x, x[:, :2], x[:, 1:2]):
         y = feature_map("decay")(features)
         assert y.isfinite().all()

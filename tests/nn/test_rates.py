@@ -1,4 +1,4 @@
-"""Rates and other numbers of layers and configurations: what is none of a kind is refused where it is given."""
+"""Invalid rates and other numbers of layers and configurations raise an error when they are set."""
 
 import math
 import re
@@ -38,7 +38,7 @@ SIZES = {
 
 
 def said(error):
-    """The message; Transformers' configurations wrap it, and speak of types in words of their own."""
+    """Return the message. Transformers' configurations wrap it, and have their own messages for wrong types."""
     return str(error.value.__cause__ or error.value)
 
 
@@ -62,5 +62,5 @@ def test_a_size_is_finite_and_not_negative(what, value):
         SIZES[what](value)
     name = what.split()[0]
     if not (isinstance(value, str | None) and "model" in what):
-        assert f"{name} is {value!r}; it must not be negative, and must be finite" in said(error)
+        assert f"{name} is {value!r}; it must be a finite number that is not negative" in said(error)
     assert name in said(error)

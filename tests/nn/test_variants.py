@@ -1,4 +1,4 @@
-"""Variants from a file outside the package go wherever the package's own go."""
+"""Variants from a file outside the package work wherever those of the package do."""
 
 import copy
 import importlib.util
@@ -28,7 +28,7 @@ PAPER = ("lit", "decay", "selective")
 
 @pytest.fixture(autouse=True, scope="module")
 def two_variants():
-    """The user's file, imported, and forgotten again afterwards."""
+    """Import the user's file, and unregister its variants afterwards."""
     spec = importlib.util.spec_from_file_location("two_variants", FILE)
     module = importlib.util.module_from_spec(spec)
     sys.modules["two_variants"] = module
@@ -115,7 +115,7 @@ def test_loaded_values_survive_the_initialisation(kind, mask_type, tmp_path):
 
 
 def test_weights_that_a_checkpoint_lacks_are_initialised_as_the_variant_says(tmp_path):
-    """Also where a module, not the mixer, owns them, and although models are built without memory at load."""
+    """Also if a module of the variant owns the weights. Models are built without memory when they are loaded."""
     model = lion_hf.LionForMaskedLM(text_config("head_times_token"))
     state = {name: x for name, x in model.state_dict().items() if "layers.1.mixer.token_proj" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -245,9 +245,9 @@ class Plain(Variant):
 @pytest.mark.parametrize(
     "name, attributes, message",
     [
-        ("lit", {}, "'lit' is the variant lion_hf.nn.variants.Lit already"),
-        ("lion-d", {}, "'lion-d' is the variant .*HeadDecay already"),
-        ("new", {"spellings": ("lion-s",)}, "'lion-s' is the variant"),
+        ("lit", {}, "'lit' is already the variant lion_hf.nn.variants.Lit"),
+        ("lion-d", {}, "'lion-d' is already the variant .*HeadDecay"),
+        ("new", {"spellings": ("lion-s",)}, "'lion-s' is already the variant"),
         ("New", {}, "'New'; it must be in lower case"),
         ("new", {"label": None}, "has no label"),
         ("new", {"feature_map": "relu"}, "feature_map is 'relu'; allowed are 'identity', 'elu', 'unit_silu'"),
@@ -269,7 +269,7 @@ def test_only_variants_can_be_registered():
 
 @pytest.fixture
 def registered():
-    """Registers a variant under the name "new" for one test."""
+    """Register a variant under the name "new" for one test."""
     yield lambda cls: register_variant("new")(cls)
     VARIANTS.pop("new", None)
 
@@ -280,7 +280,7 @@ def test_a_name_that_the_mixer_has_is_refused(registered):
             self.add("q_proj", nn.Linear(2, 2))
 
     registered(Own)
-    with pytest.raises(ValueError, match="Own adds 'q_proj', which a mixer or a variant has already"):
+    with pytest.raises(ValueError, match="Own adds 'q_proj', but the mixer or the variant already has"):
         Mixer(24, 3, "new")
     for name in ("norm", "decay", "heads", "prepare"):
         Own.build = lambda self, name=name: self.add(name, nn.Parameter(torch.zeros(3)))
@@ -298,13 +298,13 @@ def test_masks_scans_and_operators_that_a_variant_does_not_state_are_refused(reg
 
     registered(Own)
     x = torch.randn(1, 5, 24)
-    with pytest.raises(ValueError, match="plain takes no cu_seqlens; it states masks"):
+    with pytest.raises(ValueError, match="plain does not support cu_seqlens; its class sets masks"):
         Mixer(24, 3, "new")(x, cu_seqlens=torch.tensor([0, 5]))
-    with pytest.raises(ValueError, match="asks for the operator 'other'; it states"):
+    with pytest.raises(ValueError, match="requests the operator 'other'; it must be one of its operators"):
         Mixer(24, 3, "new")(x)
     Own.prepare = lambda self, x, query, key, value, prefix_tokens: Recurrence(query, key + 1, value, torch.zeros(3))
     paths = lion_hf.ops.snake_orders(2, 2)
-    with pytest.raises(ValueError, match="changes query, key or value, .* must state scans = 1"):
+    with pytest.raises(ValueError, match="changes query, key or value, .* set scans = 1"):
         Mixer(24, 3, "new", scans=2)(x, paths=paths)
 
 
@@ -313,7 +313,7 @@ def test_prepare_returns_what_its_class_states(registered):
         decay = "head"
 
     registered(Own)
-    with pytest.raises(ValueError, match="Own states decay = 'head', but prepare returned no log_decay"):
+    with pytest.raises(ValueError, match="Own sets decay = 'head', but prepare returned no log_decay"):
         Mixer(24, 3, "new")(torch.randn(1, 5, 24))
     Own.prepare = lambda self, x, query, key, value, prefix_tokens: (query, key, value)
     with pytest.raises(TypeError, match="Own.prepare returned tuple; it must return a Recurrence"):
@@ -324,7 +324,7 @@ def test_prepare_returns_what_its_class_states(registered):
 
 
 def test_padding_stays_where_a_variant_mixes_neighbours(registered):
-    """Unpadding joins rows, which such a variant does not take; it is no option that the user chose."""
+    """Unpadding joins rows, which such a variant does not support, so it is skipped instead of raising an error."""
 
     class Own(Plain):
         masks = ("key_mask",)
@@ -339,6 +339,6 @@ def test_padding_stays_where_a_variant_mixes_neighbours(registered):
         assert model(torch.ones(2, 80).long(), attention_mask=mask).last_hidden_state.isfinite().all()
 
 
-def test_the_decorator_wants_a_name():
+def test_the_decorator_requires_a_name():
     with pytest.raises(TypeError, match="write @register_variant"):
         register_variant(Plain)

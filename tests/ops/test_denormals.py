@@ -1,4 +1,4 @@
-"""No number that any form computes, forward or backward, lies below the smallest normal one: CPUs are slow there."""
+"""No form computes a number below the smallest normal one, forward or backward: CPUs are slow there."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ FORMS = ("attention", "rnn", "chunk")
 
 
 class Denormals(TorchDispatchMode):
-    """Counts, by operation, the results between 0 and the smallest normal number of their dtype."""
+    """Count, by operation, the results between 0 and the smallest normal number of their dtype."""
 
     def __init__(self):
         super().__init__()
@@ -39,15 +39,17 @@ def _is_view(func):
 
 
 def numbers(generator, *shape, small, positive=False):
-    """Between 1e-3 and 1e3 in size, evenly in their logarithm; small ones between 1e-3 and 2e-3. These have one sign,
-    since a sum of equal numbers that cancels but for its rounding is as small as one likes."""
+    """Return numbers with sizes from 1e-3 to 1e3, uniform in the logarithm, or from 1e-3 to 2e-3 if small.
+
+    Small numbers have one sign, because a sum of nearly equal numbers can cancel to any small rounding error.
+    """
     uniform = torch.rand(*shape, generator=generator)
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     return 1e-3 * (1 + uniform) if small else 10 ** (6 * uniform - 3) * (1 if positive else signs)
 
 
 def decays(kind, generator, batch, heads, length):
-    """Of all strengths: per head, or per token, of which some close at once."""
+    """Return weak and strong log-decays per head, or per token with some of -inf."""
     if kind == "head":
         return -torch.tensor([0.05, 0.3, 1.2, 30.0])[:heads]
     weak = torch.rand(batch, heads, length, generator=generator)
@@ -58,7 +60,7 @@ def decays(kind, generator, batch, heads, length):
 
 
 def key_masks(length):
-    """A row each: nothing is masked, the end, the beginning, all but the first, and everything is."""
+    """Return one row each that masks nothing, the end, the beginning, all but the first token, and everything."""
     token = torch.arange(length)
     always = token >= 0
     return torch.stack([always, token < length // 3, token >= 2 * length // 3, token == 0, ~always])
@@ -86,7 +88,7 @@ def test_nothing_that_is_computed_is_denormal(form, normalize, kind, masked):
         tensors = [numbers(generator, *shape, small=small, positive=normalize).to(dtype) for _ in range(3)]
         gates = decays(kind, generator, batch, heads, length)
         d_out = numbers(generator, *shape, small=small).to(dtype)
-        if rows == "first":  # a loss that reads the first token only
+        if rows == "first":  # a loss of the first token only
             d_out[:, :, 1:] = 0
 
         def run(q, k, v, gates):
@@ -125,7 +127,7 @@ def test_nothing_is_denormal_where_groups_of_chunks_are_linked(kind, monkeypatch
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_key_is_read_up_to_the_documented_distance(form, chunk_size, normalize):
-    """A row whose only key lies beyond the cut returns 0, in every form."""
+    """A row whose only key is beyond the cut returns 0 in every form."""
     distance = 20
     x = torch.ones(1, 2, distance + 1, 2)
     mask = torch.arange(distance + 1)[None] == 0
@@ -138,7 +140,7 @@ def test_a_key_is_read_up_to_the_documented_distance(form, chunk_size, normalize
     y = run(x, gates)
     assert (y[0, 0] != 0).all()
     assert (y[0, 1, :distance] != 0).all() and (y[0, 1, distance] == 0).all()
-    z = run(x.double(), gates.double())  # float64 reads further
+    z = run(x.double(), gates.double())  # the cut of float64 is further away
     assert (z != 0).all()
     torch.testing.assert_close(y.double(), z, rtol=1e-5, atol=1e-10)
 

@@ -1,4 +1,4 @@
-"""How many graphs torch.compile makes of the operator: few, whatever lengths come."""
+"""torch.compile makes few graphs of the operator, even for many lengths."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from lion_hf.ops import api
 from lion_hf.ops.api import bidirectional_linear_attention
 
 
-# With chunks of 4: in one chunk, whole chunks, a last one that is not full, and more chunks than one group (64) holds.
+# With chunks of 4: one chunk, full chunks, a last chunk that is not full, and more chunks than a group (64) holds.
 LENGTHS = (7, 9, 12, 4, 5, 3, 1, 2, 8, 16, 17, 23, 64, 257, 256, 260, 300, 31, 6, 513)
 
 

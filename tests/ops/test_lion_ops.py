@@ -26,7 +26,7 @@ def make_inputs(batch, heads, length, d, e, kind, mask, normalize, seed):
     def rand(*shape):
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    # Positive scores keep the denominator of the normalised form away from 0, where no precision would be enough.
+    # Positive scores keep the denominator of the normalised form away from 0, where results are ill-conditioned.
     shift = 0.1 if normalize else -0.5
     query, key = rand(batch, heads, length, d) + shift, rand(batch, heads, length, d) + shift
     value = rand(batch, heads, length, e) - 0.5
@@ -102,8 +102,8 @@ def test_forms_equal_the_textbook_in_outputs_and_every_gradient(dtype, tolerance
             low,
             weight,
         )
-        # A normalised row hardly depends on its own query when the head or the row is narrow: such a gradient is the
-        # difference of terms as large as the others, and is compared on their scale.
+        # With narrow heads or short rows, a normalised row hardly depends on its own query. That gradient is the
+        # difference of terms as large as the other gradients, so it is compared on their scale.
         scale = max(0.05, *(x.abs().max().item() / 4 for x in expected))
         for name, a, b in zip(("output", "dquery", "dkey", "dvalue", "dlog_decay"), actual, expected, strict=False):
             assert_close(a, b, tolerance, f"{form} {name}", scale if normalize else 0.05)
@@ -252,7 +252,7 @@ def test_low_precision_is_computed_in_float32(form, dtype):
     y = bidirectional_linear_attention(*low, inputs[3].float(), format=form, normalize=True, key_mask=key_mask)
     expected = textbook(*(x.double() for x in low), inputs[3].float().double(), key_mask, True)
     assert y.dtype == dtype
-    # One rounding to the output dtype is all that may be lost.
+    # Only the rounding to the output dtype may differ.
     torch.testing.assert_close(y.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
@@ -286,7 +286,7 @@ def test_permuted_batch_permutes_the_output_and_reversal_reverses_it(form, kind)
     order = torch.tensor([2, 0, 1])
     permuted = [x if x is None or x.dim() == 1 else x[order] for x in inputs]
     torch.testing.assert_close(bidirectional_linear_attention(*permuted, format=form, chunk_size=16), y[order])
-    if kind != "token":  # a per-token decay acts on leaving, which reversal turns into entering
+    if kind != "token":  # the token that is left decays, and reversal makes it the token that is entered
         flipped = [x.flip(2) for x in inputs[:3]]
         z = bidirectional_linear_attention(*flipped, inputs[3], format=form, chunk_size=16)
         torch.testing.assert_close(z.flip(2), y, rtol=1e-9, atol=1e-12)
@@ -334,7 +334,7 @@ def test_scores_are_the_matrix_of_the_attention_form():
 
 @pytest.mark.parametrize("per_token", [False, True])
 def test_gradients_are_right_where_decays_are_exactly_1(per_token):
-    """Both exponents of a pair are 0 there, and only one of them counts."""
+    """Both candidate exponents of a pair are 0 there, and only one of them has a gradient."""
     ones = torch.ones(1, 1, 3, 1)
     gate = torch.zeros((1, 1, 3) if per_token else (1,), requires_grad=True)
     attention_scores(ones, ones, gate).sum().backward()
@@ -352,7 +352,7 @@ def test_gradients_are_right_where_decays_are_exactly_1(per_token):
         return torch.autograd.grad((scores(*inputs) * weight).sum(), inputs)
 
     def by_definition(q, k, g):
-        eye = torch.eye(7, dtype=torch.float64).expand(2, 2, 7, 7)  # the values: every key by itself
+        eye = torch.eye(7, dtype=torch.float64).expand(2, 2, 7, 7)  # as values, so that the output is the matrix
         return textbook(q, k, eye, g)
 
     for a, b in zip(gradients(attention_scores), gradients(by_definition), strict=True):
@@ -383,10 +383,10 @@ X = torch.zeros(2, 3, 5, 4)
     "arguments, options, message",
     [
         ((X[0], X, X), {}, r"query has shape \(3, 5, 4\); it must have 4 dimensions"),
-        ((X, X[:, :, :4], X), {}, "do not fit"),
-        ((X, X, X[:, :2]), {}, "do not fit"),
+        ((X, X[:, :, :4], X), {}, "do not match"),
+        ((X, X, X[:, :2]), {}, "do not match"),
         ((X.long(), X, X), {}, "must be floating point"),
-        ((X, X, X, torch.zeros(4)), {}, r"allowed are None, floating point \(heads,\) = \(3,\)"),
+        ((X, X, X, torch.zeros(4)), {}, r"must be None, or floating point of shape \(heads,\) = \(3,\)"),
         ((X, X, X, torch.zeros(2, 3, 5).long()), {}, "log_decay has shape"),
         ((X, X, X, torch.full((3,), 0.1)), {}, "positive or NaN entry"),
         ((X, X, X, torch.full((3,), math.nan)), {}, "positive or NaN entry"),

@@ -12,7 +12,7 @@ GOLDEN = Path(__file__).parents[3] / "shared" / "golden"
 
 
 def coordinates(order, width):
-    """Row and column of every patch along the curve, without the class token."""
+    """Return the row and the column of every patch along the curve, without the class token."""
     patches = order[1:] - 1
     return torch.stack([patches // width, patches % width], 1)
 
@@ -60,7 +60,7 @@ def test_a_transposed_grid_swaps_the_curves():
     assert torch.equal(coordinates(columns, 5), coordinates(rows_t, 3).flip(1))
 
 
-@pytest.mark.skipif(not (GOLDEN / "masks.safetensors").exists(), reason="reference numbers are not here")
+@pytest.mark.skipif(not (GOLDEN / "masks.safetensors").exists(), reason="the reference numbers are not available")
 @pytest.mark.parametrize("side", [2, 3, 4, 5, 8, 14])
 def test_curves_equal_the_reference(side):
     from safetensors.torch import load_file
@@ -76,7 +76,7 @@ def test_curves_equal_the_reference(side):
 @pytest.mark.parametrize("form", ["attention", "chunk", "rnn"])
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 4), (5, 2)])
 def test_scans_are_averaged_as_the_mean_of_their_masks(height, width, form, decay):
-    """Against the textbook: each mask along its curve, both back in raster order, one division; and all gradients."""
+    """Outputs and all gradients equal those of the textbook masks, built along each curve and averaged."""
     length, heads = 1 + height * width, 2
     query, key = (torch.rand(2, heads, length, 3, dtype=torch.float64) for _ in range(2))
     shape = (heads,) if decay == "head" else (2, heads, length)

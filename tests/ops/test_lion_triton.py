@@ -1,4 +1,4 @@
-"""The fused kernels against the textbook in float64: in Triton's interpreter on a CPU (float32), compiled on a GPU."""
+"""The fused kernels against a float64 reference: in Triton's interpreter on a CPU (float32), compiled on a GPU."""
 
 import os
 import subprocess
@@ -27,8 +27,10 @@ RESULTS = {"numerator": {}, "normalized": {"normalize": True}, "both": {"return_
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """Forces the kernels; without a GPU with small tiles, so that few tokens make several tiles and chunks. Memory that
-    no kernel writes to reads as NaN."""
+    """Force the kernels, and fill new memory with NaN.
+
+    Without a GPU tiles are small, so that few tokens make several tiles and chunks.
+    """
     monkeypatch.setattr(backend, "BACKEND", "triton")
     if not ON_GPU:
         monkeypatch.setattr(lion_triton, "_FORWARD", (16, 4))
@@ -48,7 +50,7 @@ def poisoned(new):
 
 
 def inputs(length, decay, *, batch=1, heads=2, head_dim=16, value_dim=24, dtype=torch.float32, seed=0):
-    """Leaves as a layer gives them, views of (batch, length, heads, width), and a mask with holes."""
+    """Return leaves with the strides of a layer, views of (batch, length, heads, width), and a mask with holes."""
     generator = torch.Generator().manual_seed(seed)
     widths = head_dim, head_dim, value_dim
     leaves = [torch.randn(batch, length, heads, w, generator=generator).to(dtype).transpose(1, 2) for w in widths]
@@ -65,7 +67,7 @@ def inputs(length, decay, *, batch=1, heads=2, head_dim=16, value_dim=24, dtype=
 
 
 def run(leaves, **options):
-    """Outputs and gradients of a fixed, uneven sum of them."""
+    """Return the outputs and the gradients of a fixed weighted sum of them."""
     query, key, value, *decay = leaves
     out = bidirectional_linear_attention(query, key, value, *decay, **options)
     out = out if isinstance(out, tuple) else (out,)
@@ -77,7 +79,7 @@ def run(leaves, **options):
 
 
 def textbook(leaves, monkeypatch, **options):
-    """The same from the attention form in float64."""
+    """Return the same from the attention form in float64."""
     with monkeypatch.context() as patch:
         patch.setattr(backend, "BACKEND", "torch")
         return run([x.detach().double().requires_grad_() for x in leaves], **options | {"format": "attention"})
@@ -94,10 +96,10 @@ def assert_close(results, expected, dtype=torch.float32):
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("result", RESULTS)
 def test_equals_the_textbook(decay, result, dtype, monkeypatch):
-    """Every pair of a decay and a result, in both forms, which are one here."""
+    """Test every pair of decay and result. The forms alternate, because the kernels compute both in the same way."""
     form = ("attention", "chunk")[(DECAYS.index(decay) + list(RESULTS).index(result)) % 2]
-    leaves, mask = inputs(39, decay, dtype=dtype)  # 3 chunks of one tile, or without decay of several
-    if result == "normalized":  # positive features, as image encoders have
+    leaves, mask = inputs(39, decay, dtype=dtype)  # 3 chunks of one tile; without decay, chunks of several tiles
+    if result == "normalized":  # positive features, as in image encoders
         leaves[:2] = [x.detach().abs().requires_grad_() for x in leaves[:2]]
     options = {"format": form, "key_mask": mask, **RESULTS[result]}
     assert_close(run(leaves, **options), textbook(leaves, monkeypatch, **options), dtype)
@@ -122,7 +124,7 @@ def test_any_width(head_dim, value_dim, monkeypatch):
 
 @pytest.mark.parametrize("decay", DECAYS)
 def test_packed_sequences_are_separate(decay, monkeypatch):
-    """One row of sequences, some of them empty, against the textbook of each alone."""
+    """A row of sequences, some of them empty, equals the sequences computed separately."""
     leaves, mask = inputs(69, decay, heads=1)
     bounds = torch.tensor([0, 1, 1, 38, 69, 69], device=DEVICE)
     options = {"format": "chunk", "key_mask": mask, "return_denominator": True, "cu_seqlens": bounds}
@@ -152,7 +154,7 @@ def test_every_run_gives_the_same_bits():
 
 
 def test_inputs_are_read_where_they_lie(monkeypatch):
-    """Views of (batch, length, heads, width) are not copied, and outputs lie as the next layer reads them."""
+    """Views of (batch, length, heads, width) are not copied, and outputs have the memory layout of the next layer."""
     leaves, _ = inputs(20, "none")
     copies = []
     contiguous = torch.Tensor.contiguous
@@ -186,7 +188,7 @@ def test_stays_in_a_compiled_graph():
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_cuda_graph_replays_with_new_inputs(packed):
-    """Capture forbids waiting for the device."""
+    """The capture of a CUDA graph raises an error if the code waits for the device."""
     leaves, mask = inputs(700, "token")
     bounds = torch.tensor([0, 1, 300, 700], device=DEVICE) if packed else None
     options = {"format": "chunk", "key_mask": mask, "cu_seqlens": bounds}
@@ -214,7 +216,7 @@ def test_a_cuda_graph_replays_with_new_inputs(packed):
     "result", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
 )
 def test_operators_of_pytorch_are_what_they_say(result):
-    """Forward and backward: what they change, shapes, strides and dtypes of what they return, and under compilers."""
+    """Forward and backward declare correct mutations, shapes, strides and dtypes, and work under compilers."""
     leaves, mask = inputs(20, "token")
     torch.library.opcheck(lion_triton._mix, (*leaves, mask, None, None, 0.25, 1e-6, result))
 
@@ -249,14 +251,14 @@ def test_row_sums_need_no_values(monkeypatch):
     leaves, mask = inputs(34, "token", value_dim=0)
     options = {"format": "chunk", "key_mask": mask, "return_denominator": True}
     results, expected = run(leaves, **options), textbook(leaves, monkeypatch, **options)
-    for index in (1, 2, 3, 5):  # row sums and the gradients of queries, keys and decays: the rest is empty
+    for index in (1, 2, 3, 5):  # row sums and the gradients of queries, keys and decays; the others are empty
         assert_close(results[index : index + 1], expected[index : index + 1])
 
 
 def test_second_derivatives_are_refused():
     leaves, _ = inputs(5, "token")
     (gradient,) = torch.autograd.grad(bidirectional_linear_attention(*leaves).sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative.*attention_scores"):
+    with pytest.raises(RuntimeError, match="do not support second derivatives.*attention_scores"):
         torch.autograd.grad(gradient.sum(), leaves[1])
 
 
@@ -279,7 +281,7 @@ def test_float32_is_exact_unless_tf32_is_allowed(dtypes, allowed, precision, mon
     assert operator.precision == precision
 
 
-# In processes of their own: once the newer setting is used, PyTorch refuses to read the older ones.
+# In separate processes: once the newer setting is used, PyTorch raises an error when the older ones are read.
 @pytest.mark.parametrize(
     "setting, allowed",
     [
@@ -300,7 +302,7 @@ def test_tf32_is_allowed_by_old_and_new_settings(setting, allowed):
 
 
 def test_grids_hold_very_long_texts(monkeypatch):
-    """A GPU takes no more than 65535 programs in any dimension but the first."""
+    """A GPU accepts at most 65535 programs in every dimension of the grid except the first."""
     grids = []
 
     class Recorder:
@@ -329,8 +331,10 @@ def test_grids_hold_very_long_texts(monkeypatch):
     ],
 )
 def test_kernels_compile_for_a_gpu_that_is_not_there(options):
-    """The interpreter takes more than the compiler does. No kernel needs many more registers than there are, nor more
-    shared memory than a Hopper GPU has."""
+    """The compiler accepts the kernels, which the interpreter alone does not show.
+
+    No kernel needs many more registers than there are, or more shared memory than a Hopper GPU has.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parents[2] / "benchmarks/kernel_resources.py"
     command = [sys.executable, "-W", "ignore", str(script), *options]
@@ -366,7 +370,7 @@ def test_scans_read_tokens_where_they_lie(decay, normalize, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [20, 64])
 def test_features_of_images(width, dtype, monkeypatch):
-    """Values and gradients of the first and the second order, of a view as heads are."""
+    """Values and gradients of first and second order are correct for views with the strides of heads."""
     x = (3 * torch.randn(2, 19, 3, width)).to(DEVICE, dtype).transpose(1, 2).requires_grad_()
     weight = torch.randn(x.shape).to(DEVICE)
 

@@ -1,4 +1,4 @@
-"""Outputs are tensors of their own: what is not divided by row sums may be changed in place, whatever made it."""
+"""Outputs that are not divided by row sums can be changed in place, whatever form computed them."""
 
 import itertools
 
@@ -20,7 +20,7 @@ def inputs(kind, batch, length, dtype=torch.float32):
 
 
 def assert_takes_changes(function, tensors):
-    """The gradients are those without the change, whose derivative is the identity."""
+    """Check that adding 1 in place does not change the gradients."""
     given = [x for x in tensors if x is not None]
 
     def gradients(change):
@@ -40,7 +40,7 @@ def assert_takes_changes(function, tensors):
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_without_division_may_be_changed_in_place(form, kind, dtype, monkeypatch):
     for batch, length, masked, both in itertools.product((1, 2, 5), (1, 4, 9), (False, True), (False, True)):
-        # Rows one by one, and chunks one by one, or all at once.
+        # Rows and chunks are computed one by one for a batch of 5, otherwise all at once.
         monkeypatch.setattr(lion_tokens, "CPU_CACHE_ELEMENTS", 2 if batch == 5 else 2**18)
         mask = torch.arange(length).expand(batch, length) < max(1, length - 2) if masked else None
         options = {"format": form, "chunk_size": 4, "return_denominator": both, "key_mask": mask}

@@ -1,4 +1,4 @@
-"""The textbook against arithmetic by hand, and its two definitions against each other."""
+"""The textbook equals a calculation by hand, and its two definitions agree."""
 
 import torch
 
@@ -14,7 +14,7 @@ def test_the_mask_multiplies_the_decays_of_the_tokens_that_a_key_leaves():
 def test_one_query_by_hand():
     x = torch.tensor([[1.0], [2.0], [3.0]])[None, None]  # query, key and value
     decay = torch.tensor([[[0.5, 0.25, 0.125]]])
-    weights = torch.tensor([2 * 1 * 0.5, 2 * 2 * 1, 2 * 3 * 0.125])  # what the second token reads
+    weights = torch.tensor([2 * 1 * 0.5, 2 * 2 * 1, 2 * 3 * 0.125])  # weights of the second token
     y = textbook(x, x, x, decay.log(), scale=2.0)
     torch.testing.assert_close(y[0, 0, 1, 0], 2 * (weights * x[0, 0, :, 0]).sum())
     hidden = textbook(x, x, x, decay.log(), torch.tensor([[1, 1, 0]]), normalize=True, scale=2.0, eps=0.5)

@@ -1,7 +1,7 @@
-"""Every form again and again on a busy machine: the same bits each time, whatever lies in freed memory.
+"""Every form gives the same bits in every run on a busy machine, whatever freed memory contains.
 
-An operator that reads memory before it writes it, changes an input, or adds in an order that depends on the load, is
-right most of the time. Here it has 200 chances to be wrong.
+An operator that reads uninitialised memory, changes an input, or adds in an order that depends on the load is correct
+most of the time. These tests give it 200 chances to fail.
 """
 
 import subprocess
@@ -26,14 +26,14 @@ SIZES = [2**power + extra for power in range(3, 19) for extra in (0, 8, 24)]  # 
 
 
 def poison_free_memory():
-    """Whatever is allocated next without being written reads as NaN: all bits are 1."""
+    """Fill free memory with ones in all bits, so that uninitialised memory reads as NaN."""
     blocks = [torch.empty(size, dtype=torch.uint8).fill_(255) for size in SIZES for _ in range(3)]
     del blocks
 
 
 @pytest.fixture(scope="module")
 def load():
-    """Two processes and two threads that compute all the time."""
+    """Run two processes and two threads that compute all the time."""
     busy = "import torch\nx = torch.rand(64, 64)\nwhile True: x = (x @ x).softmax(-1)"
     processes = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(2)]
     over = threading.Event()
@@ -64,7 +64,7 @@ def threads(request):
 
 
 def operands(kind, layout):
-    """Leaves, and the function of them."""
+    """Return the leaves, and the function of them that is tested."""
     batch, length = {"rows": (2, 26), "packed": (1, BOUNDS[-1]), "snake": (2, 13)}[layout]
     leaves = [0.1 + torch.rand(batch, 2, length, width, dtype=torch.float64) for width in (4, 4, 3)]
     shape = {"head": (2,), "token": (batch, 2, length)}.get(kind)
@@ -92,7 +92,7 @@ def output_and_gradients(function, leaves):
 
 
 def assert_equal_bits(function, leaves, what, times):
-    """Of the outputs and of all gradients; the leaves stay as they are."""
+    """Check that outputs and all gradients have equal bits in every run, and that the leaves do not change."""
     before = [x.clone() for x in leaves]
     expected = output_and_gradients(function, leaves)
     assert all(x.isfinite().all() for x in expected), what
@@ -132,14 +132,14 @@ def check_model(model, inputs, what, times):
 
     def function(*parameters):
         called = torch.func.functional_call(model, dict(zip(names, parameters, strict=True)), (), inputs)
-        return called.logits + 0 * sum(p.sum() for p in parameters)  # parameters that nothing reads have a gradient too
+        return called.logits + 0 * sum(p.sum() for p in parameters)  # so that unused parameters have a gradient
 
     assert_equal_bits(function, parameters, what, times)
 
 
 @pytest.fixture
 def by_the_textbook(monkeypatch):
-    """Computes the logits of a model with the textbook in place of every form."""
+    """Return a function that computes the logits of a model with the textbook in place of every form."""
     calls = []
 
     def by_definition(query, key, value, log_decay=None, *, key_mask=None, normalize=False, cu_seqlens=None, **_):

@@ -1,4 +1,4 @@
-"""The operator under torch.func, forward mode and higher derivatives: the numbers of autograd, row by row."""
+"""torch.func, forward mode and higher derivatives of the operator agree with autograd, row by row."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere: the authors' (both ways), and the weights of BERT and ViT as a start."""
+"""Conversion of the authors' checkpoints, in both directions, and warm starts from BERT and ViT weights."""
 
 from .bert import config_from_bert, from_bert
 from .checkpoint import convert_checkpoint, reverse_checkpoint

@@ -1,4 +1,4 @@
-"""`python -m lion_hf.convert`, the same as the command `lion-convert`."""
+"""`python -m lion_hf.convert`, equivalent to the command `lion-convert`."""
 
 import sys
 

@@ -1,20 +1,25 @@
-"""LION text encoders that begin with the weights of a BERT instead of random ones.
+"""Warm starts of LION text encoders from the weights of a BERT.
 
     from lion_hf.convert import from_bert
 
-    model = from_bert("google-bert/bert-base-uncased", "selective")  # LionForMaskedLM, as the source is BertForMaskedLM
+    model = from_bert("google-bert/bert-base-uncased", "selective")  # LionForMaskedLM, for a source of BertForMaskedLM
 
-What is copied, and how decays start, is told in warm_start.py. Text does not normalise its rows: a plain copy would add
-up L signed products where softmax took a mean, and comes out a hundred times too large and uncorrelated with what it
-was. So text starts from the first-order expansion of softmax at a higher temperature,
+warm_start.py describes what is copied and how decays start. Text layers do not normalise the rows of their attention
+matrix. With plain copies of the projections they would sum L signed products where softmax takes a mean: the result
+would be about a hundred times too large, and uncorrelated with the source's. Text layers therefore start from the
+first-order expansion of softmax at a higher temperature,
 
     softmax_j(x_ij) ~ (1 + beta x_ij) M_ij / N,   x_ij = q_i . k_j / sqrt(d),   beta = 1/4,
 
-where N is the sum of a row of M in a text of `length` tokens. Both lie in the copied weights: in each head one
-direction, the one that queries and keys use least, is given up and holds the constant 1, and query, key and value are
-each multiplied by N^(-1/3), evenly, so that no projection becomes so small that an optimizer step overwrites it. The
-LayerNorm after mixing (`layer_norm_after`), on by default here for every variant, starts with the size that the mixed
-values had: the start is no nearer with it, but training bears larger learning rates, since sums can no longer grow.
+where N is the sum of a row of M in a text of `length` tokens. The copied weights are changed to compute it:
+
+- The constant 1: in each head, one direction of queries and keys, the least used one, is replaced by the constant 1.
+- The factor 1 / N: query, key and value are each multiplied by N^(-1/3). With equal shares, no projection becomes so
+  small that an optimizer step overwrites it.
+
+The LayerNorm after mixing (`layer_norm_after`) is on by default here, for every variant. Its weight starts at the size
+of the mixed values. It brings the start no closer to the source, but training tolerates larger learning rates with it,
+because sums can no longer grow.
 """
 
 from collections.abc import Sequence
@@ -49,7 +54,7 @@ from .warm_start import (
 )
 
 
-# The class that each class of a source becomes. Of several sources of one class the first is its counterpart.
+# LION's class by the source's class. Where several sources have the same LION class, the first is its counterpart.
 CLASSES = {
     "BertModel": LionModel,
     "BertForMaskedLM": LionForMaskedLM,
@@ -63,10 +68,9 @@ CLASSES = {
 _SIZES = (*SIZES, "vocab_size", "max_position_embeddings", "type_vocab_size", "tie_word_embeddings")
 _SHARED = (*SHARED, "pad_token_id", "bos_token_id", "eos_token_id", "classifier_dropout")
 
-# Share of the logits in the expansion of softmax: at 1, outliers among them swamp the mean; at 0, heads see distance
-# only.
+# Share of the logits in the expansion of softmax (beta). At 1, outliers dominate the mean; at 0, only distance counts.
 _LOGIT_SHARE = 0.25
-# Root mean square of what softmax attention mixes, over that of one value: averaging leaves about a third.
+# Root mean square of the output of softmax attention over that of a value: averaging leaves about a third.
 _MIXED_SHARE = 0.35
 
 
@@ -81,38 +85,41 @@ def from_bert(
     length: int = 128,
     **config_overrides,
 ) -> PreTrainedModel:
-    """A LION text encoder with the weights of a BERT; see the head of this module for what is copied and what is new.
+    """Build a LION text encoder from the weights of a BERT.
 
-    ```python
-    source = "google-bert/bert-base-uncased"
-    model = from_bert(source, "decay", model_class=LionForSequenceClassification, num_labels=3)
-    model.save_pretrained("lion-bert")
-    AutoTokenizer.from_pretrained(source).save_pretrained("lion-bert")  # the tokenizer stays the source's
-    ```
+    Embeddings, MLPs, norms and a matching head are copied. The projections of attention are copied and changed to the
+    first-order expansion of softmax; decays start from `windows`. The result needs training before use.
+
+    Example::
+
+        source = "google-bert/bert-base-uncased"
+        model = from_bert(source, "decay", model_class=LionForSequenceClassification, num_labels=3)
+        model.save_pretrained("lion-bert")
+        AutoTokenizer.from_pretrained(source).save_pretrained("lion-bert")  # the tokenizer is the source's
 
     Args:
-        model_or_path: a BERT of Transformers, or its Hub name or folder.
-        mask_type: as in [`LionConfig`].
-        model_class: class of the result, such as `LionForSequenceClassification`; by default the source's counterpart
-            (`BertForMaskedLM` becomes `LionForMaskedLM`). A head that the source lacks is newly initialised.
-        softmax_layers: layers, counted from 0, that stay as they are. With all of them and `pos_emb`, the result
-            computes what the source does.
-        pos_emb: keep the source's position table. Without it any length is taken; LION layers miss it little at the
-            start, softmax layers, which know no order, miss it.
-        windows: tokens that a head reads at the start, more than 1: (smallest, largest), spread geometrically over the
-            heads, or one number per head. (16, 512) by default. LION-LIT has none.
-        length: typical number of tokens of a text, for the scale of what is mixed.
-        config_overrides: further options of [`LionConfig`] that the weights do not decide, such as `format`,
-            `num_labels` or `layer_norm_after` (True unless given). Attention dropout is 0 unless given, since only the
-            attention form has it.
+        model_or_path: a BERT model of Transformers, its name on the Hub, or its folder.
+        mask_type: the variant, as in `LionConfig`.
+        model_class: class of the result, such as `LionForSequenceClassification`. Default: the source's counterpart
+            (`LionForMaskedLM` for `BertForMaskedLM`). A head that the source lacks is newly initialised.
+        softmax_layers: layers that keep softmax attention, counted from 0. If all layers are listed and `pos_emb` is
+            True, the result computes exactly what the source computes.
+        pos_emb: keep the source's position table. Without it, the model accepts any length. At the start LION layers
+            lose little without it; softmax layers lose the order of the tokens.
+        windows: number of tokens that a head reads at the start, above 1: (smallest, largest), spread geometrically
+            over the heads, or one number per head. Default: (16, 512). Ignored for LION-LIT.
+        length: typical number of tokens of a text. It sets the scale of the projections.
+        config_overrides: further options of `LionConfig` that the weights do not determine, such as `format`,
+            `num_labels` or `layer_norm_after` (default here: True). The default of attention dropout is 0, because
+            only the attention form supports it.
 
     Returns:
-        The model, in evaluation mode, with the source's dtype and device. Decays are float32 at least.
+        The model in evaluation mode, with the source's dtype and on its device. Decay parameters are at least float32.
 
     Raises:
-        ValueError: for another architecture, a decoder, relative positions, wrong windows, options that the weights
-            decide, and those that [`LionConfig`] refuses.
-        OSError: for a path where there is no model.
+        ValueError: if the source has another architecture, is a decoder or uses relative positions, if windows are
+            invalid, or if an option is determined by the weights or rejected by `LionConfig`.
+        OSError: if there is no model at the path.
     """
     source = load_source(model_or_path, "bert", CLASSES, model_class)
     config = config_from_bert(
@@ -142,8 +149,22 @@ def config_from_bert(
     pos_emb: bool = True,
     **config_overrides,
 ) -> LionConfig:
-    """The configuration of what [`from_bert`] makes of a source with this one. It needs no weights, so that wrong
-    options can be found early; they raise the same ValueError, and the arguments are the same.
+    """Return the configuration that `from_bert` would give its result, without loading weights.
+
+    Use it to find invalid options early: they raise the same ValueError.
+
+    Args:
+        source: configuration of the BERT.
+        mask_type: as in `from_bert`.
+        softmax_layers: as in `from_bert`.
+        pos_emb: as in `from_bert`.
+        config_overrides: as in `from_bert`.
+
+    Returns:
+        The configuration of the LION model.
+
+    Raises:
+        ValueError: as in `from_bert`.
     """
     _require_encoder(source)
     options = config_options(source, _SIZES, _SHARED, {"layer_norm_after": True, **config_overrides})
@@ -159,13 +180,13 @@ def _require_encoder(config: PreTrainedConfig) -> None:
         value = getattr(config, name, allowed)
         if value != allowed:
             raise ValueError(
-                f"the source has {name}={value!r}, which LION, an encoder with absolute positions or none, cannot "
-                f"carry over; only {name}={allowed!r} is allowed."
+                f"the source has {name}={value!r}, but only {name}={allowed!r} can be converted: LION is an encoder "
+                "with absolute positions or none."
             )
 
 
 def _weights(source: PreTrainedModel, config: LionConfig, with_head: bool) -> dict[str, Tensor]:
-    """The source's state dict by the names of LION, with the prefix that heads have."""
+    """Return the source's state dict under LION's names, with the prefix used in models with a head."""
     prefix = "" if hasattr(source, "bert") else "bert."
     weights = {f"{prefix}{name}": tensor for name, tensor in without_wrappers(source.state_dict()).items()}
     weights = {
@@ -179,12 +200,12 @@ def _weights(source: PreTrainedModel, config: LionConfig, with_head: bool) -> di
 
 @torch.no_grad()
 def _expand_softmax(mixer: Mixer, windows: Tensor, length: int, norm_before: nn.LayerNorm) -> None:
-    """Makes a text mixer's A = (1 + beta q.k / sqrt(d)) M / N, with weights of a softmax layer."""
+    """Change the softmax projections in a text mixer so that its matrix is (1 + beta q.k / sqrt(d)) M / N."""
     if mixer.norm is not None:
         mixer.norm.weight.fill_(_MIXED_SHARE * _value_size(mixer.v_proj, norm_before))
     heads = (mixer.num_heads, mixer.head_dim)
     size = _row_sums(mixer, windows, length) ** (-1 / 3)
-    if mixer.norm is not None:  # only the proportions of the heads matter
+    if mixer.norm is not None:  # with a norm, only the ratios between heads matter
         size = size / size.mean()
     query, key, value = (
         [x.detach().double().cpu().unflatten(0, heads) for x in (proj.weight, proj.bias)]
@@ -205,21 +226,22 @@ def _expand_softmax(mixer: Mixer, windows: Tensor, length: int, norm_before: nn.
 
 
 def _row_sums(mixer: Mixer, windows: Tensor, length: int) -> Tensor:
-    """Mean sum of a row of M in a text of `length` tokens, (heads,)."""
+    """Return the mean row sum of M in a text of `length` tokens, shape (heads,)."""
     decay = (windows - 1) / (windows + 1) if mixer.variant.decay else torch.ones_like(windows)
     distance = torch.arange(1, length, dtype=torch.float64)
     return 1 + 2 * ((1 - distance / length) * decay.unsqueeze(1) ** distance).sum(1)
 
 
 def _least_used(query: Tensor, key: Tensor) -> Tensor:
-    """Per head, the unit vector (heads, head_dim) along which queries and keys together vary least, for inputs that
-    vary alike in every feature. Weights are (heads, head_dim, hidden_size)."""
+    """Return for each head the unit vector along which queries and keys together vary least, (heads, head_dim).
+
+    Assumes inputs with the same variance in every feature. Weights are (heads, head_dim, hidden_size)."""
     spread = sum(x @ x.transpose(1, 2) / x.square().sum((1, 2))[:, None, None] for x in (query, key))
     return torch.linalg.eigh(spread).eigenvectors[..., 0]
 
 
 def _value_size(v_proj: nn.Linear, norm_before: nn.LayerNorm) -> Tensor:
-    """Root mean square of a value, for inputs that the LayerNorm before it scales and shifts, else independent."""
+    """Return the root mean square of a value, for independent inputs scaled and shifted by the LayerNorm before."""
     weight, bias, scale, shift = (x.double() for x in (*v_proj.parameters(), *norm_before.parameters()))
     mean, variance = weight @ shift + bias, weight.square() @ scale.square()
     return (variance + mean.square()).mean().sqrt()

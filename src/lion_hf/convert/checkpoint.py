@@ -1,7 +1,8 @@
-"""The authors' checkpoints to folders of this package, and back: verified, then written as a whole or not at all.
+"""Conversion of the authors' checkpoints to folders of this package, and back.
 
-A checkpoint is read without running anything in it (source.py), its configuration is inferred (config.py), its tensors
-get our names (names.py), and all is verified (plan.py) before anything is written.
+A checkpoint is read without running code in it (source.py). Its configuration is inferred (config.py), its tensors are
+renamed (names.py) and the result is verified (plan.py) before anything is written. Output appears complete or not at
+all.
 """
 
 import tempfile
@@ -21,15 +22,15 @@ from .reverse import authors_checkpoint, lost_names, read_folder, require_same_m
 from .source import ConversionError, interpret, read_source
 
 
-# What a converted folder can hold.
+# Names of files that a conversion can write.
 _WRITTEN = ("config.json", "README.md", "*.safetensors", "*.safetensors.index.json", "*.py", "preprocessor_config.json")
 _WRITTEN += ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json")
 
 
 @contextmanager
 def _published(out: Path) -> Iterator[Path]:
-    """A path beside `out` to write to. It becomes `out` when the block ends, in one step, and only then is what was at
-    `out` removed; it is gone if the block fails."""
+    """Yield a temporary path beside `out`. When the block ends, the path is renamed to `out`, and only then is an old
+    `out` removed. If the block fails, the path is removed and `out` is unchanged."""
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         new, old = Path(work, "new"), Path(work, "old")
         yield new
@@ -44,33 +45,33 @@ def _published(out: Path) -> Iterator[Path]:
 
 
 def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> None:
-    """Raises ConversionError unless `out` can be made, or holds a checkpoint that `force` may replace."""
+    """Raise ConversionError unless `out` can be created, or is a checkpoint and `force` allows replacing it."""
     if not out.parent.is_dir():
-        raise ConversionError(f"{out.parent} is not a folder; make it first.")
+        raise ConversionError(f"{out.parent} is not a folder; create it first.")
     if not out.exists():
         return
     if out.is_dir() != folder:
         raise ConversionError(f"{out} is a {'file' if folder else 'folder'}; give a {'folder' if folder else 'file'}.")
     if not force:
-        raise ConversionError(f"{out} exists; give another place, or --force to replace it.")
+        raise ConversionError(f"{out} exists; give another path, or --force to replace it.")
     if out == source or out in source.parents or source in out.parents:
-        raise ConversionError(f"{out} is where the source is; give another place.")
+        raise ConversionError(f"{out} would overwrite the source; give another path.")
     if folder and any(out.iterdir()) and not holds_lion(out):
-        raise ConversionError(f"{out} holds something other than a LION checkpoint; empty it, or give another place.")
+        raise ConversionError(f"{out} holds something other than a LION checkpoint; empty it, or give another path.")
     foreign = next((x.name for x in sorted(out.iterdir()) if x.is_dir() or not _is_ours(x)), None) if folder else None
     if foreign:
-        raise ConversionError(f"{out} also holds {foreign}, which would be lost; move it, or give another place.")
+        raise ConversionError(f"{out} also holds {foreign}, which would be lost; move it, or give another path.")
     if not folder and not zipfile.is_zipfile(out):
-        raise ConversionError(f"{out} is something other than a checkpoint; remove it, or give another place.")
+        raise ConversionError(f"{out} is not a checkpoint and is not replaced; remove it, or give another path.")
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file has a name that a conversion writes."""
+    """Return whether a conversion writes files of this name."""
     return any(file.match(pattern) for pattern in _WRITTEN)
 
 
 def write_folder(plan: Plan, out: Path, tokenizer: PreTrainedTokenizerBase | None, with_code: bool) -> None:
-    """Writes model, configuration, tokenizer or image processor and model card; see [`save_with_code`] for the code."""
+    """Write model, configuration, tokenizer or image processor, model card and, on request, the modelling code."""
     if with_code:
         save_with_code(plan.model, out)
     else:
@@ -93,23 +94,27 @@ def convert_checkpoint(
     force: bool = False,
     **flags: Any,
 ) -> Plan:
-    """Converts a checkpoint of the authors to a folder that `AutoModelForX.from_pretrained` loads.
+    """Convert a checkpoint of the authors to a folder for `AutoModelForX.from_pretrained`.
+
+    No code in the checkpoint is run. The folder appears complete or not at all.
 
     Args:
-        path: the checkpoint; see [`read_source`] for the kinds.
-        out: the folder to write; it appears complete or not at all. None writes nothing.
-        ema: take the averaged weights (model_ema, state_dict_ema).
-        tokenizer: name or folder of the tokenizer of a text model; by default the one inside the checkpoint, if any.
-        with_code: add the modelling code, see [`save_with_code`].
+        path: the checkpoint: a DeiT image checkpoint, a Composer text checkpoint, or a state dict (.pth, .pt,
+            .safetensors).
+        out: the folder to write. None verifies the conversion and writes nothing.
+        ema: convert the averaged weights (`model_ema`, `state_dict_ema`).
+        tokenizer: name or folder of the tokenizer for a text model. Default: the one inside the checkpoint, if any.
+        with_code: add the modelling code, as `lion_hf.save_with_code` does.
         force: replace `out` if it holds a LION checkpoint.
-        flags: options of the configuration that the file does not tell: mask_type, num_attention_heads, cls_tok, order,
-            pos_emb, image_size.
+        flags: options of the configuration that the file does not contain: `mask_type`, `num_attention_heads`,
+            `cls_tok`, `order`, `pos_emb`, `image_size`.
 
     Returns:
-        What was converted, and how.
+        A plan with the source, the model, the origin of each option, renamed and dropped tensors, and notes.
 
     Raises:
-        ConversionError: for a source, an option or a place that does not fit; nothing is written then.
+        ConversionError: if the source, an option or the output path is invalid. Nothing is written then. It is a
+            ValueError.
     """
     if out is not None:
         out = Path(out).resolve()
@@ -123,20 +128,22 @@ def convert_checkpoint(
 
 
 def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: bool = False) -> Plan:
-    """Writes the model of a save_pretrained folder as a checkpoint that the authors' code can load: DeiT's layout
-    (model, args) for images, Composer's (state.model and the configuration) for text.
+    """Write the model of a `save_pretrained` folder as a checkpoint for the authors' code.
+
+    The layout is DeiT's (`model`, `args`) for images and Composer's (`state.model` and the configuration) for text.
 
     Args:
         folder: the folder.
-        out: the file to write; it appears complete or not at all. None writes nothing.
-        force: replace `out` if it is a file.
+        out: the file to write; it appears complete or not at all. None verifies the conversion and writes nothing.
+        force: replace `out` if it is a checkpoint file.
 
     Returns:
-        The conversion of what was written, which gives the weights of the folder bit by bit. Its notes name what the
-        authors' layout has no place for.
+        The plan that converts the written checkpoint back; it gives the same weights, bit for bit. Its notes list
+        what the authors' layout cannot store.
 
     Raises:
-        ConversionError: for another kind of folder, and for a model that the authors' layout cannot express.
+        ConversionError: if the folder holds no LION model, or a model that the authors' layout cannot express. It is a
+            ValueError.
     """
     folder = Path(folder)
     if out is not None:
@@ -149,7 +156,7 @@ def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: boo
     plan.notes += lost_names(config, plan.model.config)
     back = plan.model.state_dict()
     if not all(tensor.dtype == back[name].dtype and tensor.equal(back[name]) for name, tensor in state.items()):
-        raise ConversionError(f"{folder}: the weights do not survive the way to the authors' layout and back.")
+        raise ConversionError(f"{folder}: the weights change on the way to the authors' layout and back.")
     if out is not None:
         with _published(out) as new:
             torch.save(content, new)

@@ -1,10 +1,10 @@
-"""The command `lion-convert`: the authors' checkpoints to folders of this package, and back.
+"""The command `lion-convert`: converts the authors' checkpoints to folders of this package, and back.
 
     lion-convert vision_checkpoint.pth lion-s-tiny
     lion-convert latest-rank0.pt lion-d-base --dry-run
     lion-convert --reverse lion-s-tiny back.pth
 
-`python -m lion_hf.convert` is the same.
+`python -m lion_hf.convert` is equivalent.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def _table(*rows: tuple[Any, ...]) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as tables: the source, the configuration, the names of the weights, what is dropped; and its notes."""
+    """Format a plan as tables of source, options, renamed and dropped tensors, followed by its notes."""
     model = plan.model
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in model.state_dict().values()})
     summary = [
@@ -59,36 +59,55 @@ def describe(plan: Plan) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lion-convert", description="Converts checkpoints of the LION authors' code to Transformers, and back."
+        prog="lion-convert",
+        description="Convert checkpoints of the LION authors' code to Transformers folders, and back.",
     )
     add, choice = parser.add_argument, {"type": str.lower}
-    add("source", help="the authors' checkpoint (.pth, .pt, .safetensors); with --reverse a folder of save_pretrained")
-    add("out", nargs="?", help="folder to write (with --reverse: file); not needed with --dry-run")
-    add("--reverse", action="store_true", help="write a folder's model as a checkpoint for the authors' code")
-    add("--dry-run", action="store_true", help="verify, show the plan as a table, write nothing")
-    add("--force", action="store_true", help="replace OUT")
-    add("--ema", action="store_true", default=None, help="take the averaged weights (model_ema, state_dict_ema)")
-    add("--with-code", action="store_true", default=None, help="add the modelling code, for users without lion_hf")
-    add("--tokenizer", metavar="NAME_OR_PATH", help="tokenizer to save beside a text model")
-    unknown = parser.add_argument_group("what a bare state dict does not tell")
+    add("source", help="the authors' checkpoint (.pth, .pt, .safetensors); with --reverse: a model folder")
+    add("out", nargs="?", help="folder to write (with --reverse: file); optional with --dry-run")
+    add("--reverse", action="store_true", help="convert a model folder to a checkpoint for the authors' code")
+    add("--dry-run", action="store_true", help="verify the conversion and print it as tables, write nothing")
+    add("--force", action="store_true", help="replace OUT if it is a checkpoint")
+    add("--ema", action="store_true", default=None, help="convert the averaged weights (model_ema, state_dict_ema)")
+    add("--with-code", action="store_true", default=None, help="add the modelling code, to load without lion_hf")
+    add(
+        "--tokenizer", metavar="NAME_OR_PATH", help="tokenizer of a text model (default: the one inside the checkpoint)"
+    )
+    unknown = parser.add_argument_group("options that a bare state dict does not contain")
     add = unknown.add_argument
-    add("--mask-type", **choice, choices=spellings("mask_type"), help="the variant; shown by the decays if any")
-    add("--num-heads", type=int, dest="num_attention_heads", metavar="N", help="heads of a LION-LIT model")
-    add("--cls-tok", **choice, choices=("true", "false"), help="images: classify from the class token")
-    add("--order", **choice, choices=spellings("order"), help="images: the scan of a LION-LIT model")
-    add("--pos-emb", **choice, choices=("true", "false"), help="whether the position table is in use")
-    add("--image-size", type=int, metavar="N", help="images: side in pixels of a model without position table")
+    add(
+        "--mask-type",
+        **choice,
+        choices=spellings("mask_type"),
+        help="variant (default: from the decays in the weights)",
+    )
+    add(
+        "--num-heads",
+        type=int,
+        dest="num_attention_heads",
+        metavar="N",
+        help="number of attention heads of a LION-LIT model",
+    )
+    add("--cls-tok", **choice, choices=("true", "false"), help="images: whether to classify from the class token")
+    add("--order", **choice, choices=spellings("order"), help="images: scan of a LION-LIT model")
+    add("--pos-emb", **choice, choices=("true", "false"), help="whether the model uses its position table")
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="images: height and width in pixels, for a model without position table",
+    )
     return parser
 
 
 def _run(source: str, out: str | None, reverse: bool, dry_run: bool, force: bool, **options: Any) -> str:
-    """Does what the command line says; returns what to tell the user."""
+    """Run the command; return the text to print."""
     options = {name: value for name, value in options.items() if value is not None}
     if out is None and not dry_run:
-        raise ConversionError("OUT is missing: say where to write, or --dry-run.")
+        raise ConversionError("OUT is missing; give the path to write to, or --dry-run.")
     if reverse and options:
-        given = ", ".join(f"--{name.replace('_', '-')}" for name in options)
-        raise ConversionError(f"--reverse reads all it needs from the folder; leave out {given}.")
+        given = ", ".join(_flag(name) for name in options)
+        raise ConversionError(f"--reverse reads these options from the folder; remove {given}.")
     for name in ("cls_tok", "pos_emb"):
         if name in options:
             options[name] = options[name] == "true"
@@ -104,31 +123,36 @@ def _run(source: str, out: str | None, reverse: bool, dry_run: bool, force: bool
     return "\n".join(lines)
 
 
+def _flag(name: str) -> str:
+    """Return the flag of an option."""
+    return "--num-heads" if name == "num_attention_heads" else f"--{name.replace('_', '-')}"
+
+
 def _about_companions(out: Path, config: LionConfig | LionVisionConfig) -> list[str]:
-    """What is missing beside the weights, or was made up."""
+    """Return notes about a tokenizer or image processor that is missing or has assumed values."""
     if isinstance(config, LionConfig):
         if (out / "tokenizer_config.json").exists():
             return []
-        return ["no tokenizer was written: the checkpoint holds none; give one with --tokenizer"]
+        return ["no tokenizer was written: the checkpoint contains none; give one with --tokenizer"]
     channels = config.num_channels
     if channels not in (1, 3):
         return [
-            f"no image processor was written: the checkpoint tells no mean and deviation of its {channels} channels"
+            f"no image processor was written: the mean and standard deviation of the {channels} channels are unknown"
         ]
     if not (out / "preprocessor_config.json").exists():
         return ["no image processor was written: install Pillow"]
     if channels == 1:
         return [
-            "the image processor is for one channel: give it image.convert('L'); its mean and deviation are those of "
-            "ImageNet's three channels averaged, since the checkpoint tells none"
+            "the image processor takes images of one channel: pass image.convert('L'). Its mean and standard deviation "
+            "are averages over ImageNet's three channels, because the checkpoint contains none"
         ]
     return []
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0, 2 after an error that the user can mend (one line), or 130 after an interruption."""
+    """Run the command line. Return 0, 2 after an error (one line on stderr), or 130 after an interruption."""
     options = vars(_parser().parse_args(arguments))
-    # A terminated process removes what is half-written, as an interrupted one does.
+    # On SIGTERM, exit through the context managers, which remove partial output.
     handler = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""What lies beside converted weights: tokenizer or image processor, and the model card."""
+"""Files beside converted weights: tokenizer or image processor, and model card."""
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoTokenizer, BertTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -8,13 +8,13 @@ from ..models.configuration_lion import LionVisionConfig
 from .source import ConversionError, Source, first_line
 
 
-# DeiT's evaluation: the shorter side to 256 pixels, of which the centre 224 are kept.
+# DeiT's evaluation: resize the shorter side to 256 pixels, then crop the centre 224.
 _CROP_RATIO = 0.875
 
 _PAPER = "https://arxiv.org/abs/2502.16249"
 _AUTHORS_CODE = "https://github.com/LIONS-EPFL/LION"
 _VARIANT_NAMES = {"lit": "LION-LIT", "decay": "LION-D", "selective": "LION-S"}
-# By class: the pipeline, and the Auto class that loads it.
+# Pipeline and Auto class by model class.
 _USES = {
     "LionForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
     "LionForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification"),
@@ -23,19 +23,19 @@ _USES = {
 
 _TEXT = """# {title}
 
-{variant} with {parameters:,} parameters, a linear attention encoder of the paper
+{variant} with {parameters:,} parameters: a linear attention encoder from
 [Linear Attention for Efficient Bidirectional Sequence Modeling]({paper}) (NeurIPS 2025), converted to Transformers.
 
 ## Origin
 
 The weights were trained with [the paper authors' code]({code}) and converted by lion_hf from `{file}`
-({layout}). Names of tensors changed, values did not.{dropped}
+({layout}). Tensors were renamed; their values did not change.{dropped}
 
 ## Licence of the weights
 
-The authors publish their code and weights under a **non-commercial licence**, and converted weights keep it: read the
-licence in [their repository]({code}) before you use or share them. The Apache-2.0 licence of lion_hf covers its code,
-not these weights.
+The authors publish their code and weights under a **non-commercial licence**, which also covers converted weights. Read
+the licence in [their repository]({code}) before you use or share them. The Apache-2.0 licence of lion_hf covers its
+code, not these weights.
 
 ## Use
 
@@ -48,42 +48,46 @@ model = {auto}.from_pretrained("path/to/this/folder"{trust})
 
 
 def load_tokenizer(name: str | None, source: Source, vocab_size: int) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of that name or folder; without a name, the one inside the checkpoint, or None.
+    """Load the tokenizer of this name or folder; without a name, the one inside the checkpoint, or None.
 
     Raises:
-        ConversionError: for a tokenizer that does not load, has more tokens than the model, or is given for images.
+        ConversionError: if the tokenizer does not load, has more tokens than the model, or is given for an image model.
     """
     if name is not None and source.kind == "image":
-        raise ConversionError("--tokenizer is for text, but the checkpoint is of an image model; leave it out.")
+        raise ConversionError("--tokenizer is for text models, but the checkpoint holds an image model; remove it.")
     if name is None and source.tokenizer is None:
         return None
     origin = f"The tokenizer {name!r}" if name else "The tokenizer inside the checkpoint"
     try:
         tokenizer = AutoTokenizer.from_pretrained(name) if name else BertTokenizer(**source.tokenizer)
-    except Exception as error:  # the readers of many kinds of files raise errors of many kinds
+    except Exception as error:  # tokenizer files raise errors of many types
         raise ConversionError(
             f"{origin} does not load ({first_line(error)}); give another with --tokenizer."
         ) from error
     if len(tokenizer) > vocab_size:
         raise ConversionError(
-            f"{origin} has {len(tokenizer):,} tokens, but the model only {vocab_size:,}; give the one it was trained "
-            "with."
+            f"{origin} has {len(tokenizer):,} tokens, but the model has only {vocab_size:,}; give the tokenizer that "
+            "it was trained with."
         )
     return tokenizer
 
 
 def image_processor(config: LionVisionConfig, crop_ratio: float | None = None):
-    """What the authors' evaluation does: bicubic resize of the shorter side (256 for 224), centre crop, ImageNet's mean
-    and standard deviation; for one channel the means of both over the three channels, and images in mode "L". None for
-    other numbers of channels, and where Transformers has no processor for lack of Pillow.
+    """Build an image processor that does what the authors' evaluation does.
+
+    It resizes the shorter side with bicubic interpolation (to 256 for 224), crops the centre, and normalises with
+    ImageNet's mean and standard deviation. For one channel it uses their averages over the three channels and expects
+    images in mode "L".
 
     Args:
-        config: the model's.
-        crop_ratio: side of the crop over the shorter side that is resized to, as the checkpoint states it; 0.875 where
-            it states none.
+        config: configuration of the model.
+        crop_ratio: side of the crop over the resized shorter side, from the checkpoint. Default: 0.875.
+
+    Returns:
+        The processor. None for other numbers of channels, and if Pillow, which Transformers needs, is not installed.
 
     Raises:
-        ConversionError: for a ratio that is none.
+        ConversionError: if the ratio is not above 0 and at most 1.
     """
     side, ratio = config.image_size, _CROP_RATIO if crop_ratio is None else crop_ratio
     if isinstance(ratio, str) or not 0 < ratio <= 1:
@@ -111,13 +115,13 @@ def image_processor(config: LionVisionConfig, crop_ratio: float | None = None):
 
 
 def model_card(model: PreTrainedModel, source: Source, dropped: dict[str, str], with_code: bool) -> ModelCard:
-    """The card (README.md) of a converted checkpoint, valid on the Hub.
+    """Build the model card (README.md) of a converted checkpoint, with metadata for the Hub.
 
     Args:
         model: the converted model.
-        source: what it was converted from.
-        dropped: tensors that were not carried over, and why.
-        with_code: whether the folder holds the modelling code.
+        source: the checkpoint that it was converted from.
+        dropped: reasons by the names of tensors that were not converted.
+        with_code: whether the folder contains the modelling code.
     """
     pipeline, auto = _USES[type(model).__name__]
     variant = _VARIANT_NAMES[model.config.mask_type] + " (snake)" * (getattr(model.config, "order", "") == "s")
@@ -138,8 +142,8 @@ def model_card(model: PreTrainedModel, source: Source, dropped: dict[str, str], 
         code=_AUTHORS_CODE,
         file=source.path.name,
         layout=source.layout,
-        dropped=f" Left out:\n{reasons}" if dropped else "",
-        imports="" if with_code else "import lion_hf  # makes the Auto classes know LION\n",
+        dropped=f" Not converted:\n{reasons}" if dropped else "",
+        imports="" if with_code else "import lion_hf  # registers LION with the Auto classes\n",
         auto=auto,
         trust=", trust_remote_code=True" if with_code else "",
     )

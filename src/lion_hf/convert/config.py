@@ -1,4 +1,4 @@
-"""Configurations of the authors' checkpoints: from their shapes, from what the file says, and from the user."""
+"""Inference of configurations of the authors' checkpoints, from tensors, stored options and flags of the user."""
 
 import math
 import re
@@ -12,33 +12,36 @@ from ..models.modeling_lion_vision import LionForImageClassification
 from .source import ConversionError, Source, first_line
 
 
-# Every name that the authors give a variant, in lower case; the last three are internal ones.
+# All names that the authors use for a variant, in lower case; the last three are internal names.
 _VARIANTS = {
     **spellings("mask_type"),
     "linear_attention": "lit",
     "nova": "decay",
     "nova-inputdep": "selective",
 }
-# Whether the authors' text models read their position table, by position_embedding_type. The names are BERT's.
+# Whether the authors' text models use their position table, by position_embedding_type. The names are BERT's.
 _READS_TABLE = {"absolute": True, "relative_key": False, "relative_key_query": False}
-# Heads of the sizes that the authors' image models are named after.
+# Number of heads by the size in the name of the authors' image models.
 _HEADS_OF_SIZE = {"tiny": 3, "small": 6, "base": 12}
 
-# Options that a flag can settle: the flag, and why the file may not tell.
+# Options that a flag can set: the flag, and why the file may not determine the option.
 QUESTIONS = {
-    "mask_type": ("--mask-type lit", "weights without decays are of LION-LIT, or of a plain BERT or ViT"),
-    "num_attention_heads": ("--num-heads N", "the weights of LION-LIT do not show its heads"),
-    "cls_tok": ("--cls-tok true|false", "whether images are classified from the class token is not in the weights"),
-    "order": ("--order normal|s", "the scan of LION-LIT is not in the weights"),
+    "mask_type": ("--mask-type lit", "weights without decays belong to a LION-LIT, or to a plain BERT or ViT"),
+    "num_attention_heads": ("--num-heads N", "the weights of LION-LIT do not determine the number of heads"),
+    "cls_tok": (
+        "--cls-tok true|false",
+        "the weights do not determine whether images are classified from the class token",
+    ),
+    "order": ("--order normal|s", "the weights of LION-LIT do not determine the scan"),
     "image_size": (
         "--image-size N",
-        "without a position table the weights do not show the size of the images, in pixels",
+        "in pixels; without a position table the weights do not determine the size of the images",
     ),
-    "pos_emb": ("--pos-emb true|false", "a position table in the weights may be unused"),
+    "pos_emb": ("--pos-emb true|false", "a position table may be in the weights but unused"),
 }
-# Options that are true or false.
+# Boolean options.
 _TRUTHS = ("cls_tok", "pos_emb", "layer_norm_after")
-# Options of a text configuration that keep their names and that no tensor shows.
+# Options of a text configuration that keep their names and that tensors do not determine.
 _TEXT_STATED = (
     "hidden_act",
     "hidden_dropout_prob",
@@ -54,12 +57,12 @@ _TEXT_STATED = (
 
 
 class Options:
-    """The options of a configuration and where each comes from. Sources that contradict each other are an error.
+    """Options of a configuration and the origin of each. Contradictory origins raise ConversionError.
 
     Args:
         source: the checkpoint.
-        flags: what the user says about the options of `QUESTIONS`; None where nothing is said.
-        description: what the file's own description is called.
+        flags: the user's values of the options in `QUESTIONS`; None for those not given.
+        description: name of the options stored in the file, for messages.
     """
 
     def __init__(self, source: Source, flags: dict[str, Any], description: str):
@@ -72,7 +75,8 @@ class Options:
         self.open: list[str] = []
 
     def settle(self, name: str, *, weights: Any = None, stated: Any = None, default: Any = None) -> Any:
-        """The value that all who know it agree on, else the default; without one, the question stays open (None)."""
+        """Record and return the value on which all origins agree, else the default. Without either, record the option
+        as open and return None."""
         if name in _TRUTHS and stated is not None:
             stated = self._truth(name, stated)
         elif isinstance(weights, int) and isinstance(stated, str) and stated.isdigit():
@@ -87,7 +91,7 @@ class Options:
         origin, value = next(iter(answers.items()))
         for other, contradiction in answers.items():
             if contradiction != value:
-                remedy = "leave out the flag" if origin == "flag" else "the file contradicts itself"
+                remedy = "remove the flag" if origin == "flag" else "the file contradicts itself"
                 raise ConversionError(
                     f"{name} is {value!r} according to the {origin}, but {contradiction!r} according to the {other}: "
                     f"{remedy}."
@@ -96,14 +100,14 @@ class Options:
         return value
 
     def _truth(self, name: str, stated: Any) -> bool:
-        """True or False as files write them."""
+        """Convert a boolean as files store it."""
         truths = {"true": True, "1": True, "false": False, "0": False}
         if str(stated).lower() not in truths:
-            raise ConversionError(f"{self.source.path} states {name}={stated!r}; it must be true or false.")
+            raise ConversionError(f"{self.source.path} contains {name}={stated!r}; it must be true or false.")
         return truths[str(stated).lower()]
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
-        """The shape of a tensor that every model of the kind has, or that is known to be there."""
+        """Return the shape of a tensor; raise ConversionError if it is missing or has another number of dimensions."""
         tensor = self.source.weights.get(name)
         if tensor is None or tensor.dim() != dimensions:
             found = "is missing" if tensor is None else f"has the shape {tuple(tensor.shape)}"
@@ -111,42 +115,42 @@ class Options:
         return tuple(tensor.shape)
 
     def depth(self, pattern: str) -> int:
-        """Number of layers; one that is missing in between shows when names are compared."""
+        """Return the number of layers. A gap in the numbers is found later, when names are compared."""
         return len({match[1] for name in self.source.weights if (match := re.match(pattern, name))})
 
     def build(self, config_class: type) -> LionConfig | LionVisionConfig:
-        """The configuration; raises ConversionError for open questions, flags of no use and impossible values."""
+        """Build the configuration; raise ConversionError for open or unused options and for invalid values."""
         if self.open:
             needed = "; ".join("{} ({})".format(*QUESTIONS[name]) for name in self.open)
-            raise ConversionError(f"{self.source.path} does not say everything. Give {needed}.")
+            raise ConversionError(f"{self.source.path} does not determine all options. Give {needed}.")
         if self.flags:
             useless = ", ".join(QUESTIONS[name][0].split()[0] for name in self.flags)
             raise ConversionError(
-                f"{useless}: {self.source.path} holds a model of {self.source.kind}, which has no such option."
+                f"The {self.source.kind} model in {self.source.path} has no such option; remove {useless}."
             )
         try:
             return config_class(**self.values)
-        except Exception as error:  # what a file states can be anything
+        except Exception as error:  # values in a file can be anything
             raise ConversionError(
-                f"{self.source.path} gives no possible configuration: {first_line(error.__cause__ or error)}."
+                f"{self.source.path} does not give a valid configuration: {first_line(error.__cause__ or error)}."
             ) from error
 
 
 def infer_config(
     source: Source, flags: dict[str, Any]
 ) -> tuple[LionConfig | LionVisionConfig, dict[str, str], type[PreTrainedModel]]:
-    """The configuration of a checkpoint.
+    """Infer the configuration of a checkpoint.
 
     Args:
         source: the checkpoint.
-        flags: what the user says about the options of `QUESTIONS`; None where nothing is said.
+        flags: the user's values of the options in `QUESTIONS`; None for those not given.
 
     Returns:
         The configuration, the origin of each option ("flag", "args" or "configuration" of the file, "weights",
         "default"), and the class of the model.
 
     Raises:
-        ConversionError: where something cannot be known, sources contradict each other, or a tensor is missing.
+        ConversionError: if an option remains open, origins contradict each other, or a tensor is missing.
     """
     if source.kind == "image":
         options = _image_options(source, flags)
@@ -193,7 +197,7 @@ def _text_options(source: Source, flags: dict[str, Any]) -> Options:
     norm = mixer + "layer_norm.weight"
     mask_type, heads = _variant(options, stated.get("arch_type"), mixer + "ai", mixer + "Wa_i.weight", norm)
     vocabulary, size = options.shape(embeddings + "word_embeddings.weight", 2)
-    options.settle("vocab_size", weights=vocabulary)  # with its padding, whatever the file states
+    options.settle("vocab_size", weights=vocabulary)  # with its padding, not the value in the file
     known = {
         "hidden_size": size,
         "num_hidden_layers": options.depth(r"bert\.encoder\.layer\.(\d+)\."),
@@ -226,12 +230,14 @@ def _text_options(source: Source, flags: dict[str, Any]) -> Options:
 def _variant(
     options: Options, stated: Any, decay: str, selective: str, lit: str | None = None
 ) -> tuple[str | None, int | None]:
-    """mask_type and, where its decays show them, the number of heads. `decay`, `selective` and `lit` name parameters of
-    the first layer that only this variant has; without any, the file or the user must say that it is LION-LIT."""
+    """Return mask_type and, if decays determine it, the number of heads.
+
+    `decay`, `selective` and `lit` name parameters of the first layer that only this variant has. If none is present,
+    the file or the user must give LION-LIT."""
     weights = options.source.weights
     if stated is not None and _lower(stated) not in _VARIANTS:
         raise ConversionError(
-            f"{options.source.path} names the variant {stated!r}; known are {', '.join(map(repr, _VARIANTS))}."
+            f"{options.source.path} names the variant {stated!r}; allowed are {', '.join(map(repr, _VARIANTS))}."
         )
     heads = None
     if decay in weights:
@@ -243,7 +249,7 @@ def _variant(
     mask_type = options.settle("mask_type", stated=_VARIANTS.get(_lower(stated)), weights=found)
     if heads is None and mask_type not in ("lit", None):
         raise ConversionError(
-            f"mask_type is {mask_type!r} according to the {options.origins['mask_type']}, but the weights hold no "
+            f"mask_type is {mask_type!r} according to the {options.origins['mask_type']}, but the weights contain no "
             f"decay ({decay} or {selective})."
         )
     return mask_type, heads
@@ -252,16 +258,16 @@ def _variant(
 def _settle_positions(options: Options, has_table: bool, stated: bool | None, default: bool) -> None:
     if options.settle("pos_emb", stated=stated, default=default) and not has_table:
         raise ConversionError(
-            f"pos_emb is true according to the {options.origins['pos_emb']}, but the weights hold no position table."
+            f"pos_emb is true according to the {options.origins['pos_emb']}, but the weights contain no position table."
         )
 
 
 def _reads_table(source: Source) -> bool | None:
-    """What a text checkpoint states about its position table."""
+    """Return whether a text checkpoint uses its position table, or None if it does not tell."""
     stated = source.stated.get("position_embedding_type")
     if stated is not None and str(stated) not in _READS_TABLE:
         raise ConversionError(
-            f"{source.path} has position_embedding_type={stated!r}, which no LION model has; known are "
+            f"{source.path} has position_embedding_type={stated!r}, which no LION model uses; allowed are "
             f"{', '.join(map(repr, _READS_TABLE))}."
         )
     return None if stated is None else _READS_TABLE[stated]
@@ -273,8 +279,8 @@ def _text_head(source: Source) -> type[PreTrainedModel]:
     if "classifier.weight" in source.weights:
         return LionForSequenceClassification
     raise ConversionError(
-        f"{source.path} has neither a masked language head (cls.predictions) nor a classifier; convert the checkpoint "
-        "with its head."
+        f"{source.path} has neither a masked language modelling head (cls.predictions) nor a classifier; convert a "
+        "checkpoint with a head."
     )
 
 

@@ -1,7 +1,7 @@
-"""Names of the authors' checkpoints to names of this package, and back.
+"""Conversion of tensor names between the authors' checkpoints and this package.
 
-All maps are linear in the tensors: they serve for gradients as well as for weights, and keys may be missing. Tables
-that the configuration does not use are dropped.
+All maps are linear in the tensors, so they apply to gradients as well as to weights. Keys may be missing. Tables that
+the configuration does not use are dropped.
 """
 
 import re
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.configuration_lion import LionConfig, LionVisionConfig
 
 
-# The authors' name: ours. {} is the number of a layer; a name that ends in a dot stands for all below it.
+# Our names by the authors'. {} is the number of a layer; a name that ends in a dot is a prefix.
 _VISION_NAMES = {
     "cls_token": "lion_vision.embeddings.cls_token",
     "pos_embed": "lion_vision.embeddings.position_embeddings",
@@ -56,19 +56,17 @@ _TEXT_NAMES = {
     "cls.predictions.decoder.": "head.decoder.",
     "classifier.": "classifier.",
 }
-# Never used by a LION model: buffers, and tables of relative distances.
+# Buffers and tables of relative distances, which no LION model uses.
 _TEXT_UNUSED = re.compile(r"(^|\.)(position_ids|distance_embedding\.weight)$")
 
-# What wrappers add to the names of all weights inside: DistributedDataParallel and AveragedModel, torch.compile, FSDP,
+# Parts that wrappers add to the names of weights: DistributedDataParallel and AveragedModel, torch.compile, FSDP,
 # activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-_UNKNOWN = (
-    "is not a name of the authors' {} models; remove the tensor, or, where all names begin with a prefix of your own, "
-    "the prefix."
-)
+_UNKNOWN = "is not a name in the authors' {} models; remove the tensor, or the prefix if all names have one."
 _NO_COUNTERPART = (
-    "has no counterpart in the authors' models; only their image classifier and text heads can be written."
+    "has no counterpart in the authors' models, which have an image classifier, a text classifier and a masked "
+    "language modelling head."
 )
 
 _Rules = list[tuple[re.Pattern, str]]
@@ -93,11 +91,12 @@ _FROM_TEXT, _TO_TEXT = _rules(_TEXT_NAMES), _rules(_reversed(_TEXT_NAMES))
 
 
 def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the names that it has without wrappers around the model or any module in it. The number of
-    averaged models that AveragedModel counts, no weight, is left out.
+    """Remove what wrappers around the model or its modules add to the names of a state dict.
+
+    AveragedModel's counter `n_averaged` is dropped, since it is not a weight.
 
     Raises:
-        ValueError: for two weights of one name, and for FSDP's flattened parameters, which have lost their names.
+        ValueError: if two weights get the same name, and for flattened parameters of FSDP, which have lost their names.
     """
     bare, origin = {}, {}
     for name, tensor in weights.items():
@@ -106,23 +105,31 @@ def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         if parts and parts[-1].lstrip("_") == "flat_param":
             raise ValueError(
-                f"{name!r} is a parameter that FSDP flattened; save the whole state dict "
+                f"{name!r} is a parameter flattened by FSDP; save the full state dict "
                 "(StateDictType.FULL_STATE_DICT, or get_model_state_dict with full_state_dict=True)."
             )
         short = ".".join(parts) if isinstance(name, str) else name
         if short in bare:
-            raise ValueError(f"{origin[short]!r} and {name!r} are both {short!r} without wrappers; remove one of them.")
+            raise ValueError(f"{origin[short]!r} and {name!r} both become {short!r} without wrappers; remove one.")
         bare[short], origin[short] = tensor, name
     return bare
 
 
 def convert_vision_state_dict(official: dict[str, Tensor], config: LionVisionConfig) -> dict[str, Tensor]:
-    """The authors' image state dict (DeiT names) with the keys of [`LionForImageClassification`].
+    """Rename the authors' image state dict (DeiT names) to the keys of `LionForImageClassification`.
 
-    The stacked query-key-value projection becomes three; a position table is dropped when `config.pos_emb` is False.
+    The stacked query-key-value projection is split into three. The position table is dropped if `config.pos_emb` is
+    False. Keys may be missing, and values may be gradients.
+
+    Args:
+        official: the authors' state dict.
+        config: configuration of the model.
+
+    Returns:
+        A state dict for `LionForImageClassification`. Tensors that are not split are shared with `official`.
 
     Raises:
-        ValueError: for a name that no LION image model has.
+        ValueError: if a name does not belong to a LION image model.
     """
     converted = {}
     for name, tensor in official.items():
@@ -136,14 +143,22 @@ def convert_vision_state_dict(official: dict[str, Tensor], config: LionVisionCon
 
 
 def convert_text_state_dict(official: dict[str, Tensor], config: LionConfig) -> dict[str, Tensor]:
-    """The authors' text state dict (BERT names) with the keys of [`LionForMaskedLM`], or of
-    [`LionForSequenceClassification`] when it holds a classifier.
+    """Rename the authors' text state dict (BERT names) to the keys of a LION text model.
 
-    The position table is dropped when `config.pos_emb` is False (the authors keep it unused in LION-D and LION-S).
-    A tied decoder keeps both names, as in the state dict of the model.
+    The keys are those of `LionForSequenceClassification` if the state dict contains a classifier, else those of
+    `LionForMaskedLM`. The position table is dropped if `config.pos_emb` is False; the authors keep an unused one in
+    LION-D and LION-S. A tied decoder keeps both names, as in the state dict of the model. Keys may be missing, and
+    values may be gradients.
+
+    Args:
+        official: the authors' state dict.
+        config: configuration of the model.
+
+    Returns:
+        A state dict for the LION model. Tensors are shared with `official`.
 
     Raises:
-        ValueError: for a name that no LION text model has.
+        ValueError: if a name does not belong to a LION text model.
     """
     converted = {}
     for name, tensor in official.items():
@@ -154,10 +169,10 @@ def convert_text_state_dict(official: dict[str, Tensor], config: LionConfig) -> 
 
 
 def revert_vision_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of [`convert_vision_state_dict`]: the weights of a [`LionForImageClassification`] with DeiT names.
+    """Invert `convert_vision_state_dict`: rename the weights of a `LionForImageClassification` to DeiT names.
 
     Raises:
-        ValueError: for a name that the authors' image models do not have.
+        ValueError: if a name has no counterpart in the authors' image models.
     """
     official = {}
     for name, tensor in state.items():
@@ -171,13 +186,13 @@ def revert_vision_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def revert_text_state_dict(state: dict[str, Tensor], config: LionConfig) -> dict[str, Tensor]:
-    """The inverse of [`convert_text_state_dict`]: the weights of a LION text model with BERT names.
+    """Invert `convert_text_state_dict`: rename the weights of a LION text model to BERT names.
 
-    What the authors' models hold besides is added: the decoder under every name it has there, the buffer of position
-    numbers, and a position table of zeros for models that do not read it.
+    Adds what the authors' models contain besides: the decoder under all of its names there, the buffer of position
+    numbers, and a position table of zeros for models that do not use one.
 
     Raises:
-        ValueError: for a name that the authors' text models do not have.
+        ValueError: if a name has no counterpart in the authors' text models.
     """
     official = {authors_name(name, "text"): tensor for name, tensor in state.items()}
     words = official.get("bert.embeddings.word_embeddings.weight")
@@ -194,14 +209,14 @@ def revert_text_state_dict(state: dict[str, Tensor], config: LionConfig) -> dict
 
 
 def authors_name(name: str, kind: str) -> str:
-    """The authors' name of the tensor that one of ours comes from; the three projections of an image come from one.
+    """Return the authors' name of a tensor. In image models the projections q, k and v share one name.
 
     Args:
-        name: in the state dict of our model.
+        name: name in the state dict of our model.
         kind: "image" or "text".
 
     Raises:
-        ValueError: for a name that has no counterpart.
+        ValueError: if the name has no counterpart.
     """
     if kind == "text":
         return _renamed(name, _TO_TEXT, _NO_COUNTERPART)

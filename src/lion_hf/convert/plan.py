@@ -1,4 +1,4 @@
-"""Converting the authors' weights in memory, and verifying the result before anything is written."""
+"""Conversion of the authors' weights in memory, with verification before anything is written."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,15 +19,15 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class Plan:
-    """A conversion that is verified and not yet written.
+    """A verified conversion.
 
     Args:
         source: the authors' checkpoint.
-        model: our model with its weights, in the dtype of the file.
-        origins: where each option of the configuration comes from.
+        model: the converted model, in the dtype of the file.
+        origins: origin of each option of the configuration.
         renamed: our names and tensors, by the authors' names.
-        dropped: why a tensor of the authors is not carried over, by its name.
-        notes: what else the user should know, one line each.
+        dropped: reasons by the authors' names of tensors that are not converted.
+        notes: further information for the user, one line each.
     """
 
     source: Source
@@ -39,15 +39,17 @@ class Plan:
 
 
 def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan:
-    """Converts a checkpoint in memory and verifies the result: every tensor is used or listed as dropped, none is
-    missing or of another shape, parameters are as many as before, all are finite, and so is a forward.
+    """Convert a checkpoint in memory and verify the result.
+
+    The checks: every tensor is used or listed as dropped; none is missing or has a wrong shape; the number of
+    parameters is unchanged; all parameters are finite, and so are the outputs of a forward pass.
 
     Args:
-        source: from [`read_source`].
-        flags: options that the file does not tell; see `QUESTIONS` in config.py.
+        source: from `read_source`.
+        flags: options that the file does not contain; see `QUESTIONS` in config.py.
 
     Raises:
-        ConversionError: where the configuration stays open or the verification fails.
+        ConversionError: if an option of the configuration remains open or a check fails.
     """
     config, origins, head = infer_config(source, flags or {})
     convert = convert_vision_state_dict if source.kind == "image" else convert_text_state_dict
@@ -58,14 +60,14 @@ def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan
             continue
         if tensor.dtype not in _DTYPES:
             raise ConversionError(
-                f"{source.path}: {name} is of {tensor.dtype}; weights must be of float16, bfloat16, float32 or float64."
+                f"{source.path}: {name} has dtype {tensor.dtype}; it must be float16, bfloat16, float32 or float64."
             )
         try:
             finite = bool(tensor.isfinite().all())
-        except RuntimeError as error:  # a small file can claim a tensor that no memory holds
+        except RuntimeError as error:  # a small file can declare a huge tensor
             raise ConversionError(f"{source.path}: {name} cannot be read: {first_line(error)}.") from error
         if not finite:
-            raise ConversionError(f"{source.path}: {name} holds something other than finite real numbers.")
+            raise ConversionError(f"{source.path}: {name} contains values that are not finite.")
         try:
             renamed[name] = convert({name: tensor}, config)
         except ValueError as error:
@@ -75,8 +77,8 @@ def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan
     kept = sum(source.weights[name].numel() for name in renamed)
     if kept != model.num_parameters():
         raise ConversionError(
-            f"{source.path} holds {kept:,} parameters, but the model has {model.num_parameters():,}: some are there "
-            "twice."
+            f"{source.path} contains {kept:,} parameters, but the model has {model.num_parameters():,}: some are "
+            "stored twice."
         )
     _check_forward(model, source)
     return Plan(source, model, origins, renamed, dropped)
@@ -84,13 +86,13 @@ def plan_conversion(source: Source, flags: dict[str, Any] | None = None) -> Plan
 
 def _reason_to_drop(name: str, source: Source, config: LionConfig | LionVisionConfig, head: type) -> str | None:
     if name.endswith("position_ids"):
-        return "numbers of positions, no weights"
+        return "position numbers, not weights"
     if name.endswith("distance_embedding.weight"):
-        return "a table of relative positions, which no LION model reads"
+        return "a table of relative positions, which LION does not use"
     if ("position_embeddings" in name or name == "pos_embed") and not config.pos_emb:
-        return "a position table that this model does not read"
+        return "a position table that this model does not use"
     if name.startswith("bert.pooler.") and head is LionForMaskedLM:
-        return "a pooler, which a masked language model does not have"
+        return "a pooler, which a masked language model does not use"
     if name == "cls.predictions.decoder.weight" and config.tie_word_embeddings:
         return "the same tensor as the word embeddings"
     twin = source.weights.get("cls.predictions.decoder.bias")
@@ -104,7 +106,7 @@ def _reason_to_drop(name: str, source: Source, config: LionConfig | LionVisionCo
 def _loaded(
     head: type[PreTrainedModel], config: LionConfig | LionVisionConfig, state: dict[str, Tensor], source: Source
 ) -> PreTrainedModel:
-    """The model with exactly these weights, in their dtypes."""
+    """Build the model with exactly these weights, in their dtypes."""
     with torch.device("meta"):
         model = head(config)
     expected = model.state_dict()
@@ -112,23 +114,23 @@ def _loaded(
         for tied in model._tied_weights_keys or ():
             expected.pop(tied)
     for problem, names in (
-        ("lacks", expected.keys() - state.keys()),
-        ("has no use for", state.keys() - expected.keys()),
+        (f"lacks {{}} tensor(s) of {head.__name__}", expected.keys() - state.keys()),
+        (f"contains {{}} tensor(s) that {head.__name__} does not have", state.keys() - expected.keys()),
     ):
         if names:
             names = sorted({authors_name(name, source.kind) for name in names})
             raise ConversionError(
-                f"{source.path} {problem} {len(names)} tensor(s) of {head.__name__}: {', '.join(names[:3])}"
+                f"{source.path} {problem.format(len(names))}: {', '.join(names[:3])}"
                 + (", ..." if len(names) > 3 else ".")
             )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ConversionError(
                 f"{source.path}: {name}, from {authors_name(name, source.kind)}, has the shape {tuple(tensor.shape)}, "
-                f"but the configuration gives {tuple(expected[name].shape)}."
+                f"but the configuration requires {tuple(expected[name].shape)}."
             )
     owned = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    model.load_state_dict(owned, strict=False, assign=True)  # strict but for the tied decoder, which follows
+    model.load_state_dict(owned, strict=False, assign=True)  # all but the tied decoder is there, as checked above
     model.tie_weights()
     return model.eval()
 

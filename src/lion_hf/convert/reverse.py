@@ -1,4 +1,4 @@
-"""From a folder of this package to a checkpoint that the authors' code can load."""
+"""Conversion of a folder of this package to a checkpoint for the authors' code."""
 
 import argparse
 import json
@@ -24,16 +24,16 @@ _HEADS = {
     "LionForMaskedLM": "BertForMaskedLM",
     "LionForSequenceClassification": "BertForSequenceClassification",
 }
-# Options that do not change what a trained model computes, or that say how it is computed: they need no counterpart.
+# Options that need no counterpart: they do not change what a trained model computes, or only how it is computed.
 _FREE = {"_out_features", "_out_indices", "apply_layernorm", "reshape_hidden_states"}  # a backbone's
 _FREE |= {"format", "chunk_size", "initializer_range", "attention_probs_dropout_prob", "bos_token_id", "eos_token_id"}
 
 
 def read_folder(folder: Path) -> tuple[LionConfig | LionVisionConfig, dict[str, Tensor]]:
-    """Configuration and weights of a save_pretrained folder, in the dtype of the file.
+    """Read configuration and weights of a save_pretrained folder, in the dtype of the file.
 
     Raises:
-        ConversionError: for a folder without either, or of a model that the authors' code does not have.
+        ConversionError: if one of them is missing or invalid, or if the authors' code has no such model.
     """
     try:
         options = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -43,19 +43,21 @@ def read_folder(folder: Path) -> tuple[LionConfig | LionVisionConfig, dict[str, 
     except ConversionError:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ConversionError(f"{folder} is not a LION folder of save_pretrained: {first_line(error)}.") from error
+        raise ConversionError(
+            f"{folder} is not a LION folder written by save_pretrained: {first_line(error)}."
+        ) from error
     stored = (config.architectures or ["no head"])[0]
     head = stored if stored in lion_classes(config.model_type) else _head_of(state)
     if head not in _HEADS:
         raise ConversionError(
-            f"{folder} holds {stored}, which the authors do not have; theirs are {', '.join(_HEADS)}."
+            f"{folder} holds {stored}, which the authors' code does not have; allowed are {', '.join(_HEADS)}."
         )
     config.architectures = [head]
     return config, state
 
 
 def _head_of(state: dict[str, Tensor]) -> str | None:
-    """The class of weights that were saved from a subclass with a name of its own; None where the authors have none."""
+    """Return the class of weights that were saved from a custom subclass; None if the authors' code has none."""
     if "lion.pooler.dense.weight" in state and "classifier.weight" in state:
         return "LionForSequenceClassification"
     if "lion_vision.embeddings.cls_token" in state and "classifier.weight" in state:
@@ -64,26 +66,29 @@ def _head_of(state: dict[str, Tensor]) -> str | None:
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    """What `from_pretrained` would load, and no other file beside it."""
+    """Load the files that `from_pretrained` would load, and no others in the folder."""
     files = weight_files(folder)
     missing = next((file.name for file in files if not file.is_file()), None)
     if not files or missing:
-        raise ConversionError(f"{folder} holds no {missing or SAFE_WEIGHTS_NAME}; save the model with save_pretrained.")
+        raise ConversionError(
+            f"{folder} contains no {missing or SAFE_WEIGHTS_NAME}; save the model with save_pretrained."
+        )
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def authors_checkpoint(config: LionConfig | LionVisionConfig, state: dict[str, Tensor]) -> dict[str, Any]:
-    """The content of a checkpoint in the authors' layout: DeiT's {"model", "args"} for images, Composer's for text.
+    """Return the content of a checkpoint in the authors' layout: DeiT's for images, Composer's for text.
 
-    Optimizer and random states are not there: it serves for evaluation and fine-tuning, not to resume a run.
+    It contains no optimizer and no random states, so it can be evaluated and fine-tuned, but a run cannot be resumed
+    from it.
 
     Raises:
-        ConversionError: for a tensor that has no counterpart.
+        ConversionError: if the model has softmax layers, or a tensor or option without counterpart.
     """
     if config.softmax_layers:
         raise ConversionError(
-            f"softmax_layers is {config.softmax_layers}, but the authors' models have no softmax layers: only a model "
-            "without any has a place in their layout."
+            f"softmax_layers is {config.softmax_layers}, but the authors' models have no softmax layers; only models "
+            "without them can be converted."
         )
     try:
         if isinstance(config, LionVisionConfig):
@@ -99,34 +104,34 @@ def authors_checkpoint(config: LionConfig | LionVisionConfig, state: dict[str, T
 
 
 def require_same_meaning(ours: LionConfig | LionVisionConfig, read_back: LionConfig | LionVisionConfig) -> None:
-    """Raises ConversionError where the authors' layout lost an option that decides what the model computes."""
+    """Raise ConversionError if the authors' layout loses an option that changes what the model computes."""
     for name in type(ours).__annotations__:
         if name not in _FREE and getattr(ours, name) != getattr(read_back, name):
             raise ConversionError(
-                f"{name} is {getattr(ours, name)!r}, which the authors' layout cannot say: it would be read as "
+                f"{name} is {getattr(ours, name)!r}, which the authors' layout cannot store: it would be read as "
                 f"{getattr(read_back, name)!r}."
             )
 
 
 def lost_names(ours: LionConfig | LionVisionConfig, read_back: LionConfig | LionVisionConfig) -> list[str]:
-    """A line that names of classes have no place in the authors' layout, where they were chosen and are lost."""
+    """Return a note if custom names of classes are lost in the authors' layout."""
     if ours.id2label == read_back.id2label:
         return []
     first = next(iter(ours.id2label.values()))
     return [
-        f"dropped id2label: {ours.num_labels} names of classes ({first!r}, ...), for which the authors' layout of "
-        "image models has no place; keep the folder's config.json"
+        f"dropped id2label: {ours.num_labels} names of classes ({first!r}, ...), which the authors' layout of image "
+        "models cannot store; keep the folder's config.json"
     ]
 
 
 def _args(config: LionVisionConfig) -> argparse.Namespace:
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
     if height != width:
-        raise ValueError(f"image_size is {height} x {width}, but the authors' images are square")
+        raise ValueError(f"image_size is {height} x {width}, but the authors' code supports square images only")
     size = _SIZES.get(config.num_attention_heads, "custom")
     return argparse.Namespace(
         model=f"lion_{size}_patch{config.patch_size}_{height}",
-        num_heads=config.num_attention_heads,  # the name of the model tells only three sizes apart
+        num_heads=config.num_attention_heads,  # the name of the model determines only three sizes
         mask_type=_VISION_TYPES[config.mask_type],
         order="S" if config.order == "s" else "Normal",
         pos_emb=config.pos_emb,

@@ -1,4 +1,4 @@
-"""Reading the authors' checkpoints: safely, and down to bare weights."""
+"""Safe reading of the authors' checkpoints."""
 
 import argparse
 import datetime
@@ -19,19 +19,19 @@ from .names import without_wrappers
 
 
 class ConversionError(ValueError):
-    """A checkpoint or an option that cannot be converted; the message is one line and says how to mend it."""
+    """A checkpoint or an option that cannot be converted. The message is one line and tells how to fix the problem."""
 
 
 @dataclass
 class Source:
-    """A checkpoint of the authors, not yet interpreted.
+    """Content of a checkpoint of the authors.
 
     Args:
         path: the file.
-        layout: what the file is, in words.
+        layout: description of the layout, for messages.
         kind: "image" or "text".
-        weights: the state dict under the authors' names, without prefixes.
-        stated: options that the file names itself, under the authors' names; empty for a bare state dict.
+        weights: state dict under the authors' names, without prefixes.
+        stated: options stored in the file, under the authors' names; empty for a bare state dict.
         tokenizer: vocabulary and options of the tokenizer inside the file, if there is one.
     """
 
@@ -43,18 +43,20 @@ class Source:
     tokenizer: dict[str, Any] | None = None
 
 
-# Keys that hold the weights, and what a file with such a key is.
+# Layout by the key that holds the weights.
 _WRAPPERS = {"model": "DeiT image checkpoint", "state_dict": "wrapped state dict"}
-_SHARDS = "it holds one process's shards; save the whole state dict (get_model_state_dict with full_state_dict=True)"
-# Keys that hold averaged weights: DeiT's, timm's.
+_SHARDS = (
+    "it holds the shards of one process; save the full state dict (get_model_state_dict with full_state_dict=True)"
+)
+# Keys of averaged weights in checkpoints of DeiT and timm.
 _AVERAGED = ("model_ema", "state_dict_ema")
-# A key that every model of the kind has.
+# A weight that every model of the kind has.
 _KINDS = {"image": "patch_embed.proj.weight", "text": "bert.embeddings.word_embeddings.weight"}
 
 
 class _Unread:
-    """Stands for NumPy's objects, of which the random state in a Composer checkpoint is made. It is not needed, and
-    NumPy's own constructors would follow pointers that a forged file holds."""
+    """Replaces NumPy objects, which form the random state in a Composer checkpoint. The state is not needed, and
+    NumPy's own constructors would follow pointers in a forged file."""
 
     def __init__(self, *args):
         pass
@@ -63,7 +65,7 @@ class _Unread:
         pass
 
 
-# The constructor of arrays has moved between NumPy 1 and 2; files of both name it.
+# The constructor of arrays has different paths in NumPy 1 and 2.
 _ALLOWED = [
     argparse.Namespace,
     datetime.timedelta,
@@ -75,28 +77,29 @@ _ALLOWED = [
 
 
 def read_source(path: str | Path, *, ema: bool = False) -> Source:
-    """Reads a checkpoint of the authors without running anything in it.
+    """Read a checkpoint of the authors without running code in it.
 
     Args:
-        path: the file: PyTorch's, or .safetensors.
-        ema: take the averaged weights, which DeiT and timm store beside the others.
+        path: a file of torch.save, or .safetensors.
+        ema: read the averaged weights, which DeiT and timm store beside the others.
 
     Raises:
-        ConversionError: as [`interpret`], and for a file that is missing, truncated, of another kind, or that holds
-            objects other than tensors, plain Python, argparse.Namespace, datetime.timedelta and NumPy arrays, which are
-            not read.
+        ConversionError: as `interpret`, and if the file is missing, truncated or of another type, or contains objects
+            other than tensors, plain Python types, argparse.Namespace, datetime.timedelta and NumPy arrays (which are
+            skipped).
     """
     return interpret(_load(Path(path)), Path(path), ema=ema)
 
 
 def interpret(content: Mapping, path: Path, *, ema: bool = False) -> Source:
-    """The weights in the content of a checkpoint, without prefixes of wrappers, and what it says about them.
+    """Find weights and options in the content of a checkpoint and remove the prefixes of wrappers.
 
-    The kinds: DeiT's image checkpoint (model, model_ema, args), Composer's text checkpoint (state.model and the
-    configuration), and a state dict, bare or under "state_dict" (beside which args and state_dict_ema are read, too).
+    Layouts: DeiT's image checkpoint (model, model_ema, args), Composer's text checkpoint (state.model and the
+    configuration), and a state dict, bare or under "state_dict" (with optional args and state_dict_ema beside it).
 
     Raises:
-        ConversionError: for another architecture, something other than tensors, or absent averaged weights.
+        ConversionError: if the architecture is unknown, a weight is not a dense tensor, or averaged weights are
+            requested and missing.
     """
     stated, tokenizer = {}, None
     if _nested(content, "state", "model"):
@@ -113,10 +116,10 @@ def interpret(content: Mapping, path: Path, *, ema: bool = False) -> Source:
     averaged = next((name for name in _AVERAGED if _nested(content, name)), None)
     if ema:
         if averaged is None:
-            raise ConversionError(f"{path} has no averaged weights ({', '.join(_AVERAGED)}); leave out --ema.")
+            raise ConversionError(f"{path} contains no averaged weights ({', '.join(_AVERAGED)}); remove --ema.")
         layout, weights = f"{layout}, averaged weights ({averaged})", content[averaged]
     elif averaged and weights is content:
-        raise ConversionError(f"{path} holds averaged weights only ({averaged}); take them with --ema.")
+        raise ConversionError(f"{path} contains averaged weights only ({averaged}); convert them with --ema.")
     try:
         weights = _without_prefix(without_wrappers(weights))
     except ValueError as error:
@@ -128,7 +131,7 @@ def interpret(content: Mapping, path: Path, *, ema: bool = False) -> Source:
 def _load(path: Path) -> Mapping:
     if path.is_dir():
         raise ConversionError(
-            f"{path} is a folder; give the checkpoint file in it (or --reverse for a folder of ours)."
+            f"{path} is a folder; give the checkpoint file in it, or --reverse for a folder of save_pretrained."
         )
     if not path.exists():
         raise ConversionError(f"{path} does not exist.")
@@ -138,19 +141,19 @@ def _load(path: Path) -> Mapping:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ConversionError(f"{path} is not a whole safetensors file: {first_line(error)}.") from error
+            raise ConversionError(f"{path} is not a complete safetensors file: {first_line(error)}.") from error
     try:
-        # A mapped file is read where a tensor is used: the state of the optimizer, twice the weights, never is.
+        # With mmap, only tensors in use are read. The optimizer state, twice as large as the weights, is not.
         with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they warn of is an error below
+            warnings.simplefilter("ignore")  # problems raise an error below
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError as error:
         raise ConversionError(f"{path} cannot be read: {first_line(error)}.") from error
-    except Exception as error:  # broken pickles raise errors of every kind
+    except Exception as error:  # broken pickles raise errors of many types
         raise ConversionError(_refusal(path, error)) from error
     if not isinstance(content, Mapping):
         raise ConversionError(
-            f"{path} holds {type(content).__name__}, not a checkpoint or a state dict. Save model.state_dict()."
+            f"{path} contains {type(content).__name__}, not a checkpoint or a state dict; save model.state_dict()."
         )
     return content
 
@@ -158,19 +161,19 @@ def _load(path: Path) -> Mapping:
 def _refusal(path: Path, error: Exception) -> str:
     if name := re.search(r"GLOBAL ([\w.]+)", str(error)):
         if name[1].startswith("torch.distributed."):
-            return f"{path} is refused: {_SHARDS}. Nothing in it was run."
+            return f"{path} is rejected: {_SHARDS}. Nothing in it was run."
         return (
-            f"{path} is refused: it asks for {name[1]}, which no checkpoint of the authors needs and which could run "
-            "code. Nothing in it was run."
+            f"{path} is rejected: it refers to {name[1]}, which the authors' checkpoints do not need and which could "
+            "run code. Nothing in it was run."
         )
     return (
-        f"{path} is not a whole PyTorch checkpoint: it is truncated, a file of another kind, or a pickle that the safe "
-        "reader refuses. Nothing in it was run."
+        f"{path} is not a complete PyTorch checkpoint: it is truncated, of another file type, or a pickle that the "
+        "safe reader rejects. Nothing in it was run."
     )
 
 
 def _nested(content: Any, *names: str) -> Mapping:
-    """The mapping at a path of keys; empty where the path ends early."""
+    """Return the mapping at a path of keys, or an empty one if there is none."""
     for name in names:
         content = content.get(name) if isinstance(content, Mapping) else None
     return content if isinstance(content, Mapping) else {}
@@ -186,31 +189,31 @@ def _tokenizer(saved: Mapping) -> dict[str, Any] | None:
 
 
 def _without_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Without the "model." that Composer and Lightning put before every name."""
+    """Remove the prefix "model." that Composer and Lightning add to all names."""
     while weights and all(str(name).startswith("model.") for name in weights):
         weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     return weights
 
 
 def _kind(weights: dict[str, Any], path: Path) -> str:
-    """Whether the weights are of an image or a text model; raises ConversionError where they are of neither."""
+    """Return "image" or "text"; raise ConversionError if the weights belong to neither."""
     kind = next((kind for kind, name in _KINDS.items() if name in weights), None)
     if kind is None:
         names = ", ".join(map(repr, list(weights)[:3])) or "nothing"
         raise ConversionError(
-            f"{path} is not one of the authors' models: it holds {names}{', ...' * (len(weights) > 3)}, but neither "
+            f"{path} is not one of the authors' models: it contains {names}{', ...' * (len(weights) > 3)}, but neither "
             f"{_KINDS['image']!r} (images) nor {_KINDS['text']!r} (text)."
         )
     for name, value in weights.items():
         if not isinstance(name, str):
-            raise ConversionError(f"{path} holds a tensor under {name!r}, which is no name of a weight.")
+            raise ConversionError(f"{path} contains a tensor under {name!r}, but names of weights must be strings.")
         if hasattr(value, "full_tensor"):
             raise ConversionError(f"{path} cannot be converted: {_SHARDS}.")
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_quantized:
-            raise ConversionError(f"{path} holds something other than a dense tensor under {name!r}.")
+            raise ConversionError(f"{path} contains something other than a dense tensor under {name!r}.")
     return kind
 
 
 def first_line(error: Exception) -> str:
-    """The message of an error without the lines after the first and without its full stop."""
+    """Return the first line of an error message, without its full stop."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,6 +1,6 @@
-"""LION image encoders that begin with the weights of a ViT; warm_start.py tells what is copied, and how decays start.
+"""Warm starts of LION image encoders from the weights of a ViT; warm_start.py describes what is copied.
 
-Images normalise their rows over positive weights, as softmax does, and need nothing more than the copy.
+Image layers normalise their rows over positive weights, as softmax does, so plain copies are enough.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from .warm_start import (
 )
 
 
-# The class that each class of a source becomes.
+# LION's class by the source's class.
 CLASSES = {"ViTModel": LionVisionModel, "ViTForImageClassification": LionForImageClassification}
 
 _SIZES = (*SIZES, "image_size", "patch_size", "num_channels", "qkv_bias")
@@ -50,12 +50,29 @@ def from_vit(
     windows: Sequence[float] | None = None,
     **config_overrides,
 ) -> PreTrainedModel:
-    """A LION image encoder with the weights of a ViT (a DeiT without distillation token is one).
+    """Build a LION image encoder from the weights of a ViT, or of a DeiT without distillation token.
 
-    Arguments, result and errors are as in [`from_bert`], with these differences: `config_overrides` are options of
-    [`LionVisionConfig`], such as `order="s"`, and `cls_tok` is True unless given; windows are (3, number of patches) by
-    default and count along the scan, in both scans of a snake; queries and keys get LION's feature map, and need no
-    `length`. The image processor stays the source's: `AutoImageProcessor.from_pretrained(source)`.
+    Embeddings, projections, MLPs, norms and a matching head are copied. Queries and keys pass through LION's feature
+    map, and decays start from `windows`. The result needs training before use. Load the image processor from the
+    source: `AutoImageProcessor.from_pretrained(source)`.
+
+    Args:
+        model_or_path: a ViT model of Transformers, its name on the Hub, or its folder.
+        mask_type: the variant, as in `LionVisionConfig`.
+        model_class: as in `from_bert`.
+        softmax_layers: as in `from_bert`.
+        pos_emb: keep the source's position table.
+        windows: as in `from_bert`, counted in patches along the scan, in both scans of `order="s"`. Default: (3, number
+            of patches).
+        config_overrides: further options of `LionVisionConfig` that the weights do not determine, such as `order="s"`.
+            The default of `cls_tok` is True here.
+
+    Returns:
+        As in `from_bert`.
+
+    Raises:
+        ValueError: as in `from_bert`, and if the patches are not square.
+        OSError: if there is no model at the path.
     """
     source = load_source(model_or_path, "vit", CLASSES, model_class)
     config = config_from_vit(
@@ -79,7 +96,21 @@ def config_from_vit(
     pos_emb: bool = True,
     **config_overrides,
 ) -> LionVisionConfig:
-    """As [`config_from_bert`], for [`from_vit`]."""
+    """Return the configuration that `from_vit` would give its result, without loading weights.
+
+    Args:
+        source: configuration of the ViT.
+        mask_type: as in `from_vit`.
+        softmax_layers: as in `from_vit`.
+        pos_emb: as in `from_vit`.
+        config_overrides: as in `from_vit`.
+
+    Returns:
+        The configuration of the LION model.
+
+    Raises:
+        ValueError: as in `from_vit`.
+    """
     options = config_options(source, _SIZES, SHARED, {"cls_tok": True, **config_overrides})
     options["patch_size"] = _square(options["patch_size"])
     return new_config(LionVisionConfig, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
@@ -88,7 +119,7 @@ def config_from_vit(
 def _square(patch_size: int | Sequence[int]) -> int:
     sides = {patch_size} if isinstance(patch_size, int) else set(patch_size)
     if len(sides) > 1:
-        raise ValueError(f"the source has patch_size {patch_size}; LION takes square patches only.")
+        raise ValueError(f"the source has patch_size {patch_size}, but LION supports square patches only.")
     return sides.pop()
 
 

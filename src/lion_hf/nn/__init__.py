@@ -1,4 +1,4 @@
-"""LION as layers of PyTorch, without a configuration: for models of your own."""
+"""LION as PyTorch layers without a configuration, for your own models (arXiv 2502.16249)."""
 
 from .block import Block
 from .encoder import Encoder, run_blocks

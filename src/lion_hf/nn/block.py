@@ -8,7 +8,7 @@ from .names import BLOCK_OPTIONS, require_name, require_rate, require_size
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops the residual branch of a whole row of the batch with probability `rate`."""
+    """Stochastic depth: in training, drop the residual branch of each row of the batch with probability `rate`."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -23,22 +23,25 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A mixer and an MLP with residual connections.
+    """A mixer and an MLP, each with a LayerNorm and a residual connection.
 
-        norm_position="post"  (BERT)    x = norm(x + mixer(x)),  x = norm(x + mlp(x))
-        norm_position="pre"   (ViT)     x = x + mixer(norm(x)),  x = x + mlp(norm(x))
+    `norm_position` selects the order::
+
+        "post"  (BERT)    x = norm(x + mixer(x)),  x = norm(x + mlp(x))
+        "pre"   (ViT)     x = x + mixer(norm(x)),  x = x + mlp(norm(x))
 
     Args:
         dim: width of the tokens.
-        mixer: a [`Mixer`], a [`SoftmaxMixer`], or a module that takes (batch, length, dim) and what it is called with.
-        mlp: a module from and to (batch, length, dim), such as [`MLP`].
-        norm_position: "post" or "pre".
+        mixer: a `Mixer`, a `SoftmaxMixer`, or a module that is called as `mixer(x, key_mask, **mixing)` with the
+            arguments of `forward`. It returns (batch, length, dim), or a tuple that begins with it.
+        mlp: a module from (batch, length, dim) to the same shape, such as `MLP`.
+        norm_position: "post" (default) or "pre".
         norm_eps: eps of both LayerNorms.
-        dropout: rate on what is added to the residual stream.
-        drop_path: rate of stochastic depth.
+        dropout: dropout rate of what is added to the residual stream, in [0, 1).
+        drop_path: rate of stochastic depth, in [0, 1).
 
     Raises:
-        ValueError: for another norm_position.
+        ValueError: if `norm_position` is unknown, a rate is not in [0, 1), or `norm_eps` is negative or not finite.
     """
 
     def __init__(
@@ -56,7 +59,7 @@ class Block(nn.Module):
         require_name("norm_position", norm_position, BLOCK_OPTIONS["norm_position"])
         self.norm_position = norm_position
         self._norm = norm = functools.partial(nn.LayerNorm, dim, eps=norm_eps)
-        # In the order in which tokens meet them: states of optimizers number the parameters.
+        # In the order of computation. Optimizer states number the parameters, so this order must not change.
         if norm_position == "pre":
             self.mixer_norm, self.mixer, self.mlp_norm, self.mlp = norm(), mixer, norm(), mlp
         else:
@@ -67,7 +70,16 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, hidden_states: Tensor, key_mask: Tensor | None = None, **mixing) -> Tensor:
-        """`key_mask` and further keyword arguments go to the mixer. (batch, length, dim) to the same shape."""
+        """Compute the block.
+
+        Args:
+            hidden_states: (batch, length, dim).
+            key_mask: (batch, length), True for real tokens, passed to the mixer.
+            mixing: further keyword arguments of the mixer, see `Mixer.forward`.
+
+        Returns:
+            (batch, length, dim).
+        """
         if self.norm_position == "pre":
             hidden_states = hidden_states + self._mix(self.mixer_norm(hidden_states), key_mask, mixing)
             return hidden_states + self._branch(self.mlp(self.mlp_norm(hidden_states)))
@@ -75,12 +87,12 @@ class Block(nn.Module):
         return self.mlp_norm(hidden_states + self._branch(self.mlp(hidden_states)))
 
     def final_norm(self) -> nn.Module | None:
-        """A new norm for the end of a stack of such blocks; None where they are post-norm and need none."""
+        """Return a new LayerNorm for the end of a stack of pre-norm blocks; None for post-norm blocks."""
         return self._norm() if self.norm_position == "pre" else None
 
     def _mix(self, x: Tensor, key_mask: Tensor | None, mixing: dict) -> Tensor:
         mixed = self.mixer(x, key_mask, **mixing)
-        return self._branch(mixed[0] if isinstance(mixed, tuple) else mixed)  # a tuple holds the attention matrix too
+        return self._branch(mixed[0] if isinstance(mixed, tuple) else mixed)  # a tuple also holds the attention matrix
 
     def _branch(self, branch: Tensor) -> Tensor:
         return self.drop_path(self.dropout(branch))

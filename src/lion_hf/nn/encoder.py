@@ -1,4 +1,4 @@
-"""A stack of blocks over tokens: of text, images or anything else. Masks, packing and unpadding are settled here."""
+"""A stack of blocks over tokens of text, images or anything else, with key masks, packing and unpadding."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,17 +8,10 @@ from torch import Tensor, nn
 from ..ops.checks import is_abstract, is_exporting, values_can_be_read
 from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
-from .mixer import Mixer
+from .mixer import NO_MATRIX_OF_PACKED_ROWS, Mixer
 from .mlp import MLP
 from .names import BLOCK_OPTIONS, MLP_TYPES, require_name, require_rate
 from .softmax import SoftmaxMixer
-
-
-NO_MATRIX_OF_PACKED_ROWS = (
-    "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
-    "attention_probs_dropout_prob > 0 in training needs one. Give every sequence a row of its own, or set "
-    "output_attentions to False and attention_probs_dropout_prob to 0."
-)
 
 
 def run_blocks(
@@ -33,26 +26,30 @@ def run_blocks(
     training: bool = False,
     **mixing,
 ) -> Tensor:
-    """Runs blocks one after the other: the one place that decides how padding and packed rows are computed.
+    """Run blocks one after another, and decide how padding and packed rows are computed.
 
     Args:
-        blocks: modules with the call of [`Block`].
+        blocks: modules with the call of `Block`.
         x: (batch, length, dim).
-        key_mask: (batch, length), True for real tokens, or None where all are.
-        cu_seqlens: (sequences + 1,), the bounds of the sequences of a packed row (batch 1).
-        padding: (batch, length), True for masked tokens that nobody reads; all that are masked by default.
-        unpadding: take the padding at the ends of rows out before the first block, and put it back after the last as it
-            was, without a gradient. True: wherever there is any; None: in training on a CPU, where it pays; False:
-            never. It makes one row of several, so that nothing is taken out where a mixer takes no packed rows.
-        keep_shape: leave the padding where it is, for those who look at what happens inside.
-        training: whether the blocks train, for `unpadding=None`, and for `dropout`.
-        mixing: further arguments of the mixers, such as `format` and `paths`.
+        key_mask: (batch, length), bool, True for real tokens; None if all tokens are real.
+        cu_seqlens: (sequences + 1,), int32 or int64, the bounds of the sequences of a packed row (batch 1).
+        padding: (batch, length), bool, True for masked tokens whose outputs nobody reads; by default all masked tokens.
+        unpadding: whether to remove the padding at the ends of rows before the first block. Removed positions are
+            restored after the last block with their input values and get no gradient. True: whenever there is padding.
+            None: in training on a CPU, if there is enough padding to save time. False: never. Unpadding joins the rows
+            of the batch into one, so it is skipped if a mixer does not support packed rows, or if the attention matrix
+            is needed.
+        keep_shape: never remove padding, so that hooks and recorded hidden states see (batch, length, dim).
+        training: whether the blocks are in training mode; used by `unpadding=None`, and to decide whether `dropout`
+            needs the attention matrix.
+        mixing: further keyword arguments of the mixers, such as `format`, `chunk_size`, `paths` and `dropout`.
 
     Returns:
         (batch, length, dim).
 
     Raises:
-        ValueError: for packed sequences where the attention matrix is needed.
+        ValueError: if `cu_seqlens` is given and the attention matrix is needed (`output_attentions`, or `dropout` in
+            training).
     """
     needs_matrix = bool(mixing.get("output_attentions")) or (training and mixing.get("dropout", 0) > 0)
     if cu_seqlens is not None and needs_matrix:
@@ -71,48 +68,52 @@ def run_blocks(
 def unpadded_row(
     key_mask: Tensor, x: Tensor, unpadding: bool | None, training: bool, padding: Tensor | None = None
 ) -> UnpaddedRow | None:
-    """The rows of a batch joined without padding, or None where they stay as they are."""
-    # An exported graph reads no mask, while one that is compiled can break here.
+    """Return the rows of a batch joined without padding, or None if they stay as they are."""
+    # An exported graph cannot read the mask. A compiled graph can break here.
     if unpadding is False or is_exporting():
         return None
     if is_abstract(key_mask) and not (unpadding and torch.compiler.is_compiling()):
         return None
     if unpadding:
         return unpad(key_mask, padding=padding)
-    # On an accelerator, reading the mask waits for the device; not yet timed whether that pays.
+    # On an accelerator, reading the mask waits for the device. Whether unpadding saves time there is not measured yet.
     worthwhile = training and values_can_be_read(key_mask)
     return unpad(key_mask, LEAST_PADDING * len(key_mask) / x.shape[-1], padding) if worthwhile else None
 
 
 class Encoder(nn.Module):
-    """A stack of [`Block`], with a norm after the last one where blocks are pre-norm.
+    """A stack of `Block`, followed by a LayerNorm if the blocks are pre-norm.
 
-    ```python
-    >>> encoder = lion_hf.nn.Encoder(dim=256, depth=4, heads=4, variant="selective")
-    >>> tokens, real = torch.randn(2, 1000, 256), torch.ones(2, 1000, dtype=torch.bool)
-    >>> encoder(tokens, key_mask=real).shape
-    torch.Size([2, 1000, 256])
-    ```
+    By default it is pre-norm with normalised outputs, like the image encoders of the paper (arXiv 2502.16249).
+
+    Example::
+
+        >>> encoder = lion_hf.nn.Encoder(dim=256, depth=4, heads=4, variant="selective")
+        >>> tokens, real = torch.randn(2, 1000, 256), torch.ones(2, 1000, dtype=torch.bool)
+        >>> encoder(tokens, key_mask=real).shape
+        torch.Size([2, 1000, 256])
 
     Args:
         dim: width of the tokens, a multiple of `heads`.
         depth: number of blocks.
         heads: number of heads.
-        variant: as in [`Mixer`].
-        hidden: width of the MLPs; 4 * dim by default.
-        mlp_type: "mlp", or "glu" for gated ones.
-        activation: as in [`MLP`].
-        norm_position: "pre" or "post", as in [`Block`].
-        norm_eps: eps of the LayerNorms of blocks and of the last one.
-        dropout: rate on residual branches and inside the MLPs.
-        drop_path: rate of stochastic depth of the last block; earlier blocks have linearly less.
-        attention_dropout: share of the attention matrix that training drops, see [`Mixer.forward`].
-        softmax_layers: blocks, counted from 0, that mix by softmax attention.
-        unpad: whether padding is taken out of batches, see [`run_blocks`].
-        options: further options of [`Block`], and arguments of [`Mixer`] such as `normalize` or `prefix_tokens`.
+        variant: name of the variant, as in `Mixer`.
+        hidden: width inside the MLPs; `4 * dim` by default.
+        mlp_type: "mlp" (default), or "glu" for gated MLPs.
+        activation: activation of the MLPs, as in `MLP`.
+        norm_position: "pre" (default) or "post", as in `Block`.
+        norm_eps: eps of all LayerNorms of the blocks, and of the last one.
+        dropout: dropout rate of residual branches and inside the MLPs, in [0, 1).
+        drop_path: rate of stochastic depth of the last block, in [0, 1). The rates of earlier blocks rise linearly
+            from 0.
+        attention_dropout: dropout rate of the attention matrix in training, in [0, 1), see `Mixer.forward`.
+        softmax_layers: indices of blocks, counted from 0, that use softmax attention.
+        unpad: whether to remove padding from batches, see `unpadding` of `run_blocks`.
+        options: further options of `Block`, and of `Mixer` such as `normalize` or `prefix_tokens`.
 
     Raises:
-        ValueError: for options that do not fit.
+        ValueError: if a name is unknown, a number is out of range, `dim` is not a multiple of `heads`, or
+            `attention_dropout` is set although all mixers normalise their outputs, which disables it.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Encoder(nn.Module):
         require_name("mlp_type", mlp_type, MLP_TYPES)
         if not all(0 <= i < depth for i in softmax_layers):
             raise ValueError(
-                f"softmax_layers is {softmax_layers!r}; with depth {depth} its numbers must be from 0 to {depth - 1}."
+                f"softmax_layers is {softmax_layers!r}; with depth {depth}, its numbers must be from 0 to {depth - 1}."
             )
         require_rate("attention_dropout", attention_dropout)
         self.attention_dropout, self.unpad = attention_dropout, unpad
@@ -165,8 +166,8 @@ class Encoder(nn.Module):
         self.norm = self.layers[-1].final_norm() if depth else None
         if attention_dropout and all(getattr(layer.mixer, "normalize", False) for layer in self.layers):
             raise ValueError(
-                f"attention_dropout is {attention_dropout}, but all mixers normalise and drop nothing. Set it to 0, or "
-                "normalize=False."
+                f"attention_dropout is {attention_dropout}, but all mixers normalise their outputs, which disables it. "
+                "Set it to 0, or set normalize=False."
             )
 
     def forward(
@@ -179,15 +180,22 @@ class Encoder(nn.Module):
         format: str = "auto",
         chunk_size: int = 64,
     ) -> Tensor:
-        """
+        """Encode tokens.
+
         Args:
             x: (batch, length, dim).
-            key_mask: (batch, length), True for real tokens, False for padding. What padded positions hold reaches no
-                real token; where padding is taken out, no block sees them, and they have no gradient.
-            cu_seqlens, paths, format, chunk_size: as in [`Mixer.forward`].
+            key_mask: (batch, length), bool, True for real tokens, False for padding. Padded positions never affect real
+                tokens. If padding is removed, the blocks do not compute padded positions, which get no gradient.
+            cu_seqlens: bounds of packed sequences, as in `Mixer.forward`.
+            paths: paths of two scans, as in `Mixer.forward`.
+            format: "attention", "rnn", "chunk" or "auto" (default), as in `Mixer.forward`.
+            chunk_size: maximum number of tokens per chunk, as in `Mixer.forward`.
 
         Returns:
             (batch, length, dim).
+
+        Raises:
+            ValueError: as in `run_blocks` and `Mixer.forward`.
         """
         x = run_blocks(
             self.layers, x, key_mask, cu_seqlens=cu_seqlens, unpadding=self.unpad, training=self.training, paths=paths,
@@ -197,6 +205,6 @@ class Encoder(nn.Module):
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Rates of stochastic depth of `depth` blocks, linearly from 0 to that of the last one."""
+    """Return the rates of stochastic depth of `depth` blocks, which rise linearly from 0 to `last`."""
     require_rate("drop_path", last)
     return [last * i / max(depth - 1, 1) for i in range(depth)]

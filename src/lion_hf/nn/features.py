@@ -1,4 +1,4 @@
-"""Feature maps: functions of query and key before the operator, (..., head_dim) to (..., head_dim)."""
+"""Feature maps: functions of query and key before the operator, from (..., head_dim) to the same shape."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,10 @@ from .variants import at_least_float32
 
 
 class UnitSiLU(torch.autograd.Function):
-    """silu(x) + 1/2, divided by its norm over the last dimension: few passes over memory, and two tensors kept.
+    """silu(x) + 1/2, divided by its norm over the last dimension, computed in float32 or wider.
 
-    Computed in float32 or wider. The norm is never 0, since silu(x) > -0.28."""
+    It takes few passes over memory and saves x, the output and the norm. The norm is never 0, because silu(x) > -0.28.
+    """
 
     generate_vmap_rule = True
 
@@ -33,13 +34,13 @@ class UnitSiLU(torch.autograd.Function):
         x, y, norm = ctx.saved_tensors
         dy, y = dy.to(norm.dtype), y.to(norm.dtype)
         dx = torch.addcmul(dy, y, (dy * y).sum(-1, keepdim=True) - dnorm * norm, value=-1)
-        if torch.is_grad_enabled():  # a second derivative may be asked for
+        if torch.is_grad_enabled():  # create_graph=True: from operators with second derivatives
             return (dx / norm * _silu_slope(x.to(norm.dtype))).to(x.dtype)
         return torch.ops.aten.silu_backward(dx.div_(norm), x.to(norm.dtype)).to(x.dtype)
 
 
 class _TransformableUnitSiLU(UnitSiLU):
-    """With forward mode, which compiled graphs do not take."""
+    """`UnitSiLU` with support for forward mode, which compiled graphs reject."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -56,9 +57,10 @@ class _TransformableUnitSiLU(UnitSiLU):
 
 
 class PositiveELU(torch.autograd.Function):
-    """elu(x) + 1 as exp(min(x, 0)) + max(x, 0): below 0 the sum of elu and 1 would round away in half precision.
+    """elu(x) + 1, computed as exp(min(x, 0)) + max(x, 0). Below 0, elu(x) + 1 would lose its digits in half precision.
 
-    Keeps its output alone, which the operator keeps too."""
+    It saves only its output, which the operator saves as well.
+    """
 
     generate_vmap_rule = True
 
@@ -77,7 +79,7 @@ class PositiveELU(torch.autograd.Function):
 
 
 class _TransformablePositiveELU(PositiveELU):
-    """With forward mode, which compiled graphs do not take."""
+    """`PositiveELU` with support for forward mode, which compiled graphs reject."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -91,23 +93,23 @@ class _TransformablePositiveELU(PositiveELU):
 
 
 def _silu_slope(x: Tensor) -> Tensor:
-    """The derivative of silu, from operators that have derivatives themselves."""
+    """Return the derivative of silu, from operators that are differentiable themselves."""
     gate = torch.sigmoid(x)
     return gate * (1 + x * (1 - gate))
 
 
 def identity(x: Tensor) -> Tensor:
-    """x itself, of either sign: only for outputs that are not divided by their row sums."""
+    """Return x. Its sign varies, so outputs must not be divided by their row sums."""
     return x
 
 
 def elu(x: Tensor) -> Tensor:
-    """elu(x) + 1, which is positive."""
+    """Return elu(x) + 1, which is positive."""
     return call_function(PositiveELU.forward, PositiveELU, _TransformablePositiveELU, x)
 
 
 def unit_silu(x: Tensor) -> Tensor:
-    """silu(x) + 1/2 at length 1: products of two of them are positive."""
+    """Return silu(x) + 1/2, normalised to length 1. All its entries are positive."""
     fused = fused_unit_silu(x)
     return fused(x) if fused else call_function(UnitSiLU.forward, UnitSiLU, _TransformableUnitSiLU, x)[0]
 

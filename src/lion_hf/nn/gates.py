@@ -1,17 +1,23 @@
-"""The linear layer of gates: few outputs, which need more bits than the rest of a model."""
+"""The linear layer of gates, whose few outputs need more bits than the rest of a model."""
 
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 
 class GateLinear(NonDynamicallyQuantizableLinear):
-    """`nn.Linear` for gates. It computes in the dtype of its own weights, whatever that of its input.
+    """`torch.nn.Linear` for gates, which computes in the dtype of its weights whatever the dtype of its input.
 
-    A decay close to 1 needs more than 8 bits. PyTorch's dynamic quantisation, torchao and bitsandbytes replace linear
-    layers by their type, and leave this one alone. LoRA treats it as any linear layer.
+    A decay close to 1 needs more than 8 bits. PyTorch's dynamic quantisation, torchao and bitsandbytes select linear
+    layers by their type, and do not quantise this one. LoRA treats it like any linear layer.
 
-    Shapes: (..., in_features) to (..., out_features).
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether there is a bias; True by default.
+        device: as in `torch.nn.Linear`.
+        dtype: as in `torch.nn.Linear`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) for x (..., in_features), in the dtype of the weights."""
         return super().forward(x.to(self.weight.dtype))

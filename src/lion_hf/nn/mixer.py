@@ -1,4 +1,4 @@
-"""The layer in which tokens read each other: projections, a feature map, a variant and an operator."""
+"""The layer that mixes tokens: projections, a feature map, a variant and an operator."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -19,17 +19,18 @@ from .variants import Recurrence, Variant, variant_class
 
 Path = tuple[Tensor, Tensor]
 
-# Dimensions of a log-decay, by what a variant states.
+# Number of dimensions of the log-decay, by the attribute `decay` of the variant.
 _LOG_DECAY_DIMS = {None: None, "head": 1, "token": 3}
 
 
 class Operator(NamedTuple):
-    """An operator as mixers use it.
+    """The functions of an operator.
 
     Args:
-        run: output of one scan.
-        scores: the matrix of its attention form, or None where it has none.
-        average: output under the mean of the masks of several scans, or None where there is none.
+        run: computes the output of one scan, like `bidirectional_linear_attention`.
+        scores: computes the matrix of the attention form, like `attention_scores`; None if there is none.
+        average: computes the output with the mean mask of several scans, like `averaged_scans`; None if that is not
+            supported.
     """
 
     run: Callable[..., Tensor]
@@ -37,28 +38,37 @@ class Operator(NamedTuple):
     average: Callable[..., Tensor] | None = None
 
 
-# What `Recurrence.operator` can name. A mixer trusts its own activations: NaN in one row of a batch stays there.
+# Values of `Recurrence.operator`. Mixers do not check values, so that NaN in one row does not fail the whole batch.
 OPERATORS = {
     "linear_attention": Operator(
         *(partial(f, check_values=False) for f in (bidirectional_linear_attention, attention_scores, averaged_scans))
     ),
 }
 
+NO_MATRIX_OF_PACKED_ROWS = (
+    "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
+    "attention_probs_dropout_prob > 0 in training needs one. Give each sequence its own row, or set output_attentions "
+    "to False and attention_probs_dropout_prob to 0."
+)
+
 
 class TokenMixer(nn.Module):
-    """Base class of the layers in which tokens read each other: heads and their projections.
+    """Base class of the layers that mix tokens, with the projections of their heads.
 
     Args:
         dim: width of the tokens, a multiple of `heads`.
         heads: number of heads, each `dim // heads` wide.
-        qkv_bias: whether the projections of query, key and value have a bias.
+        qkv_bias: whether the projections of query, key and value have a bias; True by default.
+
+    Raises:
+        ValueError: if `dim` is not a multiple of `heads`, or `heads` < 1.
     """
 
     def __init__(self, dim: int, heads: int, *, qkv_bias: bool = True):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(
-                f"dim {dim} is not divisible by heads {heads}; each head needs the same number of features."
+                f"dim {dim} is not divisible by heads {heads}; every head must have the same number of features."
             )
         self.dim, self.num_heads, self.head_dim = dim, heads, dim // heads
         self.q_proj = nn.Linear(dim, dim, bias=qkv_bias)
@@ -68,43 +78,46 @@ class TokenMixer(nn.Module):
 
     @property
     def takes_packed_rows(self) -> bool:
-        """Whether several sequences may stand in one row."""
+        """Whether the mixer supports several sequences in one row (`cu_seqlens`)."""
         return True
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value, (batch, heads, length, head_dim), of (batch, length, dim)."""
+        """Return query, key and value, (batch, heads, length, head_dim) each, for x (batch, length, dim)."""
         shape = (*x.shape[:-1], self.num_heads, self.head_dim)
         return tuple(proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
 
 
 class Mixer(TokenMixer):
-    """Linear attention in both directions, in place of self-attention (arXiv 2502.16249).
+    """Bidirectional linear attention, in place of self-attention (arXiv 2502.16249).
 
-    ```python
-    >>> mixer = lion_hf.nn.Mixer(dim=256, heads=4, variant="selective")
-    >>> mixer(torch.randn(2, 1000, 256)).shape
-    torch.Size([2, 1000, 256])
-    ```
+    Example::
+
+        >>> mixer = lion_hf.nn.Mixer(dim=256, heads=4, variant="selective")
+        >>> mixer(torch.randn(2, 1000, 256)).shape
+        torch.Size([2, 1000, 256])
 
     Args:
         dim: width of the tokens, a multiple of `heads`.
-        heads: number of heads.
+        heads: number of heads, each `dim // heads` wide.
         variant: name of a registered variant: "lit" (no decay), "decay" (a learned decay per head), "selective" (a
-            decay per token and head), or one of your own, see `register_variant`.
-        feature_map: function of query and key: "identity", "elu" or "unit_silu". By default the variant's where outputs
-            are normalised, else "identity".
-        normalize: divide outputs by their row sums. By default as the variant states: True in the paper's variants. The
-            paper's text models set it to False. Scores must be
-            positive then, which "elu" and "unit_silu" see to.
-        norm: LayerNorm (eps 1e-5) over all heads before the output projection.
-        scans: 1, or 2 for the mean of two scans of a grid, each with decays of its own. A variant may take fewer.
-        prefix_tokens: first tokens of every row that do not decay, such as the class token of an image.
+            decay per token and head), or a custom variant, see `register_variant`.
+        feature_map: function of query and key: "identity", "elu" or "unit_silu". By default that of the variant if
+            outputs are normalised, otherwise "identity".
+        normalize: whether to divide outputs by their row sums. Row sums must be positive, which "elu" and "unit_silu"
+            ensure. By default that of the variant, which is True for all variants of the paper. The text models of the
+            paper set it to False.
+        norm: whether to apply a LayerNorm (eps 1e-5) over all heads before the output projection.
+        scans: 1, or 2 for the mean of two scans of a grid, each with its own decays. Variants may use fewer.
+        prefix_tokens: number of tokens at the beginning of each row that do not decay, such as the class token of an
+            image.
         gate_eps: added to the decays of "selective" before their logarithm; 1e-7 in the authors' text models.
         qkv_bias: whether the projections of query, key and value have a bias.
-        layer_idx, num_layers: place in the encoder, for variants that depend on it.
+        layer_idx: index of the layer in the encoder, counted from 0, for variants that depend on it.
+        num_layers: number of layers of the encoder, for variants that depend on it.
 
     Raises:
-        ValueError: for an unknown name, sizes that do not fit, and a feature map that does not fit `normalize`.
+        ValueError: if a name is unknown, `dim` is not a multiple of `heads`, `gate_eps` is negative or not finite, or
+            the feature map is "identity" although outputs are normalised and the variant does not use it by default.
     """
 
     def __init__(
@@ -131,39 +144,40 @@ class Mixer(TokenMixer):
         require_size("gate_eps", gate_eps)
         self.prefix_tokens, self.gate_eps = prefix_tokens, gate_eps
         self.layer_idx, self.num_layers = layer_idx, num_layers
-        self.variant_weights: list[str] = []  # own names of what the variant adds
+        self.variant_weights: list[str] = []  # names of the parameters and modules that the variant adds
         for view in self.views():
             view.build()
         self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Fills what the constructor left open: the variant's own weights."""
+        """Initialise the weights of the variant."""
         self.init_variant(nn.init)
 
     @torch.no_grad()
     def init_variant(self, init: ModuleType) -> None:
-        """Fills the variant's own weights with the functions of `init`."""
+        """Initialise the weights of the variant with the functions of `init`, such as the module `torch.nn.init`."""
         for view in self.views():
             view.init_weights(init)
 
     def views(self) -> Iterator[Variant]:
-        """The variant's view of each scan."""
+        """Yield the variant's view of each scan."""
         return (self.variant(self, scan) for scan in range(self.scans))
 
     @property
     def takes_packed_rows(self) -> bool:
+        """Whether the mixer supports several sequences in one row; not with `prefix_tokens`."""
         return "cu_seqlens" in self.variant.masks and not self.prefix_tokens
 
     def weight_names(self) -> list[str]:
-        """How the names of the weights begin, in the mixer's own state dict, that its variant added."""
+        """Return prefixes of the names, in the mixer's state dict, of the weights that the variant added."""
         weights = (getattr(self, name) for name in self.variant_weights)
         return [
             n if isinstance(w, nn.Parameter) else f"{n}." for n, w in zip(self.variant_weights, weights, strict=True)
         ]
 
     def recurrences(self, x: Tensor) -> list[Recurrence]:
-        """What the variant asks for, for each scan of an input (batch, length, dim)."""
+        """Return the variant's `Recurrence` of each scan for an input x (batch, length, dim)."""
         query, key, value = self.project(x)
         feature_map = FUNCTIONS[self.feature_map]
         query, key = feature_map(query), feature_map(key)
@@ -184,25 +198,26 @@ class Mixer(TokenMixer):
         dropout: float = 0.0,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """
+        """Mix the tokens.
+
         Args:
             x: (batch, length, dim).
             key_mask: (batch, length), True for real tokens, False for padding.
-            cu_seqlens: (sequences + 1,), the bounds of the sequences in a packed row, see
-                [`bidirectional_linear_attention`]. It does not go together with `dropout` and `output_attentions`.
-            paths: one pair (order, inverse) for each of two scans, see [`snake_orders`].
-            format: "attention", "rnn", "chunk" or "auto": how the same output is computed.
-            chunk_size: most tokens in a chunk of the rnn and chunk forms.
-            dropout: share of the entries of the attention matrix that training drops. Normalised mixers drop none.
-            output_attentions: also return the attention matrix, which only the attention form has.
+            cu_seqlens: (sequences + 1,), the bounds of the sequences of a packed row (batch 1), see
+                `bidirectional_linear_attention`. Not together with `output_attentions`, nor with `dropout` in training.
+            paths: one pair (order, inverse) for each of two scans, see `snake_orders`; ignored for a single scan.
+            format: how the same output is computed: "attention", "rnn", "chunk" or "auto" (default).
+            chunk_size: maximum number of tokens per chunk of the rnn and chunk forms; 64 by default.
+            dropout: dropout rate of the attention matrix in training, in [0, 1). Ignored if outputs are normalised.
+            output_attentions: whether to return the attention matrix as well. It requires the attention form.
 
         Returns:
-            (batch, length, dim); with `output_attentions` a pair of it and the matrix (batch, heads, length, length),
-            divided by its row sums where the mixer normalises.
+            (batch, length, dim); with `output_attentions` a pair of it and the attention matrix
+            (batch, heads, length, length), divided by its row sums if outputs are normalised.
 
         Raises:
-            ValueError: where the matrix is needed (`output_attentions`, or dropout in training) and `format` is "rnn"
-                or "chunk"; for a mask or scans that the variant does not take; for two scans without paths.
+            ValueError: if the matrix is needed (`output_attentions`, or dropout in training) and `format` is "rnn" or
+                "chunk", or the row is packed; if the variant does not support the given mask; if two scans are given no paths, or a mask.
         """
         require_rate("dropout", dropout)
         dropout = dropout if self.training and not self.normalize else 0.0
@@ -210,7 +225,7 @@ class Mixer(TokenMixer):
         recurrences = self.recurrences(x)
         weights = None
         if output_attentions or dropout:
-            require_matrix(format, output_attentions)
+            require_matrix(format, output_attentions, cu_seqlens)
             weights = F.dropout(self._matrix(recurrences, key_mask, paths), dropout).to(recurrences[0].value.dtype)
             mixed = torch.matmul(weights, recurrences[0].value)
         else:
@@ -224,13 +239,13 @@ class Mixer(TokenMixer):
         first = recurrences[0]
         if first.operator not in OPERATORS or first.operator not in self.variant.operators:
             raise ValueError(
-                f"{self.variant.label} asks for the operator {first.operator!r}; it states {self.variant.operators!r}, "
-                f"and there are {', '.join(map(repr, OPERATORS))}."
+                f"{self.variant.label} requests the operator {first.operator!r}; it must be one of its operators = "
+                f"{self.variant.operators!r} and of the existing operators {', '.join(map(repr, OPERATORS))}."
             )
         if any(a is not b for other in recurrences[1:] for a, b in zip(_shared(first), _shared(other), strict=True)):
             raise ValueError(
-                f"{self.variant.label} changes query, key or value, which several scans share: it can take one scan "
-                "only, and must state scans = 1."
+                f"{self.variant.label} changes query, key or value, which several scans share. It supports a single "
+                "scan only: set scans = 1 in its class."
             )
         return OPERATORS[first.operator]
 
@@ -246,7 +261,10 @@ class Mixer(TokenMixer):
     def _matrix(self, recurrences: list[Recurrence], key_mask, paths) -> Tensor:
         score = self._operator(recurrences).scores
         if score is None:
-            raise ValueError(f"{self.variant.label} has no attention matrix: its operator builds none in any format.")
+            raise ValueError(
+                f"{self.variant.label} has no attention matrix: its operator builds none in any format. Set "
+                "output_attentions to False and the attention dropout to 0."
+            )
         if len(recurrences) == 1:
             query, key, _, log_decay, _, arguments = recurrences[0]
             scores = score(query, key, log_decay, key_mask=key_mask, **arguments)
@@ -261,27 +279,30 @@ class Mixer(TokenMixer):
     def _check_call(self, key_mask, cu_seqlens, paths) -> None:
         if cu_seqlens is not None and self.prefix_tokens:
             raise ValueError(
-                f"This mixer has prefix_tokens={self.prefix_tokens}, the first of a row, and takes no packed rows "
-                "(cu_seqlens, unpadding). Give every sequence a row of its own."
+                f"This mixer has prefix_tokens={self.prefix_tokens}, counted from the beginning of a row, so it does "
+                "not support packed rows (cu_seqlens). Give each sequence its own row."
             )
         taken = self.variant.masks
         for name, given in (("key_mask", key_mask), ("cu_seqlens", cu_seqlens)):
             if given is not None and name not in taken:
-                raise ValueError(f"{self.variant.label} takes no {name}; it states masks = {taken!r}. Leave it out.")
+                raise ValueError(
+                    f"{self.variant.label} does not support {name}; its class sets masks = {taken!r}. Leave it out."
+                )
         if self.scans == 1:
             return
         if paths is None or len(paths) != self.scans:
             raise ValueError(
-                f"This mixer averages {self.scans} scans, so it needs as many paths; "
-                "give paths=snake_orders(height, width)."
+                f"This mixer averages {self.scans} scans, so it needs {self.scans} paths. Pass "
+                "paths=snake_orders(height, width)."
             )
         if key_mask is not None or cu_seqlens is not None:
             raise ValueError(
-                f"This mixer averages {self.scans} scans of a grid, which take neither key_mask nor cu_seqlens. Leave "
-                "them out, or build it with scans=1."
+                f"This mixer averages {self.scans} scans of a grid, which support neither key_mask nor cu_seqlens. "
+                "Leave them out, or build the mixer with scans=1."
             )
 
     def extra_repr(self) -> str:
+        """Return the options that `repr` shows."""
         return (
             f"variant={self.variant.name!r}, feature_map={self.feature_map!r}, normalize={self.normalize}, "
             f"scans={self.scans}"
@@ -289,7 +310,7 @@ class Mixer(TokenMixer):
 
 
 def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:
-    """Raises an error where `prepare` returned something other than its class states."""
+    """Raise an error if `prepare` returned something else than its class declares."""
     if not isinstance(recurrence, Recurrence):
         raise TypeError(
             f"{variant.__name__}.prepare returned {type(recurrence).__name__}; it must return a Recurrence."
@@ -298,8 +319,8 @@ def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:
     if (None if decay is None else decay.dim()) != _LOG_DECAY_DIMS[variant.decay]:
         found = "no log_decay" if decay is None else f"a log_decay of shape {tuple(decay.shape)}"
         raise ValueError(
-            f"{variant.__name__} states decay = {variant.decay!r}, but prepare returned {found}. 'head' is (heads,), "
-            "'token' is (batch, heads, length), and None is no log_decay."
+            f"{variant.__name__} sets decay = {variant.decay!r}, but prepare returned {found}. 'head' means (heads,), "
+            "'token' means (batch, heads, length), and None means no log_decay."
         )
     if decay is not None and values_can_be_read(decay) and bool((decay > 0).any()):
         raise ValueError(
@@ -309,33 +330,36 @@ def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:
 
 
 def _shared(recurrence: Recurrence) -> list:
-    """What the scans of a mixer have in common."""
+    """Return what all scans of a mixer must share."""
     return [*recurrence[:3], *(value for _, value in sorted(recurrence.arguments.items()))]
 
 
 def chosen_feature_map(variant: type[Variant], name: str | None, normalize: bool) -> str:
-    """The feature map of a mixer that was told `name`, or nothing.
+    """Return the feature map of a mixer, `name` or by default that of the variant.
 
     Raises:
-        ValueError: for an unknown name, and for "identity" where scores must be positive.
+        ValueError: if the name is unknown, or is "identity" although outputs are divided by their row sums and the
+            variant does not use it by default.
     """
     if name is None:
         return variant.feature_map if normalize else "identity"
     require_name("feature_map", name, FEATURE_MAPS)
     if normalize and name == "identity" and variant.feature_map != "identity":
         raise ValueError(
-            "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Choose "
-            "'elu' or 'unit_silu', or normalize=False."
+            "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Set it to "
+            "'elu' or 'unit_silu', or set normalize=False."
         )
     return name
 
 
-def require_matrix(format: str, output_attentions: bool) -> None:
-    """Raises ValueError for a form that never builds the attention matrix."""
+def require_matrix(format: str, output_attentions: bool, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError for packed rows, and for a form that never builds the attention matrix."""
+    if cu_seqlens is not None:
+        raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
     if format.lower() not in ("attention", "auto"):
         cause = "output_attentions=True" if output_attentions else "attention_probs_dropout_prob > 0 in training"
         raise ValueError(
             f"{cause} needs the attention matrix, which format={format!r} never builds. Set format "
             "(model.config.format) to 'attention' or 'auto'"
-            + ("." if output_attentions else ", or attention_probs_dropout_prob to 0.")
+            + ("." if output_attentions else ", or set attention_probs_dropout_prob to 0.")
         )

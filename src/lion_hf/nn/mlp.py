@@ -1,4 +1,4 @@
-"""The layer that works on each token alone."""
+"""The MLP of a block, which computes each token separately."""
 
 from collections.abc import Callable
 
@@ -11,17 +11,19 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.R
 
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them; gated, its values are multiplied by a third one's (GLU).
+    """Two linear layers with an activation between them, optionally gated (GLU).
+
+    It computes `down(activation(up(x)))`, or `down(activation(up(x)) * gate(x))` if gated.
 
     Args:
         dim: width of the tokens.
         hidden: width between the layers.
-        activation: "gelu", "relu", "silu", or a module or function of a tensor.
-        gated: down(activation(up x) * gate x) in place of down(activation(up x)).
-        dropout: rate after the activation.
+        activation: "gelu" (default), "relu", "silu", or a module or function of a tensor.
+        gated: whether to multiply by a third linear layer.
+        dropout: dropout rate before the last linear layer, in [0, 1).
 
     Raises:
-        ValueError: for an activation of another name, and a rate that is no probability below 1.
+        ValueError: if the name of the activation is unknown, or the dropout rate is not in [0, 1).
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return (..., dim) for x (..., dim)."""
         hidden = self.act_fn(self.up_proj(x))
         if self.gate_proj is not None:
             hidden = hidden * self.gate_proj(x)

@@ -7,13 +7,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.packing import map_sequences
-from .mixer import Path, TokenMixer
+from .mixer import NO_MATRIX_OF_PACKED_ROWS, Path, TokenMixer
 from .names import require_rate
 from .variants import at_least_float32
 
 
 class SoftmaxMixer(TokenMixer):
-    """Softmax attention by PyTorch's SDPA. It knows no order: tokens come as a set. Arguments as in `TokenMixer`."""
+    """Softmax attention by PyTorch's `scaled_dot_product_attention`, in place of a `Mixer`.
+
+    It does not depend on the order of the tokens, so the model must encode positions in another way.
+
+    Args:
+        dim: width of the tokens, a multiple of `heads`.
+        heads: number of heads, each `dim // heads` wide.
+        qkv_bias: whether the projections of query, key and value have a bias; True by default.
+
+    Raises:
+        ValueError: if `dim` is not a multiple of `heads`.
+    """
 
     def forward(
         self,
@@ -27,9 +38,28 @@ class SoftmaxMixer(TokenMixer):
         dropout: float = 0.0,
         output_attentions: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """As `Mixer.forward`. `paths`, `format` and `chunk_size` change nothing, and the matrix is there in every
-        format. Rows whose keys are all masked read 0."""
+        """Mix the tokens.
+
+        Args:
+            x: (batch, length, dim).
+            key_mask: (batch, length), bool, True for real tokens. If all keys of a row are masked, its attention is 0.
+            cu_seqlens: bounds of packed sequences, as in `Mixer.forward`; not together with `output_attentions`.
+            paths: ignored.
+            format: ignored.
+            chunk_size: ignored.
+            dropout: dropout rate of the attention matrix in training, in [0, 1).
+            output_attentions: whether to return the attention matrix as well, in every format.
+
+        Returns:
+            (batch, length, dim); with `output_attentions` a pair of it and the attention matrix
+            (batch, heads, length, length).
+
+        Raises:
+            ValueError: if `dropout` is not in [0, 1); if `output_attentions` is set for a packed row.
+        """
         require_rate("dropout", dropout)
+        if output_attentions and cu_seqlens is not None:
+            raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
         query, key, value = self.project(x)
         dropout = dropout if self.training else 0.0
 
@@ -62,9 +92,10 @@ class SoftmaxMixer(TokenMixer):
 
 
 def _masked_and_visible(key_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Keys that count 0, and keys that the softmax runs over, (batch, 1, 1, length) each.
+    """Return masks of the keys whose weight is 0, and of the keys in the softmax, (batch, 1, 1, length) each.
 
-    Where every key is masked all are let in, so that the softmax is finite."""
+    If every key is masked, the softmax includes all of them, so that it is finite.
+    """
     if key_mask is None:
         return None, None
     masked = ~key_mask[:, None, None, :]

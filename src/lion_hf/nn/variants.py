@@ -1,7 +1,7 @@
-"""Variants of linear attention: one class each, which states all that depends on it.
+"""Variants of linear attention. Each is one class, which defines everything that depends on the variant.
 
-A variant turns the inputs of a mixer into what an operator takes. `register_variant` adds one from anywhere, without a
-change to this package:
+A variant turns the inputs of a mixer into the arguments of an operator. `register_variant` adds a variant from any
+module, without a change to this package::
 
     from lion_hf.nn import Recurrence, Variant, register_variant
 
@@ -13,8 +13,8 @@ change to this package:
         def prepare(self, x, query, key, value, prefix_tokens):
             return Recurrence(query, key, value, log_decay=query.new_full((self.heads,), -0.1))
 
-`LionConfig(mask_type="fixed")`, `lion_hf.nn.Mixer(dim, heads, variant="fixed")`, cards, reports, pictures and warm
-starts then know it.
+`LionConfig(mask_type="fixed")` and `lion_hf.nn.Mixer(dim, heads, variant="fixed")` then use it. Model cards, reports,
+pictures and warm starts support it as well.
 """
 
 import difflib
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from .names import FEATURE_MAPS, require_name
 
 
-try:  # configurations read names and defaults here, for which they need no torch
+try:  # configurations read names and defaults from here, and must not require torch
     import torch
     from torch import Tensor, nn
     from torch.nn import functional as F
@@ -34,18 +34,20 @@ except ImportError:
     Tensor = Any
 
 
-# Every variant by the name under which `register_variant` entered it.
+# Every variant by its registered name.
 VARIANTS: dict[str, type["Variant"]] = {}
 
 
 class Recurrence(NamedTuple):
-    """What a variant asks a mixer to compute: an operator, and the arguments it takes.
+    """What a mixer computes for a variant: an operator and its arguments.
 
     Args:
-        query: (batch, heads, length, head_dim), and so key.
+        query: (batch, heads, length, head_dim).
+        key: (batch, heads, length, head_dim).
         value: (batch, heads, length, value_dim).
-        log_decay: None, (heads,) or (batch, heads, length), <= 0, in float32 or wider.
-        operator: name of an operator in `lion_hf.nn.mixer.OPERATORS`, one of those that the variant states.
+        log_decay: natural logarithm of the decays, None, (heads,) or (batch, heads, length), <= 0, in float32 or wider.
+        operator: a name in `lion_hf.nn.mixer.OPERATORS` that is also one of the variant's `operators`;
+            "linear_attention" by default.
         arguments: further keyword arguments of that operator.
     """
 
@@ -58,31 +60,42 @@ class Recurrence(NamedTuple):
 
 
 class Variant:
-    """Base class of all variants, and the variant without any decay, parameters or changes.
+    """Base class of all variants. By itself it is a variant without decay, parameters or changes of its inputs.
 
-    An instance is a view on one scan of a mixer. Mixers make it anew for every use, so it holds no state: weights
-    belong to the mixer (their names in state dicts are `mixer.NAME`, and `mixer.NAME_2` for a second scan), and are
-    read here as attributes.
+    Subclasses override the class attributes and methods below. An instance is a view of one scan of a mixer. It stores
+    no state, because mixers create a new instance for each use. The weights belong to the mixer and are read as
+    attributes of the instance. In state dicts their names are `mixer.NAME`, and `mixer.NAME_2` for a second scan.
 
-    Class attributes, which a variant overrides:
-        label: name for people, as in reports and cards.
-        spellings: further names, in lower case, that stand for the registered one.
-        description: half a sentence for model cards.
-        decay: None, "head" where `log_decay` has one number for each head, "token" where it has one for each token too.
-        feature_map: name of the function of query and key where a mixer is not told another; see names.py.
-        normalize: whether outputs are divided by their row sums where a mixer is not told otherwise.
-        pos_emb: whether text models have a position table by default.
-        norm: whether text models have a LayerNorm over all heads after mixing by default.
-        operators: names of the operators that `prepare` may ask for.
-        masks: "key_mask" where padding may be masked, "cu_seqlens" where rows may be packed.
-        scans: scans of a grid that can be averaged, at most. 1 where `prepare` changes query, key or value, which
-            several scans share. Without a decay the order of the tokens changes nothing, and there is one scan.
-        float32_weights: names of weights that stay float32 when a model is loaded in half precision, and that
-            quantisers leave alone. Their linear layers are [`GateLinear`], which takes inputs of any dtype.
-        weight_decay: whether optimizers may shrink the variant's own weights.
-
-    Attributes: dim, heads, head_dim; layer_idx, counted from 0, and num_layers of the encoder; scan, counted from 0;
-    mixer, with all options that it was given.
+    Attributes:
+        name (str): the registered name, set by `register_variant`.
+        label (str): class attribute, required: name for reports and model cards, such as "LION-S".
+        spellings (tuple): class attribute: further accepted names, in lower case; none by default.
+        description (str): class attribute: half a sentence for model cards.
+        decay (str | None): class attribute: "head" if `log_decay` has one number per head, "token" if it has one per
+            head and token, None (default) if there is none.
+        feature_map (str): class attribute: default function of query and key of normalised mixers: "identity", "elu"
+            or "unit_silu" (default).
+        normalize (bool): class attribute: whether mixers divide outputs by their row sums by default; True.
+        pos_emb (bool): class attribute: whether text models have a position table by default; False.
+        norm (bool): class attribute: whether text models have a LayerNorm over all heads after mixing by default;
+            False.
+        operators (tuple): class attribute: names of the operators that `prepare` may request; by default
+            "linear_attention" only.
+        masks (tuple): class attribute: "key_mask" if padding can be masked, "cu_seqlens" if rows can be packed; both by
+            default.
+        scans (int): class attribute: maximum number of scans of a grid that can be averaged, 2 by default. Set it to 1
+            if `prepare` changes query, key or value, which several scans share. Variants without a decay always use
+            one scan, because the order of the tokens does not matter to them.
+        float32_weights (tuple): class attribute: names of weights that stay float32 when a model is loaded in half
+            precision, and that quantisers skip; none by default. Use `GateLinear` for their linear layers, which
+            accepts inputs of any dtype.
+        weight_decay (bool): class attribute: whether optimizers may apply weight decay to the weights that the variant
+            adds; False by default.
+        mixer (torch.nn.Module): the mixer, with all its options.
+        scan (int): index of the scan, counted from 0.
+        dim (int): width of the tokens.
+        heads (int): number of heads.
+        head_dim (int): width of each head.
     """
 
     name: str
@@ -104,13 +117,15 @@ class Variant:
         self.mixer, self.scan = mixer, scan
         self.dim, self.heads, self.head_dim = mixer.dim, mixer.num_heads, mixer.head_dim
 
-    # Read where they are used: a graph that does not need them serves the layers that follow too.
+    # Properties, so that compiled graphs depend on them only if a variant reads them, and otherwise serve all layers.
     @property
     def layer_idx(self) -> int:
+        """Index of the layer in the encoder, counted from 0."""
         return self.mixer.layer_idx
 
     @property
     def num_layers(self) -> int:
+        """Number of layers of the encoder."""
         return self.mixer.num_layers
 
     def __getattr__(self, name: str):
@@ -120,82 +135,102 @@ class Variant:
 
     @classmethod
     def scans_taken(cls, asked: int) -> int:
-        """How many scans a mixer averages that is asked for so many."""
+        """Return how many scans a mixer averages if its argument `scans` is `asked`."""
         return min(asked, cls.scans) if cls.decay else 1
 
     @staticmethod
     def weight_name(name: str, scan: int) -> str:
-        """The name that the mixer gives to a weight of a scan."""
+        """Return the name in the mixer of a weight of a scan: `name`, or `name_2` for the second scan (index 1)."""
         return name if scan == 0 else f"{name}_{scan + 1}"
 
     def add(self, name: str, weight: "nn.Parameter | nn.Module") -> None:
-        """Gives the mixer a parameter or a module, which `self.name` then reads. To be called in `build`.
+        """Add a parameter or a module to the mixer. The variant then reads it as an attribute. Call this in `build`.
+
+        Args:
+            name: name of the attribute.
+            weight: the parameter or module.
 
         Raises:
-            ValueError: for a name that the mixer has already.
+            ValueError: if the mixer or the variant already has an attribute of this name.
         """
         own = self.weight_name(name, self.scan)
         if hasattr(self.mixer, own) or hasattr(type(self), name) or name in vars(self):
             raise ValueError(
-                f"{type(self).__name__} adds {own!r}, which a mixer or a variant has already; choose another name."
+                f"{type(self).__name__} adds {own!r}, but the mixer or the variant already has an attribute of this "
+                "name. Choose another name."
             )
         setattr(self.mixer, own, weight)
         self.mixer.variant_weights.append(own)
 
     def build(self) -> None:
-        """Adds the variant's parameters and modules, uninitialised where `init_weights` fills them."""
+        """Create the parameters and modules of the variant with `add`. `init_weights` initialises them."""
 
     def init_weights(self, init: Any) -> None:
-        """Fills what `build` added, with the functions of `init`: torch.nn.init, or Transformers' own, which leave
-        loaded values alone. Linear layers have been filled already, as every linear layer of the model."""
-
-    def prepare(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix_tokens: int) -> Recurrence:
-        """What the mixer computes for these inputs.
+        """Initialise what `build` added. Linear layers are already initialised like all linear layers of the model.
 
         Args:
-            x: (batch, length, dim), the mixer's input. A packed row holds several sequences, whose tokens must not mix
-                here: a variant that mixes neighbours leaves "cu_seqlens" out of `masks`.
-            query: (batch, heads, length, head_dim), after the feature map, and so `key`; `value` as projected.
-            prefix_tokens: first tokens of a row that shall not decay (the class token of an image).
+            init: a module with the functions of `torch.nn.init`; in models that of Transformers, whose functions do not
+                change weights that were loaded from a checkpoint.
+        """
+
+    def prepare(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix_tokens: int) -> Recurrence:
+        """Return what the mixer computes for these inputs.
+
+        Args:
+            x: (batch, length, dim), the input of the mixer. Tokens of different sequences of a packed row must not mix
+                here: a variant that mixes neighbouring tokens leaves "cu_seqlens" out of `masks`.
+            query: (batch, heads, length, head_dim), after the feature map.
+            key: (batch, heads, length, head_dim), after the feature map.
+            value: (batch, heads, length, head_dim), as projected.
+            prefix_tokens: number of tokens at the beginning of each row that must not decay (the class token of an
+                image).
+
+        Returns:
+            A `Recurrence`. Its `log_decay` must have the shape that `decay` declares.
         """
         return Recurrence(query, key, value)
 
     def set_windows(self, windows: Tensor) -> None:
-        """Lets each head read about so many tokens, (heads,) in float64: the start of decays in warm starts."""
+        """Set the decays so that each head reads about `windows` tokens. Warm starts call this.
+
+        Args:
+            windows: (heads,), float64, numbers of tokens.
+        """
 
     @classmethod
     def multiply_adds(cls, dim: int, heads: int) -> int:
-        """Multiply-adds for each token that the variant spends beside the projections and the operator."""
+        """Return the multiply-adds per token that the variant adds to those of the projections and the operator."""
         return 0
 
 
 def register_variant(name: str) -> Callable[[type[Variant]], type[Variant]]:
-    """Class decorator that makes a variant known under a name, in lower case, to mixers and as `mask_type`.
+    """Return a class decorator that registers a variant, for `Mixer`, `Encoder` and `mask_type` of configurations.
+
+    Args:
+        name: name of the variant, in lower case.
 
     Raises:
-        TypeError: for a class that is not a `Variant`, and for the decorator without a name.
-        ValueError: for a name or spelling that another variant has, a missing label, values that attributes cannot
-            have, and names that are close to those of attributes.
+        TypeError: if `name` is not a string, or the class is not a subclass of `Variant`.
+        ValueError: if another variant has this name or one of the spellings, a name is empty or not in lower case, the
+            label is missing, or a class attribute has an invalid value or a misspelt name.
     """
     if not isinstance(name, str):
         raise TypeError(f"register_variant was given {name!r}; write @register_variant('name') above the class.")
 
     def register(cls: type[Variant]) -> type[Variant]:
         if not (isinstance(cls, type) and issubclass(cls, Variant)):
-            raise TypeError(f"{cls!r} is not a subclass of lion_hf.nn.Variant; derive the variant from it.")
+            raise TypeError(f"{cls!r} is not a subclass of lion_hf.nn.Variant; derive it from that class.")
         for word in (name, *cls.spellings):
             if word != word.lower() or not word:
-                raise ValueError(f"the variant's name is {word!r}; it must be in lower case, and not empty.")
+                raise ValueError(f"the variant's name is {word!r}; it must be in lower case and not empty.")
             other = _found(word)
             if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ValueError(
-                    f"{word!r} is the variant {other.__module__}.{other.__qualname__} already; choose another name or "
-                    f"spelling (a class derived from another variant has its spellings, unless it states its own)."
+                    f"{word!r} is already the variant {other.__module__}.{other.__qualname__}. Choose another name or "
+                    "spelling. (A class that is derived from a variant inherits its spellings unless it sets its own.)"
                 )
         if not getattr(cls, "label", None):
-            raise ValueError(
-                f"{cls.__name__} has no label; give it one, such as label = 'LION-S', for reports and cards."
-            )
+            raise ValueError(f"{cls.__name__} has no label; set one for reports and cards, such as label = 'LION-S'.")
         _require_known_attributes(cls)
         cls.name = name
         VARIANTS[name] = cls
@@ -216,7 +251,7 @@ def _require_known_attributes(cls: type[Variant]) -> None:
             raise ValueError(f"{cls.__name__} has the attribute {own!r}; did you mean {near[0]!r}?")
 
 
-# What a variant can state or define.
+# Attributes and methods that a variant can define.
 _STATED = {name for name in (*Variant.__annotations__, *vars(Variant)) if not name.startswith("_")}
 
 
@@ -225,23 +260,29 @@ def _found(word: str) -> type[Variant] | None:
 
 
 def variant_class(name: str) -> type[Variant]:
-    """The variant of a name or spelling, in any case.
+    """Return the registered variant of a name or spelling.
+
+    Args:
+        name: in any letter case, such as "selective" or "LION-S".
+
+    Returns:
+        A subclass of `Variant`.
 
     Raises:
-        ValueError: for an unknown one. It lists those that are known, and says how to add one.
+        ValueError: if there is no such variant. The message lists the known names.
     """
     cls = _found(name.lower()) if isinstance(name, str) else None
     if cls is None:
         known = ", ".join(repr(word) for name, cls in VARIANTS.items() for word in (name, *cls.spellings))
         raise ValueError(
-            f"{name!r} is not a variant; known are {known}, in any case. A variant of your own must be registered "
-            "before it is used: import the file with its class, decorated with lion_hf.nn.register_variant."
+            f"{name!r} is not a variant; known are {known}, in any case. A custom variant must be registered before it "
+            "is used: import the file with its class, decorated with lion_hf.nn.register_variant."
         )
     return cls
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """float64 as it is, anything else in float32."""
+    """Return x unchanged if it is float64, otherwise in float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -250,7 +291,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 @register_variant("lit")
 class Lit(Variant):
-    """No decay. It knows no order: text needs a position table."""
+    """No decay. Outputs do not depend on the order of the tokens, so text needs a position table."""
 
     label = "LION-LIT"
     spellings = ("lion-lit",)
@@ -262,7 +303,7 @@ class Lit(Variant):
 
 @register_variant("decay")
 class HeadDecay(Variant):
-    """A learned decay per head, the logistic function of `decay_logit` (heads,)."""
+    """A learned decay per head, sigmoid(decay_logit), with the parameter `decay_logit` (heads,)."""
 
     label = "LION-D"
     spellings = ("lion-d",)
@@ -285,9 +326,10 @@ class HeadDecay(Variant):
 
 @register_variant("selective")
 class TokenDecay(Variant):
-    """A decay per token and head, 1 - sigmoid(decay_proj(x)), `decay_proj` a linear layer from dim to heads.
+    """A decay per token and head, 1 - sigmoid(decay_proj(x)), with the linear layer `decay_proj` from dim to heads.
 
-    The mixer's `gate_eps` is added before the logarithm: 1e-7 in the authors' text models, 0 in their image models."""
+    The mixer's `gate_eps` is added before the logarithm: 1e-7 in the authors' text models, 0 in their image models.
+    """
 
     label = "LION-S"
     spellings = ("lion-s",)
@@ -304,14 +346,14 @@ class TokenDecay(Variant):
         gated = x[:, prefix_tokens:] if prefix_tokens else x
         logits = at_least_float32(self.decay_proj(gated))
         eps = self.mixer.gate_eps
-        # The sum can exceed 1 by as much as is added.
+        # The sum can exceed 1 by up to eps.
         log_decay = (torch.sigmoid(-logits) + eps).log().clamp(max=0) if eps else F.logsigmoid(-logits)
         log_decay = log_decay.transpose(1, 2)
         return Recurrence(query, key, value, F.pad(log_decay, (prefix_tokens, 0)) if prefix_tokens else log_decay)
 
     def set_windows(self, windows: Tensor) -> None:
         self.decay_proj.weight.zero_()
-        self.decay_proj.bias.copy_(-torch.log((windows - 1) / 2))  # its sigmoid is what the decay takes away
+        self.decay_proj.bias.copy_(-torch.log((windows - 1) / 2))  # negative, because the decay is 1 - sigmoid
 
     @classmethod
     def multiply_adds(cls, dim: int, heads: int) -> int:

@@ -1,4 +1,4 @@
-"""LION's operators in PyTorch: no layers, no configuration, nothing imported but torch."""
+"""LION's operators on tensors (arXiv 2502.16249). They need no layers and no configuration, and import only torch."""
 
 from .api import attention_scores, bidirectional_linear_attention, resolve_format
 from .packing import map_sequences, packed_bounds, unpad

@@ -2,29 +2,30 @@
 
 Source: "Linear Attention for Efficient Bidirectional Sequence Modeling", arXiv 2502.16249.
 
-With log-decays ``g <= 0`` (one per token), row ``i`` reads key ``j`` with weight
+With log-decays `g <= 0` (one per token), the decay mask multiplies the weight of key `j` for query `i` by ::
 
-    M_ij = exp(g_j + ... + g_{i-1})   for i > j     (the token being left decays, never the one entered)
+    M_ij = exp(g_j + ... + g_{i-1})   for i > j     (the token being left decays, the one being entered does not)
          = 1                          for i = j
          = exp(g_{i+1} + ... + g_j)   for i < j
 
-and the output is ``y_i = s n_i``, or ``s n_i / (s c_i + eps)`` when normalised, where
+The output is `y_i = s n_i`, or `y_i = s n_i / (s c_i + eps)` if it is normalised, with the scale `s` and ::
 
     n_i = sum_j M_ij (q_i . k_j) v_j        c_i = sum_j M_ij (q_i . k_j)
 
-Cost per batch element and head, for L tokens, widths D and V, chunks of K tokens (multiply-adds, forward):
+Multiply-adds of the forward pass per batch element and head, for L tokens, head widths D (query, key) and V (value),
+and chunks of K tokens::
 
-    attention   L^2 (D + V)                 O(L^2) memory while it runs, nothing quadratic is kept for backward
+    attention   L^2 (D + V)                 O(L^2) memory while it runs, nothing quadratic is stored for backward
     chunk       L (K (D + V) + 4 D V)       linear in L, all chunks at once
-    rnn         L (K (D + V) + 4 D V)       linear in L, one chunk after the other, O(D V) memory
-    LIT         2 L D V                     (no decay: chunk and rnn are one global product)
+    rnn         L (K (D + V) + 4 D V)       linear in L, one chunk after another, O(D V) memory
+    LIT         2 L D V                     no decay: chunk and rnn are one global product
 
-Each form and its gradient have a file of their own beside this one; triton/ holds the kernels that replace them on a
-GPU. Second derivatives and forward mode are computed by the definition (composed.py), at O(L^2) memory; the kernels
-have neither.
+Each form and its gradient are in one file of this folder; triton/ holds the kernels that replace them on a GPU.
+Second derivatives and forward mode are computed from the definition (composed.py) with O(L^2) memory. The kernels
+support neither.
 
-Graphs (torch.compile, torch.export, torch.jit.trace) hold no loop over chunks: the rnn form is computed as the chunk
-form in them.
+Graphs (torch.compile, torch.export, torch.jit.trace) cannot contain the loop over chunks, so they compute the rnn form
+as the chunk form.
 """
 
 import torch
@@ -39,9 +40,9 @@ from .tokens import accumulation_dtype, walks_chunks, without_autocast
 
 
 # format="auto" uses the attention form up to this many tokens and the chunk form beyond, by device and kind of
-# decay (forward + backward, head width 64). Measured on two cores of an AMD EPYC (family 26 model 2, AVX512) by
-# `python benchmarks/bench_ops.py --crossover`, and for what the fused kernels do not take on an H100 by
-# `python benchmarks/bench_gpu.py autotune`.
+# decay (forward + backward, head width 64). The CPU values were measured on two cores of an AMD EPYC (family 26
+# model 2, AVX512) with `python benchmarks/bench_ops.py --crossover`. The accelerator values apply where the fused
+# kernels do not run, and were measured on an H100 with `python benchmarks/bench_gpu.py autotune`.
 CROSSOVER = {
     "cpu": {"none": 96, "head": 272, "token": 248},
     "accelerator": {"none": 0, "head": 512, "token": 256},
@@ -66,44 +67,51 @@ def bidirectional_linear_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Bidirectional linear attention with a decay mask (arXiv 2502.16249, sections 3 and 4).
 
+    The result is `y_i = s n_i`, or `y_i = s n_i / (s c_i + eps)` if `normalize` is True, with
+    `n_i = sum_j M_ij (q_i . k_j) v_j` and `c_i = sum_j M_ij (q_i . k_j)`. `M_ij` is the product of the decays of all
+    tokens from j up to, but not including, i.
+
     Args:
-        query: (batch, heads, length, head_dim), any floating dtype. Any strides are accepted.
+        query: (batch, heads, length, head_dim), any floating dtype and any strides.
         key: same shape as `query`.
         value: (batch, heads, length, value_dim).
-        log_decay: natural logarithm of the decays, every entry <= 0 (-inf allowed).
-            `None` is LION-LIT (no decay), (heads,) is LION-D, (batch, heads, length) is LION-S. float32 or wider is
-            advised: half precision cannot hold a decay close to 1.
-        format: "attention" (quadratic time), "rnn" (linear time, memory independent of length), "chunk" (linear
-            time, all chunks at once; on a CPU one after the other where they outgrow the cache) or "auto" (attention
-            up to a measured length, chunk beyond: see `CROSSOVER`), in any case.
-        chunk_size: most tokens in one chunk of the chunk and rnn forms. Chunks are made equally long, so that 65
-            tokens become 33 + 32 rather than 64 + 1. The rnn backward uses chunks of at least sqrt(length) tokens
-            and stores one state per chunk and direction; the rnn forward stores none.
-        normalize: divide by the row sums (the image models); otherwise return `s n` (the text models).
-        return_denominator: return `(s n, s c)` undivided, whatever `normalize` says: (batch, heads, length,
-            value_dim) and (batch, heads, length), both in the accumulation dtype (float32 or wider), so that
-            several scans can be added before one division.
-        key_mask: (batch, length), True or 1 for a real token, False or 0 for padding. A padded key reaches neither
-            numerator nor denominator; its decay still acts on what passes through it. Rows that see no key are
-            0, and but for the fused kernels those whose nearest key is a decay of less than e**-40 away (e**-600 in
-            float64).
-        scale: s, positive; `head_dim ** -0.5` by default.
+        log_decay: natural logarithm of the decays, every entry <= 0 (-inf is allowed). None is no decay (LION-LIT),
+            (heads,) a decay per head (LION-D), (batch, heads, length) a decay per token and head (LION-S). Use float32
+            or wider: half precision cannot represent a decay close to 1.
+        format: how the result is computed, in any letter case. "attention" takes quadratic time. "rnn" takes linear
+            time, and its state takes memory independent of the length (forward). "chunk" takes linear time and computes
+            all chunks at once, or one after another if they do not fit into the cache of a CPU. "auto" is "attention"
+            up to a measured length and "chunk" beyond it, see `resolve_format`.
+        chunk_size: maximum number of tokens per chunk of the chunk and rnn forms. Chunks are equally long: 65 tokens
+            become 33 + 32 rather than 64 + 1. The backward pass of the rnn form uses chunks of at least sqrt(length)
+            tokens and stores one state per chunk and direction; its forward pass stores none.
+        normalize: whether to divide by the row sums. The paper's image models do, its text models do not.
+        return_denominator: return the pair `(s n, s c)`, undivided whatever `normalize` is, so that several scans can
+            be added before one division.
+        key_mask: (batch, length), True or 1 for real tokens, False or 0 for padding; None (default) without padding. A
+            padded key contributes neither to the numerator nor to the denominator, but its decay still applies between
+            the tokens on both sides of it. If all keys are masked, outputs are 0. Outside the fused kernels, output `i`
+            is also 0 if `M_ij` is less than `e**-40` (`e**-600` in float64) for all keys that are not masked.
+        scale: the factor `s`, positive; `head_dim**-0.5` by default.
         eps: added to `s c` before the division.
-        cu_seqlens: (sequences + 1,), for several sequences packed into one row (batch 1): integers from 0 to length
-            that never decrease; tokens `cu_seqlens[n]` up to `cu_seqlens[n + 1]` are sequence n and read no other.
-            Each is computed on its own, in the form that "auto" picks for its length, for which the bounds are read;
-            `torch.compile` breaks its graph there. The fused kernels take all at once and read no bounds.
-        check_values: whether values that cannot be right raise an error, where reading them costs little: on the CPU,
-            outside graphs and torch.func. Models leave it out: one row of NaN must not cost them the others.
+        cu_seqlens: (sequences + 1,), int32 or int64, the bounds of several sequences packed into one row (batch 1).
+            They begin with 0, end with the length and never decrease. Sequence n is `cu_seqlens[n]:cu_seqlens[n + 1]`
+            and reads no token of another sequence. Outside the fused kernels the bounds are read, which breaks the
+            graph of `torch.compile`. Each sequence is then computed by itself, and "auto" uses its length. The fused
+            kernels compute all sequences at once and read no bounds.
+        check_values: whether to check the values of `log_decay` and `key_mask` where that is cheap: on a CPU, outside
+            graphs and torch.func. The models pass False, so that NaN in one row does not fail the whole batch.
 
     Returns:
-        (batch, heads, length, value_dim) in the dtype of `value`. float64 is computed in float64, anything else in
-        float32, also under autocast.
+        (batch, heads, length, value_dim) in the dtype of `value`. With `return_denominator` a pair of
+        (batch, heads, length, value_dim) and (batch, heads, length) in the accumulation dtype. That dtype is float64
+        if query, key or value is float64, otherwise float32, also under autocast.
 
     Raises:
-        ValueError: for shapes that do not fit, an unknown format, chunk_size < 1, scale <= 0, a mask that holds
-            anything but 0 and 1, a log_decay that is positive or NaN, or a `cu_seqlens` that does not divide the row.
-            The last three look at values; see `check_values` for the first two of them.
+        ValueError: if shapes or dtypes do not match, `format` is unknown, `chunk_size` < 1, `scale` <= 0, or
+            `cu_seqlens` does not divide the row into sequences (on a CPU, its values are checked too); with
+            `check_values`, if `log_decay` is positive or NaN anywhere or `key_mask` holds anything but 0 and 1; and if
+            LION_BACKEND is unknown, or is "triton" and the fused kernels do not support the inputs.
     """
     form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
     if cu_seqlens is not None:
@@ -115,7 +123,7 @@ def bidirectional_linear_attention(
         with without_autocast(query.device):
             return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result)
 
-    chunk_size = int(chunk_size)  # numpy's are taken
+    chunk_size = int(chunk_size)  # check_arguments accepts numpy's integers
 
     def run(query, key, value, log_decay, key_mask):
         return _run_form(query, key, value, log_decay, key_mask, form, chunk_size, scale, result, eps)
@@ -131,10 +139,10 @@ def _run_form(
     length = query.shape[2]
     form = resolve_format(form, length, query.device, log_decay)
     if form == "rnn" and makes_graph():
-        form = "chunk"  # a graph has no loop over chunks, whose number varies
+        form = "chunk"  # a graph cannot contain a loop over a variable number of chunks
     if not torch.jit.is_tracing() and length == 0:
         form = "attention"
-    elif form != "attention" and log_decay is None:  # both directions end in the same state, sum_j k_j v_j^T
+    elif form != "attention" and log_decay is None:  # every token reads the same state, sum_j k_j v_j^T
         walk = form == "rnn" or walks_chunks(query)
         form, chunk_size = "global", chunk_size if walk else None
     elif form == "chunk" and walks_chunks(query):
@@ -146,16 +154,27 @@ def _run_form(
 
 
 def resolve_format(format: str, length: int, device: torch.device, log_decay: Tensor | None) -> str:
-    """The form that `format="auto"` stands for; any other format is returned as it is.
+    """Return the form that `format="auto"` selects; any other format is returned unchanged.
 
-    Under `torch.export` and `torch.jit.trace` the answer is always "attention", because a graph holds one form and only
-    this one takes any length in both; set `format="chunk"` before to have linear time, at a fixed length in exports.
+    The threshold depends on the device and the kind of decay, see `lion_hf.ops.api.CROSSOVER`. Under `torch.export` and
+    `torch.jit.trace` "auto" always selects "attention" and logs a warning once: a graph contains one form, and this is
+    the only one that accepts any length in both. Set `format="chunk"` before exporting for linear time, at one fixed
+    length in exports.
+
+    Args:
+        format: "attention", "rnn", "chunk" or "auto", in lower case.
+        length: number of tokens.
+        device: device of the inputs.
+        log_decay: None, (heads,) or (batch, heads, length); only its number of dimensions matters.
+
+    Returns:
+        "attention" or "chunk" for "auto", otherwise `format`.
     """
     if format != "auto":
         return format
     if is_exporting() or torch.jit.is_tracing():
         warn_once(
-            "format='auto' is exported as the attention form, which takes any length. Set format='chunk' before the "
+            "format='auto' is exported as the attention form, which accepts any length. Set format='chunk' before the "
             "export for linear time at one fixed length."
         )
         return "attention"
@@ -172,10 +191,24 @@ def attention_scores(
     scale: float | None = None,
     check_values: bool = True,
 ) -> Tensor:
-    """The matrix of the attention form, `s (q k^T) * M`, for users who want to see it or to drop entries of it.
+    """Return the matrix of the attention form, `s (q k^T) * M`, to inspect it or to apply dropout to it.
 
-    Arguments as in [`bidirectional_linear_attention`]. Returns (batch, heads, length, length) in the accumulation
-    dtype (float32 or wider), not normalised. Differentiable, at O(length^2) memory.
+    It supports derivatives of any order. Time and memory are O(length^2).
+
+    Args:
+        query: (batch, heads, length, head_dim), any floating dtype.
+        key: same shape as `query`.
+        log_decay: None, (heads,) or (batch, heads, length), <= 0, as in `bidirectional_linear_attention`.
+        key_mask: (batch, length), True or 1 for real tokens. Columns of padding are 0.
+        scale: the factor `s`, positive; `head_dim**-0.5` by default.
+        check_values: as in `bidirectional_linear_attention`.
+
+    Returns:
+        (batch, heads, length, length), not normalised, in float64 if query or key is float64, else in float32.
+
+    Raises:
+        ValueError: if shapes, dtypes, the scale or checked values are invalid, as in
+            `bidirectional_linear_attention`.
     """
     check_arguments(query, key, key, log_decay, "attention", 1, key_mask, scale, check_values)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -1,4 +1,4 @@
-"""The attention form: the matrix of all pairs of tokens, O(L^2) time. Nothing quadratic is kept for backward."""
+"""The attention form: the matrix of all pairs of tokens, O(L^2) time. Nothing quadratic is stored for backward."""
 
 import functools
 from collections.abc import Callable
@@ -12,12 +12,15 @@ from .tokens import ALL, Tokens, fitting_cache, for_products, slices
 
 
 def attention_weights(log_decay: Tensor, order, length: int, scale: float, dtype: torch.dtype) -> Tensor:
-    """M along an order of the tokens, times the scale, with the tokens as they lie: only the sums need to follow it."""
+    """Return the decay mask along an order of the tokens, times the scale.
+
+    Rows and columns keep the order of the inputs: only the cumulative sums of the decays follow `order`.
+    """
     return pair_weights(*_sums_along(log_decay, order, length, dtype), dtype).mul_(scale)
 
 
 def differentiable_weights(log_decay: Tensor, order, length: int, scale: float, dtype: torch.dtype) -> Tensor:
-    """`attention_weights` for autograd."""
+    """Return `attention_weights` from operators that autograd can differentiate."""
     rank = torch.arange(length, device=log_decay.device) if order is None else order[1]
     return pair_weights(*_sums_along(log_decay, order, length, dtype), dtype, rank) * scale
 
@@ -28,18 +31,18 @@ def _sums_along(log_decay: Tensor, order, length: int, dtype: torch.dtype) -> tu
 
 
 def _along(x: Tensor, order: tuple[Tensor, Tensor] | None, direction: int) -> Tensor:
-    """Numbers of tokens (..., length) brought into an order (direction 0), or back from it (1)."""
+    """Permute x (..., length) into an order (direction 0), or back to the order of the inputs (direction 1)."""
     return x if order is None else x.index_select(-1, order[direction])
 
 
 def _decay_masks(scans, length: int, scale: float, dtype: torch.dtype) -> tuple[Tensor | float, list[Tensor]]:
-    """The mean mask of some scans, times the scale, and the shares that it is the sum of; without decay the scale."""
+    """Return the mean mask of the scans, times the scale, and its summand of each scan; the scale if there are none."""
     shares = [attention_weights(*scan, length, scale / len(scans), dtype) for scan in scans]
     return functools.reduce(torch.add, shares) if shares else scale, shares
 
 
 def _row_blocks(x: Tokens) -> list[slice]:
-    """Rows of the batch that the attention form takes at a time: on a CPU as many as stay in cache."""
+    """Split the batch into blocks that are computed at a time: on a CPU as many rows as fit into the cache."""
     batch, heads, length = x.query.shape[:3]
     if x.query.device.type != "cpu" or makes_graph() or batch == 0:
         return [ALL]
@@ -47,7 +50,7 @@ def _row_blocks(x: Tokens) -> list[slice]:
 
 
 def _decay_masks_of_rows(x: Tokens, scans, scale: float) -> Callable:
-    """The masks of a block of rows; those that no row changes are built once."""
+    """Return a function from a block of rows to its masks. Masks that are the same for all rows are built once."""
     length = x.query.shape[2]
     if all(log_decay.dim() == 1 for log_decay, _ in scans):
         masks = _decay_masks(scans, length, scale, x.dtype)
@@ -60,7 +63,7 @@ def _scans_of_rows(scans, rows: slice):
 
 
 def attention_forward(x: Tokens, scans, scale, chunk_size):
-    """`scans` are pairs of log-decays and orders, none without decay; of several the mean mask is taken."""
+    """Return n and c. `scans` are pairs (log_decay, order), empty without decay; several scans use their mean mask."""
     masks = _decay_masks_of_rows(x, scans, scale)
 
     def attend(rows):
@@ -92,7 +95,7 @@ def attention_backward(x: Tokens, scans, dy, dc, scale, chunk_size):
         mask, shares = masks(rows)
         masked = scores * mask if len(scans) > 1 else scores.mul_(mask)
         dv = torch.matmul(masked.transpose(-1, -2), dn)
-        scores.mul_(dscores)  # dM_ij of several scans, dM_ij M_ij of the only one
+        scores.mul_(dscores)  # dM_ij for several scans, dM_ij M_ij for a single one
         pairs = [scores] * len(scans) if len(scans) < 2 else [scores * share for share in shares]
         dgates = list(map(_decay_gradient, pairs, _scans_of_rows(scans, rows)))
         dscores.mul_(mask)
@@ -114,10 +117,10 @@ def attention_backward(x: Tokens, scans, dy, dc, scale, chunk_size):
 
 
 def _decay_gradient(pairs: Tensor, scan) -> Tensor:
-    """Gradient of the log-decays of one scan from all pairs dM_ij M_ij, which are overwritten."""
+    """Return the gradient of the log-decays of one scan from `pairs`, dM_ij M_ij, which is overwritten."""
     log_decay, order = scan
     rank = None if order is None else order[1]
-    if log_decay.dim() == 1:  # every decay between i and j is the same one: |i - j| of it
+    if log_decay.dim() == 1:  # M_ij contains the same decay |i - j| times
         token = torch.arange(pairs.shape[-1], device=pairs.device) if rank is None else rank
         token = token.to(pairs.dtype)
         return (pairs.sum(0) * (token - token.unsqueeze(-1)).abs()).sum(-1)

@@ -1,4 +1,4 @@
-"""The forms tied together by one autograd Function, which graphs, torch.func and forward mode take too."""
+"""One autograd Function for all forms. It supports graphs, torch.func and forward mode."""
 
 from collections.abc import Callable, Sequence
 
@@ -23,16 +23,22 @@ _FORMS = {
 
 
 def lion(query, key, value, key_mask, options, *log_decays) -> Tensor | tuple[Tensor, Tensor]:
-    """The operator with its gradients. `options` are (form, chunk_size, scale, result, eps, orders), `result` is
-    "numerator", "normalized" or "both": n, y or (n, c)."""
+    """Compute the operator differentiably.
+
+    `options` is (form, chunk_size, scale, result, eps, orders). `result` selects what is returned: "numerator" (n),
+    "normalized" (y) or "both" (n, c).
+    """
     functions = _forward, LionFunction, _TransformableFunction
     outputs = call_function(*functions, query, key, value, key_mask, options, *log_decays)
     return outputs[0] if options[3] == "normalized" else outputs
 
 
 def call_function(forward: Callable, function: type, transformable: type, *arguments):
-    """Calls an autograd Function in the shape that what surrounds it takes: as its forward alone in TorchScript, which
-    keeps no Function, and in graphs without gradients; without forward mode where a graph is compiled."""
+    """Call an autograd Function in the way that the surrounding context supports.
+
+    TorchScript cannot store a Function, and graphs without gradients need none: both call `forward` alone. Compiled
+    graphs with gradients use `function`, everything else uses `transformable`, which also supports forward mode.
+    """
     if torch.compiler.is_compiling():
         differentiable = any(isinstance(x, Tensor) and x.requires_grad for x in arguments)
         return function.apply(*arguments) if differentiable and torch.is_grad_enabled() else forward(*arguments)
@@ -40,9 +46,9 @@ def call_function(forward: Callable, function: type, transformable: type, *argum
 
 
 def _forward(query, key, value, key_mask, options, *log_decays):
-    """n, (n, c), or (y, c + eps) for a normalised result."""
+    """Return n, (n, c), or (y, c + eps) for a normalised result."""
     form, chunk_size, scale, result, eps, orders = options
-    if torch.jit.is_tracing():  # of decays per head ONNX would fix the length
+    if torch.jit.is_tracing():  # ONNX would store decays per head with a fixed length
         row = torch.zeros_like(query[:1, :, :, 0], dtype=torch.float32)
         log_decays = [x.unsqueeze(-1) + row if x.dim() == 1 else x for x in log_decays]
     x = _tokens(query, key, value, key_mask, result)
@@ -54,8 +60,10 @@ def _forward(query, key, value, key_mask, options, *log_decays):
 
 
 def _gradients(query, key, value, key_mask, out, row_sums, dy, dc, options, *log_decays):
-    """Of query, key, value and log-decays. `out` and `row_sums` are those of a normalised result, `dc` is that of
-    both."""
+    """Return the gradients of query, key, value and log-decays.
+
+    `out` and `row_sums` are given for the result "normalized" only, `dc` for "both" only.
+    """
     form, chunk_size, scale, result, _, orders = options
     x = _tokens(query, key, value, key_mask, result)
     with without_autocast(query.device):
@@ -65,7 +73,7 @@ def _gradients(query, key, value, key_mask, out, row_sums, dy, dc, options, *log
             dc = (dy * out).sum(-1).neg_()
         decays = _decays(form, log_decays, orders)
         dq, dk, dv, *dgates = _FORMS[form][1](x, decays, dy, dc, scale, chunk_size)
-    if dv.shape[-1] > value.shape[-1]:  # the column of ones
+    if dv.shape[-1] > value.shape[-1]:  # drop the column of ones
         dv = dv[..., :-1]
     if key_mask is not None:
         keep = key_mask[:, None, :, None].bool()
@@ -75,7 +83,7 @@ def _gradients(query, key, value, key_mask, out, row_sums, dy, dc, options, *log
 
 
 class LionFunction(torch.autograd.Function):
-    """Keeps its inputs as they came, and a normalised output; every form recomputes the rest."""
+    """The operator. It saves its inputs and, if normalised, its output; the backward pass recomputes the rest."""
 
     @staticmethod
     def forward(*arguments):
@@ -101,7 +109,7 @@ class LionFunction(torch.autograd.Function):
 
 
 class _TransformableFunction(LionFunction):
-    """With what torch.func and forward mode ask for, which compiled graphs do not take."""
+    """`LionFunction` with support for torch.func and forward mode, which compiled graphs reject."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -121,7 +129,7 @@ class _TransformableFunction(LionFunction):
         size, (*dims, _, _), decay_dims = info.batch_size, in_dims[:5], in_dims[5:]
         query, key, value = (_fold(x, dim, size) for x, dim in zip((query, key, value), dims, strict=True))
         key_mask = None if key_mask is None else _fold(key_mask, in_dims[3], size)
-        if any(x.dim() > 1 for x in log_decays):  # else decays per head, the same for all
+        if any(x.dim() > 1 for x in log_decays):  # otherwise decays per head, shared by all elements
             log_decays = _decays_of_tokens(log_decays, decay_dims, size, query)
         outputs = _TransformableFunction.apply(query, key, value, key_mask, options, *log_decays)
         if isinstance(outputs, tuple):
@@ -130,9 +138,10 @@ class _TransformableFunction(LionFunction):
 
 
 class LionGradient(torch.autograd.Function):
-    """The gradients of query, key, value and log-decays, of a form without any matrix that outlives it.
+    """The gradients of query, key, value and log-decays. No matrix of the form outlives the call.
 
-    Its own derivatives are those of `composed`, at O(L^2) memory."""
+    Its own derivatives are those of `composed`, with O(L^2) memory.
+    """
 
     forward = staticmethod(_gradients)
 
@@ -159,7 +168,7 @@ class LionGradient(torch.autograd.Function):
     def vmap(info, in_dims, *inputs):
         size, options, log_decays = info.batch_size, inputs[8], inputs[9:]
         batched = [None if x is None else _fold(x, dim, size) for x, dim in zip(inputs[:8], in_dims[:8], strict=True)]
-        # Every element has gradients of its own, of decays per head too.
+        # Each element needs its own gradients, also those of decays per head.
         decays = _decays_of_tokens(log_decays, in_dims[9:], size, batched[0])
         gradients = [_unfold(x, size) for x in LionGradient.apply(*batched, options, *decays)]
         for i, (log_decay, dim) in enumerate(zip(log_decays, in_dims[9:], strict=True), 3):
@@ -169,13 +178,15 @@ class LionGradient(torch.autograd.Function):
 
 
 def _no_view(x: Tensor) -> Tensor:
-    """The same memory as a tensor of its own: of a view forward mode wants to know the base, and so do changes in
-    place."""
-    return torch.unsafe_split(x, x.shape[1], 1)[0]  # one part, which is not called a view
+    """Return the same memory as a tensor that is not a view, for forward mode and in-place changes.
+
+    Both would need the base of a view.
+    """
+    return torch.unsafe_split(x, x.shape[1], 1)[0]  # a single part, which PyTorch does not mark as a view
 
 
 def _decays(form: str, log_decays: Sequence[Tensor], orders: Sequence | None):
-    """What a form takes: attention takes scans, pairs of log-decays and orders, the others the one log-decay."""
+    """Return the decays as a form expects them: pairs (log_decay, order) for attention, else one log-decay or None."""
     if form == "attention":
         return list(zip(log_decays, orders or [None] * len(log_decays), strict=True))
     return log_decays[0] if log_decays else None
@@ -189,7 +200,7 @@ def _tokens(query, key, value, key_mask, result) -> Tokens:
 
 
 def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """What torch.vmap maps over, at `dim` or the same for all, as more rows of the batch: (size * batch, ...)."""
+    """Merge the dimension `dim` that torch.vmap maps over into the batch, (size * batch, ...). None repeats x."""
     return (x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)).flatten(0, 1)
 
 
@@ -198,7 +209,7 @@ def _unfold(x: Tensor, size: int) -> Tensor:
 
 
 def _decays_of_tokens(log_decays: Sequence[Tensor], dims: Sequence, size: int, query: Tensor) -> list[Tensor]:
-    """Log-decays of more rows of the batch as `_fold` makes them: (size * batch, heads, length)."""
+    """Expand log-decays to the batch that `_fold` returns: (size * batch, heads, length)."""
     rows, heads, length, _ = query.shape
     decays = []
     for x, dim in zip(log_decays, dims, strict=True):
@@ -209,7 +220,7 @@ def _decays_of_tokens(log_decays: Sequence[Tensor], dims: Sequence, size: int, q
 
 
 def _partial(function: Callable, arguments: Sequence, places: Sequence[int]) -> tuple:
-    """A function of the arguments at some places, and those arguments."""
+    """Return `function` as a function of the arguments at `places` only, followed by those arguments."""
 
     def of_places(*chosen):
         filled = list(arguments)
@@ -221,8 +232,11 @@ def _partial(function: Callable, arguments: Sequence, places: Sequence[int]) -> 
 
 
 def _pushed(function: Callable, arguments: Sequence, tangents: Sequence):
-    """Tangents of outputs from those of arguments. The gradient is linear in what comes from behind, and the gradient
-    of that is the tangent: no forward mode within forward mode, of which PyTorch has one level."""
+    """Return the tangents of the outputs from those of the arguments.
+
+    The vector-Jacobian product is linear in its vector, so its own vector-Jacobian product is the Jacobian times the
+    tangents. This works inside forward mode, of which PyTorch supports only one level.
+    """
     places = [i for i, tangent in enumerate(tangents) if tangent is not None]
     outputs, pull = torch.func.vjp(*_partial(function, arguments, places))
     zeros = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
@@ -231,13 +245,13 @@ def _pushed(function: Callable, arguments: Sequence, tangents: Sequence):
 
 
 def _gradient_arguments(ctx) -> tuple:
-    """The arguments of `LionGradient`, in their order."""
+    """Return the arguments of `LionGradient` in their order."""
     saved = ctx.saved_tensors
     return *saved[:8], ctx.options, *saved[8:]
 
 
 def _composed_gradients(query, key, value, key_mask, out, row_sums, dy, dc, options, *log_decays):
-    """`LionGradient` from PyTorch's own operators."""
+    """Compute `LionGradient` from PyTorch's own operators."""
     arguments = query, key, value, key_mask, options, *log_decays
     _, pull = torch.func.vjp(*_partial(composed, arguments, (0, 1, 2, *range(5, len(arguments)))))
     return pull((dy, dc) if options[3] == "both" else dy)

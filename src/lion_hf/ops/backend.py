@@ -1,4 +1,4 @@
-"""Which backend runs the operator: the forms of this package in PyTorch, or the fused kernels for GPUs."""
+"""The choice of the backend: the forms in PyTorch, or the fused kernels for GPUs."""
 
 import functools
 import logging
@@ -13,21 +13,24 @@ from .checks import is_abstract, is_exporting
 
 logger = logging.getLogger(__name__)
 
-# "torch" or "triton" forces the forms or the kernels; read once, at import.
+# "torch" forces the forms in PyTorch, "triton" the fused kernels. Read once, at import.
 BACKEND = os.environ.get("LION_BACKEND", "").lower()
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Logs a warning the first time it is given."""
+    """Log a warning, once per message."""
     logger.warning(message)
 
 
 def fused_kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> Callable | None:
-    """The operator in ops/triton, where it is wanted and takes these inputs. A GPU without it is told why, once."""
+    """Return the operator in ops/triton if it is enabled and supports these inputs, otherwise None.
+
+    If it is enabled but cannot be used, a warning gives the reason once; with LION_BACKEND=triton it is an error.
+    """
     if BACKEND not in ("", "torch", "triton"):
         raise ValueError(f"LION_BACKEND is {BACKEND!r}; allowed are 'torch' and 'triton', or leave it unset.")
-    # The rnn form promises memory independent of the length, which states of chunks are not.
+    # The memory of the rnn form must not depend on the length, but the kernels store a state for every chunk.
     if BACKEND == "torch" or not (BACKEND or query.is_cuda) or form == "rnn" or is_exporting():
         return None
     try:
@@ -40,18 +43,22 @@ def fused_kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> Calla
             return fused_linear_attention
     if BACKEND == "triton":
         raise ValueError(
-            f"LION_BACKEND=triton, but the fused kernels cannot be used: {reason}. Unset it to go without."
+            f"LION_BACKEND=triton, but the fused kernels cannot be used: {reason}. Unset LION_BACKEND to run the forms "
+            "in PyTorch."
         )
-    warn_once(f"LION runs without its fused GPU kernels: {reason}. LION_BACKEND=torch silences this warning.")
+    warn_once(f"LION runs without its fused GPU kernels: {reason}. Set LION_BACKEND=torch to silence this warning.")
     return None
 
 
 def fused_unit_silu(x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The feature map of ops/triton, where it takes this input: not in graphs, whose compilers fuse it themselves."""
+    """Return the feature map of ops/triton if it supports this input, otherwise None.
+
+    It is not used in graphs, whose compilers fuse the PyTorch operators themselves.
+    """
     if BACKEND == "torch" or not (BACKEND or x.is_cuda) or x.dtype == torch.float64 or is_abstract(x):
         return None
     try:
         from .triton.features import unit_silu
-    except ImportError:  # the operator has warned
+    except ImportError:  # fused_kernels logs the warning
         return None
     return unit_silu

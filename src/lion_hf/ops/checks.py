@@ -1,4 +1,4 @@
-"""What the operator accepts, and what may be looked at to tell: clear errors before anything is computed."""
+"""Checks of arguments, which raise clear errors before anything is computed, and of when values may be read."""
 
 from numbers import Integral
 
@@ -11,7 +11,10 @@ FORMATS = ("attention", "rnn", "chunk", "auto")
 
 
 def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values=True) -> str:
-    """Raises ValueError on anything that does not fit; returns the format in lower case. Values are read on request."""
+    """Raise ValueError for invalid arguments; return the format in lower case.
+
+    With `check_values`, the values of log_decay and key_mask are checked too, where reading them is cheap.
+    """
     form = format.lower() if isinstance(format, str) else format
     if form not in FORMATS:
         raise ValueError(f"format is {format!r}; allowed are {', '.join(map(repr, FORMATS))}.")
@@ -29,16 +32,16 @@ def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, 
             raise ValueError(f"{name} has dtype {x.dtype}; it must be floating point. Convert it with .float().")
     if query.shape != key.shape or query.shape[:3] != value.shape[:3]:
         raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit: query and "
-            "key need the same shape, value may differ in the last dimension only."
+            f"the shapes of query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not "
+            "match: query and key must have the same shape, value may differ in the last dimension only."
         )
     if log_decay is not None:
         batch, heads, length, _ = query.shape
         expected = {1: (heads,), 3: (batch, heads, length)}.get(log_decay.dim())
         if expected is None or log_decay.shape != expected or not log_decay.is_floating_point():
             raise ValueError(
-                f"log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; allowed are None, floating "
-                f"point (heads,) = ({heads},) and (batch, heads, length) = {(batch, heads, length)}."
+                f"log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; it must be None, or "
+                f"floating point of shape (heads,) = ({heads},) or (batch, heads, length) = {(batch, heads, length)}."
             )
         if check_values and values_can_be_read(log_decay) and not bool((log_decay <= 0).all()):
             raise ValueError(
@@ -49,18 +52,18 @@ def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, 
         if key_mask.shape != (query.shape[0], query.shape[2]):
             raise ValueError(
                 f"key_mask has shape {tuple(key_mask.shape)}; it must be (batch, length) = "
-                f"{(query.shape[0], query.shape[2])} with True or 1 for real tokens."
+                f"{(query.shape[0], query.shape[2])}, with True or 1 for real tokens."
             )
         if check_values and values_can_be_read(key_mask) and not is_binary(key_mask):
             raise ValueError(
-                "key_mask holds values other than 0 and 1; it marks real tokens with True or 1. An additive mask "
-                "(0 and -inf) becomes one by `mask == 0`."
+                "key_mask holds values other than 0 and 1; it must be True or 1 for real tokens, False or 0 for "
+                "padding. Convert an additive mask (0 and -inf) with `mask == 0`."
             )
     return form
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
-    """Raises ValueError unless `cu_seqlens` divides a single row of `length` tokens into sequences."""
+    """Raise ValueError unless `cu_seqlens` divides a single row of `length` tokens into sequences."""
     if not isinstance(cu_seqlens, Tensor):
         raise ValueError(
             f"cu_seqlens is a {type(cu_seqlens).__name__}; it must be an int32 or int64 tensor of shape "
@@ -68,31 +71,33 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:
         )
     if batch != 1:
         raise ValueError(
-            f"cu_seqlens was given with a batch of {batch}; sequences are packed into a single row, so the batch must "
-            "be 1. Join the rows along their tokens."
+            f"cu_seqlens was given with a batch of {batch}; packed sequences are a single row, so the batch must be 1. "
+            "Concatenate the rows along their tokens."
         )
     if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must be int32 or int64 "
-            "of shape (sequences + 1,), with the bounds of at least one sequence."
+            "of shape (sequences + 1,), for at least one sequence."
         )
     if values_can_be_read(cu_seqlens):
         first, last, shortest = int(cu_seqlens[0]), int(cu_seqlens[-1]), int(cu_seqlens.diff().min())
         if first != 0 or last != length or shortest < 0:
             raise ValueError(
-                f"cu_seqlens runs from {first} to {last} and its shortest sequence has {shortest} tokens; it must run "
-                f"from 0 to the {length} tokens of the row and never decrease."
+                f"cu_seqlens runs from {first} to {last}, and its smallest step is {shortest}; it must begin with 0, "
+                f"end with {length}, the number of tokens of the row, and never decrease."
             )
 
 
 def values_can_be_read(x: Tensor) -> bool:
-    """Reading values must neither wait for an accelerator nor break a graph, and there must be some."""
+    """Whether values can be read without waiting for an accelerator or breaking a graph."""
     return x.device.type == "cpu" and not is_abstract(x)
 
 
 def is_abstract(x: Tensor) -> bool:
-    """Whether a tensor stands for values that are not there, or that no choice may depend on: while a graph is made of
-    it, within torch.func, on the meta device, and in subclasses such as FakeTensor."""
+    """Whether a tensor has no values, or values that must not influence control flow.
+
+    True while a graph is made, inside torch.func, on the meta device, and for subclasses such as FakeTensor.
+    """
     return (
         makes_graph()
         or x.is_meta
@@ -103,8 +108,10 @@ def is_abstract(x: Tensor) -> bool:
 
 
 def makes_graph() -> bool:
-    """Whether a graph is made, by torch.compile, torch.export or torch.jit.trace: one for all batches and lengths, so
-    that no loop and no choice in it may depend on them."""
+    """Whether torch.compile, torch.export or torch.jit.trace is making a graph.
+
+    One graph serves all batches and lengths, so its loops and branches must not depend on them.
+    """
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
@@ -113,6 +120,6 @@ def is_binary(mask: Tensor) -> bool:
 
 
 def is_exporting() -> bool:
-    # Not torch.compiler.is_exporting(): in the graphs of torch.compile some releases (2.11) answer it with True.
+    # Not torch.compiler.is_exporting(): in some releases (2.11) it also returns True in graphs of torch.compile.
     flag = getattr(torch.compiler, "_is_exporting_flag", None)
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling() if flag is None else flag

@@ -1,4 +1,4 @@
-"""The chunk form: all chunks at once, O(L) time. Chunks are linked by states (D x V)."""
+"""The chunk form: all chunks at once, O(L) time. Chunks exchange states of shape D x V."""
 
 import math
 
@@ -22,19 +22,23 @@ from .decays import (
 from .tokens import Tokens
 
 
-# Up to this many chunks, one (chunks x chunks) product links their states; beyond, groups of this size are linked so.
+# Up to this many chunks, one (chunks x chunks) product propagates the states. More chunks are split into groups of at
+# most this size.
 PROPAGATION_GROUP = 64
 
 
 def _split(x: Tensor, chunks: int, size: int) -> Tensor:
-    """(B, H, L, D) -> (B, H, chunks, size, D), zeros after the last token."""
+    """Split (B, H, L, D) into (B, H, chunks, size, D), with zeros after the last token."""
     padding = chunks * size - x.shape[2]
     x = F.pad(x, (0, 0, 0, padding)) if makes_graph() or padding else x
     return x.reshape(*x.shape[:2], chunks, size, x.shape[-1])
 
 
 def chunk_gates(log_decay: Tensor, length: int, chunks: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Gates as (b, H, n, K): (1, H, 1, K) for LION-D, (B, H, chunks, size) for LION-S, zeros after the last token."""
+    """Return the gates of chunks, (b, H, n, K): (1, H, 1, K) for LION-D, (B, H, chunks, size) for LION-S.
+
+    Gates after the last token of LION-S are 0.
+    """
     if log_decay.dim() == 1:
         return clamped_gates(log_decay, size, dtype).unsqueeze(2)
     gates = F.pad(clamped_gates(log_decay, length, dtype), (0, chunks * size - length))
@@ -44,35 +48,36 @@ def chunk_gates(log_decay: Tensor, length: int, chunks: int, size: int, dtype: t
 def chunk_factors(
     x: Tokens, gates: Tensor, chunks: int, scale: float, dy: Tensor | None = None
 ) -> tuple[Factors, Flows]:
-    """Factors of chunks with these gates (b, H, n, K), for backward with the gradients dy (B, H, L, V) of outputs."""
+    """Return the factors of chunks with gates (b, H, n, K). The backward pass gives `dy` (B, H, L, V) as well."""
 
     def split(alive: Tensor) -> Tensor:
         size = gates.shape[-1]
         return F.pad(alive, (0, chunks * size - alive.shape[-1])).unflatten(-1, (chunks, size))
 
-    if torch.jit.is_tracing() or is_exporting():  # what runs the graph has denormals of its own, and no such operators
+    # Runtimes of exported graphs treat denormal numbers in their own way, and lack the operators that avoid them.
+    if torch.jit.is_tracing() or is_exporting():
         return decay_factors(gates, None, None, scale, x.dtype, all_large=True)
     keys = None if x.key_mask is None else split(x.key_mask[:, None].bool())
     queries = None
     if dy is not None:
         queries = dy.abs().amax(-1) != 0
-        every = values_can_be_read(dy) and bool(queries.all())  # as a rule, and LION-D needs no factors of each row
+        every = values_can_be_read(dy) and bool(queries.all())  # the usual case; LION-D then shares factors across rows
         queries = queries.new_ones(1, 1, 1, 1) if every else split(queries)
     return decay_factors(gates, keys, queries, scale, x.dtype)
 
 
 def equal_chunks(length: int, chunk_size: int) -> tuple[int, int]:
-    """(number of chunks, tokens in each): as few chunks as `chunk_size` allows, equally long."""
-    chunks = (length + chunk_size - 1) // chunk_size  # integers of ONNX are divided towards 0
+    """Return (number of chunks, tokens per chunk): as few chunks as `chunk_size` allows, equally long."""
+    chunks = (length + chunk_size - 1) // chunk_size  # not -(-a // b): ONNX divides integers towards 0
     return chunks, (length + chunks - 1) // chunks
 
 
 def propagate(update: Tensor, total: Tensor, flow: Flow, reverse: bool) -> Tensor:
-    """State that reaches every chunk: out_c = sum over chunks m before c of exp(totals between m and c) update_m.
+    """Return the state that reaches each chunk: out_c = sum of exp(totals between m and c) update_m over m before c.
 
-    "Before" means to the left, or to the right if `reverse`. update (B, H, n, D, V), total (b, H, n). It is the
-    operator itself one level up: a small product with a decay mask. Many chunks are cut into groups, inside of which it
-    is that product, and whose own states are propagated in the same way.
+    "Before" means to the left, or to the right if `reverse`. update is (B, H, n, D, V), total (b, H, n). This is the
+    operator itself at the level of chunks: a small product with a decay mask. Many chunks are split into groups. Inside
+    a group that product is used, and the states of the groups are propagated recursively.
     """
     batch, _, chunks, *state_shape = update.shape
     groups, size = 1, chunks
@@ -88,7 +93,7 @@ def propagate(update: Tensor, total: Tensor, flow: Flow, reverse: bool) -> Tenso
     update = update.reshape(*update.shape[:2], groups, size, update.shape[-1])
     total, sent, arriving = (t.reshape(*t.shape[:2], groups, size) for t in (total, sent, arriving))
     exclusive, inclusive = cumulative_sums(total)
-    # exp(sum of the totals strictly between two chunks), 0 where the other chunk is not before this one.
+    # The weight is exp(sum of the totals strictly between two chunks), or 0 if the other chunk is not before this one.
     exponent = exclusive.unsqueeze(-1) - inclusive.unsqueeze(-2)
     if reverse:
         exponent = exponent.transpose(-1, -2)
@@ -135,7 +140,7 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
         (w, flows), total = chunk_factors(x, gates, chunks, scale, whole), gates.sum(-1)
         left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
         right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
-        # The transposed mask: what a query read from the left flows back to keys that lie to its left.
+        # With the transposed mask: the gradient of what a query reads from the left goes to the keys on its left.
         dleft = propagate(torch.matmul((q * w.read_left).transpose(-1, -2), dy), total, flows.dleft, reverse=True)
         dright = propagate(torch.matmul((q * w.read_right).transpose(-1, -2), dy), total, flows.dright, reverse=False)
     shared = log_decay.dim() == 1
@@ -143,16 +148,17 @@ def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
     dq, dk, dv = (gradient.flatten(2, 3).narrow(2, 0, length) for gradient in (dq, dk, dv))
     if shared:
         return dq, dk, dv, dgates[0, :, 0]
-    # Cut by a copy, as a view is contiguous at some lengths and not at others: two graphs.
+    # F.pad cuts by a copy. A view would be contiguous at some lengths only, which costs a second graph.
     return dq, dk, dv, F.pad(dgates.flatten(2, 3), (0, length - chunks * size))
 
 
 def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, shared: bool, left, right, dleft, dright):
-    """Gradients of chunks from the states that reach them (left, right) and the gradients of those they send on
-    (dleft for the state sent to the right, dright for the one sent to the left); all (B, H, n, D, V), or None
-    as `w` is.
+    """Return the gradients of q, k, v and the gates of chunks.
 
-    The last result is d gates (B, H, n, K), or (1, H, 1, K), summed over batch and chunks, if `shared` (LION-D)."""
+    `left` and `right` are the states that reach the chunks, `dleft` and `dright` the gradients of the states that they
+    send to the right and to the left. All are (B, H, n, D, V), or None like `w` for a single chunk. The gradient of the
+    gates is (B, H, n, K), or (1, H, 1, K), summed over batch and chunks, if `shared` (LION-D).
+    """
 
     def reduce(x: Tensor) -> Tensor:
         return x.sum((0, 2), keepdim=True) if shared else x
@@ -184,6 +190,8 @@ def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, shared: bool, 
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out += a @ b over the last two dimensions, without a temporary of the size of out. What is returned counts: ONNX
-    knows no views."""
+    """Compute out += a @ b over the last two dimensions, without a temporary of the size of out.
+
+    Use the returned tensor: in ONNX, which has no views, `out` itself does not change.
+    """
     return out.flatten(0, -3).baddbmm_(a.flatten(0, -3), b.flatten(0, -3)).view_as(out)

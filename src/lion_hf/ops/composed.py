@@ -1,4 +1,4 @@
-"""The operator from PyTorch's own operators, which have derivatives of every order, at O(L^2) memory."""
+"""The operator from PyTorch's own operators, which support derivatives of any order, with O(L^2) memory."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from .tokens import accumulation_dtype, without_autocast
 
 
 def composed(query, key, value, key_mask, options, *log_decays) -> Tensor | tuple[Tensor, Tensor]:
-    """n, y or (n, c) in the accumulation dtype, as `options` say; arguments as those of `autograd.lion`."""
+    """Return n, y or (n, c) in the accumulation dtype. Arguments are those of `autograd.lion`."""
     _, _, scale, result, eps, orders = options
     dtype = accumulation_dtype(query, key, value)
     with without_autocast(query.device):

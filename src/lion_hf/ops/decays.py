@@ -1,9 +1,10 @@
-"""Decays as the forms multiply with them: cumulative sums, weights of pairs of tokens, factors of chunks.
+"""Decay factors of the forms: cumulative sums, weights of pairs of tokens, factors of chunks.
 
-Every factor is the exponential of a number <= 0. What a token reads is a product of several, and none may come near the
-smallest normal number of its dtype, below which a CPU is many times slower: with query, key and value between 1e-3 and
-1e3 in size it takes more than e**-87 (float32) to be normal. So M_ij is 0 where its exponent, the decay between i and
-j, is below `CUT`. Where a state stands between the two, the strongest token in it decides."""
+Every factor is the exponential of a number <= 0, and a token reads products of several factors. No product may come
+near the smallest normal number of its dtype (e**-87 in float32), because a CPU is many times slower below it. The cut
+leaves room for queries, keys and values between 1e-3 and 1e3 in size: M_ij is 0 if its exponent, the sum of the
+log-decays between i and j, is below `CUT`. Where tokens are read through a state, the strongest token in it decides.
+"""
 
 import math
 from typing import NamedTuple
@@ -13,35 +14,41 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-# Natural logarithm of the smallest decay between two tokens that read each other: 4e-18 in float32, 1e-261 in float64.
+# Natural logarithm of the smallest M_ij that is not set to 0: M_ij is 4e-18 there in float32, 1e-261 in float64.
 CUT = {torch.float32: -40.0, torch.float64: -600.0}
 
-_ABOVE = 1.001  # exp of a number at the cut, however it is rounded, is no more than so many times the exact one
+_ABOVE = 1.001  # exp of a number at the cut, however it is rounded, is at most this multiple of the exact value
 
-# Clamping gates there changes no result, as it is beyond the cut, and keeps every sum finite for log_decay = -inf.
+# Gates are clamped here. This is beyond the cut, so no result changes, and sums stay finite for log_decay = -inf.
 FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
 
 
 def clamped_gates(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """Clamped log-decays in the dtype their sums need: (1, H, L) without memory for LION-D, (B, H, L) for LION-S."""
+    """Return clamped log-decays in the dtype of their sums: (1, H, L), a view, for LION-D, (B, H, L) for LION-S."""
     gates = log_decay.to(sum_dtype(log_decay.device)).clamp(min=FLOOR[dtype])
     return gates[None, :, None].expand(1, -1, length) if gates.dim() == 1 else gates
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """float64: differences of float32 sums lose 5e-5 at 1025 tokens, more after a saturated gate. (MPS has none.)"""
+    """Return the dtype of sums of log-decays: float64, or float32 on MPS, which has no float64.
+
+    Differences of float32 sums are off by 5e-5 at 1025 tokens, and by more after a saturated gate.
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def cumulative_sums(gates: Tensor) -> tuple[Tensor, Tensor]:
-    """Exclusive and inclusive cumulative sums over the last dimension."""
+    """Return the exclusive and the inclusive cumulative sums over the last dimension."""
     inclusive = gates.cumsum(-1)
     return inclusive - gates, inclusive
 
 
 def pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype, rank: Tensor | None = None) -> Tensor:
-    """M of one tile, (..., K, K). Of the two exponents the right one is the one <= 0, hence the smaller. Where autograd
-    shall know which, both may be 0, and `rank` tells it: the place of each token in the order of the sums."""
+    """Return M of one tile, (..., K, K).
+
+    M_ij has two candidate exponents; the correct one is <= 0 and therefore the smaller. Both can be 0. Autograd has to
+    select the correct one even then, so it is given `rank`, the position of each token in the order of the sums.
+    """
     left, right = differences(exclusive, dtype), differences(-inclusive, dtype)
     if rank is None:
         return exp_(left.clamp_(max=right))
@@ -49,26 +56,29 @@ def pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype, rank:
 
 
 def tile_weights(gates: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """M inside chunks with gates (b, H, n, K), times the scale: (b, H, n, K, K)."""
+    """Return M inside chunks with gates (b, H, n, K), times the scale: (b, H, n, K, K)."""
     return pair_weights(*cumulative_sums(gates), dtype).mul_(scale)
 
 
 def exp_(x: Tensor) -> Tensor:
-    """exp, and 0 below the cut. exp alone would be slow there."""
-    if torch.jit.is_tracing():  # the graph has gradients of its own
+    """Return exp(x), or 0 below the cut, where exp is slow. May overwrite x."""
+    if torch.jit.is_tracing():  # autograd differentiates the traced graph
         return differentiable_exp(x)
     cut = CUT[x.dtype]
     return F.threshold_(x.clamp_(min=cut).exp_(), _ABOVE * math.exp(cut), 0.0)
 
 
 def differentiable_exp(x: Tensor) -> Tensor:
-    """`exp_` for autograd, which changes nothing in place."""
+    """Return `exp_` of x without in-place changes, for autograd."""
     cut = CUT[x.dtype]
     return torch.where(x < cut, 0.0, x.clamp(min=cut).exp())
 
 
 def cut_exp(exponent: Tensor, beyond: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """exp(exponent) in a dtype, and 0 where it would multiply what is so small that their product is beyond the cut."""
+    """Return exp(exponent) in a dtype, or 0 where exponent + beyond is below the cut.
+
+    `beyond` is the largest exponent of what the factor is multiplied with, and 0 if it is None.
+    """
     exponent = exponent.to(dtype, copy=True)
     if beyond is None:
         return exp_(exponent)
@@ -78,9 +88,9 @@ def cut_exp(exponent: Tensor, beyond: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 def differences(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """sums_i - sums_j (..., K, K), exact to the rounding of the difference and not of the sums.
+    """Return sums_i - sums_j (..., K, K), with the rounding error of the difference rather than of the sums.
 
-    A float64 sum is split into two float32 parts, so that no K x K tensor in float64 is made.
+    Float64 sums are split into two float32 parts, which avoids a K x K tensor in float64.
     """
     high = sums.to(dtype)
     difference = high.unsqueeze(-1) - high.unsqueeze(-2)
@@ -91,15 +101,17 @@ def differences(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Flow(NamedTuple):
-    """How small the states are that chunks exchange in one direction, as exponents (b, H, n) of their largest terms."""
+    """Exponents (b, H, n) of the largest terms of the states that chunks exchange in one direction."""
 
-    sent: Tensor  # of the state that each chunk makes, as it leaves the chunk; -inf where it makes none
-    arriving: Tensor  # of the states of all chunks before it, as they reach it; -inf where there is none
+    sent: Tensor  # of the state of each chunk as it leaves the chunk; -inf if it has none
+    arriving: Tensor  # of the states of all chunks before it, as they reach it; -inf if there is none
 
 
 def flow(exponents: Tensor, total: Tensor, reverse: bool) -> Flow:
-    """The flow of what tokens write with factors exp(exponents) (b, H, n, K) past chunks with `total` (b, H, n). n = 1
-    stands for many chunks all alike."""
+    """Return the flow of states that tokens write with factors exp(exponents), (b, H, n, K).
+
+    `total` (b, H, n) is the sum of the gates of each chunk. n = 1 stands for any number of identical chunks.
+    """
     sent = exponents.amax(-1)
     if sent.shape[-1] == 1:  # the nearest chunk is the strongest
         return Flow(sent, sent)
@@ -113,21 +125,21 @@ def flow(exponents: Tensor, total: Tensor, reverse: bool) -> Flow:
 
 
 class Flows(NamedTuple):
-    """The flows of all chunks: of states that keys make, and of gradients of states, which queries make."""
+    """The flows of all chunks: of the states, which keys write, and of their gradients, which queries write."""
 
     left: Flow  # states that come from the left
     right: Flow  # states that come from the right
-    dleft: Flow | None  # gradients of the former, which come from the right; None: all of them are large
-    dright: Flow | None
+    dleft: Flow | None  # gradients of the states from the left; they come from the right. None: treated as large
+    dright: Flow | None  # gradients of the states from the right; they come from the left. None: treated as large
 
 
 class Factors(NamedTuple):
-    """What a chunk with K tokens and local sums e (exclusive), f (inclusive), G (total) multiplies with."""
+    """The factors of chunks with K tokens, from the local sums e (exclusive), f (inclusive) and G (total) of gates."""
 
     read_left: Tensor  # (b, H, n, K, 1)  s exp(e)      a query reads the state that comes from the left
-    write_right: Tensor  # (b, H, n, K, 1)  exp(G - e)    a key enters the state that goes on to the right
+    write_right: Tensor  # (b, H, n, K, 1)  exp(G - e)    a key enters the state that leaves to the right
     read_right: Tensor  # (b, H, n, K, 1)  s exp(G - f)  a query reads the state that comes from the right
-    write_left: Tensor  # (b, H, n, K, 1)  exp(f)        a key enters the state that goes on to the left
+    write_left: Tensor  # (b, H, n, K, 1)  exp(f)        a key enters the state that leaves to the left
     cross_right: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the right
     cross_left: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the left
 
@@ -143,9 +155,11 @@ def decay_factors(
     dtype: torch.dtype,
     all_large: bool = False,
 ) -> tuple[Factors, Flows]:
-    """The factors of chunks from their gates (b, H, n, K), b = n = 1 for LION-D, and from which keys count, and which
-    gradients of outputs are not 0, (B, H or 1, n, K), where that is known. `all_large`: no state that is too small is
-    to be looked for."""
+    """Return the factors of chunks and the flows between them.
+
+    gates are (b, H, n, K), with b = n = 1 for LION-D. keys and queries, (B, H or 1, n, K) or None, mark the keys that
+    are not masked and the outputs whose gradient is not 0. With `all_large`, no state is checked for being too small.
+    """
     e, f = cumulative_sums(gates)
     total = f[..., -1:]
     to_right, from_right = total - e, total - f
@@ -171,7 +185,7 @@ def decay_factors(
 
 
 def _there_and_back(write, read, keys, queries, total, reverse: bool, cut: float) -> tuple[Flow, Flow | None]:
-    """The flow of the states that keys make, and of their gradients, from the exponents of both."""
+    """Return the flow of the states, which keys write, and of their gradients, which queries write."""
     sums = total.squeeze(-1)
     write = write if keys is None else torch.where(keys, write, -math.inf)
     there = flow(write, sums, reverse)
@@ -179,22 +193,28 @@ def _there_and_back(write, read, keys, queries, total, reverse: bool, cut: float
         return there, None
     read = torch.where(queries, read, -math.inf)
     back = flow(read, sums, not reverse)
-    # A key that no query reaches makes no state, nor does a query that no key reaches.
+    # Keys that reach no query, and queries that reach no key, write no state.
     write = torch.where(write + back.arriving.unsqueeze(-1) < cut, -math.inf, write)
     read = torch.where(read + there.arriving.unsqueeze(-1) < cut, -math.inf, read)
     return flow(write, sums, reverse), flow(read, sums, not reverse)
 
 
 def gate_gradient(de: Tensor, df: Tensor, dtotal: Tensor) -> Tensor:
-    """d gates from d(exclusive sums), d(inclusive sums) and d(total): gate t enters e_i for i > t, f_i for i >= t."""
+    """Return the gradient of the gates from those of the exclusive sums e, the inclusive sums f and the total.
+
+    Gate t is a summand of e_i for i > t, and of f_i for i >= t.
+    """
     both = (de + df).to(sum_dtype(de.device))
     return both.flip(-1).cumsum(-1).flip(-1) - de + dtotal
 
 
 def split_sums(pairs: Tensor, rank: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(de, df) of a tile from pairs_ij = dM_ij M_ij: e_i enters row i and leaves column i below the diagonal, f_i
-    enters column i and leaves row i above it. `rank` tells which token comes first if not by index. `pairs` is
-    overwritten."""
+    """Return the gradients (de, df) of the sums of a tile from pairs_ij = dM_ij M_ij, which is overwritten.
+
+    Below the diagonal the exponent is e_i - e_j: e_i is positive in row i and negative in column i. Above it the
+    exponent is f_j - f_i: f_i is positive in column i and negative in row i. `rank` is the order of the tokens, by
+    default that of their indices.
+    """
     rest = pairs.sum(-2) - pairs.sum(-1)
     lower = pairs.tril_() if rank is None else pairs.mul_(rank.unsqueeze(-1) > rank)
     de = lower.sum(-1) - lower.sum(-2)
@@ -202,6 +222,6 @@ def split_sums(pairs: Tensor, rank: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def unclamped_gradient(gradient: Tensor, log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of log-decays from that of the clamped ones, token by token."""
+    """Return the gradient of the log-decays from that of the clamped log-decays of all tokens."""
     gradient = gradient.sum(-1) if log_decay.dim() == 1 else gradient
     return torch.where(log_decay >= FLOOR[dtype], gradient, 0).to(log_decay.dtype)

@@ -1,4 +1,4 @@
-"""The chunk and rnn forms without decay: every token reads the same state, sum_j k_j v_j^T, from both directions."""
+"""The chunk and rnn forms without decay: every token reads the same state, sum_j k_j v_j^T."""
 
 import torch
 
@@ -30,7 +30,7 @@ def global_backward(x: Tokens, log_decay, dy, dc, scale, block):
 
 
 def _parts(x: Tokens, block: int | None) -> list[slice]:
-    """The tokens in blocks, or all at once without a number, which a graph would be made for."""
+    """Return slices of `block` tokens, or all tokens if `block` is None. A graph must not depend on their number."""
     return [ALL] if block is None else slices(0, x.query.shape[2], block)
 
 

@@ -1,4 +1,4 @@
-"""Rows without padding: sequences that a caller packed into one row, and padded batches made into one and restored."""
+"""Rows without padding: sequences that the caller packed into one row, and padded batches joined into one row."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,9 +11,9 @@ from .backend import warn_once
 from .checks import check_cu_seqlens, is_abstract, is_exporting
 
 
-# unpad=None removes padding where rows have this many features of it on average, positions times hidden_size: one row
-# after another costs some time for each row and layer, a padded position the more the wider the model. Measured on a
-# CPU (training steps of widths 128 to 768).
+# unpad=None removes padding if rows have at least this many padded features on average (positions times hidden_size).
+# Computing rows one after another costs some time per row and layer; a padded position costs more the wider the model
+# is. Measured on a CPU (training steps of widths 128 to 768).
 LEAST_PADDING = 2048
 
 
@@ -25,19 +25,28 @@ def packed_bounds(
     cu_seqlens: Tensor | None = None,
     seq_idx: Tensor | None = None,
 ) -> Tensor | None:
-    """Bounds of the sequences that a caller packed into one row, (sequences + 1,) on the CPU; None if it holds one.
+    """Return the bounds of the sequences that the caller packed into one row.
 
-    They are told by the first of these that is given, as Transformers' `DataCollatorWithFlattening` makes them:
+    The first of `cu_seqlens`, `seq_idx` and `position_ids` that is given determines the bounds. Transformers'
+    `DataCollatorWithFlattening` can return all three.
 
-    - `cu_seqlens`, the bounds themselves (its `cu_seq_lens_q`);
-    - `seq_idx` (1, length), a number that changes from one sequence to the next;
-    - `position_ids` (1, length) that start again: where the batch is 1 and there is no attention_mask, they rise by 1
-      inside each text and fall from one text to the next, whatever their first numbers. Where an entry equals the one
-      before it, as those of padding do, the row is one text, with a warning. A compiled graph raises an
-      error when it meets positions of several texts; a graph that is exported does not look.
+    Args:
+        batch: number of rows.
+        length: number of tokens of each row.
+        position_ids: (1, length). They are read only if the batch is 1 and there is no `attention_mask`. A row holds
+            several texts if its positions rise by 1 inside each text and fall from one text to the next; a text may
+            begin with any number. Otherwise the row is read as one text, with a warning if positions repeat (as in
+            padding) or fall. A compiled graph raises an error when it runs on positions of several texts. Exported
+            graphs do not read positions.
+        attention_mask: (batch, length) or None; if given, `position_ids` are not read.
+        cu_seqlens: (sequences + 1,), int32 or int64, the bounds themselves (`cu_seq_lens_q` of the collator).
+        seq_idx: (1, length), a number that changes from one sequence to the next.
+
+    Returns:
+        (sequences + 1,) on the CPU, or None if the row holds a single sequence.
 
     Raises:
-        ValueError: where `cu_seqlens` or `seq_idx` does not fit a single row of this length.
+        ValueError: if `cu_seqlens` or `seq_idx` does not match a single row of this length.
     """
     if cu_seqlens is None:
         starts = None
@@ -45,7 +54,7 @@ def packed_bounds(
             if batch != 1 or seq_idx.numel() != length:
                 raise ValueError(
                     f"seq_idx has shape {tuple(seq_idx.shape)} for a batch of {batch} and {length} tokens; it must be "
-                    f"(1, {length}), a number for every token of a single row. Join the rows along their tokens."
+                    f"(1, {length}), a number for every token of a single row. Concatenate the rows along their tokens."
                 )
             starts = F.pad(seq_idx.flatten().diff() != 0, (1, 0), value=True)
         elif position_ids is not None and attention_mask is None and batch == 1 and not is_exporting():
@@ -59,15 +68,16 @@ def packed_bounds(
 
 
 def _restarts(positions: Tensor) -> Tensor | None:
-    """Where positions (length,) start again; None unless they rise by 1 inside several texts and do nothing else."""
+    """Return a mask (length,) of the first tokens of texts; None unless positions are those of several texts."""
     steps = positions.diff()
     rises, falls = steps == 1, steps < 0
     several = rises.any() & falls.any() & (rises | falls).all()
-    if torch.compiler.is_compiling():  # a graph cannot depend on the answer, so it looks when it runs
+    if torch.compiler.is_compiling():  # a graph cannot depend on the answer, so it checks when it runs
         torch._assert_async(
             ~several,
-            "position_ids tell that this row holds several texts, which a compiled graph does not separate by them. "
-            "Give cu_seq_lens_q or seq_idx as well (DataCollatorWithFlattening(return_flash_attn_kwargs=True)).",
+            "position_ids show that this row holds several texts, but a compiled graph cannot separate texts by their "
+            "positions. Give cu_seq_lens_q or seq_idx as well "
+            "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)).",
         )
         return None
     if is_abstract(positions):
@@ -76,22 +86,24 @@ def _restarts(positions: Tensor) -> Tensor | None:
         return F.pad(falls, (1, 0), value=True).cpu()
     if bool((steps <= 0).any()):
         warn_once(
-            "position_ids of this row repeat or fall, but do not rise by 1 inside each text: they do not tell where "
-            "texts begin, and the row is read as one text. For packed texts give cu_seq_lens_q or seq_idx "
+            "position_ids of this row repeat or fall, but do not rise by 1 inside each text. They do not show where "
+            "texts begin, so the row is read as one text. For packed texts give cu_seq_lens_q or seq_idx "
             "(DataCollatorWithFlattening(return_flash_attn_kwargs=True)), for padding an attention_mask."
         )
     return None
 
 
 def packed_positions(cu_seqlens: Tensor) -> Tensor:
-    """(1, length): the tokens of every sequence, counted from 0."""
+    """Return positions (1, length) that count the tokens of each sequence from 0."""
     starts = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
     return (torch.arange(len(starts)) - starts)[None]
 
 
 def first_tokens(cu_seqlens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """(sequences,): where the first token of each sequence that `key_mask` (1, length) lets in stands in the row; of a
-    sequence without one, its very first. None of them may be empty."""
+    """Return the index (sequences,) of the first token of each sequence that `key_mask` (1, length) does not mask.
+
+    If all tokens of a sequence are masked, it is the first one. No sequence may be empty.
+    """
     starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
     if key_mask is None:
         return starts
@@ -101,8 +113,11 @@ def first_tokens(cu_seqlens: Tensor, key_mask: Tensor | None = None) -> Tensor:
 
 
 def sequence_means(x: Tensor, cu_seqlens: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """(sequences, width): the mean of the tokens of each sequence in a row x (1, length, width) that `key_mask`
-    (1, length) lets in; of a sequence without one, its first token. None of them may be empty."""
+    """Return the means (sequences, width) of the unmasked tokens of each sequence in a row x (1, length, width).
+
+    `key_mask` is (1, length). If all tokens of a sequence are masked, its first token is returned. No sequence may be
+    empty.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     owner = torch.arange(len(cu_seqlens) - 1).repeat_interleave(cu_seqlens.diff()).to(x.device)
     tokens, counts = x[0].to(dtype), cu_seqlens.diff().to(x.device, dtype)
@@ -115,29 +130,42 @@ def sequence_means(x: Tensor, cu_seqlens: Tensor, key_mask: Tensor | None = None
 
 
 class UnpaddedRow(NamedTuple):
-    """A batch whose rows stand in one row, one after the other, without the padding at their ends."""
+    """A batch whose rows are joined into one row, without the padding at their ends."""
 
-    index: Tensor  # (tokens,)     where each token stands in the flattened batch
+    index: Tensor  # (tokens,)     index of each token in the flattened batch
     cu_seqlens: Tensor  # (batch + 1,)  bounds of the rows, on the CPU
-    key_mask: Tensor | None  # (1, tokens)   False for what is masked inside a row; None where nothing is
+    key_mask: Tensor | None  # (1, tokens)   False for tokens that are still masked; None if there are none
 
     def join(self, hidden_states: Tensor) -> Tensor:
-        """(batch, length, hidden) -> (1, tokens, hidden)."""
+        """Join (batch, length, hidden) into (1, tokens, hidden)."""
         return hidden_states.flatten(0, 1).index_select(0, self.index)[None]
 
     def restore(self, hidden_states: Tensor, padded: Tensor) -> Tensor:
-        """(1, tokens, hidden) -> (batch, length, hidden). Where there was padding it is that of `padded` (the same
-        shape), without a gradient: never 0, whose LayerNorm has a gradient of 1 / sqrt(eps)."""
+        """Restore (batch, length, hidden) from (1, tokens, hidden).
+
+        Removed positions are copied from `padded` (batch, length, hidden), without a gradient. They are not set to 0,
+        where the gradient of a LayerNorm is 1 / sqrt(eps).
+        """
         rows = padded.detach().flatten(0, 1).to(hidden_states.dtype)
         return rows.index_copy(0, self.index, hidden_states[0]).view_as(padded)
 
 
 def unpad(key_mask: Tensor, least_padding: float = 1, padding: Tensor | None = None) -> UnpaddedRow | None:
-    """Joins the rows of a key mask (batch, length) without the padding at their left and right ends: what the mask
-    leaves out, or of that only what `padding` (batch, length) marks with True. Of a row without a real token the first
-    stays, which the pooler reads.
+    """Join the rows of a batch into one row, without the padding at their left and right ends.
 
-    None where these are fewer than `least_padding` positions in the whole batch, or there is none.
+    The first token of a row without any real token is kept, because the pooler reads it.
+
+    Args:
+        key_mask: (batch, length), bool, True for real tokens.
+        least_padding: smallest number of positions to remove from the whole batch; with fewer, nothing is removed.
+        padding: (batch, length), bool, True for the masked tokens that may be removed; by default all masked tokens.
+
+    Returns:
+        A named tuple with `index` (tokens,), the index of each kept token in the flattened batch; `cu_seqlens`
+        (batch + 1,), the bounds of the rows, on the CPU; and `key_mask` (1, tokens), or None if no kept token is
+        masked. Its method `join(x)` turns (batch, length, dim) into (1, tokens, dim). `restore(y, x)` turns y
+        (1, tokens, dim) back into (batch, length, dim), with the removed positions of x. The result is None if fewer
+        than `least_padding` positions can be removed.
     """
     wanted = key_mask if padding is None else key_mask | ~padding
     begun, to_come = wanted.cumsum(1) > 0, wanted.flip(1).cumsum(1).flip(1) > 0
@@ -151,14 +179,24 @@ def unpad(key_mask: Tensor, least_padding: float = 1, padding: Tensor | None = N
     return UnpaddedRow(index, F.pad(lengths.cumsum(0), (1, 0)), None if bool(inside.all()) else inside[None])
 
 
-@torch.compiler.disable  # the bounds are numbers of each batch, which a graph would be compiled for again and again
+@torch.compiler.disable  # the bounds differ in every batch, and a graph would be compiled for each of them
 def map_sequences(
     function: Callable, cu_seqlens: Tensor, key_mask: Tensor | None, *tensors: Tensor | None
 ) -> Tensor | tuple[Tensor, ...]:
-    """`function(*tensors, key_mask=key_mask)` of each sequence of a packed row, outputs joined along the tokens.
+    """Call a function on each sequence of a packed row and concatenate the outputs along the tokens.
 
-    Tokens are dimension 2 of `tensors` and outputs, and dimension 1 of `key_mask`; a tensor without this dimension
-    (None, a decay per head) goes to every sequence as it is. No sequence can reach another: it is never given it.
+    Each call gets the tokens of one sequence only, so sequences cannot influence each other.
+
+    Args:
+        function: called as `function(*tensors, key_mask=key_mask)`. It returns a tensor or a tuple of tensors, whose
+            dimension 2 are tokens.
+        cu_seqlens: (sequences + 1,), the bounds of the sequences.
+        key_mask: (1, length) or None.
+        tensors: their dimension 2 are tokens. None and tensors without this dimension (a decay per head) are passed to
+            every call unchanged.
+
+    Returns:
+        The concatenated output, or a tuple of concatenated outputs if `function` returns tuples.
     """
     lengths = cu_seqlens.diff().tolist()
     sequences = zip(*(_split_row(x, lengths, 2) for x in tensors), _split_row(key_mask, lengths, 1), strict=True)

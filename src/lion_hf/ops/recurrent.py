@@ -1,5 +1,7 @@
-"""The rnn form: one chunk after the other, O(L) time. Forward needs O(D V) memory whatever the length, and some numbers
-for each token and head."""
+"""The rnn form: one chunk after another, O(L) time.
+
+Beyond the output, the forward pass needs O(D V) memory for the state and a few numbers per token and head.
+"""
 
 import math
 from collections.abc import Iterator
@@ -17,12 +19,12 @@ def rnn_forward(x: Tokens, log_decay, scale, chunk_size):
     gates = chunk_gates(log_decay, x.query.shape[2], chunks, size, x.dtype)
     factors, _ = chunk_factors(x, gates, chunks, scale)
     y, state = x.empty_output(), x.empty_state()
-    for part, q, k, v, w, tile in _walk(x, gates, factors, scale):  # the chunk itself and all that lies to its left
+    for part, q, k, v, w, tile in _walk(x, gates, factors, scale):  # the chunk itself and all tokens to its left
         out = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(tile), v)
         y[:, :, part] = out.add_(torch.matmul(q * w.read_left, state)).squeeze(2)
         state = next_state(state, w.cross_right, k * w.write_right, v)
     state = x.empty_state()
-    for part, q, k, v, w, _ in _walk(x, gates, factors, reverse=True):  # all that lies to its right
+    for part, q, k, v, w, _ in _walk(x, gates, factors, reverse=True):  # all tokens to its right
         y[:, :, part] += torch.matmul(q * w.read_right, state).squeeze(2)
         state = next_state(state, w.cross_left, k * w.write_left, v)
     return x.split(y)
@@ -56,10 +58,11 @@ def rnn_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
 
 
 def _walk(x: Tokens, gates: Tensor, factors: Factors, scale: float | None = None, reverse: bool = False) -> Iterator:
-    """One chunk after the other, as (part, q, k, v, factors, tile): q, k and v are (B, H, 1, K, D). The last chunk may
-    be shorter than gates (b, H, n, K) say.
+    """Yield (part, q, k, v, factors, tile) of one chunk after another; q, k and v are (B, H, 1, K, D).
 
-    Tiles are made where a scale is given, for several chunks at a time, as many as fit a cache, and once in LION-D."""
+    The last chunk may be shorter than the K of the gates, (b, H, n, K). Tiles are built only if a scale is given: once
+    for LION-D, otherwise for as many chunks at a time as fit into the cache.
+    """
     size, shared = gates.shape[-1], gates.shape[2] == 1
     parts = slices(0, x.query.shape[2], size)
     most = len(parts) if shared else fitting_cache(gates[:, :, 0].numel() * size)
@@ -76,5 +79,5 @@ def _walk(x: Tokens, gates: Tensor, factors: Factors, scale: float | None = None
 
 
 def next_state(state: Tensor, cross: Tensor, write: Tensor, v: Tensor) -> Tensor:
-    """The state after one more chunk: exp(G) state + write^T v."""
+    """Return the state after one more chunk: exp(G) state + write^T v."""
     return torch.matmul(write.transpose(-1, -2), v).addcmul_(cross, state)

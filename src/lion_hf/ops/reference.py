@@ -1,17 +1,20 @@
-"""The textbook: what LION computes, by its definition, slow and readable. Every form and kernel is tested against it.
+"""The definition of LION's operator, slow and readable. Every form and kernel is tested against it.
 
-A query i reads every key j, to its left and to its right. On the way from j to i the key is multiplied by the decay of
-each token that it leaves, its own first: M_ij = d_j d_(j+1) .. d_(i-1) from the left, d_j d_(j-1) .. d_(i+1) from the
-right, M_ii = 1. No cumulative sums, no chunks, no logarithms: one decay is multiplied at a time.
+Query i reads every key j, on its left and on its right, with a weight that is multiplied by the decay mask M. Its entry
+M_ij is the product of the decays of all tokens from j up to, but not including, i. With `normalize`, y_i is divided by
+scale * sum_j M_ij (q_i . k_j) + eps.
 
-    y_i = scale * sum_j M_ij (q_i . k_j) v_j        normalize: divided by  scale * sum_j M_ij (q_i . k_j) + eps
+    M_ij = d_j d_(j+1) .. d_(i-1)  for j < i        M_ij = d_j d_(j-1) .. d_(i+1)  for j > i        M_ii = 1
+    y_i = scale * sum_j M_ij (q_i . k_j) v_j
+
+This file multiplies one decay at a time and uses no cumulative sums, chunks or logarithms.
 """
 
 import torch
 
 
 def textbook_mask(decay):
-    """M (..., L, L) from decays in [0, 1] (..., L)."""
+    """Return the decay mask M (..., L, L) of decays (..., L) in [0, 1]."""
     length = decay.shape[-1]
     one = torch.ones_like(decay[..., :1])
     lower, upper = [one], [one]  # lower[i]: M_i0 .. M_ii; upper[j]: M_0j .. M_jj
@@ -25,10 +28,10 @@ def textbook_mask(decay):
 
 
 def textbook(query, key, value, log_decay=None, key_mask=None, normalize=False, scale=None, eps=1e-6):
-    """y (B, H, L, E) from query, key (B, H, L, D) and value (B, H, L, E), in their dtype.
+    """Return y (B, H, L, E) for query and key (B, H, L, D) and value (B, H, L, E), computed in their dtype.
 
-    log_decay is None (M is 1), (H,) or (B, H, L); key_mask (B, L) is 0 where a key counts for nothing; scale is
-    D**-0.5 by default.
+    log_decay is None (M is 1 everywhere), (H,) or (B, H, L). key_mask (B, L) is 0 for keys to ignore. scale is D**-0.5
+    by default.
     """
     batch, heads, length, width = query.shape
     scale = width**-0.5 if scale is None else scale
@@ -46,16 +49,16 @@ def textbook(query, key, value, log_decay=None, key_mask=None, normalize=False, 
 
 
 def textbook_recurrent(query, key, value, decay):
-    """The same y without mask and normalization, token by token: one state read from the left, one from the right.
+    """Return the same y, without key mask and normalisation, from two states that are updated token by token.
 
-    decay (B, H, L) in [0, 1].
+    One state runs from left to right, the other from right to left. decay (B, H, L) is in [0, 1].
     """
     left, right, length = [], [], query.shape[2]
     state = future = torch.zeros_like(key[:, :, 0, :, None] * value[:, :, 0, None, :])  # (B, H, D, E)
     for i in range(length):
         state = state + key[:, :, i, :, None] * value[:, :, i, None, :]
         left.append(torch.einsum("bhd,bhde->bhe", query[:, :, i], state))
-        state = state * decay[:, :, i, None, None]  # leaves token i
+        state = state * decay[:, :, i, None, None]  # the state leaves token i
     for i in reversed(range(length)):
         right.append(torch.einsum("bhd,bhde->bhe", query[:, :, i], future))
         future = (future + key[:, :, i, :, None] * value[:, :, i, None, :]) * decay[:, :, i, None, None]

@@ -1,4 +1,4 @@
-"""Scans of a grid along several paths, and their mean: the natural variants of image encoders (arXiv 2502.16249)."""
+"""Scans of a grid along several paths, and their mean, for image encoders (arXiv 2502.16249)."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,19 @@ from .tokens import without_autocast
 
 
 def snake_orders(height: int, width: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
-    """The two snake scans of a height x width grid with a class token before it.
+    """Return the two snake scans of a grid of patches with a class token before it.
 
-    The first walks the rows boustrophedon (row 0 rightward, row 1 leftward, ...), the second the columns (column 0
-    downward, column 1 upward, ...). The class token stays at position 0 of both.
+    The first scan follows the rows (row 0 to the right, row 1 to the left, ...), the second the columns (column 0 down,
+    column 1 up, ...). The class token is at position 0 of both.
+
+    Args:
+        height: number of rows of patches.
+        width: number of patches in each row.
+        device: device of the returned tensors; PyTorch's default device if None.
 
     Returns:
-        Two pairs `(order, inverse)` of int64 tensors (1 + height * width,): `tokens[order]` is the sequence along the
-        curve when `tokens` is in raster order, `sequence[inverse]` is in raster order again.
+        Two pairs `(order, inverse)` of int64 tensors (1 + height * width,). For tokens in raster order,
+        `tokens[order]` is the sequence along the scan; `sequence[inverse]` is in raster order again.
     """
     raster = torch.arange(height * width, device=device).view(height, width)
     orders = []
@@ -45,31 +50,35 @@ def averaged_scans(
     eps: float = 1e-6,
     check_values: bool = True,
 ) -> Tensor:
-    """The operator under the mean of several masks, each along its own order: the snake scans of images.
+    """Compute linear attention with the mean of several decay masks, each along its own order of the tokens.
 
-    The attention form builds the mean mask and multiplies once; the others run one scan after the other and add
-    numerators and denominators before the one division.
+    This is how image encoders use the snake scans. The attention form builds the mean mask once. The other forms
+    compute one scan after another, add numerators and denominators, and divide once.
 
     Args:
-        query: (batch, heads, length, head_dim), as in [`bidirectional_linear_attention`], and so `key` and `value`.
-        log_decays: one for each scan, all (heads,), or all (batch, heads, length) with the tokens in the order of
+        query: (batch, heads, length, head_dim), any floating dtype.
+        key: same shape as `query`.
+        value: (batch, heads, length, value_dim).
+        log_decays: one per scan, <= 0, all (heads,) or all (batch, heads, length) with the tokens in the order of
             `query`.
-        orders: one for each scan, see [`snake_orders`].
-        format: as in [`bidirectional_linear_attention`], and so `chunk_size`.
-        normalize: divide by the mean row sums.
+        orders: a pair `(order, inverse)` per scan, see `snake_orders`.
+        format: as in `bidirectional_linear_attention`.
+        chunk_size: as in `bidirectional_linear_attention`.
+        normalize: whether to divide by the mean row sums.
         eps: added to the mean row sums before the division.
-        check_values: as in [`bidirectional_linear_attention`].
+        check_values: as in `bidirectional_linear_attention`.
 
     Returns:
-        (batch, heads, length, value_dim) in the dtype of `value`.
+        (batch, heads, length, value_dim) in the dtype of `value`. The scale is `head_dim**-0.5`.
 
     Raises:
-        ValueError: as [`bidirectional_linear_attention`], and for log-decays of two kinds, or none.
+        ValueError: for invalid arguments as in `bidirectional_linear_attention`; if `log_decays` is empty or its shapes
+            are of both kinds; if there are not as many `orders` as `log_decays`.
     """
     if len({log_decay.dim() for log_decay in log_decays}) != 1:
         raise ValueError(
-            f"log_decays have the shapes {[tuple(x.shape) for x in log_decays]}; give one for each scan, all of them "
-            "(heads,) or all (batch, heads, length)."
+            f"log_decays has the shapes {[tuple(x.shape) for x in log_decays]}; it must hold one for each scan, all of "
+            "them (heads,) or all (batch, heads, length)."
         )
     for log_decay in log_decays:
         form = check_arguments(query, key, value, log_decay, format, chunk_size, None, None, check_values)
@@ -92,7 +101,7 @@ def averaged_scans(
 
 
 def _along(order, inverse, query, key, value, log_decay, form: str, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of one scan."""
+    """Return the numerator and the denominator of one scan."""
     log_decay = log_decay if log_decay.dim() == 1 else log_decay.index_select(2, order)
     n, c = bidirectional_linear_attention(
         *(x.index_select(2, order) for x in (query, key, value)),

@@ -1,4 +1,4 @@
-"""Query, key and value as the forms read them, a few tokens or a few rows of the batch at a time."""
+"""Access to query, key and value for the forms, a few tokens or a few rows of the batch at a time."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -10,20 +10,21 @@ from torch.nn import functional as F
 from .checks import makes_graph
 
 
-# What stays in the cache of a CPU, about 1 MiB in float32. The chunk form walks its chunks one after the other (the rnn
-# functions) once a query has more elements, so that no buffer is paged in anew for every step. The attention form takes
-# as many rows of a batch at a time as have no more scores, and the walk makes as many decay factors.
+# Elements that stay in the cache of a CPU, about 1 MiB in float32. If a query has more, the chunk form computes one
+# chunk after another (with the functions of the rnn form), so that buffers stay in the cache. The attention form
+# computes as many rows of the batch at a time as have at most this many scores, and the walk over chunks builds at most
+# this many entries of masks at a time.
 CPU_CACHE_ELEMENTS = 2**18
 
 ALL = slice(None)
 
 
 class Tokens(NamedTuple):
-    """Query, key and value as the forms read them: contiguous, in the accumulation dtype, padding zeroed in key and
-    value alike, and a column of ones beside the value where a denominator is wanted (c is n for v = 1).
+    """Query, key and value, which the methods return contiguous and in the accumulation dtype.
 
-    A form that reads a few tokens at a time copies no more than those. The attention form reads whole rows of the batch
-    instead, and takes sums of its scores for c.
+    Keys and values of padding are 0. If a denominator is needed, the values get a column of ones, because c is n for
+    v = 1. A form that reads a few tokens at a time copies only those. The attention form reads whole rows of the batch
+    instead, and computes c as the sums of its scores.
     """
 
     query: Tensor
@@ -44,7 +45,7 @@ class Tokens(NamedTuple):
         return F.pad(value, (0, 1), value=1.0) if self.denominator else value.contiguous()
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value of some rows of the batch."""
+        """Return query, key and value of some rows of the batch."""
         row = self._replace(key_mask=None if self.key_mask is None else self.key_mask[rows])
         key, value = (row._unmasked(t[rows].to(self.dtype), ALL) for t in (self.key, self.value))
         return tuple(for_products(t) for t in (self.query[rows].to(self.dtype), key, value))
@@ -53,7 +54,10 @@ class Tokens(NamedTuple):
         return x if self.key_mask is None else torch.where(self.key_mask[:, None, part, None].bool(), x, 0)
 
     def empty_output(self, width: int | None = None) -> Tensor:
-        """As wide as the values, in memory (batch, length, heads, width): joining the heads needs no copy then."""
+        """Return uninitialised (batch, heads, length, width), by default as wide as the values.
+
+        In memory it is (batch, length, heads, width), so that joining the heads needs no copy.
+        """
         batch, heads, length, value_dim = self.value.shape
         width = value_dim + int(self.denominator) if width is None else width
         return self.value.new_empty(batch, length, heads, width, dtype=self.dtype).transpose(1, 2)
@@ -63,39 +67,42 @@ class Tokens(NamedTuple):
         return self.query.new_zeros(shape, dtype=self.dtype)
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """n and c of an output that is as wide as the values."""
+        """Split an output that is as wide as the values into n and c."""
         return (y[..., :-1], y[..., -1]) if self.denominator else (y, None)
 
     def join(self, dy: Tensor, dc: Tensor | None) -> Tensor:
-        """The opposite of `split`, for gradients."""
+        """Invert `split`, for gradients."""
         return (torch.cat([dy, dc.unsqueeze(-1)], -1) if self.denominator else dy).contiguous()
 
 
 def walks_chunks(query: Tensor) -> bool:
-    """Whether the chunk form takes one chunk after the other here, which the cache of a CPU makes faster."""
+    """Whether the chunk form computes one chunk after another, which is faster on a CPU for large inputs."""
     return query.device.type == "cpu" and not makes_graph() and query.numel() > CPU_CACHE_ELEMENTS
 
 
 def fitting_cache(elements: int) -> int:
-    """How many pieces of so many elements the cache of a CPU holds, at least 1."""
+    """Return how many pieces of `elements` elements fit into the cache of a CPU, at least 1."""
     return max(1, CPU_CACHE_ELEMENTS // max(1, elements))
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 where any tensor is float64, else float32."""
+    """Return float64 if any tensor is float64, otherwise float32."""
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast off, on devices that have it: the meta device has none."""
+    """Return a context that disables autocast. The meta device has no autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def slices(start: int, stop: int, size: int) -> list[slice]:
-    """Consecutive slices of `size`, the last one shorter where `size` does not divide the range."""
+    """Return consecutive slices of `size`; the last one is shorter if `size` does not divide the range."""
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
 def for_products(x: Tensor) -> Tensor:
-    """Products read the heads of a single row where they lie, and copy those of several rows every time."""
+    """Return x as products read it best: a single row as it is, several rows contiguous.
+
+    Matrix products read the heads of a single row without a copy, but copy those of several rows in each product.
+    """
     return x if not torch.jit.is_tracing() and x.shape[0] == 1 else x.contiguous()

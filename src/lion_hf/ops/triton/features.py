@@ -1,6 +1,8 @@
-"""The feature map of image encoders on a GPU: silu(x) + 1/2 at length 1, one pass over memory in each direction.
+"""The feature map of image encoders on a GPU: silu(x) + 1/2, normalised to length 1.
 
-PyTorch's operators take a dozen, in float32. Only x is kept for the gradient."""
+Forward and backward each take one pass over memory, where PyTorch's operators take a dozen, in float32. Only x is saved
+for the gradient.
+"""
 
 import re
 
@@ -12,7 +14,7 @@ from .parts import tl, triton
 
 
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
-_ROWS = 32  # of a program
+_ROWS = 32  # rows per program
 
 
 @triton.jit
@@ -26,7 +28,7 @@ def _load_rows(pointer, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl
 
 @triton.jit
 def _features(x, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """silu(x) + 1/2 and the inverse of its norm; the sigmoid of x, for the gradient."""
+    """Return silu(x) + 1/2, the inverse of its norm, and the sigmoid of x for the gradient."""
     gate = 1 / (1 + tl.exp(-x))
     y = tl.where((tl.arange(0, BLOCK) < WIDTH)[None, :], x * gate + 0.5, 0.0)
     return y, tl.rsqrt(tl.sum(y * y, 1))[:, None], gate
@@ -51,7 +53,7 @@ def unit_silu_backward_kernel(x, dy, dx, rows, WIDTH: tl.constexpr, BLOCK: tl.co
 
 
 def _launch(kernel, *tensors: Tensor) -> None:
-    """On tensors that lie in memory alike, rows of the last dimension one after the other."""
+    """Launch a kernel on tensors with the same strides, whose rows (last dimension) fill memory one after another."""
     width = tensors[0].shape[-1]
     rows = tensors[0].numel() // width if width else 0
     if rows:
@@ -63,7 +65,7 @@ def _launch(kernel, *tensors: Tensor) -> None:
 
 @torch.library.custom_op(f"{_NAMESPACE}::unit_silu", mutates_args=())
 def unit_silu(x: Tensor) -> Tensor:
-    """(..., width) to the same shape, dtype and place in memory."""
+    """Apply the feature map to x (..., width). The result has the same shape, dtype and strides."""
     x = _dense(x)
     y = torch.empty_like(x)
     _launch(unit_silu_kernel, x, y)
@@ -89,7 +91,7 @@ def _(x, dy):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """x, or a copy of it where rows do not fill memory one after the other."""
+    """Return x, or a contiguous copy if its rows do not fill memory one after another."""
     dense = torch.empty_like(x).stride() == x.stride()
     return x if dense and x.stride(-1) == 1 else x.contiguous()
 
@@ -100,7 +102,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dy):
     (x,) = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph
+    if torch.is_grad_enabled():  # create_graph=True: from operators with second derivatives
         features = F.normalize(F.silu(x.float()) + 0.5, dim=-1).to(x.dtype)
         return torch.autograd.grad(features, x, dy, create_graph=True)[0]
     return _backward(x, dy)

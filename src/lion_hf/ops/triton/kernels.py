@@ -1,45 +1,49 @@
-"""Fused GPU kernels of LION's operator, in Triton: scores and masks live in registers only.
+"""Fused GPU kernels of LION's operator, in Triton. Scores and masks exist in registers only.
 
-One family of kernels serves every length. Tokens are cut into chunks of one tile each. A tile of rows reads its own
+One family of kernels serves every length. Tokens are divided into chunks of one tile each. A tile of rows reads its own
 tokens directly and all others through two states, one from the left and one from the right:
 
-    states       the two states that each chunk sends on, from one reading of its keys and values
-    propagate    turns what the chunks send into what reaches each of them
-    forward      the outputs of one tile of rows
-    backward     the gradients of one tile of tokens
+    states       computes the two states that each chunk sends on, reading its keys and values once
+    propagate    turns the states that chunks send into the states that reach each chunk
+    forward      computes the outputs of one tile of rows
+    backward     computes the gradients of one tile of tokens
 
-A text of one tile has no states and takes one launch. LION-LIT has no decay: beyond one tile its states are one sum
-over the whole text, `forward` and `backward` read nothing else, and its chunks hold several tiles.
+A text of one tile has no states and takes one launch. LION-LIT has no decay: beyond one tile, its states are one sum
+over the whole text, `forward` and `backward` read nothing else, and its chunks have several tiles.
 
 With the exclusive sums e and the inclusive sums f of the gates of a tile, and their total G, the decay mask is
 
-    exp(min(e_i - e_j, f_j - f_i))      inside the tile (the one is positive where the other is the exponent)
-    exp(e_i)                            from its left edge to row i of a state of keys
-    exp(G - f_i)                        from its right edge
+    exp(min(e_i - e_j, f_j - f_i))      inside the tile (of the two, the correct exponent is the one <= 0)
+    exp(e_i)                            between the left edge of the tile and row i, for the state from the left
+    exp(G - f_i)                        between row i and the right edge of the tile, for the state from the right
 
-and every exponent is <= 0. A chunk sends its keys to the right with exp(G - e_j), to the left with exp(f_j). For
-queries, which the gradients of keys and values read, e and f change places. The gradients are, with the mask M,
-dP_ij = r_i (dy_i . v_j + delta_i), r = 1 / (s c + eps) and delta_i = -dy_i . y_i if normalised (else r = 1 and delta
-the gradient of the denominator; y is rounded to its dtype, as in other fused kernels),
+Every exponent is <= 0. A chunk sends its keys to the right with exp(G - e_j), and to the left with exp(f_j). For
+queries, which the gradients of keys and values read, e and f change places. With the mask M, S = q k^T and
 
-    dq = s (M dP) k      dk = s (M dP)^T q      dv = s (M r S)^T dy      dM_ij M_ij = s M_ij dP_ij S_ij, S = q k^T
+    dP_ij = r_i (dy_i . v_j + delta_i)
+    normalised:  r_i = 1 / (s c_i + eps), delta_i = -dy_i . y_i, with y rounded to its dtype, as in other fused kernels
+    otherwise:   r_i = 1, delta_i is the gradient of the denominator
 
-where tokens outside the tile count through the states of keys (k v^T) and of queries (q dy^T). The gradient of a gate
-is the sum of the last over the pairs whose way passes it. Nothing quadratic is kept, states are computed again, and no
-two programs add to one number: every run gives the same bits.
+the gradients are
 
-A kernel runs one program for each head (the grid's second dimension) of each chunk (states) or tile; parts.py has the
-parts they are made of. Arguments stand in this order everywhere, None where absent:
+    dq = s (M dP) k      dk = s (M dP)^T q      dv = s (M r S)^T dy      dM_ij M_ij = s M_ij dP_ij S_ij
 
-    tensors     query, key, value, what is written; states, vectors; bias, row sums, key_mask; decay; table, path
+Tokens outside the tile contribute through the states of keys (k v^T) and of queries (q dy^T). The gradient of a gate is
+the sum of dM_ij M_ij over the pairs whose M_ij contains it. Nothing quadratic is stored, and states are recomputed. No
+two programs add to the same number, so every run gives the same bits.
+
+A kernel runs one program for each head (second dimension of the grid) of each chunk (states) or tile. parts.py holds
+their building blocks. Arguments have the same order everywhere, and are None if absent:
+
+    tensors     query, key, value, outputs; states, vectors; bias, row sums, key_mask; decay; table, path
     strides     of batch, head and token, tensor by tensor; the last dimension is contiguous
-    numbers     length, chunks (of a text), tiles (of a chunk), scale, eps
-    constants   widths, blocks that hold them, tile, then what kind of mask, input and result
+    numbers     length, chunks (per text), tiles (per chunk), scale, eps
+    constants   widths, the blocks that hold them, tile, then the kinds of mask, input and result
 
-A scan along another order than that in memory (`path`) reads and writes each token where it lies: nothing is copied.
+A scan along another order than that of memory (`path`) reads and writes each token at its place, without a copy.
 
-Sums of gates are kept in two float32 parts, multiples of 1/512 and the rest. The first is exact inside a tile and the
-second tiny, so exponents are exact to their rounding; one float32 would lose what stands beside a saturated gate.
+Sums of gates have two float32 parts, multiples of 1/512 and the rest. The first is exact inside a tile and the second
+is tiny, so only the exponent itself is rounded. A single float32 sum would lose small gates next to a saturated one.
 """
 
 from triton.runtime.interpreter import InterpretedFunction
@@ -67,7 +71,7 @@ from .parts import (
 )
 
 
-# What changes with the length of the text: specialising on it would compile anew for many lengths.
+# These depend on the length of the text. Specialising on them would compile the kernels again for many lengths.
 _any_length = triton.jit(do_not_specialize=["length", "chunks", "tiles", "decay_b"])
 
 
@@ -78,9 +82,11 @@ def states_kernel(
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What each chunk sends to the right and to the left: sum_p w_p r_p y_p z_p^T, of keys and values, or of QUERIES
-    and output gradients, and the vectors sum_p w_p y_p (times r_p bias_p for queries). Without decay both are the same
-    sum, and it is written once."""
+    """Compute what each chunk sends to the right and to the left.
+
+    States are sum_p w_p r_p y_p z_p^T for keys y and values z, or with QUERIES for queries y and output gradients z.
+    Vectors are sum_p w_p y_p (times r_p bias_p for queries). Without decay both sides are the same sum, stored once.
+    """
     chunk, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, start, stop, _ = span(chunk, table, length, chunks, tiles * TILE)
     plane = (batch * heads + head).to(tl.int64) * length
@@ -110,7 +116,7 @@ def states_kernel(
         else:
             e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
             tl.store(chunk_totals + chunk * heads + head, total + total_rest)
-            for side in tl.static_range(2):  # of the receiver: where what is sent to the right comes from the left
+            for side in tl.static_range(2):  # of the receiver: what is sent to the right comes from its left, side 0
                 inner, rest = (e, e_rest) if (side == 0) != QUERIES else (f, f_rest)
                 to_edge = (total - inner) + (total_rest - rest) if side == 0 else inner + rest
                 written = y_tile * (weight * tl.exp(to_edge))[:, None]
@@ -129,8 +135,11 @@ def propagate_kernel(
     states, vectors, chunk_totals, borders, heads, chunks,
     SIZE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """In place, on states (chunks, H, sides, SIZE) and vectors (.., WIDTH): what reaches each chunk from the left (side
-    0) and the right (side 1). The last program of the second dimension takes the vectors, where there are any."""
+    """Compute what reaches each chunk from the left (side 0) and from the right (side 1), in place.
+
+    States are (chunks, H, sides, SIZE), vectors (chunks, H, sides, WIDTH). The last program of the second dimension of
+    the grid computes the vectors, if there are any.
+    """
     sequence, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     block, side = tl.program_id(1), tl.program_id(2)
     if borders is None:
@@ -151,7 +160,7 @@ def forward_kernel(
     DECAY: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One tile of rows of s sum_j M_ij (q_i . k_j) v_j, and its row sums where RESULT needs them."""
+    """Compute one tile of rows of s sum_j M_ij (q_i . k_j) v_j, and its row sums if RESULT needs them."""
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     chunk = tile // tiles
     batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
@@ -163,7 +172,8 @@ def forward_kernel(
     at = places(path, rows, keep)
     plane = (batch * heads + head).to(tl.int64) * length
     kept = unmasked(None if key_mask is None else key_mask + batch.to(tl.int64) * length, at, keep)
-    # Everything is read before anything is computed: programs are few, and each would wait for its reads one by one.
+    # Everything is read before anything is computed: there are few programs, and each would wait for one read after
+    # another.
     q_tile = load_tokens(of_head(query, batch, head, q_b, q_h), at, keep, q_l, WIDTH_K, BLOCK_K)
     if DECAY != 0 or states is None:
         k_tile = load_tokens(of_head(key, batch, head, k_b, k_h), at, kept, k_l, WIDTH_K, BLOCK_K)
@@ -215,7 +225,7 @@ def delta_kernel(
     out, d_out, delta, out_b, out_h, out_l, d_out_b, d_out_h, d_out_l, length, tiles,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """delta_i = -dy_i . y_i, (B, H, L)."""
+    """Compute delta_i = -dy_i . y_i, (B, H, L)."""
     batch, head, heads = tl.program_id(0) // tiles, tl.program_id(1), tl.num_programs(1)
     tokens = (tl.program_id(0) % tiles) * TILE + tl.arange(0, TILE)
     keep = tokens < length
@@ -234,9 +244,11 @@ def backward_kernel(
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of one tile of queries, keys and values, and of the gates: (B, H, L), or with one gate for each
-    head the tile's share of its gradient, (tiles, H). EARLY: states are small enough to be read before they are needed,
-    and kept."""
+    """Compute the gradients of one tile of queries, keys and values, and of the gates.
+
+    The gradient of the gates is (B, H, L), or for one gate per head the summand of this tile, (tiles, H). With EARLY,
+    states are small enough to be read ahead and kept in registers.
+    """
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     chunk = tile // tiles
     batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
@@ -263,8 +275,8 @@ def backward_kernel(
             left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             if DECAY != 0:
                 right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-    # What the gradients of queries are multiplied by, and those of keys and values; tokens on the left and on the right
-    # are seen through the gates on the way to that edge of the tile.
+    # Factors of the gradients of queries (reading), and of keys and values (writing). For tokens on the left and on the
+    # right of the tile they include the gates up to that edge.
     reading, writing = weight * scale, kept.to(tl.float32) * scale
     if DECAY != 0:
         decay = of_head(decay, batch, head, decay_b, decay_h)
@@ -276,7 +288,7 @@ def backward_kernel(
     else:
         left_reading, left_writing = reading, writing
 
-    # Each gradient is stored before the next is begun: together they need more registers than there are.
+    # Each gradient is stored before the next is computed: together they need more registers than there are.
     dv = tl.zeros((TILE, BLOCK_V), tl.float32)
     if DECAY != 0 or key_states is None:
         factor = reading[:, None] * kept.to(tl.float32)[None, :]
@@ -298,8 +310,8 @@ def backward_kernel(
                 right_keys = load_state(key_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     store_rows(d_value, dv, batch, head, heads, length, at, keep, WIDTH_V, BLOCK_V)
 
-    # The gradient of gate t is a sum over the pairs whose way passes it: all that `cross` the tile, of those that end
-    # in it `begun` up to t, `to_come` from t on, and `own` at t.
+    # The gradient of gate t is a sum over the pairs whose M_ij contains it: all pairs that `cross` the tile, and of
+    # those that end in the tile `begun` up to t, `to_come` from t on, and `own` at t.
     cross, to_come, own = 0.0, tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     dk = tl.zeros((TILE, BLOCK_K), tl.float32)
     if DECAY != 0 or key_states is None:
@@ -309,9 +321,8 @@ def backward_kernel(
         from_right = tl.where(index[:, None] < index[None, :], pairs, 0.0)
         right = tl.sum(from_right, 1) - tl.sum(from_right, 0)
         own -= right
-        begun = (
-            tl.sum(pairs, 0) - tl.sum(pairs, 1) + 2 * right
-        )  # columns less rows on the left, the reverse on the right
+        # Column sums minus row sums for pairs with the key on the left, the reverse for the key on the right.
+        begun = tl.sum(pairs, 0) - tl.sum(pairs, 1) + 2 * right
         d_scores *= factor
         dk += product(tl.trans(d_scores), q_tile, PRECISION)
     if key_states is not None:
@@ -377,5 +388,5 @@ def backward_kernel(
             tl.store(d_decay + plane + at, tl.where(gate < FLOOR, 0.0, gradient), mask=keep)
 
 
-# With TRITON_INTERPRET=1 at import: the kernels run on a CPU, too.
+# True if TRITON_INTERPRET=1 was set at import; the kernels then also run on a CPU.
 INTERPRETED = isinstance(forward_kernel, InterpretedFunction)

@@ -1,4 +1,4 @@
-"""LION's operator on a GPU: launches of the kernels in kernels.py, as operators of PyTorch with gradients."""
+"""LION's operator on a GPU: PyTorch operators with gradients that launch the kernels of kernels.py."""
 
 import functools
 import re
@@ -20,56 +20,55 @@ from .kernels import (
 from .parts import FLOOR, triton
 
 
-# PyTorch's operators have one name in a process, and a second definition frees the first. A copy of this file that came
-# with a checkpoint is another module, and so has another name.
+# The name of a PyTorch operator must be unique in a process: a second definition frees the first. A copy of this file
+# that comes with a checkpoint is another module, and therefore uses another name.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 NONE, HEAD, TOKEN = 0, 1, 2  # kinds of decay
 NUMERATOR, NORMALIZED, BOTH = 0, 1, 2  # kinds of results
 
-# Wider heads would need more registers than a program has.
+# Wider heads need more registers than a program has.
 MAX_WIDTH = 128
 
-# Tokens in a tile at most and warps of a program, for heads of at most 64 features; texts of up to _ONE_TILE tokens are
-# one tile, since states cost more than larger tiles do. Measured on an H100 by benchmarks/bench_gpu.py.
+# (maximum number of tokens per tile, warps per program) for heads of at most 64 features. Texts of at most
+# _ONE_TILE tokens are one tile, because states cost more than larger tiles. Measured on an H100 with
+# benchmarks/bench_gpu.py.
 _FORWARD = (64, 4)
 _BACKWARD = (64, 4)
 _ONE_TILE = (128, 8)
-# Tokens at most where operands are float32, forward: of heads of at most 64 features on tensor cores, and of others.
-# Backward takes half as many. Registers and shared memory hold no more; benchmarks/kernel_resources.py counts them.
-# Such small tiles, and wider heads, take twice the warps.
+# Maximum number of tokens per tile in the forward pass with float32 operands: for heads of at most 64 features on
+# tensor cores, and for all others. The backward pass uses half as many. Registers and shared memory limit them;
+# benchmarks/kernel_resources.py counts both. These small tiles, and wider heads, use twice the warps.
 _FLOAT32_TILES = (64, 32)
 
-# Tiles of a chunk of LION-LIT, whose states are summed up anyway; chunks whose states are propagated at a time.
-_TILES = 4
-_GROUP = 8
+_TILES = 4  # tiles per chunk of LION-LIT, whose states are summed in any case
+_GROUP = 8  # chunks whose states are propagated at a time
 
 
 # ------------------------------------------------------------------------------------------------ launches
 
 
 class _Tiling(NamedTuple):
-    """How tokens are cut."""
+    """How tokens are divided into tiles and chunks."""
 
-    tile: int  # tokens in a tile
-    tiles: int  # tiles in a chunk
-    chunks: int  # chunks of a text; unused for packed ones
-    all_chunks: int  # chunks of the batch; for packed sequences as many as there can be at most
-    sequences: int
+    tile: int  # tokens per tile
+    tiles: int  # tiles per chunk
+    chunks: int  # chunks per text; unused for packed sequences
+    all_chunks: int  # chunks of the batch; an upper bound for packed sequences
+    sequences: int  # texts, or packed sequences
     table: Tensor | None  # (all_chunks, 3) int32: start, stop, first chunk of the sequence; packed sequences only
-    borders: Tensor | None  # (sequences + 1,) int32: the sequences' first chunks
+    borders: Tensor | None  # (sequences + 1,) int32: first chunk of each sequence; packed sequences only
 
 
 def _tiling(batch: int, length: int, cu_seqlens: Tensor | None, largest: int, tiles: int) -> _Tiling:
-    """Cuts a batch of texts, or a row of packed sequences, into tiles of at most `largest` tokens, and chunks of at
-    most so many tiles."""
+    """Divide texts or a row of packed sequences into tiles of at most `largest` tokens, chunks of at most `tiles`."""
     tile = min(largest, max(16, triton.next_power_of_2(length)))
     tiles = min(tiles, triton.cdiv(length, tile))
     size = tiles * tile
     if cu_seqlens is None:
         chunks = triton.cdiv(length, size)
         return _Tiling(tile, tiles, chunks, batch * chunks, batch, None, None)
-    # No length is read back: the number of chunks is bounded by what the whole row needs and one more per sequence.
+    # No length is read back from the GPU. The row needs at most length // size chunks plus one per sequence.
     sequences = cu_seqlens.numel() - 1
     all_chunks = length // size + sequences
     counts = (cu_seqlens.diff() + size - 1) // size
@@ -87,32 +86,37 @@ def _last_contiguous(x: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Strides of batch, head and token of a (batch, heads, length, ...) tensor."""
+    """Return the strides of batch, head and token of a (batch, heads, length, ...) tensor; zeros for None."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
 def _heads_last(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised (batch, heads, length, width), in memory (batch, length, heads, width): what follows is a view, and
-    this is none, so that it can be changed in place."""
+    """Return an uninitialised (batch, heads, length, width), which is (batch, length, heads, width) in memory.
+
+    The next layer can therefore view it as (batch, length, heads * width). It is not a view itself, so it can be
+    changed in place.
+    """
     batch, heads, length = x.shape[:3]
     strides = length * heads * width, width, heads * width, 1
     return x.new_empty_strided((batch, heads, length, width), strides, dtype=dtype)
 
 
 def _block(width: int) -> int:
-    """The power of two that holds so many features: products take 16 at least."""
+    """Return the smallest power of two that holds `width` features, at least 16 as matrix products require."""
     return max(16, triton.next_power_of_2(width))
 
 
 def _tf32_is_allowed() -> bool:
-    """Whether products of float32 may round to tf32, by the setting of PyTorch 2.9 where there is one: once it has been
-    used, reading the older one raises."""
+    """Whether products of float32 may round to tf32.
+
+    This reads the setting of PyTorch 2.9 if it exists: once that has been set, reading the older one raises an error.
+    """
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     return torch.get_float32_matmul_precision() != "highest" if setting is None else setting == "tf32"
 
 
 class _Operator:
-    """The launches for one set of inputs; see the head of kernels.py."""
+    """The launches for one set of inputs; see the docstring of kernels.py."""
 
     def __init__(self, query, key, value, log_decay, key_mask, cu_seqlens, path, scale, backward=False):
         self.query, self.key, self.value, self.decay = query, key, value, log_decay
@@ -125,7 +129,7 @@ class _Operator:
         self.scale = scale
         dtypes = {query.dtype, key.dtype, value.dtype}
         exact = torch.float32 in dtypes and not _tf32_is_allowed()
-        # float16 fits into the mantissa of tf32, whose range holds the factors that its own does not.
+        # The mantissa of tf32 holds float16 exactly, and its range holds decay factors that float16 cannot represent.
         self.precision = "bf16" if dtypes == {torch.bfloat16} else "ieee" if exact else "tf32"
         wide = max(self.head_dim, self.value_dim) > 64
         self.early = self.precision == "bf16" and not wide
@@ -151,11 +155,11 @@ class _Operator:
         }
 
     def _states(self, y, z, wants_vectors, bias=None, row_sums=None, queries=False) -> tuple:
-        """What reaches each chunk: states (chunks, H, sides, D, E) and, where wanted, vectors (chunks, H, sides, D)."""
+        """Return what reaches each chunk: states (chunks, H, sides, D, E) and vectors (chunks, H, sides, D) or None."""
         if not self.has_states:
             return None, None
         tiling, sides = self.tiling, 1 if self.kind == NONE else 2
-        # What products round to bfloat16 anyway need not be kept wider; the sum without decay is small.
+        # With bf16, products round states to bfloat16 anyway. The sum without decay is small and stays float32.
         dtype = torch.bfloat16 if self.precision == "bf16" and self.kind != NONE else torch.float32
         shape = tiling.all_chunks, self.heads, sides, self.head_dim
         states = y.new_empty(*shape, self.value_dim, dtype=dtype)
@@ -177,7 +181,7 @@ class _Operator:
         return self.tiling.all_chunks * self.tiling.tiles, self.heads
 
     def forward(self, out: Tensor, row_sums: Tensor, result: int, eps: float) -> None:
-        """Fills `out`, which lies in memory as `_heads_last` makes it, and `row_sums` unless `result` is NUMERATOR."""
+        """Fill `out`, made by `_heads_last`, and `row_sums` unless `result` is NUMERATOR."""
         query, key, value, tiling = self.query, self.key, self.value, self.tiling
         states, vectors = self._states(key, value, result != NUMERATOR)
         forward_kernel[self._grid()](
@@ -187,7 +191,7 @@ class _Operator:
         )  # fmt: skip
 
     def delta(self, out: Tensor, d_out: Tensor) -> Tensor:
-        """-d_out_i . out_i, (batch, heads, length)."""
+        """Return -d_out_i . out_i, (batch, heads, length)."""
         delta = out.new_empty(self.batch, self.heads, self.length, dtype=torch.float32)
         tile = self.tiling.tile
         tiles = triton.cdiv(self.length, tile)
@@ -198,7 +202,7 @@ class _Operator:
         return delta
 
     def backward(self, d_out, d_query, d_key, d_value, d_decay, bias, row_sums) -> None:
-        """Fills the gradients, which lie in memory as `_gradients` makes them."""
+        """Fill the gradients, made by `_gradients`."""
         query, key, value, tiling = self.query, self.key, self.value, self.tiling
         key_states, key_vectors = self._states(key, value, bias is not None)
         query_states, query_vectors = self._states(query, d_out, bias is not None, bias, row_sums, queries=True)
@@ -220,7 +224,7 @@ class _Operator:
 
 
 def _on_its_device(launch: Callable) -> Callable:
-    """Triton launches on the current device, which may be another one."""
+    """Make the device of the query current during a call: Triton launches on the current device."""
 
     @functools.wraps(launch)
     def on_device(query, *arguments):
@@ -244,7 +248,7 @@ def _mix(
     eps: float,
     result: int,
 ) -> tuple[Tensor, Tensor]:
-    """The output (numerator, or normalised) and the row sums: c for BOTH, c + eps for NORMALIZED, else empty."""
+    """Return the output (numerator or normalised) and the row sums: c for BOTH, c + eps for NORMALIZED, else empty."""
     query, key, value = (_last_contiguous(x) for x in (query, key, value))
     out, row_sums = _outputs(query, value, result)
     if out.numel() or row_sums.numel():
@@ -279,8 +283,10 @@ def _mix_backward(
     d_row_sums: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and log_decay (empty where there is none). `out` and `row_sums` are those of a
-    normalised result, `d_row_sums` is that of BOTH."""
+    """Return the gradients of query, key, value and log_decay; the last is empty without log_decay.
+
+    `out` and `row_sums` are given for NORMALIZED only, `d_row_sums` for BOTH only.
+    """
     grads = _gradients(query, key, value, log_decay)
     if not query.numel():
         return tuple(g.zero_() for g in grads)
@@ -318,8 +324,8 @@ def _differentiate(ctx, d_out, d_row_sums):
 
 def _refuse(ctx, *gradients):
     raise RuntimeError(
-        "LION's fused kernels have no second derivative. Leave create_graph out, or build the output from "
-        "lion_hf.ops.attention_scores, which has one."
+        "LION's fused kernels do not support second derivatives. Leave create_graph out. For second derivatives, set "
+        "LION_BACKEND=torch in the environment, or compute the output from lion_hf.ops.attention_scores."
     )
 
 
@@ -339,9 +345,11 @@ def fused_linear_attention(
     result: str,
     path: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The operator on a GPU, in chunks of one tile. `path`, (length,), is the order of a scan: inputs and outputs keep
-    their own. Other arguments as in `bidirectional_linear_attention`,
-    which has checked them; `result` is "numerator", "normalized" or "both"."""
+    """Compute the operator on a GPU.
+
+    `path` (length,) is the order of a scan; inputs and outputs keep their own order. `result` is "numerator",
+    "normalized" or "both". The other arguments are those of `bidirectional_linear_attention`, which has checked them.
+    """
     kind = ("numerator", "normalized", "both").index(result)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(query.device)
     out, row_sums = _mix(query, key, value, log_decay, key_mask, cu_seqlens, path, scale, float(eps), kind)
@@ -349,16 +357,16 @@ def fused_linear_attention(
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """Why the kernels cannot take these inputs, or None."""
+    """Return why the kernels do not support these inputs, or None if they do."""
     dtypes = {x.dtype for x in (query, key, value)}
     if not query.is_cuda and not INTERPRETED:
         return f"they run on a GPU (or, with TRITON_INTERPRET=1, in Triton's interpreter), not on {query.device.type}"
     if not query.is_cuda and torch.bfloat16 in dtypes:
         return "Triton's interpreter multiplies bfloat16 wrongly"
     if query.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return f"they need compute capability 8.0, and {torch.cuda.get_device_name(query.device)} has less"
+        return f"they need compute capability 8.0 or newer, which {torch.cuda.get_device_name(query.device)} lacks"
     if dtypes - {torch.float32, torch.bfloat16, torch.float16}:
-        return f"they take float32, bfloat16 and float16, not {', '.join(map(str, dtypes))}"
+        return f"they support float32, bfloat16 and float16, not {', '.join(map(str, dtypes))}"
     if max(query.shape[-1], value.shape[-1]) > MAX_WIDTH:
-        return f"they take heads of at most {MAX_WIDTH} features, not {max(query.shape[-1], value.shape[-1])}"
+        return f"they support heads of at most {MAX_WIDTH} features, not {max(query.shape[-1], value.shape[-1])}"
     return None

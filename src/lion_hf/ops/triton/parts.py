@@ -1,22 +1,22 @@
-"""Parts of the fused GPU kernels, in Triton: what kernels.py puts together, and explains in its head.
+"""Parts of the fused GPU kernels, in Triton. kernels.py assembles them, and its docstring explains the computation.
 
-Pointers are those of one head of one row of the batch, where the kernels move them, unless a part takes a batch.
-TILE is the number of tokens in a tile, BLOCK the power of two that holds WIDTH features. PRECISION says what factors
-of products are rounded to: "bf16", "tf32", or "ieee" (float32). Arguments stand in the order of `forward_kernel`.
+Pointers point to one head of one row of the batch, unless a part has an argument `batch`. TILE is the number of tokens
+per tile, BLOCK the power of two that holds WIDTH features. PRECISION is the type to which the operands of matrix
+products are rounded: "bf16", "tf32" or "ieee" (float32). Arguments are in the order of `forward_kernel`.
 
-Triton before 3.3 takes no tuples as arguments, which is why the lists of arguments are long.
+The lists of arguments are long because Triton before 3.3 accepts no tuples as arguments.
 """
 
 try:
     import triton
     import triton.language as tl
 except ImportError as error:
-    raise ImportError("they need Triton, which is not installed (pip install triton)") from error
+    raise ImportError("they require Triton, which is not installed (pip install triton)") from error
 
 
-# exp(floor) is 0 in float32.
+# exp(FLOOR) is 0 in float32.
 FLOOR = tl.constexpr(-104.0)
-# Up to 128 gates, as multiples of 1/512, add up exactly in the 24 bits of a float32.
+# Sums of up to 128 gates that are multiples of 1/512 are exact in the 24 bits of a float32.
 _STEPS = tl.constexpr(512.0)
 
 
@@ -25,7 +25,7 @@ _STEPS = tl.constexpr(512.0)
 
 @triton.jit
 def span(chunk, table, length, chunks, chunk_size):
-    """Row of the batch, first token and end of a chunk, and the first chunk of its sequence: four numbers."""
+    """Return the row of the batch, the first token, the end and the first chunk of the sequence of a chunk."""
     if table is None:
         batch = chunk // chunks
         start = (chunk % chunks) * chunk_size
@@ -41,13 +41,13 @@ def span(chunk, table, length, chunks, chunk_size):
 
 @triton.jit
 def of_head(pointer, batch, head, stride_b, stride_h):
-    """Moves the pointer of a (batch, heads, ...) tensor to one head of one row of the batch."""
+    """Move the pointer of a (batch, heads, ...) tensor to one head of one row of the batch."""
     return pointer + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
 
 
 @triton.jit
 def load_tokens(pointer, tokens, keep, stride_l, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Some tokens of a (length, WIDTH) tensor, (TILE, BLOCK); 0 where not `keep` and beyond WIDTH."""
+    """Load some tokens of a (length, WIDTH) tensor as (TILE, BLOCK); 0 where not `keep` and beyond WIDTH."""
     column = tl.arange(0, BLOCK)
     address = pointer + tokens.to(tl.int64)[:, None] * stride_l + column[None, :]
     return tl.load(address, mask=keep[:, None] & (column < WIDTH)[None, :], other=0.0)
@@ -55,7 +55,7 @@ def load_tokens(pointer, tokens, keep, stride_l, WIDTH: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def places(path, tokens, keep):
-    """Where in memory the tokens of a scan lie, (TILE,)."""
+    """Return the indices (TILE,) in memory of the tokens of a scan."""
     if path is None:
         return tokens
     else:
@@ -64,7 +64,7 @@ def places(path, tokens, keep):
 
 @triton.jit
 def unmasked(key_mask, tokens, keep):
-    """`keep`, (TILE,), without padding."""
+    """Return `keep` (TILE,), False for padding as well."""
     if key_mask is not None:
         keep = keep & (tl.load(key_mask + tokens, mask=keep, other=0) != 0)
     return keep
@@ -72,8 +72,10 @@ def unmasked(key_mask, tokens, keep):
 
 @triton.jit
 def load_weights(bias, row_sums, tokens, keep):
-    """What the gradient of the scores of some queries is multiplied by, 1 or the inverse of their row sums, and what
-    is added before, (TILE,) each; 0 where not `keep`."""
+    """Return the factor and the summand of the gradients of the scores of some queries, (TILE,) each.
+
+    The factor is 1, or the inverse of the row sum; the summand is added first. Both are 0 where not `keep`.
+    """
     weight = keep.to(tl.float32)
     shift = tl.zeros_like(weight)
     if row_sums is not None:
@@ -88,7 +90,7 @@ def load_weights(bias, row_sums, tokens, keep):
 
 @triton.jit
 def load_gates(decay, tokens, keep, decay_l):
-    """Clamped log-decays as (multiples of 1/512, the rest), (TILE,) each; 0 where not `keep`."""
+    """Return clamped log-decays in two parts, multiples of 1/512 and the rest, (TILE,) each; 0 where not `keep`."""
     gate = tl.load(decay + tokens.to(tl.int64) * decay_l, mask=keep, other=0.0).to(tl.float32)
     gate = tl.where(gate < FLOOR, FLOOR, gate)
     high = tl.floor(gate * _STEPS + 0.5) / _STEPS
@@ -97,8 +99,10 @@ def load_gates(decay, tokens, keep, decay_l):
 
 @triton.jit
 def tile_sums(decay, decay_l, at, begin, stop, TILE: tl.constexpr, DECAY: tl.constexpr):
-    """Exclusive sums e and inclusive sums f of the gates of a tile, (TILE,), and their total, each in two parts.
-    Tokens beyond the end do not decay."""
+    """Return the exclusive sums e and the inclusive sums f of the gates of a tile, (TILE,), and their total.
+
+    Each has two parts. Tokens beyond the end do not decay.
+    """
     index = tl.arange(0, TILE)
     if DECAY == 1:
         high, low = load_gates(decay, index * 0, index >= 0, 0)
@@ -106,7 +110,7 @@ def tile_sums(decay, decay_l, at, begin, stop, TILE: tl.constexpr, DECAY: tl.con
         before = tl.minimum(index, stop - begin).to(tl.float32)
         after = tl.minimum(index + 1, stop - begin).to(tl.float32)
         e, e_rest, f, f_rest = before * high, before * low, after * high, after * low
-        total, total_rest = tl.min(count * high), tl.max(count * low)  # the same in every lane
+        total, total_rest = tl.min(count * high), tl.max(count * low)  # all lanes hold the same value
     else:
         high, low = load_gates(decay, at, begin + index < stop, decay_l)
         f, f_rest = tl.cumsum(high, 0), tl.cumsum(low, 0)
@@ -117,11 +121,14 @@ def tile_sums(decay, decay_l, at, begin, stop, TILE: tl.constexpr, DECAY: tl.con
 
 @triton.jit
 def tile_mask(e, e_rest, f, f_rest, PRECISION: tl.constexpr):
-    """The decay mask of a tile, (TILE, TILE): exponents are differences of e on its left, of f on its right."""
+    """Return the decay mask of a tile, (TILE, TILE).
+
+    Exponents are differences of e for keys on the left of a query, and of f for keys on its right.
+    """
     if PRECISION == "ieee":
         down = (e[:, None] - e[None, :]) + (e_rest[:, None] - e_rest[None, :])
         up = (f[None, :] - f[:, None]) + (f_rest[None, :] - f_rest[:, None])
-    else:  # the second parts are for more digits than products keep
+    else:  # products keep fewer digits than the second parts add
         e, f = e + e_rest, f + f_rest
         down, up = e[:, None] - e[None, :], f[None, :] - f[:, None]
     return tl.exp(tl.minimum(tl.minimum(down, up), 0.0))
@@ -132,7 +139,7 @@ def tile_mask(e, e_rest, f, f_rest, PRECISION: tl.constexpr):
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """a @ b in float32."""
+    """Return a @ b in float32."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
@@ -144,7 +151,7 @@ def product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def place_of(chunk, head, heads, side, DECAY: tl.constexpr):
-    """Which state is that of a head of a chunk from one side; without decay there is one for both."""
+    """Return the index of the state of a head of a chunk from one side. Without decay both sides share one state."""
     place = chunk.to(tl.int64) * heads + head
     return place if DECAY == 0 else place * 2 + side
 
@@ -153,7 +160,7 @@ def place_of(chunk, head, heads, side, DECAY: tl.constexpr):
 def state_entries(
     states, place, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """Addresses of the entries of a state, (BLOCK_K, BLOCK_V), and which of them exist."""
+    """Return the addresses of the entries of a state, (BLOCK_K, BLOCK_V), and which of them exist."""
     row, column = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     address = states + place * (WIDTH_K * WIDTH_V) + row[:, None] * WIDTH_V + column[None, :]
     return address, (row < WIDTH_K)[:, None] & (column < WIDTH_V)[None, :]
@@ -163,21 +170,21 @@ def state_entries(
 def load_state(
     states, place, WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """A state, (BLOCK_K, BLOCK_V)."""
+    """Load a state, (BLOCK_K, BLOCK_V)."""
     address, known = state_entries(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     return tl.load(address, mask=known, other=0.0)
 
 
 @triton.jit
 def load_vector(vectors, place, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The vector of a state, (BLOCK,)."""
+    """Load the vector of a state, (BLOCK,)."""
     row = tl.arange(0, BLOCK)
     return tl.load(vectors + place * WIDTH + row, mask=row < WIDTH, other=0.0)
 
 
 @triton.jit
 def meetings(keys, queries, place, other, SIZE: tl.constexpr):
-    """The sum of the products of the entries of a state of keys and of one of queries, a number."""
+    """Return the sum over all entries of a state of keys times a state of queries, a number."""
     total = 0.0
     for begin in range(0, SIZE, 1024):
         entry = begin + tl.arange(0, 1024)
@@ -191,7 +198,7 @@ def store_state(
     states, vectors, place, state, vector,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Writes a state, (BLOCK_K, BLOCK_V), and its vector, (BLOCK_K,), where vectors are kept."""
+    """Store a state, (BLOCK_K, BLOCK_V), and its vector, (BLOCK_K,), unless `vectors` is None."""
     address, known = state_entries(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     tl.store(address, state.to(states.dtype.element_ty), mask=known)
     if vectors is not None:
@@ -204,9 +211,11 @@ def carry_over(
     sent, chunk_totals, first, last, head, heads, block, side,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, DECAY: tl.constexpr,
 ):  # fmt: skip
-    """Turns, in place, what the chunks of a sequence send to one side, (chunks, heads, sides, SIZE), into what reaches
-    each of them: one block of entries. Without decay all of it, in the place of the first chunk. GROUP chunks are read
-    at a time, since a program that waits for each of them is slow."""
+    """Replace what the chunks of a sequence send to one side by what reaches each of them, for one block of entries.
+
+    `sent` is (chunks, heads, sides, SIZE). Without decay, the sum over all chunks is stored for the first chunk. GROUP
+    chunks are read at a time, because waiting for each one separately is slow.
+    """
     sides = 1 if DECAY == 0 else 2
     entry = block * BLOCK + tl.arange(0, BLOCK)
     member = tl.arange(0, GROUP)
@@ -241,7 +250,7 @@ def carry_over(
 
 @triton.jit
 def store_rows(out, mixed, batch, head, heads, length, rows, keep, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes a tile of rows, (TILE, BLOCK), into `out`: in memory (batch, length, heads, WIDTH)."""
+    """Store a tile of rows, (TILE, BLOCK), in `out`, which is (batch, length, heads, WIDTH) in memory."""
     column = tl.arange(0, BLOCK)
     out += (batch.to(tl.int64) * length * heads + head) * WIDTH
     address = out + rows.to(tl.int64)[:, None] * (heads * WIDTH) + column[None, :]
