@@ -1,10 +1,10 @@
-"""The whole project in a few minutes on two CPU cores, without a network.
+"""Train a small text model and a small image model on built-in data, without a network.
 
     python examples/demo.py --output_dir outputs/demo
 
-Pretrains a small LION-S on Python's documentation and lets it fill masks, trains a small LION-D on handwritten digits,
-and draws the decay masks and the decays that both models learned. Ends with exit code 1 if either model failed to
-learn.
+The script pretrains a small LION-S on Python's documentation and fills masks with it, trains a small LION-D on
+handwritten digits, and draws the decay masks and the decays that both models learned. It takes a few minutes on two CPU
+cores. The exit code is 1 if either model failed to learn.
 """
 
 import argparse
@@ -43,19 +43,19 @@ DIGITS_FLAGS = ["--mask_type=decay", *FRESH]
 
 
 def pretrain(folder: Path) -> dict[str, float]:
-    """A small LION-S on Python's documentation."""
+    """Pretrain a small LION-S on Python's documentation and return its metrics."""
     metrics = run_mlm.main(["--output_dir", str(folder), *TEXT_FLAGS])
     print(
         f"\nmasked accuracy {metrics['eval_masked_accuracy']:.1%}, against "
-        f"{metrics['eval_most_frequent_accuracy']:.1%} for always saying the most frequent token\n"
-        f"loss {metrics['eval_loss']:.3f} nats per masked token, against {metrics['eval_unigram_entropy']:.3f} for the "
+        f"{metrics['eval_most_frequent_accuracy']:.1%} for always predicting the most frequent token\n"
+        f"loss {metrics['eval_loss']:.3f} nats per masked token, against {metrics['eval_unigram_entropy']:.3f} from "
         f"token frequencies alone (ratio {metrics['eval_loss_over_unigram_entropy']:.3f})"
     )
     return metrics
 
 
 def masked_sentences(tokenizer, count: int) -> list[tuple[str, str]]:
-    """Sentences of the held-out documents with one word masked, and that word."""
+    """Return sentences of the held-out documents with one word masked, each with that word."""
     chooser, found = random.Random(0), []
     for document in python_documents()[::10]:
         sentences = re.findall(r"(?<=\. )[A-Z][a-z][\w ,']{40,110}\.(?=\s)", re.sub(r"\s+", " ", document))
@@ -68,21 +68,21 @@ def masked_sentences(tokenizer, count: int) -> list[tuple[str, str]]:
 
 
 def fill_masks(folder: Path, count: int = 10) -> str:
-    """Fills masks in held-out sentences through the pipeline; returns the last sentence, unmasked."""
+    """Fill masks in held-out sentences with the pipeline and return the last sentence, unmasked."""
     fill = pipeline("fill-mask", model=str(folder), top_k=5)
     right, sentence = 0, ""
-    print(f"\nFilling {count} masks in sentences that the model has not seen:")
+    print(f"\nFilling {count} masks in sentences that the model was not trained on:")
     for masked, truth in masked_sentences(fill.tokenizer, count):
         guesses = [guess["token_str"] for guess in fill(masked)]
         right += truth in guesses
         sentence = masked.replace(fill.tokenizer.mask_token, truth)
-        print(f"\n  {masked}\n    truth: {truth}   guesses: {', '.join(guesses)}")
+        print(f"\n  {masked}\n    correct: {truth}   guesses: {', '.join(guesses)}")
     print(f"\n{right} of {count} words are among the five best guesses.")
     return sentence
 
 
 def classify_digits(folder: Path) -> float:
-    """A small LION-D on 8 x 8 digits; its test accuracy when loaded again from the saved folder."""
+    """Train a small LION-D on 8 x 8 digits and return the test accuracy of the saved model, loaded again."""
     run_image_classification.main(["--output_dir", str(folder), *DIGITS_FLAGS])
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
@@ -90,16 +90,14 @@ def classify_digits(folder: Path) -> float:
     with torch.no_grad():
         guesses = model(**processor(test["image"][:], return_tensors="pt")).logits.argmax(-1)
     accuracy = (guesses == torch.tensor(test["label"][:])).float().mean().item()
-    print(f"\ntest accuracy of the saved digits model, loaded again: {accuracy:.1%} of {len(test)} images")
+    print(f"\ntest accuracy of the digits model, loaded from its folder: {accuracy:.1%} of {len(test)} images")
     return accuracy
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the demo and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output_dir", default="outputs/demo", help="where everything is written (default: outputs/demo)"
-    )
+    parser.add_argument("--output_dir", default="outputs/demo", help="folder for all outputs (default: outputs/demo)")
     folder = make_output_dir(parser.parse_args().output_dir)
     start = time.perf_counter()
     text, digits = folder / "mlm", folder / "digits"
@@ -117,16 +115,16 @@ def main() -> int:
     for name, content in (
         ("mlm/", "LION-S model, tokenizer, README.md, curves.png, all_results.json"),
         ("digits/", "LION-D model, image processor, README.md, curves.png, all_results.json"),
-        ("masks.png", "the masks of the three variants"),
+        ("masks.png", "the decay masks of the three variants"),
         ("decays.png", "the decays that the two models learned"),
     ):
         print(f"  {name:<12} {content}")
 
     failures = []
     if metrics["eval_masked_accuracy"] <= metrics["eval_most_frequent_accuracy"]:
-        failures.append("the language model is no better than always saying the most frequent token")
+        failures.append("the language model is no better than always predicting the most frequent token")
     if accuracy < DIGITS_GOAL:
-        failures.append(f"the digits model reaches {accuracy:.1%}, less than {DIGITS_GOAL:.0%}")
+        failures.append(f"the digits model reaches {accuracy:.1%}; at least {DIGITS_GOAL:.0%} is expected")
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     return 1 if failures else 0

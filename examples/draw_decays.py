@@ -1,10 +1,10 @@
-"""Draws the decays that trained LION models have learned.
+"""Draw the decays that trained LION models have learned.
 
     python examples/draw_decays.py outputs/mlm-d outputs/mlm-s --text "The cat sat on the mat." --output decays.png
     python examples/draw_decays.py outputs/fashion-s --image shirt.png --output decays.png
 
-LION-D has one decay per layer and head. LION-S decides per token: its mean over the heads is drawn for each word of the
-text, or each patch of the image.
+LION-D has one decay per layer and head. LION-S computes a decay for each token: the picture shows the mean over the
+heads for each token of the text, or each patch of the image.
 """
 
 import argparse
@@ -34,8 +34,11 @@ from lion_hf.training.models import existing_config
 
 
 def layer_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """The decays of each layer with any: (layers, scans * heads) where a head has one; for one input, where each token
-    has its own, their mean over heads and scans (layers, tokens), without an image's class token."""
+    """Return the decays of each layer that has any.
+
+    Variants with a decay per head: (layers, scans * heads). Variants with a decay per token: (layers, tokens), the mean
+    over heads and scans for one input, without the class token of an image.
+    """
     layers: list[torch.Tensor] = []
 
     def keep(mixer: Mixer, arguments: tuple) -> None:
@@ -57,16 +60,16 @@ def layer_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor
 
 
 def decaying_layers(model: PreTrainedModel) -> list[int]:
-    """Numbers, from 1, of the layers with decays: all but the softmax layers of a hybrid."""
+    """Return the numbers, from 1, of the layers with decays: all but the softmax layers of a hybrid."""
     config = model.config
     return [i + 1 for i in range(config.num_hidden_layers) if i not in config.softmax_layers]
 
 
 def draw_decays(folders: list[Path], path: Path, text: str | None = None, image: Image.Image | None = None) -> None:
-    """One row of the picture per model.
+    """Draw a picture with one row per model.
 
     Raises:
-        UserError: for a model without decays, or a LION-S without the text or image that it needs.
+        UserError: if a model has no decays, or if a LION-S model lacks the text or image that it needs.
     """
     models = [load(folder) for folder in folders]
     figure = plt.figure(figsize=(9, 2.9 * len(models)), layout="constrained")
@@ -79,7 +82,7 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
             raise UserError(f"{str(folder)!r} is a {variant.label} model, which has no decays to draw")
         layers = decaying_layers(model)
         if not layers:
-            raise UserError(f"{str(folder)!r} has softmax attention in every layer, and no decays to draw")
+            raise UserError(f"{str(folder)!r} has softmax attention in every layer, so it has no decays to draw")
         if variant.decay == "head":
             row.suptitle(f"{variant.label}, {kind}: decay of each layer and head", fontsize=10)
             values = layer_decays(model)
@@ -90,19 +93,19 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
             )
         elif is_image:
             if image is None:
-                raise UserError(f"{str(folder)!r} decides its decays by the image: give one with --image")
+                raise UserError(f"{str(folder)!r} computes its decays from an image; give one with --image")
             row.suptitle(f"{variant.label}, image: mean decay of each patch, by layer", fontsize=10)
             draw_image(row, model, AutoImageProcessor.from_pretrained(folder), image)
         else:
             if not text:
-                raise UserError(f"{str(folder)!r} decides its decays by the text: give one with --text")
+                raise UserError(f"{str(folder)!r} computes its decays from a text; give one with --text")
             row.suptitle(f"{variant.label}, text: mean decay of each token, by layer", fontsize=10)
             inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt", truncation=True)
             axis = heat_map(row.subplots(), layer_decays(model, **inputs), layers)
             tokens = inputs.tokens()
             axis.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
         shown = plt.cm.ScalarMappable(cmap="viridis", norm=plt.Normalize(0, 1))
-        row.colorbar(shown, ax=row.axes, label="decay (1 keeps all)", shrink=0.9)
+        row.colorbar(shown, ax=row.axes, label="decay (1 keeps everything)", shrink=0.9)
     with user_errors(f"cannot write {path}", OSError, ValueError):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
@@ -110,7 +113,7 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
 
 
 def heat_map(axis, values: torch.Tensor, layers: list[int]):
-    """Layers downwards; numbers in the cells where there is room."""
+    """Draw one row per layer, with numbers in the cells if they fit."""
     axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     if values.shape[1] <= 16:
         for layer, line in enumerate(values.tolist()):
@@ -145,10 +148,10 @@ def load(folder: str | Path) -> PreTrainedModel:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", type=Path, help="folders of trained models, a row of the picture each")
-    parser.add_argument("--text", help="what LION-S text models read")
-    parser.add_argument("--image", type=Path, help="what LION-S image models see")
-    parser.add_argument("--output", type=Path, default=Path("decays.png"))
+    parser.add_argument("models", nargs="+", type=Path, help="folders of trained models, one row of the picture each")
+    parser.add_argument("--text", help="input of LION-S text models")
+    parser.add_argument("--image", type=Path, help="input of LION-S image models, an image file")
+    parser.add_argument("--output", type=Path, default=Path("decays.png"), help="PNG to write (default: decays.png)")
     arguments = parser.parse_args()
     image = None
     if arguments.image:
@@ -156,9 +159,9 @@ def main() -> None:
             image = Image.open(arguments.image)
             image.load()
         except OSError as error:
-            raise UserError(f"--image {str(arguments.image)!r} cannot be read: {error}") from error
+            raise UserError(f"cannot read --image {str(arguments.image)!r}: {error}") from error
     draw_decays(arguments.models, arguments.output, arguments.text, image)
-    print(f"written: {arguments.output}")
+    print(f"wrote {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draws what the three forms compute and how image encoders read patches, for docs/formats.md and docs/variants.md.
+"""Draw what the three forms compute and how image encoders scan patches: the pictures of the documentation.
 
 python examples/draw_forms.py --folder docs
 """
@@ -29,7 +29,7 @@ FROM_LEFT, FROM_RIGHT = "#9ecae1", "#fdbe85"
 
 
 def draw_forms(path: Path) -> None:
-    """Which entries of the L x L matrix each form computes, and which it reaches through states."""
+    """Draw which entries of the L x L matrix each form computes, and which it replaces by states."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.9), layout="constrained", facecolor="white")
     titles = (
         ("attention", "all pairs of tokens at once"),
@@ -56,7 +56,7 @@ def draw_forms(path: Path) -> None:
 
 
 def _draw_row(axis: Axes, weights: torch.Tensor, start: int, faint: bool) -> None:
-    """The queries of one chunk: their tile, and the states they read."""
+    """Draw the tile of one chunk of queries, and the states they read."""
     stop, opacity = start + CHUNK, 0.25 if faint else 1.0
     edges = (start - 0.5, stop - 0.5)
     for left, right, colour, name in (
@@ -73,7 +73,7 @@ def _draw_row(axis: Axes, weights: torch.Tensor, start: int, faint: bool) -> Non
 
 
 def draw_scans(path: Path) -> None:
-    """The two snake scans, and how much the patch in the middle reads of every other, in raster and in snake order."""
+    """Draw the two snake scans, and the weights of all patches for the middle one in raster and in snake order."""
     orders = snake_orders(SIDE, SIDE)
     decay, patches = torch.tensor([math.log(GRID_DECAY)]), SIDE * SIDE
     raster = mask(decay, patches + 1)
@@ -101,7 +101,7 @@ def draw_scans(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--folder", type=Path, default=Path("docs"), help="where forms.png and scans.png go (default: docs)"
+        "--folder", type=Path, default=Path("docs"), help="folder for forms.png and scans.png (default: docs)"
     )
     folder = parser.parse_args().folder
     try:

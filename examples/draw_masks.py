@@ -1,4 +1,4 @@
-"""Draws the decay masks M of the three LION variants, computed by the package itself.
+"""Draw the decay masks of the three LION variants, computed by the package.
 
 python examples/draw_masks.py --output docs/masks.png
 """
@@ -28,13 +28,13 @@ DECAY = 0.85  # of LION-D's only head
 
 
 def mask(log_decay: torch.Tensor | None, length: int = LENGTH) -> torch.Tensor:
-    """M, (length, length): the attention matrix where every query and key is the number 1 and nothing is scaled."""
+    """Return the decay mask (length, length): the unscaled attention matrix if all queries and keys are 1."""
     ones = torch.ones(1, 1, length, 1)
     return attention_scores(ones, ones, log_decay, scale=1.0)[0, 0]
 
 
 def selective_decays(length: int = LENGTH) -> torch.Tensor:
-    """Decays such as LION-S may choose: most tokens let nearly everything pass, two nearly close the gate."""
+    """Return decays as LION-S may compute them: most are near 1, and two are near 0."""
     decays = torch.empty(length).uniform_(0.86, 1.0, generator=torch.Generator().manual_seed(3))
     decays[length // 3] = 0.12
     decays[2 * length // 3 + 1] = 0.35
@@ -42,7 +42,7 @@ def selective_decays(length: int = LENGTH) -> torch.Tensor:
 
 
 def draw_masks(path: str | Path) -> Path:
-    """Writes the picture of the three masks; the folder is made if absent."""
+    """Draw the three masks, create the folder if needed, and return the path."""
     decays = selective_decays()
     variants = (
         ("LION-LIT", "no decay:  $M_{ij} = 1$", None, torch.ones(LENGTH)),

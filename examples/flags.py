@@ -1,7 +1,7 @@
-"""Finds misspelt flags and paths before a script imports PyTorch and Transformers, which takes seconds.
+"""Find misspelt flags and missing files before a script imports PyTorch and Transformers, which takes seconds.
 
-The names of flags are read from the source of the script and of the classes that hold arguments, not by importing them.
-What passes here is parsed and checked in full later.
+The names of the flags are read from the source code of the script and of the argument classes, without importing them.
+The scripts parse and check all arguments in full later.
 """
 
 import ast
@@ -16,7 +16,7 @@ PATHS = {"train_file", "validation_file", "test_file", "train_dir", "validation_
 
 
 def check_flags(script: str, argv: Sequence[str] | None = None) -> None:
-    """Ends the process with exit code 2 and one line, if a flag is unknown or what it names does not exist."""
+    """Exit with code 2 and a one-line error if a flag is unknown or names a file or folder that does not exist."""
     argv = sys.argv[1:] if argv is None else argv
     problem = problem_of(argv, known_flags(script))
     if problem:
@@ -25,7 +25,10 @@ def check_flags(script: str, argv: Sequence[str] | None = None) -> None:
 
 
 def problem_of(argv: Sequence[str], known: dict[str, set[str]]) -> str | None:
-    """What is wrong with flags, if anything; `known` are the names there are, with their values where these are few."""
+    """Return what is wrong with the flags, or None.
+
+    `known` maps the name of every flag to its allowed values; an empty set allows any value.
+    """
     if argv and argv[0].endswith((".yaml", ".yml", ".json")) and not Path(argv[0]).exists():
         return f"argument file {argv[0]!r} does not exist"
     for i, flag in enumerate(argv):
@@ -46,19 +49,22 @@ def problem_of(argv: Sequence[str], known: dict[str, set[str]]) -> str | None:
 
 
 def known_flags(script: str) -> dict[str, set[str]]:
-    """Every name that may be a flag of the script, never fewer than there are; and the values of those with a few."""
+    """Return every name that may be a flag of the script, with its allowed values (an empty set allows any).
+
+    The names may include some that are no flags of this script, but none is missing.
+    """
     base = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
     files = sorted((Path(importlib.util.find_spec("lion_hf").origin).parent / "training").rglob("*.py"))
     own: dict[str, list[set[str]]] = {"help": [set()], "smoke": [set()]}
     for name, values in (found for file in (Path(script), *files) for found in names_in(file)):
         own.setdefault(name, []).append(values)
-    # A name that is free in one place is free.
+    # A name that takes any value in one class takes any value.
     few = {name: set().union(*found) if all(found) else set() for name, found in own.items()}
     return {name: set() for name, _ in names_in(base)} | few
 
 
 def names_in(file: Path) -> Iterator[tuple[str, set[str]]]:
-    """The fields of classes with the values of `Literal`, and what `add_argument` is called with."""
+    """Yield the fields of classes with the values of their `Literal`, and the flags passed to `add_argument`."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ClassDef):
             for field in (x for x in node.body if isinstance(x, ast.AnnAssign) and isinstance(x.target, ast.Name)):

@@ -1,4 +1,4 @@
-"""What a trained LION is good for: fills masks, compares sentences, classifies images, shows attention and decays.
+"""Use trained LION models: fill masks, compare sentences, classify an image, draw attention and decays.
 
     python examples/inference.py --output_dir outputs/inference    # trains two small models first: 4 minutes
     python examples/inference.py --output_dir outputs/inference --text_model outputs/mlm --image_model outputs/digits \\
@@ -40,9 +40,9 @@ SENTENCES = (
 
 
 def embed(folder: Path, sentences: tuple[str, ...]) -> torch.Tensor:
-    """Sentence embeddings (sentences, hidden_size) of length 1: the mean of the last hidden states over real tokens.
+    """Return sentence embeddings (sentences, hidden_size) of norm 1: the mean of the last hidden states of real tokens.
 
-    `sentence_transformers.SentenceTransformer(folder)` computes the same, after `import lion_hf`.
+    After `import lion_hf`, `sentence_transformers.SentenceTransformer(folder)` computes the same up to the norm.
     """
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, add_pooling_layer=False)
     inputs = tokenizer(list(sentences), padding=True, truncation=True, return_tensors="pt")
@@ -56,13 +56,13 @@ def compare_sentences(folder: Path, *more: str) -> None:
     sentences = (*more, *SENTENCES)
     embeddings = embed(folder, sentences)
     similarity = (embeddings @ embeddings.T).fill_diagonal_(-1)
-    print("\nEach sentence and the one nearest to it (cosine of the mean-pooled embeddings):")
+    print("\nEach sentence and the most similar one (cosine of the mean-pooled embeddings):")
     for sentence, cosine, nearest in zip(sentences, *similarity.max(1), strict=True):
         print(f"  {cosine:.3f}  {sentence}  ->  {sentences[nearest]}")
 
 
 def fill_text(folder: Path, text: str) -> str:
-    """Prints the five best guesses for every [MASK] of a text; returns the text as the tokenizer takes it."""
+    """Print the five best guesses for every [MASK] of a text; return the text with the tokenizer's own mask token."""
     fill = pipeline("fill-mask", model=str(folder), top_k=5)
     text = text.replace("[MASK]", fill.tokenizer.mask_token)
     masks = text.count(fill.tokenizer.mask_token)
@@ -74,27 +74,30 @@ def fill_text(folder: Path, text: str) -> str:
 
 
 def classify(folder: Path, image: Image.Image) -> None:
-    print("\nThe image is, by the pipeline:")
+    print("\nThe pipeline classifies the image as:")
     for guess in pipeline("image-classification", model=str(folder), top_k=3)(image.convert("RGB")):
         print(f"  {guess['score']:6.1%}  {guess['label']}")
 
 
 def attentions(model: PreTrainedModel, inputs) -> torch.Tensor:
-    """(layers, heads, tokens, tokens). LION for text neither normalises its weights nor bounds them below by 0."""
-    model.config.format = "attention"  # the form that has the matrix
+    """Return the attention matrices, (layers, heads, tokens, tokens).
+
+    In LION for text the rows do not sum to 1, and weights may be negative.
+    """
+    model.config.format = "attention"  # the other forms never build the matrix
     with torch.no_grad():
         return torch.stack(model(**inputs, output_attentions=True).attentions)[:, 0]
 
 
 def shades(weights: torch.Tensor) -> dict:
-    """Colours for weights on one scale: from 0, or with 0 in the middle where some are negative."""
+    """Return the colour scale of weights: from 0, or with 0 in the middle if some weights are negative."""
     largest = float(weights.abs().max()) or 1.0
     signed = bool((weights < 0).any())
     return {"cmap": "RdBu_r" if signed else "viridis", "vmin": -largest if signed else 0.0, "vmax": largest}
 
 
 def draw_text_attention(row, model: PreTrainedModel, inputs) -> None:
-    """The heads of the last layer, tokens by tokens, each row divided by its largest weight."""
+    """Draw the attention matrix of each head in the last layer, each row divided by its largest weight."""
     heads = attentions(model, inputs)[-1]
     heads = heads / heads.abs().amax(-1, keepdim=True).clamp(min=1e-30)
     tokens, colours = inputs.tokens(), shades(heads)
@@ -109,14 +112,16 @@ def draw_text_attention(row, model: PreTrainedModel, inputs) -> None:
 
 
 def pooled_attention(model: PreTrainedModel, inputs) -> torch.Tensor:
-    """(layers, patches), mean over the heads: what the class token reads if the model classifies from it, else the mean
-    over all tokens, which is what it classifies from."""
+    """Return how much of each patch the classifier reads in each layer, (layers, patches), as a mean over the heads.
+
+    The classifier reads the class token if `config.cls_tok` is set, else the mean over all tokens.
+    """
     layers = attentions(model, inputs).mean(1)
     return (layers[:, 0] if model.config.cls_tok else layers.mean(1))[:, 1:]
 
 
 def draw_image_attention(row, model: PreTrainedModel, inputs, image: Image.Image) -> None:
-    """What is pooled in each layer, all on one scale."""
+    """Draw what the classifier reads in each layer, all layers on one scale."""
     layers = pooled_attention(model, inputs)
     grid = tuple(side // model.config.patch_size for side in inputs["pixel_values"].shape[-2:])
     axes, colours = row.subplots(1, len(layers) + 1), shades(layers)
@@ -135,12 +140,12 @@ def draw_attention(text_model: Path, text: str, image_model: Path, image: Image.
     figure = plt.figure(figsize=(9, 7.5), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(2, 1))
     model = load(text_model)
-    upper.suptitle(f"{model_name(model.config)}, text: what each token (row) reads, last layer", fontsize=10)
+    upper.suptitle(f"{model_name(model.config)}, text: what each token (row) reads in the last layer", fontsize=10)
     inputs = AutoTokenizer.from_pretrained(text_model)(text, return_tensors="pt", truncation=True)
     draw_text_attention(upper, model, inputs)
     model = load(image_model)
-    reader = "the class token reads" if model.config.cls_tok else "the mean over all tokens reads, which is classified"
-    lower.suptitle(f"{model_name(model.config)}, image: what {reader}; mean over heads", fontsize=10)
+    reader = "the class token" if model.config.cls_tok else "the mean over all tokens, which is classified,"
+    lower.suptitle(f"{model_name(model.config)}, image: what {reader} reads; mean over heads", fontsize=10)
     inputs = AutoImageProcessor.from_pretrained(image_model)(image.convert("RGB"), return_tensors="pt")
     draw_image_attention(lower, model, inputs, image)
     figure.savefig(path, dpi=120)
@@ -151,29 +156,31 @@ def opened(path: Path) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")
     except OSError as error:
-        raise UserError(f"--image {str(path)!r} cannot be read: {error}") from error
+        raise UserError(f"cannot read --image {str(path)!r}: {error}") from error
 
 
 def require_kind(folder: Path, kind: str, flag: str) -> Path:
     if load(folder).config.model_type != kind:
-        raise UserError(f"{flag} {str(folder)!r} is no {kind!r} model")
+        raise UserError(f"{flag} {str(folder)!r} is not a {kind!r} model")
     return folder
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="outputs/inference", help="where pictures and new models are written")
     parser.add_argument(
-        "--text_model", type=Path, help="folder of a LION trained by run_mlm.py; trained here by default"
+        "--output_dir", default="outputs/inference", help="folder for pictures and new models (default: %(default)s)"
     )
-    parser.add_argument("--image_model", type=Path, help="folder of a LION classifier; trained on digits by default")
-    parser.add_argument("--image", type=Path, help="the image to classify; a test digit by default")
     parser.add_argument(
-        "--text", help="the text to read, with [MASK] where words are to be guessed; built-in sentences by default"
+        "--text_model", type=Path, help="folder of a LION model from run_mlm.py (default: trains a small one)"
     )
+    parser.add_argument(
+        "--image_model", type=Path, help="folder of a LION image classifier (default: trains a small one on digits)"
+    )
+    parser.add_argument("--image", type=Path, help="image to classify (default: a test digit)")
+    parser.add_argument("--text", help="text, with [MASK] for each word to guess (default: built-in sentences)")
     given = parser.parse_args(arguments)
     if given.text is not None and not given.text.strip():
-        raise UserError("--text is empty")
+        raise UserError("--text is empty; give a text or leave it out")
     folder = make_output_dir(given.output_dir)
     image = opened(given.image) if given.image else load_digits(ImageArguments(), seed=0)[1]["image"][0]
     texts = require_kind(given.text_model, "lion", "--text_model") if given.text_model else folder / "mlm"
@@ -189,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     with_decays = [model for model in (texts, images) if variant_class(load(model).config.mask_type).decay]
     if with_decays:
         draw_decays(with_decays, folder / "decays.png", text=sentence, image=image)
-    print(f"\nPictures of attention and decays are in {folder}.")
+    print(f"\nThe pictures are in {folder}.")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""The comparisons in examples/results: LION's variants and a softmax encoder of one size, with one recipe.
+"""Run the comparisons in examples/results: LION's variants and a softmax encoder of the same size and recipe.
 
-    python examples/run_evidence.py text   --data DATA   # encyclopedia text: a learning-rate sweep, then more seeds
-    python examples/run_evidence.py images --data DATA   # Fashion-MNIST: several seeds
-    python examples/run_evidence.py sentiment --data DATA   # review sentiment, from the models of `text`: sweep, seeds
-    python examples/run_evidence.py pooling --data DATA   # the same from scratch, by what the classifier pools
-    python examples/run_evidence.py warm_start --data DATA   # the same, started from a BERT's weights, and from scratch
-    python examples/run_evidence.py warm_start_mlm --data DATA   # masked language modelling, warm and cold
+    python examples/run_evidence.py text --data DATA            # masked tokens of encyclopedia text
+    python examples/run_evidence.py images --data DATA          # Fashion-MNIST
+    python examples/run_evidence.py sentiment --data DATA       # sentiment of reviews, from the models of text
+    python examples/run_evidence.py pooling --data DATA         # sentiment from scratch, by what the classifier pools
+    python examples/run_evidence.py warm_start --data DATA      # sentiment from the weights of a BERT and from scratch
+    python examples/run_evidence.py warm_start_mlm --data DATA  # masked tokens from a BERT's weights and from scratch
+    python examples/run_evidence.py text --draw                 # the table and plot again, from the stored results
 
-DATA holds wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet,
-reviews/{train,validation}.csv and, with a BERT encoder and its tokenizer, minilm; each comparison needs a part. Every
-run is a command of the training scripts, on one CPU thread; runs that are done are not repeated. Tables (JSON and
-Markdown) and plots go to examples/results; --draw draws a plot again from the stored table.
+DATA is a folder with wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet,
+reviews/{train,validation}.csv and minilm, the folder of a BERT encoder and its tokenizer. Each comparison needs only
+some of them. Every run is a command of the training scripts on one CPU thread. All but images and warm_start_mlm
+compare learning rates with the first seed, then train the other seeds at the best rate. Finished runs are not repeated.
+The results go to examples/results: a JSON file, a Markdown table and a plot.
 """
 
 import argparse
@@ -70,7 +72,7 @@ SENTIMENT_RECIPE = (
     "--task custom --sentence1_column sentence --max_length 64 --num_train_epochs 1 --per_device_train_batch_size 16 "
     "--eval_strategy no --save_strategy no --disable_tqdm true --use_cpu true"
 )
-# 2,000 sentences twice, and a small model from scratch: what a first trial on data of one's own looks like.
+# A small model from scratch, two epochs on 2,000 sentences: what a first trial on your own data may look like.
 POOLING_RATES = (3e-4, 1e-3)
 POOLING_RECIPE = (
     "--task custom --sentence1_column sentence --max_length 48 --vocab_size 4096 --hidden_size 128 "
@@ -82,7 +84,7 @@ POOLING_MODELS = {
     for name in ("LION-LIT", "LION-D", "LION-S")
     for pooling in ("first", "mean")
 } | {"BERT, first": TEXT_MODELS["BERT"]}
-# The sentiment recipe for the 22 M parameters of the encoder, each model at the better of two rates.
+# The sentiment recipe for an encoder of 22 M parameters, each model at the better of two learning rates.
 WARM_RATES = (1e-4, 3e-4)
 WARM_RECIPE = (
     "--task custom --sentence1_column sentence --max_length 48 --max_train_samples 4800 --num_train_epochs 1 "
@@ -95,7 +97,7 @@ ADAPTATION_RECIPE = (
 
 
 def warm_models(encoder: Path) -> dict[str, str]:
-    """The source, LION started from its weights, and LION of its shape from scratch."""
+    """Return the flags of each model: the source, LION from its weights, and LION of the same shape from scratch."""
     start = f"--warm_start {shlex.quote(str(encoder))}"
     config = json.loads((encoder / "config.json").read_text())
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -113,7 +115,7 @@ def warm_models(encoder: Path) -> dict[str, str]:
 
 
 def run(script: str, flags: str, folder: Path) -> dict[str, float]:
-    """Metrics of one run, and its command; a finished run is only read."""
+    """Run a training script and return its metrics; the metrics of a finished run are read from its folder."""
     command = ["python", f"examples/{script}", "--output_dir", str(folder), *shlex.split(flags)]
     record = folder / "command.txt"
     if not (record.is_file() and record.read_text() == shlex.join(command)):
@@ -128,7 +130,7 @@ def run(script: str, flags: str, folder: Path) -> dict[str, float]:
 
 
 def summary(values: list[float], factor: float = 1, digits: int = 2) -> str:
-    """Mean and deviation, as a cell of a table."""
+    """Return mean and standard deviation as a cell of a table."""
     spread = f" ± {factor * stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{factor * mean(values):.{digits}f}{spread}"
 
@@ -141,10 +143,20 @@ def at_best_rate(
     starts: dict[int, str] | None = None,
     sweep_flags: str | None = None,
 ) -> tuple[dict, list[dict], list[str]]:
-    """A run with each learning rate and the first seed, then the best rate (of the lowest evaluation loss) with the
-    other seeds; `starts` are flags by seed that come first. `sweep_flags` take the place of `flags` where rates are
-    compared, to do so on other rows than those that are reported. Returns part of a row of the table, and metrics and
-    folders by seed."""
+    """Train with each learning rate and the first seed, then at the best rate with all seeds.
+
+    Args:
+        script: name of the training script.
+        flags: flags of every run.
+        rates: learning rates to compare; the best one has the lowest evaluation loss.
+        folder: beginning of the names of the output folders.
+        starts: further flags for each seed, if any.
+        sweep_flags: flags of the runs that compare learning rates, if not `flags`: to compare them on other rows than
+            those that are reported.
+
+    Returns:
+        Part of a row of the table, the metrics of each seed, and the folder of each seed.
+    """
 
     def place(rate: float, seed: int) -> str:
         return f"{folder}-{rate:g}-{seed}"
@@ -161,7 +173,7 @@ def at_best_rate(
             for rate in rates
         }
     best = min(rates, key=lambda rate: sweep[rate]["eval_loss"])
-    runs = [train(best, seed) for seed in SEEDS]  # one that is done is only read
+    runs = [train(best, seed) for seed in SEEDS]
     row = {
         "command": f"python examples/{script} {flags} --learning_rate {best:g}",
         "learning_rate": best,
@@ -267,11 +279,17 @@ def warm_start_mlm(data: Path, work: Path, results: Path) -> dict:
 
 
 def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
-    """The table as JSON and Markdown, and a picture: of losses by step, or of accuracies with deviations."""
+    """Write the results as JSON, as a Markdown table and as a plot."""
     folder.mkdir(parents=True, exist_ok=True)
     for row in rows.values():
         row["command"] = row["command"].replace(str(data), "DATA")
     (folder / f"{kind}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_table(kind, rows, folder)
+    draw(kind, rows, folder)
+
+
+def write_table(kind: str, rows: dict, folder: Path) -> None:
+    """Write the results as a Markdown table with the commands."""
     lines = [
         "| model | accuracy (%) | loss (nats) | seeds | learning rate | minutes per run |",
         "|---|---|---|---|---|---|",
@@ -285,23 +303,30 @@ def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
         )
     first = next(iter(rows.values()))
     if "unigram_entropy" in first:
-        lines += ["", f"Unigram entropy of the masked tokens: {first['unigram_entropy']:.3f} nats."]
+        entropy = f"{first['unigram_entropy']:.3f} nats"
+        lines += ["", f"The unigram entropy of the masked tokens, the loss of token frequencies alone, is {entropy}."]
     sweeps = {name: row["sweep"] for name, row in rows.items() if "sweep" in row}
     if sweeps:
         rates = next(iter(sweeps.values()))
         where = first.get("swept_on", "rows that are reported")
-        lines += ["", f"| loss on {where} by learning rate, one seed | " + " | ".join(rates) + " |"]
+        loss = "evaluation loss" if where == "rows that are reported" else f"loss on {where}"
+        lines += ["", f"| {loss} by learning rate, seed {first['seeds'][0]} | " + " | ".join(rates) + " |"]
         lines += ["|---" * (len(rates) + 1) + "|"]
         lines += [f"| {n} | " + " | ".join(f"{v:.3f}" for v in sweep.values()) + " |" for n, sweep in sweeps.items()]
-    lines += ["", "Mean and standard deviation over seeds; one CPU thread per run. Commands:", ""]
+    if len(first["seeds"]) > 1:
+        lines += ["", f"Mean and standard deviation over the seeds {', '.join(map(str, first['seeds']))}."]
+    commands = "The commands" if "--seed" in first["command"] else "The commands, without `--seed`"
+    lines += ["", f"Every run used one CPU thread. {commands}:", ""]
     lines += [f"- {name}: `{row['command']}`" for name, row in rows.items()]
     (folder / f"{kind}.md").write_text("\n".join(lines) + "\n")
-    draw(kind, rows, folder)
 
 
 def draw(kind: str, rows: dict, folder: Path) -> None:
-    """The picture of a table: losses by step, losses beside that of token frequencies, or accuracies beside that of the
-    most frequent class; axes begin at 0."""
+    """Draw the plot of a comparison; its axes begin at 0.
+
+    It shows losses by step, or losses beside that of token frequencies, or accuracies beside that of the most frequent
+    class.
+    """
     first = next(iter(rows.values()))
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     if "curve" in first:
@@ -354,7 +379,7 @@ def draw_curves(axis, rows: dict) -> None:
 
 
 def most_frequent_share(train: Path, validation: Path) -> float:
-    """The accuracy on `validation` of always saying the most frequent class of `train`."""
+    """Return the accuracy on `validation` of always predicting the most frequent class of `train`."""
     read = pandas.read_csv if train.suffix == ".csv" else pandas.read_parquet
     train, validation = (
         read(file, **({"columns": ["label"]} if file.suffix == ".parquet" else {})) for file in (train, validation)
@@ -391,20 +416,20 @@ TITLES = {
 
 
 def problem_with(kind: str, data: Path | None, results: Path) -> str | None:
-    """What is missing for a comparison, before anything runs."""
+    """Return what a comparison lacks, or None if it can run."""
     if data is None:
-        return "--data is needed: the folder with the data, see --help"
+        return "--data is required: the folder with the data, see --help"
     missing = [name for name in NEEDED[kind] if not (data / name).is_file()]
     if missing:
         return f"--data {str(data)!r} lacks {', '.join(missing)}"
     if kind != "sentiment":
         return None
     if not (results / "text.json").is_file():
-        return f"{results / 'text.json'} is missing: sentiment starts from the models of `text`, which runs first"
+        return f"{results / 'text.json'} is missing; run text first, since sentiment starts from its models"
     folders = [folder for row in json.loads((results / "text.json").read_text()).values() for folder in row["folders"]]
     gone = [folder for folder in folders if not Path(folder, "config.json").is_file()]
     return (
-        f"{len(gone)} of {len(folders)} models of `text`, such as {gone[0]!r}, are missing: run text first"
+        f"{len(gone)} of {len(folders)} models of text are missing, such as {gone[0]!r}; run text first"
         if gone
         else None
     )
@@ -412,16 +437,30 @@ def problem_with(kind: str, data: Path | None, results: Path) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("--data", type=lambda path: Path(path).resolve(), help="the folder DATA")
-    parser.add_argument("--work", type=Path, default=Path("outputs/evidence"), help="the runs, below the repository")
-    parser.add_argument("--results", type=Path, default=Path("examples/results"), help="the tables, the same")
-    parser.add_argument("--draw", action="store_true", help="draw the picture of the stored table again, without runs")
+    parser.add_argument("kind", choices=KINDS, help="the comparison")
+    parser.add_argument("--data", type=lambda path: Path(path).resolve(), help="folder with the data, see above")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("outputs/evidence"),
+        help="folder for the runs, relative to the repository (default: outputs/evidence)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("examples/results"),
+        help="folder for the tables and plots, relative to the repository (default: examples/results)",
+    )
+    parser.add_argument(
+        "--draw", action="store_true", help="write table and plot again from the stored results, without training"
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.chdir(EXAMPLES.parent)
     if arguments.draw:
-        draw(arguments.kind, json.loads((arguments.results / f"{arguments.kind}.json").read_text()), arguments.results)
+        rows = json.loads((arguments.results / f"{arguments.kind}.json").read_text())
+        write_table(arguments.kind, rows, arguments.results)
+        draw(arguments.kind, rows, arguments.results)
         return
     problem = problem_with(arguments.kind, arguments.data, arguments.results)
     if problem:

@@ -1,4 +1,4 @@
-"""Fine-tuning on the tasks of GLUE, or on a data set of your own, with LION or a baseline.
+"""Fine-tune LION, or a baseline, on the tasks of GLUE or on your own data.
 
     python examples/run_glue.py --output_dir outputs/rte --model_name_or_path outputs/mlm --task rte --seed 1
     python examples/run_glue.py --output_dir outputs/glue --model_name_or_path outputs/mlm --task all --parallel 8
@@ -6,10 +6,10 @@
     python examples/run_glue.py --output_dir outputs/reviews --model_name_or_path outputs/mlm --train_file train.csv
     python examples/run_glue.py examples/recipes/glue/lion.yaml --preset lion-s-base
 
-One task with one seed is one run of the Trainer. Several make a run each in output_dir/task/seed, and a table with the
-GLUE score; the same command again skips what is finished and goes on with the rest. Learning rate, epochs, batch size
-and weight decay are the task's own (lion_hf.training.glue.tasks) unless given. Without task and data arguments it
-trains on toy data made from the documentation that comes with Python, so it needs no network.
+One task with one seed is a single training run. Several tasks or seeds are trained in output_dir/task/seed each, and
+summed up in a table with the GLUE score; the same command again skips finished runs and continues with the rest. By
+default, learning rate, epochs, batch size and weight decay depend on the task (lion_hf.training.glue.tasks). Without
+task and data arguments, the script trains on toy data made from Python's documentation and needs no network.
 """
 
 import difflib
@@ -72,13 +72,15 @@ SMALL_MODEL = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "classifier_pooling": "mean",  # with little data the first token learns nothing, see results/README.md
+    "classifier_pooling": "mean",  # with little data the first token learns nothing, see docs/results.md
 }
 
 
 def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
-    """What --smoke makes of a recipe: a new tiny model of the same kind as the pretrained one, which the recipe names
-    by its folder, on built-in data."""
+    """Return the values that --smoke sets: a new tiny model on built-in data.
+
+    Its kind is that of the pretrained model, which the folder in the recipe names.
+    """
     name = Path(str(values.get("model_name_or_path"))).name
     kind = {"preset": name} if name in PRESETS else {"model_type": "bert"} if name.startswith("bert") else {}
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -101,30 +103,37 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class GlueTrainingArguments(LionTrainingArguments):
-    """What is None here is the task's own, unless given."""
+    """Training arguments whose None stands for the default of the task."""
 
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate. Default: the task's 1e-5 for models as wide as the paper's (768); for "
-            "narrower ones and for data of your own 5e-5 * (768 / width) ** 1.5, at most 3e-3."
+            "help": "Peak learning rate. Default: the task's 1e-5 for models at least 768 wide; for narrower ones and "
+            "your own data 5e-5 * (768 / width) ** 1.5, at most 3e-3."
         },
     )
-    num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs; default: the task's."})
-    weight_decay: float | None = field(default=None, metadata={"help": "Weight decay; default: the task's."})
+    num_train_epochs: float | None = field(default=None, metadata={"help": "Epochs. Default: the task's."})
+    weight_decay: float | None = field(default=None, metadata={"help": "Weight decay. Default: the task's."})
     per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Batch size per device; default: the task's, over all devices together."}
+        default=None,
+        metadata={
+            "help": "Training batch size per device. Default: the task's, divided by devices and accumulated steps."
+        },
     )
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
-    do_predict: bool = field(default=True, metadata={"help": "Write predictions for the test set, if there is one."})
+    do_predict: bool = field(default=True, metadata={"help": "Write predictions for the test data, if there is any."})
 
 
 CLASSES = (TextModelArguments, GlueArguments, GlueTrainingArguments)
 
 
 def chosen_tasks(data: GlueArguments) -> list[GlueTask]:
-    """The tasks by name, in the table's order."""
+    """Return the tasks that --task names, in the order of the table.
+
+    Raises:
+        UserError: if a name is unknown, or if several tasks share one --train_file.
+    """
     names = {normal_name(name) for name in data.task or [CUSTOM.name]}
     known = [*TASKS, CUSTOM.name, "all"]
     for name in sorted(names - set(known)):
@@ -134,12 +143,12 @@ def chosen_tasks(data: GlueArguments) -> list[GlueTask]:
     if "all" in names:
         names = (names - {"all"}) | set(TASKS)
     if len(names) > 1 and (data.train_file or CUSTOM.name in names):
-        raise UserError("--train_file and custom are one data set; for several tasks give their files by --data_dir")
+        raise UserError("--train_file and custom stand for one data set; for several tasks give --data_dir")
     return [task for task in (*TASKS.values(), CUSTOM) if task.name in names]
 
 
 def apply_recipe(training: GlueTrainingArguments, task: GlueTask, width: int) -> None:
-    """Fills in the values of the task, for a model of this width, where none was given; STS-B is trained in float32."""
+    """Set the arguments that are None to the task's values for a model of this width; train STS-B in float32."""
     for name, value in (
         ("learning_rate", suited_rate(task, width)),
         ("num_train_epochs", task.epochs),
@@ -152,8 +161,8 @@ def apply_recipe(training: GlueTrainingArguments, task: GlueTask, width: int) ->
         training.per_device_train_batch_size = max(1, round(task.batch_size / parts))
         if training.per_device_train_batch_size * parts != task.batch_size:
             logger.warning(
-                f"{task.title} has batches of {task.batch_size}, which {parts} devices and accumulated steps cannot "
-                f"share evenly: batches are of {training.per_device_train_batch_size * parts}"
+                f"{task.title} has a batch size of {task.batch_size}, which {parts} devices and accumulated steps "
+                f"cannot share evenly; the batch size is {training.per_device_train_batch_size * parts}"
             )
     if task.name == "stsb":
         training.bf16 = training.fp16 = training.bf16_full_eval = training.fp16_full_eval = False
@@ -164,7 +173,7 @@ def apply_recipe(training: GlueTrainingArguments, task: GlueTask, width: int) ->
 
 
 def label_options(task: GlueTask) -> dict[str, Any]:
-    """What a model must know of the labels."""
+    """Return the configuration values that describe the labels."""
     names = task.labels or ("score",)
     return {
         "id2label": dict(enumerate(names)),
@@ -174,8 +183,11 @@ def label_options(task: GlueTask) -> dict[str, Any]:
 
 
 def make_model(task: GlueTask, model_args: TextModelArguments, tokenizer, max_length: int, mean: float | None = None):
-    """The model to train. Attention dropout is 0 in the recipe, for BERT too (ModernBERT has none by default). The new
-    head of a regression starts at the `mean` of the labels, which it would take long to reach."""
+    """Return the model to train, in float32.
+
+    Attention dropout is 0 as in the recipe, for BERT too (ModernBERT has none by default). The new head of a regression
+    starts at the `mean` of the labels, which training would take long to reach.
+    """
     fixed = model_options(tokenizer, max_length) | label_options(task)
     if model_args.model_type != "modernbert":
         fixed["attention_probs_dropout_prob"] = 0.0
@@ -185,12 +197,12 @@ def make_model(task: GlueTask, model_args: TextModelArguments, tokenizer, max_le
     trained_head = config.num_labels == 1 and any("SequenceClassification" in x for x in config.architectures or [])
     if mean is not None and not trained_head:
         start_at(model, mean)
-    # A checkpoint in half precision is trained in float32 too; what bf16 computes is autocast's matter.
+    # Checkpoints in half precision are trained in float32 too. With --bf16, autocast decides what runs in bfloat16.
     return model.float()
 
 
 def start_at(model: torch.nn.Module, value: float) -> None:
-    """Sets the bias of the last layer, which every kind of model calls by another name, if it has one."""
+    """Set the bias of the last linear layer, if it has one. Its name differs between models."""
     last = [module for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]
     if last.bias is not None:
         torch.nn.init.constant_(last.bias, value)
@@ -199,7 +211,7 @@ def start_at(model: torch.nn.Module, value: float) -> None:
 def run_task(
     task: GlueTask, model_args, data: GlueArguments, training: GlueTrainingArguments, argv
 ) -> dict[str, float]:
-    """One fine-tuning; returns the metrics, which are also in `all_results.json`."""
+    """Fine-tune one model on one task and return the metrics, which are also in `all_results.json`."""
     if data.max_length < 8:
         raise UserError(f"--max_length is {data.max_length}; it must be at least 8")
     check_vocabulary(data, model_args)
@@ -251,7 +263,7 @@ def run_task(
 
 
 def predict(trainer: LionTrainer, parts: TaskData, encode: Callable) -> None:
-    """Writes a csv file of predictions for every test part, and for tasks of GLUE one in the form of a submission."""
+    """Write a csv file of predictions for every test set, and for GLUE tasks a tsv file for submission."""
     for name, part in parts.test.items():
         predictions = trainer.predictions(encode(part, name="test"), probabilities)
         if trainer.is_world_process_zero():
@@ -294,7 +306,7 @@ def write_result(
     training: GlueTrainingArguments,
     argv: Sequence[str],
 ) -> None:
-    """Writes, as the last file of a run, what the table of all runs is made from; None stands for not a number."""
+    """Write the metrics for the table of all runs, as the last file of a run. NaN and infinity become None."""
     spent = ("time", "per_second")
     values = {name.removeprefix("eval_"): value for name, value in metrics.items() if name.startswith("eval_")}
     result = {
@@ -309,7 +321,7 @@ def write_result(
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Trains and evaluates; returns the metrics of one run, or the summary of several."""
+    """Train and evaluate; return the metrics of one run, or the summary of several."""
     argv = sys.argv[1:] if argv is None else list(argv)
     model_args, data, training = parse_arguments(CLASSES, argv, description=__doc__, smoke=smoke_values)
     tasks = chosen_tasks(data)

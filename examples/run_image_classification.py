@@ -1,4 +1,4 @@
-"""Image classification with LION, or a baseline, from scratch or from a checkpoint.
+"""Train LION, or a baseline, to classify images, from scratch or from a checkpoint.
 
     python examples/run_image_classification.py --output_dir outputs/digits
     python examples/run_image_classification.py --output_dir outputs/fashion --train_file train.parquet \
@@ -6,7 +6,7 @@
     python examples/run_image_classification.py examples/recipes/imagenet/lion.yaml \
         --preset lion-s-base-patch16-224-snake
 
-Without data arguments it trains on scikit-learn's 8 x 8 digits, so it needs no network.
+Without data arguments, the script trains on scikit-learn's 8 x 8 digits and needs no network.
 """
 
 import sys
@@ -58,7 +58,7 @@ from lion_hf.training.reports import (
 )
 
 
-# What --smoke makes of any recipe.
+# The values that --smoke sets in any recipe.
 SMOKE = {
     "dataset_name": None,
     "model_name_or_path": None,
@@ -92,25 +92,24 @@ class ImageTrainingArguments(LionTrainingArguments):
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Peak learning rate of AdamW. Default: 3e-3, for wider models 5e-4 * 768 / width (5e-4 for a "
-            "base model)."
+            "help": "Peak learning rate of AdamW. Default: 5e-4 * 768 / width (5e-4 for a base model), at most 3e-3."
         },
     )
     weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of matrices."})
-    lr_scheduler_type: SchedulerType = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    lr_scheduler_type: SchedulerType = field(default="cosine", metadata={"help": "Learning-rate schedule."})
     total_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Images per optimizer step on all devices; sets --gradient_accumulation_steps accordingly."},
+        metadata={"help": "Images per optimizer step on all devices; sets --gradient_accumulation_steps."},
     )
     ema_decay: float = field(
         default=0.0,
-        metadata={"help": "Also keep an average of the weights, of which so much stays at each step (DeiT: 0.99996)."},
+        metadata={"help": "Decay per step of a moving average of the weights; 0 keeps none (DeiT: 0.99996)."},
     )
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"--ema_decay is {self.ema_decay}; allowed is 0 (no average) to less than 1")
+            raise ValueError(f"--ema_decay is {self.ema_decay}; it must be at least 0 (no average) and less than 1")
         if self.total_batch_size is not None:
             at_once = self.train_batch_size * self.world_size
             if self.total_batch_size < 1 or self.total_batch_size % at_once:
@@ -125,17 +124,17 @@ class ImageTrainingArguments(LionTrainingArguments):
 
 
 def scores(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Per image, whether its class is the first and among the first five, and its loss: all that evaluation keeps."""
+    """Return what evaluation needs of each image: top-1 hit, top-5 hit and loss."""
     logits = (logits[0] if isinstance(logits, tuple) else logits).float()
     hits = logits.topk(min(5, logits.shape[-1])).indices == labels[:, None]
     return hits[:, 0], hits.any(1), F.cross_entropy(logits, labels, reduction="none")
 
 
 def image_metrics(prediction: EvalPrediction, classes: int) -> dict[str, float]:
-    """Means over the images that decode, however they were batched."""
+    """Return the metrics over all images that decode, independent of the batches."""
     (first, first_five, losses), counted = prediction.predictions, prediction.label_ids != -100
     if not counted.any():
-        raise UserError("no validation image decodes")
+        raise UserError("none of the validation images can be decoded")
     metrics = {"accuracy": first, "loss": losses.astype("float64")} | (
         {"top5_accuracy": first_five} if classes > 5 else {}
     )
@@ -144,7 +143,7 @@ def image_metrics(prediction: EvalPrediction, classes: int) -> dict[str, float]:
 
 @contextmanager
 def one_line_errors():
-    """An error of a loader's worker process comes with its traceback; only its last line is for the user."""
+    """Reduce an error of a data loader's worker process to its last line, without the traceback."""
     try:
         yield
     except UserError as error:
@@ -164,7 +163,7 @@ CLASSES = (
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Trains and evaluates; returns the metrics, which are also in `all_results.json`."""
+    """Train and evaluate; return the metrics, which are also in `all_results.json`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     model_args, data, augmentation, distillation, training = parse_arguments(
         CLASSES, argv, description=__doc__, smoke=SMOKE
@@ -231,38 +230,43 @@ def try_parts(**parts) -> None:
 
 
 def predict(trainer: ImageTrainer, test, files: list[str], names: list[str]) -> None:
-    """Writes the class and the probabilities of every image to predictions.csv; those of one that does not decode are
-    empty."""
+    """Write the class and the probabilities of every image to predictions.csv.
+
+    They are empty for an image that cannot be decoded.
+    """
     predictions = trainer.predictions(test, probabilities)
     bad = trainer.accelerator.reduce(trainer.data_collator.bad["test"].int().to(trainer.args.device)).bool()
     if trainer.is_world_process_zero():
         predictions[bad.cpu().numpy()[: len(test)]] = float("nan")
         path = Path(trainer.args.output_dir) / "predictions.csv"
         write_predictions(path, {"file": files}, names, predictions)
-        unread = f"; {int(bad.sum())} do not decode" if bad.any() else ""
+        unread = f"; {int(bad.sum())} cannot be decoded" if bad.any() else ""
         print(f"Predictions for {len(test):,} images are in {path}{unread}")
 
 
 def probabilities(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """(images, classes)"""
+    """Return the probabilities of the classes, (images, classes)."""
     return (logits[0] if isinstance(logits, tuple) else logits).float().softmax(-1)
 
 
 def label_options(names: list[str]) -> dict[str, Any]:
-    """What a model must know of the classes."""
+    """Return the configuration values that describe the classes."""
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     return labels | {"num_labels": len(names), "problem_type": "single_label_classification"}
 
 
 def skipped_images(trainer: ImageTrainer, bad_images: str | None, evaluation: dict[str, float]) -> dict[str, float]:
-    """Images that did not decode, of those that all processes read since the start or the last resume; told, and among
-    the metrics where they are to be skipped or there are any."""
+    """Return, and print, the numbers of images that could not be decoded.
+
+    All processes are counted, since the start or the last resume. Without such images, the numbers are returned only
+    with `--bad_images skip`.
+    """
     bad, device = trainer.data_collator.bad, trainer.args.device
     marks = {name: trainer.accelerator.reduce(part.int().to(device)) for name, part in bad.items() if name != "test"}
     counts = {name: int(mark.count_nonzero()) for name, mark in marks.items()}
     if any(counts.values()) and trainer.is_world_process_zero():
         shown = " and ".join(f"{count:,} {name}" for name, count in counts.items())
-        print(f"Images that do not decode, and were skipped: {shown}")
+        print(f"Skipped images that cannot be decoded: {shown}")
     if bad_images != "skip" and not any(counts.values()):
         return {}
     return {f"skipped_{name}_images": count for name, count in counts.items()}

@@ -1,10 +1,10 @@
-"""Masked language modelling with LION, or a baseline, from scratch or from a checkpoint.
+"""Train LION, or a baseline, to predict masked tokens, from scratch or from a checkpoint.
 
     python examples/run_mlm.py --output_dir outputs/mlm
     python examples/run_mlm.py --output_dir outputs/mlm --train_file train.txt --validation_file validation.txt
     python examples/run_mlm.py examples/recipes/mlm/lion.yaml --preset lion-s-base --per_device_train_batch_size 64
 
-Without data arguments it trains on the documentation that comes with Python, so it needs no network.
+Without data arguments, the script trains on Python's documentation and needs no network.
 """
 
 import math
@@ -53,9 +53,9 @@ SMALL_MODEL = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "classifier_pooling": "mean",  # with little data the first token learns nothing, see results/README.md
+    "classifier_pooling": "mean",  # with little data the first token learns nothing, see docs/results.md
 }
-# What --smoke makes of any recipe.
+# The values that --smoke sets in any recipe.
 SMOKE = {
     "model_name_or_path": None,
     "warm_start": None,
@@ -89,28 +89,30 @@ class MlmTrainingArguments(LionTrainingArguments):
 
 
 def hits_and_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per token, whether it is predicted right and its cross entropy, 0 where nothing is asked: all that evaluation
-    keeps of the logits."""
+    """Return what evaluation needs of each token: whether its prediction is correct, and its cross entropy.
+
+    The cross entropy of tokens that are not masked is 0.
+    """
     logits = logits[0] if isinstance(logits, tuple) else logits
     losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     return logits.argmax(-1) == labels, losses.view_as(labels)
 
 
 def masked_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy and cross entropy per masked token, however the rows were batched."""
+    """Return accuracy and cross entropy per masked token, independent of the batches."""
     (hits, losses), asked = prediction.predictions, prediction.label_ids != -100
     return {"masked_accuracy": float(hits[asked].mean()), "loss": float(losses[asked].astype(np.float64).mean())}
 
 
 def with_baselines(known: dict[str, float], evaluation: dict[str, float]) -> dict[str, float]:
-    """Perplexity, the known baselines, and the loss as a share of that of token frequencies alone."""
+    """Return perplexity, the baselines, and the ratio of the loss to the unigram entropy."""
     loss = evaluation["eval_loss"]
     found = {"eval_perplexity": math.exp(loss)} | {f"eval_{name}": value for name, value in known.items()}
     return found | ({"eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]} if known else {})
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Trains and evaluates; returns the metrics, which are also in `all_results.json`."""
+    """Train and evaluate; return the metrics, which are also in `all_results.json`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     model_args, data, training = parse_arguments(
         (TextModelArguments, TextArguments, MlmTrainingArguments), argv, description=__doc__, smoke=SMOKE

@@ -4,7 +4,7 @@ from image_script import picture
 
 @pytest.fixture
 def without_curves(monkeypatch):
-    """Drawing takes longer than a tiny training."""
+    """Skip the plot, which takes longer than a tiny training run."""
     from lion_hf.training import reports
 
     monkeypatch.setattr(reports, "plot_curves", lambda *args: None)
@@ -12,7 +12,7 @@ def without_curves(monkeypatch):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A folder of images, three classes of eight images, not square."""
+    """A folder with three classes of eight images each, not square."""
     root = tmp_path_factory.mktemp("images")
     for number, name in enumerate(("ash", "elm", "oak")):
         (root / name).mkdir()
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def run_glue(tmp_path, monkeypatch):
-    """The script's main, in an empty folder."""
+    """The main function of the script, in an empty folder."""
     import run_glue
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The image script in this process, small: flags, a run, pictures, and the collator that makes batches."""
+"""Helpers for tests of the image script: flags, a small run in this process, images, and a collator."""
 
 import os
 from pathlib import Path
@@ -26,7 +26,7 @@ IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.2
 
 
 def train(folder, *flags):
-    """Metrics of a run in this process."""
+    """Run the script in this process and return the metrics."""
     import run_image_classification
 
     model = [] if any(flag.startswith("--model_name_or_path") for flag in flags) else MODEL
@@ -34,7 +34,7 @@ def train(folder, *flags):
 
 
 def picture(seed=0, size=(48, 40)):
-    """A smooth random RGB image of (width, height)."""
+    """A smooth random RGB image of size (width, height)."""
     pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
 

@@ -1,4 +1,4 @@
-"""What the training scripts share: order of the data, masks, schedules, optimizer groups, checkpoints, streams."""
+"""The shared parts of the training scripts: data order, masking, schedules, optimizer groups, checkpoints, streams."""
 
 import json
 import math
@@ -132,7 +132,7 @@ def test_schedules_start_peak_and_end_where_they_should(kind):
     options = {"kind": kind, "warmup": 10, "total": 110, "floor": 0.02, "start": 0.1}
     shares = [learning_rate_share(step, **options) for step in range(111)]
     assert shares[0] == pytest.approx(0.1) and shares[10] == 1 and shares[110] == pytest.approx(0.02)
-    assert shares[60] == pytest.approx(0.51)  # half-way, both kinds are half-way
+    assert shares[60] == pytest.approx(0.51)  # both kinds reach the middle half-way
     assert all(a < b for a, b in pairwise(shares[:11]))
     assert all(a > b for a, b in pairwise(shares[10:]))
 
@@ -242,7 +242,7 @@ def test_a_stream_trains_beyond_its_end_and_keeps_its_validation_rows_apart(text
         text_file, tmp_path / "out", "--streaming=true", "--max_steps=12", "--max_eval_samples=10",
         "--line_by_line=true", "--eval_strategy=no",
     )  # fmt: skip
-    assert math.isfinite(metrics["eval_loss"])  # 12 steps of 8 rows are more than the 50 there are
+    assert math.isfinite(metrics["eval_loss"])  # 12 steps of 8 rows need more than the 50 rows of the stream
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 12
 
@@ -297,7 +297,7 @@ def test_yaml_no_is_a_strategy(text_file, tmp_path):
 
     file = tmp_path / "arguments.yaml"
     file.write_text(f"output_dir: {tmp_path}/out\neval_strategy: no\nsave_strategy: no\n")
-    with pytest.raises(Exception, match="does not exist"):  # and not: False is not a strategy
+    with pytest.raises(Exception, match="does not exist"):  # and not an error about False as a strategy
         run_mlm.main([str(file), "--train_file=absent.txt"])
 
 

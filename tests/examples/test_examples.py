@@ -1,4 +1,4 @@
-"""The example scripts on tiny data: what they write, that they resume, and what they say of wrong input."""
+"""The example scripts on tiny data: output files, resuming, and errors for wrong input."""
 
 import json
 import re
@@ -61,7 +61,7 @@ def test_mlm_writes_a_model_that_loads_and_resumes(tmp_path, text_file):
     assert (output / "README.md").exists() and list(output.glob("*.png"))
     longer = run_mlm.main([*mlm_flags(text_file, output), "--num_train_epochs=3"])
     state = json.loads((output / "trainer_state.json").read_text())
-    # The second run went on after the first epoch instead of starting anew.
+    # The second run resumed after the first epoch.
     assert longer["epoch"] == 3 and state["log_history"][0]["epoch"] <= 1
 
 
@@ -124,7 +124,7 @@ def test_the_script_itself_ends_so(tmp_path):
 
 @pytest.fixture
 def trained(tmp_path):
-    """Folders of a text model and a digits classifier, as the training scripts leave them but untrained."""
+    """Folders of an untrained text model and digits classifier, as the training scripts write them."""
     words = re.findall(r"\S+", "[PAD] [UNK] [CLS] [SEP] [MASK] the a an of to in and is return file string if list")
     (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     text, digits = tmp_path / "text", tmp_path / "digits"
@@ -142,10 +142,10 @@ def test_inference_shows_every_use_of_trained_models(tmp_path, trained, capsys):
     text, digits = trained
     inference.main([f"--output_dir={tmp_path}", f"--text_model={text}", f"--image_model={digits}"])
     shown = capsys.readouterr().out
-    for part in ("truth:", "Each sentence and the one nearest to it", "The image is, by the pipeline:\n   "):
+    for part in ("correct:", "Each sentence and the most similar one", "The pipeline classifies the image as:\n   "):
         assert part in shown
     assert all((tmp_path / name).stat().st_size > 10_000 for name in ("attention.png", "decays.png"))
-    assert not (tmp_path / "mlm").exists()  # nothing is trained where models are given
+    assert not (tmp_path / "mlm").exists()  # models that are given are not trained
 
 
 def test_inference_embeddings_have_length_1_and_do_not_depend_on_company(trained):
@@ -159,10 +159,10 @@ def test_inference_embeddings_have_length_1_and_do_not_depend_on_company(trained
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--image=absent.png", "--image 'absent.png' cannot be read"),
+        ("--image=absent.png", "cannot read --image 'absent.png'"),
         ("--text_model=absent", "'absent'"),
-        ("--text_model={1}", "--text_model '{1}' is no 'lion' model"),
-        ("--image_model={0}", "--image_model '{0}' is no 'lion_vision' model"),
+        ("--text_model={1}", "--text_model '{1}' is not a 'lion' model"),
+        ("--image_model={0}", "--image_model '{0}' is not a 'lion_vision' model"),
     ],
     ids=lambda x: x.split("=")[0],
 )

@@ -1,4 +1,4 @@
-"""run_glue.py: the table of the recipe, metrics, data as it comes."""
+"""run_glue.py: the recipe of each task, metrics, and data from files and the Hub."""
 
 import math
 from pathlib import Path
@@ -23,7 +23,7 @@ RECIPES = [(file, preset) for file in sorted((EXAMPLES / "recipes/glue").glob("*
 
 
 def test_the_table_holds_the_authors_numbers():
-    """lr 1e-5 everywhere; epochs, batch, weight decay, seeds as in the paper's recipe."""
+    """The learning rate is 1e-5 for all tasks; epochs, batch size, weight decay and seeds are the paper's."""
     from lion_hf.training.glue.tasks import SCORED, TASKS
 
     authors = {
@@ -84,7 +84,7 @@ def test_given_values_go_before_the_tables(tmp_path, monkeypatch):
     run_glue.apply_recipe(training, TASKS["stsb"], 768)
     assert training.learning_rate == 2e-5 and training.per_device_train_batch_size == 8  # 4 * 8 = 32
     _, _, training = parse(run_glue)
-    training.bf16, training.mixed_precision = True, "bf16"  # as on an accelerator
+    training.bf16, training.mixed_precision = True, "bf16"  # as set on an accelerator
     run_glue.apply_recipe(training, TASKS["stsb"], 768)
     assert not training.bf16 and training.mixed_precision == "no"
 
@@ -93,7 +93,7 @@ def test_given_values_go_before_the_tables(tmp_path, monkeypatch):
 
 
 def textbook(config, predictions, references):
-    """The metrics' definitions."""
+    """The metrics equal their definitions."""
     x, y = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
 
     def correlation(a, b):
@@ -210,7 +210,7 @@ def test_a_small_model_learns_the_toy_task(run_glue):
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
 def test_own_files_with_names_of_classes(suffix, run_glue):
-    """Texts "text", classes by name; a validation part is held out; the model knows the names."""
+    """Texts in column "text", classes by name: a validation set is split off, and the model stores the class names."""
     rows = [{"text": f"word{i} and, {i % 7}", "label": ("bad", "good", "so so")[i % 3]} for i in range(30)]
     data, name = Dataset.from_list(rows), f"train{suffix}"
     if suffix == ".parquet":
@@ -280,7 +280,7 @@ def load(task, **options):
 
 
 def test_rows_keep_their_labels(tmp_path, monkeypatch):
-    """Names, numbers and numbers as text mean the same class; rows without text are left out, half pairs are not."""
+    """Class names, numbers and numbers as text mean the same class; rows without any text are left out."""
     from lion_hf.training.glue.tasks import TASKS
 
     monkeypatch.chdir(tmp_path)
@@ -317,7 +317,7 @@ def test_a_folder_per_task_and_both_parts_of_mnli(tmp_path):
 
 
 def test_data_and_metric_of_the_hub_by_name(tmp_path, monkeypatch, run_glue):
-    """The same path as with local data; where the Hub's metric cannot be loaded, the local one says that it is used."""
+    """Hub data takes the path of local data; if the Hub's metric cannot be loaded, the local one is used and logged."""
     import evaluate
 
     from lion_hf.training.glue import sources
@@ -401,7 +401,7 @@ def test_wrong_input_is_told_in_one_line(case, run_glue):
 
 
 def test_evaluation_counts_classes_as_the_model_does(run_glue):
-    """Trained where "no" comes before "yes", evaluated on data in which the classes are found in another order."""
+    """Evaluation data may list the classes in another order than the training data."""
     from lion_hf.training.errors import UserError
 
     flags = ["--disable_tqdm=true", "--use_cpu=true", "--do_train=false", "--model_name_or_path=model"]

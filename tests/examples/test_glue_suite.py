@@ -1,4 +1,4 @@
-"""run_glue.py: the suite of runs, and its score."""
+"""run_glue.py: several tasks and seeds, and the GLUE score."""
 
 import io
 import json
@@ -126,7 +126,7 @@ def test_a_suite_skips_what_is_finished_and_goes_on_with_the_rest(run_glue):
     results = {seed: Path(f"out/custom/{seed}/glue_result.json") for seed in (17, 18)}
     assert not list(Path("out").glob("*/*/checkpoint-*"))
 
-    # A run that was cut off after its first epoch: a checkpoint of half the steps, and no result.
+    # A run that was stopped after its first epoch: a checkpoint of half the steps, and no result.
     (before,) = [summary["tasks"]["custom"]["seeds"]["18"]]
     losses = json.loads(Path("out/custom/18/trainer_state.json").read_text())["log_history"]
     results[18].unlink()
@@ -150,11 +150,11 @@ def test_a_suite_skips_what_is_finished_and_goes_on_with_the_rest(run_glue):
 
     with pytest.raises(UserError, match=r"learning_rate was not given and is 0\.1 now"):
         run_glue([*flags, "--learning_rate=0.1"])
-    assert run_glue([*flags, "--logging_steps=5"])["tasks"] == again["tasks"]  # of no consequence
+    assert run_glue([*flags, "--logging_steps=5"])["tasks"] == again["tasks"]  # does not change the results
 
 
 def test_sts_b_is_trained_in_float32_between_tasks_in_bf16(run_glue, monkeypatch):
-    """As on an accelerator that computes in bf16, in one process; here the CPU's autocast stands for it."""
+    """Training in bf16 in one process, with the autocast of the CPU in place of an accelerator's."""
     import transformers.training_args
 
     from lion_hf.training import arguments
@@ -205,7 +205,7 @@ def test_all_tasks_with_smoke(run_glue):
 
 @pytest.mark.slow
 def test_processes_end_with_their_parent_and_the_next_call_finishes_the_runs(tmp_path):
-    """kill -9 of the command in the middle: no orphan goes on writing, and the same command again ends well."""
+    """After kill -9 of the command no child process goes on writing, and the same command finishes the runs."""
     flags = ["--task", "mnli", "rte", "--num_seeds=1", "--from_mnli=true", "--parallel=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*COMMAND, *flags], cwd=tmp_path, env=environment)

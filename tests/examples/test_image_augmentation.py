@@ -1,4 +1,4 @@
-"""What the image script does to images: augmentation, mixing, losses of soft targets."""
+"""Augmentation, mixup and cutmix of the image script, and losses of soft targets."""
 
 import random
 import sys
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("examples", "without_curves")
 
 
 def test_operations_are_those_of_pillow():
-    """At a magnitude within the recipe's range, each operation of RandAugment does what Pillow's does."""
+    """At magnitudes of the recipe, each operation of RandAugment equals Pillow's."""
     from lion_hf.training.kornia_augmentation import OPERATIONS
 
     image, m, corner = picture(size=(64, 64)), 0.9, (slice(None), slice(16, 48), slice(16, 48))
@@ -52,7 +52,9 @@ def test_operations_are_those_of_pillow():
     pixels = tensor(image)
     for name, reference in expected.items():
         found = OPERATIONS[name](pixels[None], m, 1.0, fill)[0]
-        moved = name.startswith(("rotate", "shear", "translate"))  # kornia's cubic differs from Pillow's at edges
+        moved = name.startswith(
+            ("rotate", "shear", "translate")
+        )  # kornia's bicubic filter differs from Pillow's at edges
         where = corner if moved else (slice(None),) * 3
         error = (found - tensor(reference))[where].abs()
         assert error.mean() < 2 / 255 and (error > 4 / 255).float().mean() < 0.05, name
@@ -61,7 +63,7 @@ def test_operations_are_those_of_pillow():
 
 @pytest.mark.parametrize("augment", ["shift+flip", "deit"])
 def test_an_image_depends_on_its_key_alone(augment):
-    """Not on its batch, nor on what else was drawn; and drawing for it leaves the global generators as they were."""
+    """The batch and other random draws have no influence, and the global generators keep their states."""
     collate, rows = collator(augment=augment)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     together = collate(rows)["pixel_values"]
@@ -232,7 +234,7 @@ def test_cutmix_pastes_one_box_and_counts_its_area():
         pasted = (cut != pixels).any(1)
         assert torch.equal(torch.where(pasted[:, None], pixels.flip(0), pixels), cut)
         for mask in pasted[1:]:
-            assert torch.equal(mask, pasted[0])  # one box for all
+            assert torch.equal(mask, pasted[0])  # the same box for all images
         rows, columns = pasted[0].any(1).nonzero(), pasted[0].any(0).nonzero()
         if len(rows):
             assert pasted[0][rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
@@ -259,7 +261,7 @@ def image_trainer(tmp_path, model, teacher=None, **options):
 
 
 def test_the_loss_is_the_sum_over_the_batch_per_image_of_the_step(tmp_path):
-    """Smoothed soft targets against plain math; micro-batches add up to the step; a filler counts nothing."""
+    """Smoothed soft targets equal the formula; micro-batches add up to the whole batch; filler images count nothing."""
     from small_models import vision_config
 
     model = lion_hf.LionForImageClassification(vision_config()).train()

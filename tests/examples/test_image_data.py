@@ -1,4 +1,4 @@
-"""Images that come in other sizes, from files and folders, or do not decode."""
+"""Images of other sizes, from files and folders, and images that cannot be decoded."""
 
 import json
 import math
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("examples", "without_curves")
 
 
 def test_evaluation_resizes_and_crops_the_centre():
-    """Pillow by hand, of an image that is not square."""
+    """Evaluation images equal those that Pillow makes step by step, for an image that is not square."""
     collate, _ = collator(crop=True, size=14)
     row = {"image": encoded(3), "label": 0, "source_row": 0}
     found = collate([row])["pixel_values"][0]
@@ -36,7 +36,7 @@ def test_evaluation_resizes_and_crops_the_centre():
 @pytest.mark.parametrize("crop", [False, True])
 @pytest.mark.parametrize("side", [14, 15])
 def test_evaluation_is_what_the_processor_does(crop, side):
-    """Whether the images already have the model's size or not."""
+    """This holds whether or not the images already have the size of the model."""
     import io
 
     collate, _ = collator(crop=crop, size=14)
@@ -50,7 +50,7 @@ def test_evaluation_is_what_the_processor_does(crop, side):
 
 
 def test_the_saved_processor_does_what_evaluation_does(tmp_path, folder):
-    """So a pipeline on the saved folder gives the evaluation's logits."""
+    """A pipeline on the saved folder gives the logits of the evaluation."""
     flags = ["--eval_crop_ratio=0.875", "--interpolation=bicubic", "--normalization=imagenet", "--image_size=16"]
     metrics = train(tmp_path, f"--train_dir={folder}", f"--validation_dir={folder}", *flags, "--max_steps=3")
     saved = json.loads((tmp_path / "preprocessor_config.json").read_text())
@@ -103,7 +103,7 @@ def test_fine_tuning_at_another_resolution(kind, tmp_path):
     else:
         tokens = 6 * 6 + (2 if kind == "deit" else 1)
         assert len(changed) == 1 and changed[0][0].endswith("position_embeddings") and changed[0][1] == (1, tokens, 16)
-        # What the model itself computes on the fly for the larger image.
+        # The positions that the model itself interpolates for the larger image.
         pixels = torch.randn(2, 3, 24, 24)
         with torch.no_grad():
             logits = before.eval()(pixels, interpolate_pos_encoding=True).logits
@@ -123,7 +123,7 @@ def test_resizing_a_position_table():
 
 @pytest.mark.parametrize("kind", ["vit", "deit"])
 def test_baselines_have_the_size_of_the_recipe(kind):
-    """Within the parameters that position tables, class and distillation tokens differ by."""
+    """The numbers differ only by position tables, class tokens and distillation tokens."""
     from lion_hf.training.image_models import ImageModelArguments, get_model
 
     values = expand(FOLDER / "vit.yaml", "vit-tiny")
@@ -133,14 +133,14 @@ def test_baselines_have_the_size_of_the_recipe(kind):
     assert model.config.model_type == kind
     tokens = 196 + (2 if kind == "deit" else 1)
     own = tokens * 192 + (192 if kind == "deit" else 0)
-    assert model.num_parameters() == 5_679_592 + own  # LION-LIT, tiny: the paper's layout without positions
+    assert model.num_parameters() == 5_679_592 + own  # LION-LIT, tiny: the paper's number without a position table
 
 
 # -------------------------------------------------------------------------------------------------------- the data
 
 
 def bad_folder(tmp_path, folder):
-    """The folder with one file that is no image and one that was cut off."""
+    """The folder with one file that is not an image and one that is truncated."""
 
     copy = tmp_path / "images"
     shutil.copytree(folder, copy)
@@ -208,7 +208,7 @@ def test_a_row_keeps_its_number_where_a_part_is_held_out(tmp_path, folder):
     ],
 )
 def test_known_data_sets_by_their_short_names(name, path, image, label, tmp_path, monkeypatch):
-    """The Hub is replaced by a function that knows these paths."""
+    """A function that returns data for these names takes the place of the Hub."""
     import datasets
 
     def load(asked, config=None, **kwargs):
@@ -243,7 +243,7 @@ def test_a_gated_data_set_says_how_to_get_in(tmp_path, monkeypatch):
 
 
 def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
-    """A recipe's data set is replaced by --dataset_name= and a folder; the same images come from a parquet file."""
+    """--dataset_name= and a folder replace the data set of a recipe; a parquet file gives the same images."""
     import datasets
     import run_image_classification
 

@@ -1,4 +1,4 @@
-"""The DeiT recipe of the image script: its numbers, teachers, the average of the weights, resuming."""
+"""The DeiT recipe of the image script: its values, distillation, the average of the weights, resuming."""
 
 import json
 import math
@@ -28,7 +28,7 @@ RECIPES = [(file, preset) for file in sorted(FOLDER.glob("*.yaml")) for preset i
 
 
 def test_recipes_are_the_authors():
-    """Every preset of every file against the numbers of the paper's recipe; the models against their layout."""
+    """All presets of all files have the values of the paper's recipe, and their models the right sizes."""
     layout = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
     variants = {"lion-lit": "lit", "lion-d": "decay", "lion-s": "selective"}
     orders = ("", "-snake")
@@ -114,7 +114,7 @@ def test_distillation_losses_against_plain_math():
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory):
-    """A RegNet of ten classes, with ImageNet's mean and deviation."""
+    """A RegNet with ten classes, and ImageNet's mean and standard deviation."""
     from transformers import RegNetConfig, RegNetForImageClassification, ViTImageProcessorPil
 
     folder = tmp_path_factory.mktemp("teacher")
@@ -179,7 +179,7 @@ def test_a_teacher_of_other_classes_is_an_error(teacher_folder):
 
 
 def test_the_average_is_the_recursion_over_the_steps(tmp_path):
-    """EMA <- d * EMA + (1 - d) * weights after every optimizer step, beginning at the first weights."""
+    """EMA <- d * EMA + (1 - d) * weights after every optimizer step, starting from the initial weights."""
     from transformers import TrainerCallback
 
     from lion_hf.training.image_trainer import ImageTrainer
@@ -210,7 +210,7 @@ def test_the_average_is_the_recursion_over_the_steps(tmp_path):
         for weights in recorder.weights[1:]:
             expected = 0.7 * expected + 0.3 * weights[name]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-        # Evaluating the average left the weights of the model where they were.
+        # Evaluating the average does not change the weights of the model.
         assert torch.equal(raw[name], recorder.weights[-1][name])
     again = train(tmp_path / "again", *DIGITS, f"--model_name_or_path={tmp_path / 'ema'}", "--do_train=false")
     assert again["eval_loss"] == pytest.approx(metrics["eval_ema_loss"], rel=1e-5)
@@ -261,7 +261,7 @@ def assert_same_run(one, other):
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
-    """Stopped between two checkpoints, in the middle of an epoch, with everything random switched on."""
+    """The run stops between two checkpoints, in the middle of an epoch, with all random options on."""
     from lion_hf.training.ema import Ema
 
     flags = [*DIGITS, *FULL, "--max_steps=8"]
@@ -283,7 +283,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path):
 
 
 def test_a_run_resumed_at_the_end_of_an_epoch_needs_no_evaluation_made_before(tmp_path):
-    """A checkpoint by steps is written before the evaluation of its epoch, which the resumed run does not make."""
+    """A checkpoint by steps precedes the evaluation of its epoch, which the resumed run does not repeat."""
     flags = ["--max_train_samples=40", "--max_eval_samples=12", "--num_train_epochs=2", "--logging_steps=1"]
     flags += ["--hidden_dropout_prob=0.1", "--eval_strategy=epoch", "--save_strategy=steps", "--save_steps=5"]
     flags += ["--ema_decay=0.9"]
@@ -295,7 +295,7 @@ def test_a_run_resumed_at_the_end_of_an_epoch_needs_no_evaluation_made_before(tm
 
 
 def save_classifier(folder, names):
-    """A classifier of images of 16 pixels with classes of these names, and its processor."""
+    """A classifier of images of 16 x 16 pixels with these class names, and its processor."""
     classes = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     config = lion_hf.LionVisionConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4, **classes
@@ -306,7 +306,7 @@ def save_classifier(folder, names):
 
 
 def test_evaluation_counts_classes_as_the_model_does(tmp_path, folder):
-    """The same weights under turned class names: what is right turns with them, and foreign classes are refused."""
+    """With permuted class names the accuracy follows the names, and unknown classes raise an error."""
     from datasets import load_dataset
 
     from lion_hf.training.errors import UserError
@@ -320,7 +320,7 @@ def test_evaluation_counts_classes_as_the_model_does(tmp_path, folder):
     for name, values in (("id2label", dict(enumerate(turned))), ("label2id", {n: i for i, n in enumerate(turned)})):
         config[name] = values
     weights = load_file(tmp_path / "model" / "model.safetensors")
-    for part in ("weight", "bias"):  # the rows of the head turn with the names
+    for part in ("weight", "bias"):  # permute the rows of the head with the names
         weights[f"classifier.{part}"] = weights[f"classifier.{part}"].roll(-1, 0)
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
@@ -335,7 +335,7 @@ def test_evaluation_counts_classes_as_the_model_does(tmp_path, folder):
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path):
-    """kill -9 while it trains; images are decoded and changed in two worker processes."""
+    """kill -9 during training, while two worker processes decode and augment images."""
     flags = [*TINY, *MODEL, *FULL, "--max_train_samples=100", "--max_eval_samples=20", "--max_steps=60"]
     flags += ["--dataloader_num_workers=2"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -354,7 +354,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_end_a_batch_that_is_not_even(tmp_path):
-    """25 images in global batches of 8: one process has none of the last. Nothing hangs, all processes agree."""
+    """With 25 images in global batches of 8, one process has no image of the last batch; nothing hangs."""
     flags = [*TINY, *MODEL, *FULL, "--max_train_samples=25", "--max_eval_samples=7", "--num_train_epochs=2"]
     flags += ["--per_device_train_batch_size=4", "--per_device_eval_batch_size=3", "--bad_images=skip"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -364,7 +364,7 @@ def test_two_processes_end_a_batch_that_is_not_even(tmp_path):
     found = json.loads((tmp_path / "all_results.json").read_text())
     assert len(history(tmp_path)) == 8 and all(math.isfinite(loss) for loss in history(tmp_path).values())
     assert found["skipped_training_images"] == 0 and math.isfinite(found["eval_ema_loss"])
-    # One process, evaluating the saved model, finds what two found together.
+    # One process that evaluates the saved model gets the metrics of two.
     flags = [f"--model_name_or_path={tmp_path}", "--do_train=false", "--max_train_samples=25", "--max_eval_samples=7"]
     again = train(tmp_path / "again", *flags)
     assert again["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""The scripts as a new user meets them: own files, small models, being stopped, predicting, and what is said then."""
+"""The scripts as a new user meets them: own files, small models, interrupted runs, predictions and messages."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ WORDS = ["alpha", "beta", "gamma", "stone", "river", "house", "green", "quick", 
 
 @pytest.fixture
 def said(monkeypatch):
-    """Everything that lion_hf warns of, which the loggers of Transformers keep from pytest."""
+    """All warnings of lion_hf. Transformers' loggers do not pass them on to pytest."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -43,7 +43,7 @@ def said(monkeypatch):
 
 
 def rows(count, classes, seed=0):
-    """Texts whose class is told by one word, as lines of csv."""
+    """Lines of csv: texts with one word that decides the class."""
     random = np.random.default_rng(seed)
     lines = []
     for i in range(count):
@@ -58,7 +58,7 @@ def rows(count, classes, seed=0):
 
 @pytest.fixture
 def mlm(tmp_path, monkeypatch):
-    """run_mlm.py on a file, with a tokenizer that has tokens for begin and end."""
+    """run_mlm.py on a file, with a tokenizer that has begin and end tokens."""
     import run_mlm
 
     from lion_hf.training.text import train_tokenizer
@@ -83,7 +83,7 @@ def losses(folder):
 
 def test_a_run_goes_on_where_the_tokenizer_has_ids_that_the_first_run_wrote_into_the_model(mlm, capsys, said):
     mlm("out", "--num_train_epochs=1")
-    # As 0.2 wrote it, and as the Trainer writes it: with ids that a model is built without.
+    # First as 0.2 wrote the file, then as the Trainer does: with ids that a new model does not have.
     for ids in ({}, {"bos_token_id": 3, "eos_token_id": 4}):
         place = sorted(Path("out").glob("checkpoint-*"))[-1] / "config.json"
         place.write_text(json.dumps(json.loads(place.read_text()) | ids))
@@ -101,7 +101,7 @@ def test_what_decides_a_model_still_stops_a_run_that_would_go_on_with_another(ml
 
 
 def test_every_step_counts_once_in_the_one_train_loss_also_across_a_resume(mlm, capsys):
-    """The mean of the losses of single steps, however they are logged; the log and the table print the same."""
+    """train_loss is the mean over all steps, however often losses are logged; log and table print the same number."""
     exact = mlm("single", "--num_train_epochs=3", "--logging_steps=1", "--save_strategy=no")
     steps = losses("single")
     assert exact["train_loss"] == pytest.approx(np.mean(list(steps.values())), rel=1e-5)
@@ -152,7 +152,7 @@ def test_curves_have_baselines_whole_axes_and_points_in_the_middle_of_what_they_
     figure = drawn(HISTORY, metric_baseline=("most frequent class", 0.5), loss_baseline=("class frequencies", 2.5))
     loss, metric, *_ = figure.axes
     assert loss.lines[0].get_xdata().tolist() == [5, 15] and loss.lines[1].get_xdata().tolist() == [10, 20]
-    assert figure.axes[2].lines[0].get_xdata().tolist() == [10, 20]  # the rate is that of its step
+    assert figure.axes[2].lines[0].get_xdata().tolist() == [10, 20]  # the learning rate stands at its step
     for axis, value in ((loss, 2.5), (metric, 50)):
         assert set(axis.lines[-1].get_ydata()) == {value} and axis.get_ylim()[0] == 0 < value < axis.get_ylim()[1]
     assert metric.get_ylim()[1] >= 100 and all(axis.get_ylim()[0] == 0 for axis in figure.axes)
@@ -220,7 +220,7 @@ def test_baselines_are_what_a_constant_reaches():
     metric = load_metric(TASKS["mrpc"], GlueArguments(builtin_data=True))
     found = constant_baseline(metric, TASKS["mrpc"], train_labels, labels)
     assert found.metric == pytest.approx(0.75)  # F1 of three hits among five
-    shares = np.array([2 / 6, 4 / 6])  # one added to each count
+    shares = np.array([2 / 6, 4 / 6])  # each count plus one
     assert found.loss == pytest.approx(-np.log(shares)[labels].mean())
     metric = load_metric(TASKS["stsb"], GlueArguments(builtin_data=True))
     found = constant_baseline(metric, TASKS["stsb"], [1.0, 3.0], [0.0, 4.0])
@@ -235,7 +235,7 @@ def test_a_good_run_is_not_called_bad_and_no_number_is():
 
     baseline = {"metric_baseline": ("most frequent class", 0.5), "metric_error": 0.1}
     assert verdict(0.65, **baseline) is None and verdict(0.55, **baseline) and verdict(float("nan"), **baseline)
-    assert verdict(0.5) is None  # nothing to compare with
+    assert verdict(0.5) is None  # without a baseline
     by_loss = {"judged_by_loss": True, "loss_baseline": ("unigram entropy", 3.0)}
     assert verdict(2.9, **by_loss) is None and "eval_loss is 3.1" in verdict(3.1, **by_loss)
 
@@ -246,7 +246,7 @@ def test_the_new_head_of_a_regression_starts_at_the_mean_of_the_labels(run_glue)
     run_glue(["--output_dir=out", *ONE_STEP, *flags])
     bias = lion_hf.LionForSequenceClassification.from_pretrained("out").classifier.bias.item()
     assert 2.5 < bias < 4.5
-    # A trained head of a regression stays as it is; one of a classification is replaced.
+    # A trained regression head stays as it is; a classification head is replaced.
     shape = [flag for flag in ONE_STEP if "size" not in flag and "num_" not in flag]
     write("other.csv", "text,label\n" + rows(40, ("7.5", "9.5")))
     flags = ["--learning_rate=0", "--validation_share=0.2", "--train_file=other.csv"]
@@ -269,7 +269,7 @@ def test_a_regression_of_any_kind_of_model_starts_at_the_mean(kind):
     before = {name: x.clone() for name, x in model.named_parameters()}
     start_at(model, 100.0)
     changed = [name for name, x in model.named_parameters() if not torch.equal(x, before[name])]
-    assert len(changed) == (0 if kind == "gpt2" else 1)  # its head has no bias
+    assert len(changed) == (0 if kind == "gpt2" else 1)  # the head of GPT-2 has no bias
     if changed:
         assert abs(model(torch.ones(1, 4, dtype=torch.long)).logits.item() - 100) < 10
 
@@ -282,7 +282,7 @@ def test_a_regression_of_any_kind_of_model_starts_at_the_mean(kind):
     [
         (["LionForSequenceClassification"], True),
         (["BertForPreTraining"], True),
-        (["ReviewsForSale"], True),  # of one's own, with whatever head
+        (["ReviewsForSale"], True),  # a custom class, whose head is unknown
         (["Reviews"], True),
         (None, True),
         (["LionForMaskedLM"], False),
@@ -489,14 +489,14 @@ def test_evidence_says_which_data_is_missing(tmp_path):
     from run_evidence import KINDS, NEEDED, problem_with
 
     assert set(NEEDED) == set(KINDS)
-    assert "--data is needed" in problem_with("text", None, tmp_path)
+    assert "--data is required" in problem_with("text", None, tmp_path)
     for kind, names in NEEDED.items():
         problem = problem_with(kind, tmp_path, tmp_path)
         assert all(name in problem for name in names)
     for name in NEEDED["sentiment"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert "runs first" in problem_with("sentiment", tmp_path, tmp_path)
+    assert "run text first" in problem_with("sentiment", tmp_path, tmp_path)
     row = {"folders": [str(tmp_path / "gone")]}
     (tmp_path / "text.json").write_text(json.dumps({"LION-S": row}))
     assert "gone" in problem_with("sentiment", tmp_path, tmp_path)

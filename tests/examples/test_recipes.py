@@ -1,4 +1,4 @@
-"""Recipe files: how presets are chosen, the authors' numbers of masked language modelling, and that each runs."""
+"""Recipe files: choosing presets, the authors' values for masked language modelling, and a short run of each."""
 
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted((EXAMPLES / "recipes").glob("*/*.yaml"))
 RECIPES = [(file, preset) for file in sorted((EXAMPLES / "recipes/mlm").glob("*.yaml")) for preset in presets_of(file)]
 
-# Text pretraining of the paper; the peak learning rate is by size.
+# The paper's text pretraining; the peak learning rate depends on the size.
 NUMBERS = {
     "dataset_name": "allenai/c4",
     "dataset_config_name": "en",
@@ -65,7 +65,7 @@ def test_recipes_run_with_smoke(path, preset, tmp_path, examples):
     metrics = run_mlm.main([str(path), "--preset", preset, "--smoke", f"--output_dir={tmp_path}"])
     assert metrics["epoch"] > 0 and metrics["eval_loss"] > 0
     config = AutoConfig.from_pretrained(tmp_path)
-    if preset in PRESETS:  # what --smoke leaves alone
+    if preset in PRESETS:  # values that --smoke does not change
         assert {"lit": "lit", "d": "decay", "s": "selective"}[preset.split("-")[1]] == config.mask_type
     else:
         assert config.model_type == "bert"
@@ -76,7 +76,7 @@ def test_recipes_run_with_smoke(path, preset, tmp_path, examples):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_name_and_pattern_of_a_recipe_is_of_use(path):
-    """Each changes the values of a preset, or lets one through; and all presets of the paper have a recipe."""
+    """Every section of a file matches a preset, and all presets of the paper have a recipe."""
     for pattern in read_values(path)["presets"]:
         assert any(fnmatchcase(name, pattern) for name in presets_of(path)), pattern
     trained = {name for file in FILES if file.parent.name != "glue" for name in presets_of(file)}

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("examples")
 
 WORDS = ["red", "cat", "old", "dog", "saw", "the", "a", "big", "new", "sad"]
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-UNREAD = "--train_file=absent.txt"  # what is said before it is missed was found before data is read
+UNREAD = "--train_file=absent.txt"  # any other error was found before data was read
 QUICK = ["--use_cpu=true", "--disable_tqdm=true", "--max_steps=2", "--eval_strategy=no", "--save_strategy=no"]
 
 
@@ -84,7 +84,7 @@ def test_the_distance_to_the_source_is_part_of_the_training_loss_alone(tmp_path,
 
 
 def test_with_softmax_everywhere_there_is_no_distance(tmp_path, bert):
-    """The student is its teacher; dropout, which only the student has, is off."""
+    """The student equals its teacher; dropout, which only the student has, is off."""
     losses = []
     for weight in (0, 5):
         flags = ["--softmax_layers", "0", "1", "--hidden_dropout_prob=0", "--learning_rate=0", "--max_steps=1"]

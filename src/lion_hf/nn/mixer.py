@@ -217,7 +217,8 @@ class Mixer(TokenMixer):
 
         Raises:
             ValueError: if the matrix is needed (`output_attentions`, or dropout in training) and `format` is "rnn" or
-                "chunk", or the row is packed; if the variant does not support the given mask; if two scans are given no paths, or a mask.
+                "chunk", or the row is packed; if the variant does not support the given mask; if two scans are given no
+                paths, or a mask.
         """
         require_rate("dropout", dropout)
         dropout = dropout if self.training and not self.normalize else 0.0
