@@ -250,7 +250,7 @@ def test_a_stream_trains_beyond_its_end_and_keeps_its_validation_rows_apart(text
 def test_a_stream_needs_a_number_of_steps(text_file, tmp_path):
     from lion_hf.training.errors import UserError
 
-    with pytest.raises(UserError, match="--streaming needs --max_steps"):
+    with pytest.raises(UserError, match="--streaming requires --max_steps"):
         mlm(text_file, tmp_path / "out", "--streaming=true")
 
 
@@ -266,7 +266,7 @@ def test_workers_of_a_stream_number_their_rows_apart(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--dataloader_num_workers=2"], "needs validation data of its own"),
+    (["--dataloader_num_workers=2"], "requires separate validation data"),
     (["--max_eval_samples=60"], "the stream ends within its first 60 rows"),
 ])  # fmt: skip
 def test_streams_that_cannot_be_held_out_of_are_errors(text_file, tmp_path, flags, message):
@@ -283,7 +283,7 @@ def test_evaluation_alone_needs_a_model_and_leaves_it_as_it_is(text_file, tmp_pa
 
     trained = mlm(text_file, tmp_path / "out", "--max_steps=2", "--eval_strategy=no", "--line_by_line=true")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="name it with --model_name_or_path"):
+    with pytest.raises(UserError, match="--do_train false requires --model_name_or_path"):
         mlm(text_file, tmp_path / "out", "--do_train=false")
     flags = [f"--train_file={text_file}", "--max_length=16", "--use_cpu=true", "--line_by_line=true"]
     again = [f"--model_name_or_path={tmp_path / 'out'}", f"--output_dir={tmp_path / 'out'}", "--do_train=false"]
@@ -315,8 +315,8 @@ def test_shards_are_read_by_pattern(tmp_path):
 @pytest.mark.parametrize(
     "content, flags, message",
     [
-        ("\n \n\n", [], "fills no block"),
-        ("red", [], "fills no block"),
+        ("\n \n\n", [], "is shorter than one row of --max_length"),
+        ("red", [], "is shorter than one row of --max_length"),
         ("\n \n", ["--line_by_line=true"], "holds no text"),
     ],
     ids=["blank", "short", "blank lines"],
@@ -367,21 +367,21 @@ def test_baselines_train_by_one_flag(text_file, tmp_path, model_type):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--model_type=bert", "--mask_type=lit"], "--mask_type is an option of LION; a 'bert' model has none"),
+    (["--model_type=bert", "--mask_type=lit"], "--mask_type is an option of LION; a 'bert' model does not have it"),
     (["--model_type=bert", "--preset=lion-s-base"], "--preset is an option of LION"),
     (["--model_type=brt"], "allowed are lion, bert, modernbert"),
     (["--preset=lion-x"], "allowed are lion-lit-base"),
-    (["--model_type=modernbert", "--hidden_dropout_prob=0.5"], "no option of a 'modernbert' model"),
-    (["--lr_scheduler_type=constant", "--lr_warmup_start=0.1"], "needs the linear or cosine schedule"),
+    (["--model_type=modernbert", "--hidden_dropout_prob=0.5"], "not an option of a 'modernbert' model"),
+    (["--lr_scheduler_type=constant", "--lr_warmup_start=0.1"], "requires --lr_scheduler_type linear or cosine"),
     (["--lr_floor=2"], "0 to 1"),
-    (["--lr_scheduler_type=constant", "--lr_floor=0.1"], "needs the linear or cosine schedule"),
+    (["--lr_scheduler_type=constant", "--lr_floor=0.1"], "requires --lr_scheduler_type linear or cosine"),
     (["--preset=lion-s-tiny-patch16-224"], "allowed are lion-lit-base, lion-lit-large"),
     (["--max_train_samples=0"], "--max_train_samples is 0; it must be at least 1"),
     (["--hidden_size=0"], "--hidden_size is 0; it must be at least 1"),
     (["--learning_rate=nan"], "--learning_rate is nan; it must be at least 0 and finite"),
     (["--weight_decay=inf"], "--weight_decay is inf; it must be at least 0 and finite"),
     (["--warmup_steps=nan"], "--warmup_steps is nan"),
-    (["--mlm_probability=nan"], "--mlm_probability is nan; allowed is more than 0 and at most 1"),
+    (["--mlm_probability=nan"], "--mlm_probability is nan; it must be greater than 0 and at most 1"),
     (["--eval_mlm_probability=-1"], "--eval_mlm_probability is -1"),
     (["--hidden_dropout_prob=nan"], "hidden_dropout_prob is nan; it must be a probability"),
     (["--warm_start=unread", "--warm_start_distillation=nan"], "--warm_start_distillation is nan"),
@@ -394,11 +394,11 @@ def test_baselines_train_by_one_flag(text_file, tmp_path, model_type):
     (["--vocab_size=3"], "--vocab_size is 3; it must be at least 32"),
     (["--train_tokenizer=0"], "--train_tokenizer is 0"),
     (["--eval_strategy=epochs"], "argument --eval_strategy.*epochs"),
-    (["arguments.yaml"], "'arguments.yaml': a file of arguments comes before all flags"),
+    (["arguments.yaml"], "'arguments.yaml': an argument file must come before all flags"),
     (["--train_file=."], "is a folder; give a file, or a pattern"),
     (["--load_best_model_at_end=true", "--metric_for_best_model=acc", "--max_steps=1", "--eval_strategy=steps",
       "--eval_steps=1", "--save_strategy=steps", "--save_steps=1"],
-     "is 'acc'; evaluation gives eval_loss, eval_masked"),
+     "is 'acc'; it must be one of eval_loss, eval_masked"),
 ])  # fmt: skip
 def test_wrong_options_are_said(text_file, tmp_path, flags, message):
     from lion_hf.training.errors import UserError

@@ -358,7 +358,7 @@ WRONG = {
     "no text column": (
         "words,label\na,1\nb,0\n",
         [],
-        "no column of texts (accepted are 'sentence1' and 'sentence2'; 'text'; 'sentence', or any",
+        "no text column (accepted are 'sentence1' and 'sentence2'; 'text'; 'sentence', or any",
     ),
     "no rows": ("text,label\n", [], "no rows"),
     "no text": ("text,label\n,1\n,0\n", [], "no text in column 'text'"),
@@ -368,18 +368,18 @@ WRONG = {
     "label missing": (f"text,label\n{ROWS}last,\n", [], "row 31 of the training data has no label"),
     "no class of the task": (f"sentence,label\n{ROWS}last,2\n", ["--task=sst2"], "label 2 in column 'label'"),
     "unlabelled": (f"sentence,label\n{ROWS}last,-1\n", ["--task=sst2"], "row 31 of the training data has no label"),
-    "not finite": ("text,label\na,0.5\nb,inf\n", [], "no finite number"),
+    "not finite": ("text,label\na,0.5\nb,inf\n", [], "not a finite number"),
     "one row to correlate": ("text,label\na,0.5\nb,1.5\nc,3.5\n", [], "give more"),
     "class not seen": (f"text,label\n{ROWS}", ["--validation_file=other.csv"], "label 7 in column 'label'"),
     "other columns": (f"text,label\n{ROWS}", ["--test_file=words.csv"], "the test data has no column 'text'"),
-    "two sources": (f"text,label\n{ROWS}", ["--data_dir=."], "give only one of"),
+    "two sources": (f"text,label\n{ROWS}", ["--data_dir=."], "only one source of data can be given"),
     "several tasks": (f"text,label\n{ROWS}", ["--task=all"], "--data_dir"),
     "folder lacks task": (None, ["--task=rte", "--data_dir=."], "has no folder 'rte'"),
     "no network": (None, ["--task=rte"], "--data_dir"),
     "no model": (None, ["--task=rte", "--model_name_or_path=outputs/mlm/lion"], "'outputs/mlm/lion' does not exist"),
     "no seeds": (None, ["--task=rte", "--num_seeds=0"], "at least 1"),
     "no processes": (None, ["--task=rte", "--num_seeds=2", "--parallel=0"], "at least 1"),
-    "mnli not there": (None, ["--task", "rte", "mrpc", "--from_mnli=true"], "--from_mnli needs mnli"),
+    "mnli not there": (None, ["--task", "rte", "mrpc", "--from_mnli=true"], "--from_mnli requires mnli"),
     "unknown metric": (f"text,label\n{ROWS}", ["--metric_name=nowhere/metric"], "cannot load the metric"),
 }
 
@@ -421,7 +421,7 @@ def test_evaluation_counts_classes_as_the_model_does(run_glue):
     assert same["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
     assert same["eval_accuracy"] == metrics["eval_accuracy"]
     for content, message in (
-        ("a,yes\nb,no\nc,maybe\n" * 5, "the class 'maybe', which the model does not know; it knows yes, no"),
+        ("a,yes\nb,no\nc,maybe\n" * 5, "the class 'maybe', which the model does not have; its classes are yes, no"),
         ("a,0.5\nb,1.5\nc,2.5\n" * 5, "numbers to predict, but the model has 2 classes"),
     ):
         write("other.csv", "text,label\n" + content)

@@ -141,7 +141,7 @@ def test_a_suite_skips_what_is_finished_and_goes_on_with_the_rest(run_glue):
     out = io.StringIO()
     with redirect_stdout(out):
         again = run_glue(flags)
-    assert "1 of 2 runs are finished already" in out.getvalue()
+    assert "1 of 2 runs are already finished" in out.getvalue()
     assert results[17].stat().st_mtime_ns == written and results[18].is_file() and first != last
     history = json.loads(Path("out/custom/18/trainer_state.json").read_text())["log_history"]
     assert {"step": 0, "from": "the checkpoint"} in history

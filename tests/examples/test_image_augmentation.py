@@ -181,7 +181,7 @@ def test_without_timm_kornia_is_chosen_with_a_warning(monkeypatch, caplog):
     assert choose_backend("kornia") == "kornia" and not caplog.records
     assert choose_backend("auto") == "kornia" and "rounds to 8 bits" in caplog.records[0]
     caplog.records.clear()
-    with pytest.raises(UserError, match="timm cannot be imported"):
+    with pytest.raises(UserError, match="requires timm, which cannot be imported"):
         choose_backend("timm")
 
 

@@ -184,7 +184,7 @@ def test_an_image_that_does_not_decode_is_an_error_of_one_line(tmp_path, folder,
         train(tmp_path / "out", *flags, "--image_size=16", "--num_train_epochs=1")
     message = str(error.value)
     assert message.startswith("the training image in row 10 (") and "elm/2.png) does not decode: " in message
-    assert "\n" not in message and message.endswith("(--bad_images skip leaves out such images)")
+    assert "\n" not in message and message.endswith("(use --bad_images skip to leave such images out)")
 
 
 def test_a_row_keeps_its_number_where_a_part_is_held_out(tmp_path, folder):
@@ -270,18 +270,21 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
     [
         (["--augment=turn"], "invalid choice: 'turn'"),
         (["--bad_images=hide"], "invalid choice: 'hide'"),
-        (["--eval_crop_ratio=1.5"], "--eval_crop_ratio is 1.5; allowed is"),
-        (["--mixup=-1"], "--mixup and --cutmix must not be negative"),
-        (["--cutmix=nan"], "--mixup and --cutmix must not be negative"),
+        (["--eval_crop_ratio=1.5"], "--eval_crop_ratio is 1.5; it must be greater than 0"),
+        (["--mixup=-1"], "--mixup and --cutmix must be finite and at least 0"),
+        (["--cutmix=nan"], "--mixup and --cutmix must be finite and at least 0"),
         (["--teacher=unread", "--distillation=soft", "--distillation_tau=nan"], "--distillation_tau is nan"),
         (["--drop_path_rate=nan"], "drop_path_rate is nan; it must be a probability"),
-        (["--random_erasing=2"], "--random_erasing is 2.0; allowed is 0 to 1"),
+        (["--random_erasing=2"], "--random_erasing is 2.0; it must be from 0 to 1"),
         (["--crop_scale=0"], "--crop_scale is 0.0"),
         (["--repeated_augmentation=0"], "--repeated_augmentation is 0"),
         (["--ema_decay=1"], "--ema_decay is 1.0"),
         (["--total_batch_size=9"], "multiple of 8"),
         (["--augment=deit", "--rand_augment=rand-m9"], "only the increasing form"),
-        (["--model_type=vit", "--drop_path_rate=0.1"], "--drop_path_rate is an option of LION; a 'vit' model has none"),
+        (
+            ["--model_type=vit", "--drop_path_rate=0.1"],
+            "--drop_path_rate is an option of LION; a 'vit' model does not have it",
+        ),
         (["--teacher=absent/model/here"], "absent/model/here"),
         (["--distillation_alpha=2"], "--distillation_alpha is 2.0"),
         (["--distillation_tau=0"], "--distillation_tau is 0.0"),
@@ -289,10 +292,10 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
         (["--train_file=table.csv"], "column 'image' holds no images"),
         (["--image_size=10", "--patch_size=4"], "not divisible by patch_size 4"),
         (["--patch_size=0"], "--patch_size is 0; it must be at least 1"),
-        (["--distillation=soft"], "--distillation needs a --teacher"),
-        (["--validation_dir=images"], "--validation_dir needs --train_dir too"),
-        (["--train_dir=images", "--validation_file=table.csv"], "three kinds of data; give one"),
-        (["--train_dir=images"], "'images' has no classes: it must hold a folder of images for each"),
+        (["--distillation=soft"], "--distillation requires --teacher"),
+        (["--validation_dir=images"], "--validation_dir requires --train_dir"),
+        (["--train_dir=images", "--validation_file=table.csv"], "cannot be combined; give one of them"),
+        (["--train_dir=images"], "'images' has no classes: it must hold one folder of images per class"),
         (["--train_dir=table.csv"], "'table.csv' is a file"),
         (["--train_file=same.csv"], "the same value 1 in every row"),
         (["--train_file=gap.csv"], "has rows without a label"),

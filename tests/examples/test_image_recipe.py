@@ -329,7 +329,7 @@ def test_evaluation_counts_classes_as_the_model_does(tmp_path, folder):
     assert same["eval_accuracy"] == known["eval_accuracy"]
 
     foreign = save_classifier(tmp_path / "foreign", ["rose", "tulip", "lily"])
-    with pytest.raises(UserError, match="which the model does not know; it knows rose, tulip, lily"):
+    with pytest.raises(UserError, match="which the model does not have; its classes are rose, tulip, lily"):
         train(tmp_path / "out", foreign, *data)
 
 

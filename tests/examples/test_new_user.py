@@ -88,7 +88,7 @@ def test_a_run_goes_on_where_the_tokenizer_has_ids_that_the_first_run_wrote_into
         place = sorted(Path("out").glob("checkpoint-*"))[-1] / "config.json"
         place.write_text(json.dumps(json.loads(place.read_text()) | ids))
         mlm("out", f"--num_train_epochs={2 + len(ids) // 2}")
-    assert "going on from out/checkpoint-5" in capsys.readouterr().out
+    assert "resuming from out/checkpoint-5" in capsys.readouterr().out
     assert not [line for line in said if "missing keys" in line or "other model" in line]
 
 
@@ -204,9 +204,11 @@ def test_a_run_that_learns_nothing_says_so_in_the_log_and_in_the_card(labels, ru
     write("train.csv", "text,label\n" + rows(60, labels))
     flags = ["--train_file=train.csv", "--validation_share=0.3", "--learning_rate=1e-9"]
     run_glue(["--output_dir=out", *ONE_STEP, *flags])
-    assert [line for line in said if "the model has learned nothing that shows" in line and "--learning_rate" in line]
+    assert [
+        line for line in said if "the model has not learned anything measurable" in line and "--learning_rate" in line
+    ]
     card = Path("out/README.md").read_text()
-    assert "**This model has learned nothing that shows:**" in card
+    assert "**This model has not learned anything measurable:**" in card
     name = "most frequent class" if labels[0] == "good" else "mean of the training labels"
     assert f"of a baseline: {name} |" in card
 
@@ -358,10 +360,10 @@ def test_evaluating_without_data_says_that_the_built_in_data_was_taken(run_glue,
 
     write("train.csv", "text,label\n" + rows(30, ("good", "bad", "so so")))
     run_glue(["--output_dir=text", *ONE_STEP, "--train_file=train.csv", "--validation_share=0.2"])
-    with pytest.raises(UserError, match="No data was given, so this is the built-in data"):
+    with pytest.raises(UserError, match="No data was given, so the built-in data is used"):
         run_glue(["--output_dir=out", *EVALUATE, "--model_name_or_path=text"])
     train("images", f"--train_dir={folder}", f"--validation_dir={folder}", "--image_size=16", "--max_steps=1")
-    with pytest.raises(UserError, match="No data was given, so this is the built-in data"):
+    with pytest.raises(UserError, match="No data was given, so the built-in data is used"):
         train("out", "--model_name_or_path=images", "--do_train=false")
 
 
@@ -399,7 +401,7 @@ def test_whole_numbers_are_classes_unless_they_are_to_be_numbers_and_that_is_sai
     write("train.csv", "text,label\n" + rows(30, ("1", "3", "5")))
     flags = ["--train_file=train.csv", "--validation_share=0.3"]
     assert "eval_accuracy" in run_glue(["--output_dir=a", *ONE_STEP, *flags])
-    assert [line for line in said if "1, 3, 5: they are classes" in line and "--label_type numbers" in line]
+    assert [line for line in said if "1, 3, 5: they are used as classes" in line and "--label_type numbers" in line]
     assert "eval_pearson" in run_glue(["--output_dir=b", *ONE_STEP, *flags, "--label_type=numbers"])
     write("train.csv", "text,label\n" + rows(30, ("1.0", "3.0", "5.0")))
     assert "eval_pearson" in run_glue(["--output_dir=c", *ONE_STEP, *flags])
@@ -426,7 +428,7 @@ def test_a_folder_without_images_is_told(tmp_path, folder, said):
     (tmp_path / "images" / "yew").mkdir()
     data = [f"--train_dir={tmp_path / 'images'}", f"--validation_dir={folder}", "--image_size=16", "--max_steps=1"]
     train(tmp_path / "out", *data)
-    assert [line for line in said if "folders without images, which are no classes: yew" in line]
+    assert [line for line in said if "folders without images, which are not used as classes: yew" in line]
 
 
 def test_broken_images_are_found_before_training_or_counted_where_there_are_many(tmp_path, folder, said, monkeypatch):

@@ -116,13 +116,13 @@ def test_files_without_presets_leave_the_preset_to_the_model(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ([], "mlm/lion.yaml needs --preset, one of lion-lit-base, lion-lit-large, lion-d-base"),
-        (["--smoke"], "mlm/lion.yaml needs --preset, one of lion-lit-base"),
+        ([], "mlm/lion.yaml requires --preset, one of lion-lit-base, lion-lit-large, lion-d-base"),
+        (["--smoke"], "mlm/lion.yaml requires --preset, one of lion-lit-base"),
         (["--preset=lion-x"], "--preset is 'lion-x'; .*mlm/lion.yaml allows lion-lit-base, lion-lit-large"),
         (["--preset=lion-s-tiny-patch16-224"], "allows lion-lit-base"),
         (["--preset=lion-*-base"], "allows lion-lit-base"),
         (["--preset=bert-base"], "allows lion-lit-base"),
-        (["--preset", "--smoke"], "needs --preset"),
+        (["--preset", "--smoke"], "requires --preset"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -157,10 +157,10 @@ def test_the_distance_of_parts_adds_up_and_fillers_do_not_count(bert):
         (["--model_type=bert"], "cannot be combined with --model_type"),
         (["--model_name_or_path={bert}"], "cannot be combined with --warm_start"),
         (["--softmax_layers", "2", UNREAD], "cannot start from .*softmax_layers is .2.; .*from 0 to 1"),
-        (["--warm_start_distillation=-1"], "--warm_start_distillation is -1.0; it must not be negative"),
+        (["--warm_start_distillation=-1"], "--warm_start_distillation is -1.0; it must be finite and at least 0"),
         (["--warm_start=nowhere/at/all"], "model folder 'nowhere/at/all' does not exist"),
-        (["--warm_start={gpt2}"], "is a 'gpt2' model, which AutoModelForMaskedLM does not know"),
-        (["--warm_start={lion}", UNREAD], "takes a 'bert' model, but .* is a 'lion' model"),
+        (["--warm_start={gpt2}"], "is a 'gpt2' model, which AutoModelForMaskedLM cannot load"),
+        (["--warm_start={lion}", UNREAD], "requires a 'bert' model, but .* is a 'lion' model"),
     ],
 )
 def test_wrong_options_are_said_in_one_line(tmp_path, bert, flags, message):
@@ -204,7 +204,7 @@ def test_an_existing_model_keeps_its_structure(tmp_path, script, flag):
 
     main = importlib.import_module(script).main
     name = flag.partition("=")[0]
-    with pytest.raises(UserError, match=f"--model_name_or_path says what the model is; .* combined with {name}"):
+    with pytest.raises(UserError, match=f"--model_name_or_path determines the model; .* combined with {name}"):
         main([f"--output_dir={tmp_path / 'out'}", "--model_name_or_path=unread", flag])
 
 
@@ -215,7 +215,9 @@ def test_models_keep_the_vocabulary_of_their_source(tmp_path, bert, script, flag
 
     main = importlib.import_module(script).main
     flags = [f"--output_dir={tmp_path / 'out'}", UNREAD, f"--{source}={bert}", "--vocab_size=100", *flags]
-    with pytest.raises(UserError, match=f"--{source} brings its tokenizer; it cannot be combined with --vocab_size"):
+    with pytest.raises(
+        UserError, match=f"--{source} uses the tokenizer of that model; it cannot be combined with --vocab_size"
+    ):
         main(flags)
 
 
@@ -224,7 +226,7 @@ def test_distillation_needs_a_source(tmp_path):
 
     from lion_hf.training.errors import UserError
 
-    with pytest.raises(UserError, match="--warm_start_distillation needs --warm_start"):
+    with pytest.raises(UserError, match="--warm_start_distillation requires --warm_start"):
         main([f"--output_dir={tmp_path / 'out'}", "--warm_start_distillation=1"])
 
 

@@ -132,7 +132,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, kind):
     damaged.mkdir()
     (damaged / "model.safetensors").write_bytes(b"cut off")
     told = run(COMMANDS[kind](killed, *flags))
-    assert "checkpoint-59 is incomplete and skipped" in told
+    assert "checkpoint-59, which is incomplete" in told
     assert_same_run(undisturbed, killed, 1e-6)
     before = (killed / "model.safetensors").read_bytes()
     run(COMMANDS[kind](killed, *flags))  # it is finished, so nothing changes

@@ -70,7 +70,7 @@ def test_importing_lion_hf_does_not_load_it(process):
 @pytest.mark.parametrize("module", PACKAGES)
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(module, process):
     said = process[1 + list(PACKAGES).index(module)]
-    assert said == f"lion_hf.training needs {PACKAGES[module]}: pip install 'lion-hf[train]'"
+    assert said == f"lion_hf.training requires {PACKAGES[module]}: pip install 'lion-hf[train]'"
 
 
 def test_the_extra_holds_every_package_that_is_looked_for():

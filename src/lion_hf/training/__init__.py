@@ -1,21 +1,21 @@
-"""What the training scripts in examples/ share: arguments, data, models, the Trainer, reports.
+"""Code shared by the training scripts in examples/: arguments, data, models, the Trainer and reports.
 
-Needs `pip install 'lion-hf[train]'`; `import lion_hf` does not load it.
-Read it in this order, in which one module may import those before it:
+Requires `pip install 'lion-hf[train]'`. `import lion_hf` does not import this package.
+Each module imports only modules that stand above it in this list:
 
-- `errors`: what scripts say to their user, and one line for what a user got wrong
-- `recipes`, `arguments`, `parsing`: files of arguments and their presets, the arguments, and both with flags
-- `data`, `text`, `kornia_augmentation`, `augmentation`, `images`: rows of tokens and pixels, and their order
-- `models`, `image_models`, `hidden_teacher`, `distillation`, `ema`: the model that is trained, and what it learns from
-- `checkpoints`, `trainer`, `image_trainer`: training, and going on after it was stopped
-- `reports`: metrics, curves and the model card that a run leaves
+- `errors`: messages to the user, and one-line errors for wrong input
+- `recipes`, `arguments`, `parsing`: argument files with presets, the arguments, and their command line
+- `data`, `text`, `kornia_augmentation`, `augmentation`, `images`: data sets, their order, tokens and pixels
+- `models`, `image_models`, `hidden_teacher`, `distillation`, `ema`: the model, its teachers, averaged weights
+- `checkpoints`, `trainer`, `image_trainer`: training, and resuming it
+- `reports`: metrics, curves and the model card of a run
 - `glue`: tasks, data, metrics and runs of run_glue.py
 """
 
 import importlib.util
 
 
-# Packages of the extra by the module that is imported. kornia is looked for where it is used, since timm can stand in.
+# Packages of the extra, by the name of the imported module. kornia is checked where it is used: timm can replace it.
 _PACKAGES = {
     "accelerate": "accelerate",
     "datasets": "datasets",
@@ -29,4 +29,4 @@ _PACKAGES = {
 }
 _missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
 if _missing:
-    raise ImportError(f"lion_hf.training needs {', '.join(_missing)}: pip install 'lion-hf[train]'")
+    raise ImportError(f"lion_hf.training requires {', '.join(_missing)}: pip install 'lion-hf[train]'")

@@ -1,4 +1,4 @@
-"""Arguments of the training scripts: of models, data and training."""
+"""Command-line arguments of the training scripts: model, data and training."""
 
 import dataclasses
 import math
@@ -16,161 +16,212 @@ from ..nn.variants import VARIANTS
 
 logger = logging.get_logger(__name__)
 
-# Model arguments that are no options of a configuration, or are passed on their own.
+# Model arguments that are not options of a configuration, or are passed separately.
 _NO_OPTIONS = ("model_name_or_path", "model_type", "warm_start", "warm_start_distillation", "preset", "format")
 
 
 @dataclass
 class ModelArguments:
-    """A new model by preset or by flags, one with the weights of a BERT or ViT, or an existing one."""
+    """The model: new by preset or by flags, new with the weights of a BERT or ViT, or an existing checkpoint."""
+
+    _argument_group_name = "model"
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of a model to go on with."}
+        default=None, metadata={"help": "Hub name or folder of a trained model to continue from."}
     )
     model_type: str | None = field(
         default=None,
-        metadata={"help": "Kind of a new model: LION by default; bert, modernbert or vit are the baselines."},
+        metadata={
+            "help": "Type of a new model. Default: LION. Baselines: bert, modernbert (text), vit, deit (images)."
+        },
     )
     warm_start: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of a BERT or ViT whose weights a new LION starts with."}
+        default=None, metadata={"help": "Hub name or folder of a BERT or ViT whose weights initialise a new LION."}
     )
     warm_start_distillation: float = field(
         default=0.0,
-        metadata={"help": "Weight, in the loss, of the distance to the hidden states of the --warm_start model."},
+        metadata={"help": "Weight of the loss term that keeps hidden states close to those of the --warm_start model."},
     )
-    preset: str | None = field(default=None, metadata={"help": "Named size of the paper, such as lion-s-base."})
+    preset: str | None = field(default=None, metadata={"help": "Named model of the paper, such as lion-s-base."})
     mask_type: str | None = field(
         default=None,
         metadata={
-            "help": f"Variant: {', '.join(f'{name} ({cls.label})' for name, cls in VARIANTS.items())}, or your own "
-            "(python -m lion_hf --import MODULE SCRIPT)."
+            "help": f"Variant: {', '.join(f'{name} ({cls.label})' for name, cls in VARIANTS.items())}, or a "
+            "custom one (python -m lion_hf --import MODULE SCRIPT)."
         },
     )
-    hidden_size: int | None = field(default=None, metadata={"help": "Width of the model."})
+    hidden_size: int | None = field(default=None, metadata={"help": "Width of the model (size of the hidden states)."})
     num_hidden_layers: int | None = field(default=None, metadata={"help": "Number of layers."})
-    num_attention_heads: int | None = field(default=None, metadata={"help": "Heads; each has a decay of its own."})
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Number of heads; each has its own decay."})
     intermediate_size: int | None = field(
-        default=None, metadata={"help": "Width of the MLP, 4 * hidden_size by default."}
+        default=None, metadata={"help": "Width of the MLP. Default: 4 * hidden_size."}
     )
-    hidden_dropout_prob: float | None = field(default=None, metadata={"help": "Dropout."})
+    hidden_dropout_prob: float | None = field(default=None, metadata={"help": "Dropout probability."})
     initializer_range: float | None = field(
         default=None,
-        metadata={"help": "Deviation of the initial weights."},
+        metadata={"help": "Standard deviation of the initial weights."},
     )
-    pos_emb: bool | None = field(default=None, metadata={"help": "Learned positions."})
+    pos_emb: bool | None = field(default=None, metadata={"help": "Add learned position embeddings."})
     softmax_layers: list[int] | None = field(
-        default=None, metadata={"help": "Layers, counted from 0, that keep softmax attention (a hybrid)."}
+        default=None, metadata={"help": "Layers, counted from 0, that use softmax attention (a hybrid)."}
     )
-    norm_position: str | None = field(default=None, metadata={"help": "Norms after (post) or before (pre) the layers."})
-    mlp_type: str | None = field(default=None, metadata={"help": "mlp, or glu for gated MLPs."})
+    norm_position: str | None = field(
+        default=None, metadata={"help": "LayerNorm after (post) or before (pre) attention and MLP."}
+    )
+    mlp_type: str | None = field(default=None, metadata={"help": "Type of the MLP: mlp, or glu (gated)."})
     feature_map: str | None = field(
-        default=None, metadata={"help": f"Function of queries and keys: {', '.join(FEATURE_MAPS)}."}
+        default=None, metadata={"help": f"Function applied to queries and keys: {', '.join(FEATURE_MAPS)}."}
     )
-    normalize: bool | None = field(default=None, metadata={"help": "Divide LION's outputs by their row sums."})
+    normalize: bool | None = field(
+        default=None, metadata={"help": "Divide the outputs of linear attention by their row sums."}
+    )
     format: str | None = field(
         default=None,
-        metadata={"help": "How LION is computed: auto, attention, rnn or chunk; as stored, auto for new models."},
+        metadata={
+            "help": "How LION is computed: auto, attention, rnn or chunk. Default: as stored; auto for new models."
+        },
     )
 
     def __post_init__(self):
         require_at_least(self, 1, *(name for name, value in dataclasses.asdict(self).items() if type(value) is int))
         if not 0 <= self.warm_start_distillation < math.inf:
             raise ValueError(
-                f"--warm_start_distillation is {self.warm_start_distillation}; it must not be negative, and finite"
+                f"--warm_start_distillation is {self.warm_start_distillation}; it must be finite and at least 0"
             )
         if self.warm_start_distillation and not self.warm_start:
-            raise ValueError("--warm_start_distillation needs --warm_start, whose hidden states it learns")
+            raise ValueError(
+                "--warm_start_distillation requires --warm_start, the model whose hidden states are the target"
+            )
 
     @property
     def source(self) -> str | None:
-        """The existing model that the weights, and the tokenizer or image processor, come from."""
+        """Existing model that provides the weights and the tokenizer or image processor."""
         return self.model_name_or_path or self.warm_start
 
     def overrides(self) -> dict[str, Any]:
-        """The options of the configuration that were given, by name."""
+        """Return the configuration options that were given, by name."""
         given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         return {k: v for k, v in given.items() if k not in _NO_OPTIONS}
 
 
 @dataclass
 class TextModelArguments(ModelArguments):
+    """The model of a text script."""
+
     layer_norm_after: bool | None = field(
-        default=None, metadata={"help": "LayerNorm over all heads after mixing; default: LION-LIT and warm starts."}
+        default=None,
+        metadata={"help": "LayerNorm over all heads after mixing. Default: on for LION-LIT and warm starts."},
     )
     classifier_pooling: str | None = field(
         default=None,
-        metadata={"help": "What a classifier reads: first (the first token) or mean (of all); of existing models too."},
+        metadata={
+            "help": "What a classifier reads: first (first token) or mean (of all). Existing models accept it too."
+        },
     )
 
 
 @dataclass
 class DataArguments:
-    """A data set of the Hub by name, or files; with neither, a built-in data set that needs no network."""
+    """The data: a Hub data set, or files. With neither, a built-in data set that requires no network."""
+
+    _argument_group_name = "data"
 
     dataset_name: str | None = field(default=None, metadata={"help": "Name of a data set on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "Training file, or a pattern of files."})
-    validation_file: str | None = field(default=None, metadata={"help": "Validation file; else a part is held out."})
-    validation_share: float = field(default=0.05, metadata={"help": "Part held out where no validation data is given."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many validation rows only."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of --dataset_name."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Training file (txt, csv, tsv, json, jsonl, parquet), or a pattern such as 'shards/*.csv'."},
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Validation file. Default: rows held out of the training data."}
+    )
+    validation_share: float = field(
+        default=0.05, metadata={"help": "Share of the training rows to hold out if no validation data is given."}
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use at most this many training rows. Default: all."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Use at most this many validation rows. Default: all."}
+    )
 
     def __post_init__(self):
         require_at_least(self, 1, "max_train_samples", "max_eval_samples")
         if not 0 < self.validation_share < 1:
-            raise ValueError(f"--validation_share is {self.validation_share}; it is a share of the rows, 0 to 1")
+            raise ValueError(
+                f"--validation_share is {self.validation_share}; it must be a share of the rows between 0 and 1"
+            )
 
     def name(self, builtin: str) -> str:
-        """What the data is called in titles: its name or place, or `builtin`."""
+        """Return the name of the data for titles: its Hub name or path, or `builtin`."""
         places = ("dataset_name", "train_dir", "train_file", "data_dir", "validation_dir", "validation_file")
         return next((value for place in places if (value := getattr(self, place, None))), builtin)
 
 
 @dataclass
 class LionTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the defaults of the paper's recipes where they suit small runs."""
+    """`TrainingArguments` with the defaults of the paper's recipes where these suit small runs."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "Where everything is written. Required."})
-    do_train: bool = field(default=True, metadata={"help": "Train (otherwise only evaluate)."})
-    do_eval: bool = field(default=True, metadata={"help": "Evaluate, at the end and as --eval_strategy says."})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for everything that the run writes. Required."}
+    )
+    do_train: bool = field(
+        default=True,
+        metadata={
+            "help": "Train. With false, --model_name_or_path is only evaluated, or predicts --test_file or --test_dir."
+        },
+    )
+    do_eval: bool = field(
+        default=True, metadata={"help": "Evaluate at the end, and during training as set by --eval_strategy."}
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={
-            "help": "A checkpoint folder, or 'no' to start anew; "
-            "by default the last complete one in output_dir, if any."
+            "help": "Checkpoint folder to resume from, or 'no' to start from scratch. "
+            "Default: the last complete checkpoint in --output_dir, if any."
         },
     )
-    eval_strategy: Literal["no", "steps", "epoch"] = field(default="epoch", metadata={"help": "When to evaluate."})
+    eval_strategy: Literal["no", "steps", "epoch"] = field(
+        default="epoch", metadata={"help": "When to evaluate during training."}
+    )
     save_strategy: Literal["no", "steps", "epoch", "best"] = field(
         default="epoch", metadata={"help": "When to save a checkpoint."}
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    logging_steps: float = field(default=20, metadata={"help": "Log the loss every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
+    logging_steps: float = field(default=20, metadata={"help": "Steps between two logged losses."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Training batch size per device."})
     per_device_eval_batch_size: int = field(default=64, metadata={"help": "Evaluation batch size per device."})
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: float = field(default=0.06, metadata={"help": "Warm-up steps, or a share of all steps if below 1."})
+    warmup_steps: float = field(
+        default=0.06, metadata={"help": "Warm-up steps; a value below 1 is a share of all steps."}
+    )
     lr_floor: float = field(
-        default=0.0, metadata={"help": "Last learning rate of the linear and cosine schedules, as a share of the peak."}
+        default=0.0,
+        metadata={"help": "Final learning rate of the linear and cosine schedules, as a share of the peak."},
     )
     lr_warmup_start: float = field(
-        default=0.0, metadata={"help": "First learning rate of the warm-up, as a share of the peak."}
+        default=0.0, metadata={"help": "Learning rate at the start of the warm-up, as a share of the peak."}
     )
     decay_all: bool = field(
         default=False,
-        metadata={
-            "help": "Weight decay for every parameter, as the authors' text recipe has it, not for matrices only."
-        },
+        metadata={"help": "Apply weight decay to every parameter (the authors' text recipe), not only to matrices."},
     )
     dataloader_pin_memory: bool = field(
-        default=torch.accelerator.is_available(), metadata={"help": "Pin memory; of use with an accelerator."}
+        default=torch.accelerator.is_available(),
+        metadata={"help": "Pin the memory of batches; useful with an accelerator only."},
     )
-    seed: int = field(default=17, metadata={"help": "Seed of weights, data order, masks and held-out data."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The scripts choose the columns themselves."})
+    seed: int = field(
+        default=17, metadata={"help": "Seed of the weights, data order, token masking and held-out rows."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Leave at false: the scripts select the columns themselves."}
+    )
 
     def __post_init__(self):
         if self.bf16 and (self.use_cpu or not is_torch_bf16_gpu_available()):
-            logger.warning_once("bf16 is left out: there is no accelerator that computes in it, so float32 is used")
+            logger.warning_once(
+                "--bf16 is ignored without an accelerator that supports bfloat16; training runs in float32"
+            )
             self.bf16 = False
         if not (self.do_eval and self.do_train):
             self.eval_strategy = "no"
@@ -178,16 +229,20 @@ class LionTrainingArguments(TrainingArguments):
         require_at_least(self, 1, *sizes)
         require_at_least(self, 0, "learning_rate", "num_train_epochs", "weight_decay", "warmup_steps", "seed")
         super().__post_init__()
-        get_reporting_integration_callbacks(self.report_to)  # ValueError for a name that is none
+        get_reporting_integration_callbacks(self.report_to)  # ValueError for an unknown name
         for name in ("lr_floor", "lr_warmup_start"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it is a share of the learning rate, 0 to 1")
+                raise ValueError(
+                    f"--{name} is {getattr(self, name)}; it must be a share of the learning rate from 0 to 1"
+                )
             if getattr(self, name) and self.lr_scheduler_type not in ("linear", "cosine"):
-                raise ValueError(f"--{name} needs the linear or cosine schedule, not {self.lr_scheduler_type.value!r}")
+                raise ValueError(
+                    f"--{name} requires --lr_scheduler_type linear or cosine, not {self.lr_scheduler_type.value!r}"
+                )
 
 
 def require_at_least(arguments: Any, least: int, *names: str) -> None:
-    """Raises ValueError for an argument that is given and smaller, or no finite number."""
+    """Raise ValueError if a given argument is smaller than `least` or not finite."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not least <= value < math.inf:

@@ -1,7 +1,7 @@
-"""Random changes of training images: small shifts and mirroring, the DeiT recipe, mixup and cutmix.
+"""Augmentation of training images: small shifts and mirroring, the DeiT recipe, mixup and cutmix.
 
-The DeiT recipe is computed by kornia, or by timm where that is installed (the tests run kornia's path only: timm needs
-torchvision, which they do without). All random numbers of an image come from its `Key`.
+The DeiT recipe is computed by timm if it can be imported, else by kornia. Only the kornia path is tested, since timm
+requires torchvision. All random numbers of an image come from its `Key`.
 """
 
 import importlib.util
@@ -27,46 +27,64 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class AugmentationArguments:
+    """Augmentation of training images."""
+
+    _argument_group_name = "augmentation of training images"
+
     augment: Literal["none", "shift", "flip", "shift+flip", "deit"] = field(
-        default="none", metadata={"help": "Random changes in training; deit is the recipe that the flags below set."}
+        default="none",
+        metadata={"help": "Augmentation in training. deit is the DeiT recipe, which the flags marked deit adjust."},
     )
     augmentation_backend: Literal["auto", "kornia", "timm"] = field(
         default="auto",
-        metadata={"help": "What computes --augment deit. auto: timm if it can be imported, else kornia."},
+        metadata={"help": "Library that computes --augment deit. auto: timm if it can be imported, else kornia."},
     )
-    crop_scale: float = field(default=0.08, metadata={"help": "deit: smallest share of an image that a crop covers."})
+    crop_scale: float = field(
+        default=0.08, metadata={"help": "deit: smallest share of the image area that a crop covers."}
+    )
     rand_augment: str = field(
-        default="rand-m9-mstd0.5-inc1", metadata={"help": "deit: RandAugment in timm's notation, or none."}
+        default="rand-m9-mstd0.5-inc1", metadata={"help": "deit: RandAugment policy in timm's notation, or none."}
     )
     color_jitter: float = field(
         default=0.3,
-        metadata={"help": "deit: change of brightness, contrast, saturation; as in DeiT, only without RandAugment."},
+        metadata={
+            "help": "deit: range of brightness, contrast and saturation changes. Used only with --rand_augment none."
+        },
     )
-    random_erasing: float = field(default=0.25, metadata={"help": "deit: probability of a rectangle of noise."})
+    random_erasing: float = field(
+        default=0.25, metadata={"help": "deit: probability that a rectangle is filled with noise."}
+    )
     repeated_augmentation: int = field(
-        default=1, metadata={"help": "Readings of an image in a batch, each changed anew (an epoch stays as long)."}
+        default=1,
+        metadata={
+            "help": "Copies of an image in a batch, each augmented differently. The length of an epoch does not change."
+        },
     )
-    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0: none. DeiT: 0.8."})
-    cutmix: float = field(default=0.0, metadata={"help": "Alpha of cutmix; 0: none. DeiT: 1."})
-    mixup_prob: float = field(default=1.0, metadata={"help": "Probability that a batch is mixed at all."})
-    mixup_switch_prob: float = field(default=0.5, metadata={"help": "Probability of cutmix where both are on."})
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 turns it off. DeiT: 0.8."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of cutmix; 0 turns it off. DeiT: 1."})
+    mixup_prob: float = field(default=1.0, metadata={"help": "Probability that mixup or cutmix is applied to a batch."})
+    mixup_switch_prob: float = field(
+        default=0.5, metadata={"help": "Probability of cutmix if mixup and cutmix are both on."}
+    )
 
     def __post_init__(self):
         for name in ("color_jitter", "random_erasing", "mixup_prob", "mixup_switch_prob"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; allowed is 0 to 1")
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be from 0 to 1")
         if not 0 < self.crop_scale <= 1:
-            raise ValueError(f"--crop_scale is {self.crop_scale}; allowed is more than 0 and at most 1")
+            raise ValueError(f"--crop_scale is {self.crop_scale}; it must be greater than 0 and at most 1")
         if not (0 <= self.mixup < math.inf and 0 <= self.cutmix < math.inf):
-            raise ValueError("--mixup and --cutmix must not be negative, and must be finite")
+            raise ValueError("--mixup and --cutmix must be finite and at least 0")
         if self.repeated_augmentation < 1:
             raise ValueError(f"--repeated_augmentation is {self.repeated_augmentation}; it must be at least 1")
 
 
 @contextmanager
 def seeded(seed: int):
-    """Inside, torch (CPU), NumPy and Python draw from this seed; outside, as if nothing had been drawn, so that the
-    model's own random numbers do not depend on the images and a resumed run finds them where they were."""
+    """Seed torch (CPU), NumPy and Python inside the context, and restore their states on exit.
+
+    The model's own random numbers then do not depend on the images, and a resumed run continues them unchanged.
+    """
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed accelerators too
@@ -83,7 +101,7 @@ def seeded(seed: int):
 
 
 def deit_augmentation(options: AugmentationArguments, processor, size: tuple[int, int]) -> Callable:
-    """The recipe as a function from an RGB image to normalised pixels, which draws from the global generators."""
+    """Return the DeiT recipe: a function from an RGB image to normalised pixels that uses the global generators."""
     norm = {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}
     if choose_backend(options.augmentation_backend) == "timm":
         from timm.data import create_transform
@@ -107,35 +125,35 @@ def deit_augmentation(options: AugmentationArguments, processor, size: tuple[int
 
 
 def choose_backend(wanted: str) -> str:
-    """ "timm" or "kornia", which must be importable."""
+    """Return "timm" or "kornia", whichever of the wanted ones can be imported."""
     problem = None
     if wanted in ("auto", "timm"):
         try:
             import timm.data  # noqa: F401
 
             return "timm"
-        except Exception as error:  # a torchvision that does not fit torch raises more than ImportError
+        except Exception as error:  # a torchvision built for another torch raises other errors than ImportError
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
     if wanted == "timm":
-        raise UserError(f"--augmentation_backend timm: timm cannot be imported ({problem})")
+        raise UserError(f"--augmentation_backend timm requires timm, which cannot be imported ({problem})")
     if importlib.util.find_spec("kornia") is None:
-        raise UserError("--augment deit needs kornia or timm: pip install 'lion-hf[train]'")
+        raise UserError("--augment deit requires kornia or timm: pip install 'lion-hf[train]'")
     if problem:
         logger.warning_once(
-            "The DeiT recipe is computed by kornia, since timm cannot be imported: the same operations and magnitudes, "
-            "but in floating point where timm rounds to 8 bits after each, and with other random numbers. Say "
-            "--augmentation_backend kornia to choose this."
+            "The DeiT recipe is computed by kornia, because timm cannot be imported. Operations and magnitudes are the "
+            "same, but kornia computes in floating point, where timm rounds to 8 bits after each operation, and the "
+            "random numbers differ. Set --augmentation_backend kornia to silence this warning."
         )
     return "kornia"
 
 
 def shift_and_flip(pixels: Tensor, kind: str, padding: Tensor, draws: np.ndarray) -> Tensor:
-    """Mirrors every second image and shifts each by up to an eighth of its side, as far as `kind` says.
+    """Mirror each image with probability one half and shift it by up to an eighth of its side, depending on `kind`.
 
     Args:
         pixels: (batch, channels, height, width).
         kind: "none", "shift", "flip" or "shift+flip".
-        padding: colour of what is shifted in, (1, channels, 1, 1).
+        padding: colour of the pixels that are shifted in, (1, channels, 1, 1).
         draws: three random numbers from 0 to 1 for each image.
     """
     if "flip" in kind:
@@ -155,12 +173,12 @@ def shift_and_flip(pixels: Tensor, kind: str, padding: Tensor, draws: np.ndarray
 
 
 def mix(pixels: Tensor, targets: Tensor, options: AugmentationArguments, numbers: np.random.Generator) -> tuple:
-    """Mixup or cutmix of a batch with itself in reverse order, one share and one box for all (DeiT's batch mode).
+    """Apply mixup or cutmix to a batch and its reverse, with one share and one box for all images (DeiT's batch mode).
 
     Args:
         pixels: (batch, channels, height, width).
         targets: probabilities of the classes, (batch, classes).
-        numbers: all random numbers come from it.
+        numbers: generator of all random numbers.
     """
     if numbers.random() >= options.mixup_prob:
         return pixels, targets
@@ -180,11 +198,11 @@ def mix(pixels: Tensor, targets: Tensor, options: AugmentationArguments, numbers
 
 
 def _part(side: int, share: float, numbers: np.random.Generator) -> slice:
-    """A share of a side around a random point, cut off at the border."""
+    """Return the slice that covers a share of a side around a random point, cut off at the border."""
     half, center = int(side * share) // 2, int(numbers.integers(side))
     return slice(max(0, center - half), min(side, center + half))
 
 
 def batch_numbers(seed: int, keys: list[Key]) -> np.random.Generator:
-    """Random numbers of a whole batch, apart from those of its images."""
+    """Return the generator of a whole batch, which is independent of those of its images."""
     return random_numbers(seed, keys[0]._replace(repeat=keys[0].repeat + 2**32))

@@ -1,4 +1,4 @@
-"""Checkpoints: which one training goes on from, and whether it fits the model and the disk."""
+"""Checkpoints: find the one to resume from, and check that it fits the model and the disk."""
 
 import json
 import zipfile
@@ -17,12 +17,12 @@ from .models import existing_config
 
 logger = logging.get_logger(__name__)
 
-# Options that leave a model what it is.
+# Options that may differ between a checkpoint and the run that resumes it.
 COMPUTATION = {"format", "chunk_size", "unpad", "use_cache"}
 
 
 def checkpoint_to_resume(training: LionTrainingArguments) -> str | None:
-    """The checkpoint folder to go on from, if any (see `resume_from_checkpoint`): the last complete one."""
+    """Return the checkpoint folder to resume from: the given one, or the last complete one, or None."""
     wanted = training.resume_from_checkpoint
     if not training.do_train or str(wanted).lower() in ("no", "false"):
         return None
@@ -40,12 +40,12 @@ def checkpoint_to_resume(training: LionTrainingArguments) -> str | None:
         problem = incompleteness(folder)
         if problem is None:
             return str(folder)
-        logger.warning(f"{folder} is incomplete and skipped: {problem}")
+        logger.warning(f"skipping {folder}, which is incomplete: {problem}")
     return None
 
 
 def incompleteness(folder: Path) -> str | None:
-    """What a checkpoint folder lacks, such as one whose writing was cut off; None if it is complete."""
+    """Return why a checkpoint folder is incomplete (for example if writing it was interrupted), or None."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # written last
     except (OSError, ValueError) as error:
@@ -69,8 +69,10 @@ def incompleteness(folder: Path) -> str | None:
 
 
 def check_resumable(checkpoint: str, auto_class, config: PreTrainedConfig) -> None:
-    """Raises a `UserError` if the checkpoint holds another model: of another kind, size or classes. How the model is
-    computed does not count, nor do ids of special tokens, which the Trainer takes over from the tokenizer."""
+    """Raise a `UserError` if the checkpoint holds a model of another type, size or classes.
+
+    Options of the computation may differ, as may ids of special tokens, which the Trainer copies from the tokenizer.
+    """
     stored = existing_config(checkpoint, auto_class)
     own = set(type(config).__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
     own = {name for name in own if not name.endswith("_token_id")} - COMPUTATION
@@ -78,14 +80,16 @@ def check_resumable(checkpoint: str, auto_class, config: PreTrainedConfig) -> No
         before, now = getattr(stored, name, None), getattr(config, name, None)
         if before != now:
             raise UserError(
-                f"{checkpoint!r} holds another model: {name} is {before!r} there and {now!r} here; choose "
-                "another --output_dir, or --resume_from_checkpoint no to start anew"
+                f"{checkpoint!r} holds another model: {name} is {before!r} there and {now!r} here. Use another "
+                "--output_dir, or --resume_from_checkpoint no to start from scratch"
             )
 
 
 def check_disk(training: TrainingArguments, model: PreTrainedModel, copies: int = 1) -> None:
-    """Raises a `UserError` if the final model, and checkpoints with AdamW's two states, cannot fit on the disk;
-    `copies` of the weights are saved each time."""
+    """Raise a `UserError` if the disk has no room for the final model and the checkpoints with AdamW's two states.
+
+    Each save writes `copies` of the weights.
+    """
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     kept = 0 if training.save_strategy == "no" else (training.save_total_limit or 1) + 1
     require_disk(training.output_dir, copies * weights + (2 + copies) * weights * kept)

@@ -1,4 +1,4 @@
-"""Data: by Hub name or from local files, and the order in which training reads it."""
+"""Data sets from the Hub or from local files, and the order in which training reads their rows."""
 
 import glob
 from collections.abc import Callable, Iterator
@@ -23,24 +23,26 @@ FILE_TYPES = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".j
 
 
 def load_splits(data: DataArguments, training: TrainingArguments, load_file: Callable[[str], Any]) -> tuple:
-    """Training and validation data by Hub name, or from `train_file` and `validation_file` through `load_file`. Without
-    training, what is not given is None, but for the validation data where training data is given."""
+    """Return training and validation data by Hub name, or from `train_file` and `validation_file` through `load_file`.
+
+    Without training, a part that is not given is None. Validation data is held out of training data if that is given.
+    """
     if data.dataset_name:
         if data.train_file or data.validation_file:
-            raise UserError("give either --dataset_name or --train_file and --validation_file")
+            raise UserError("--dataset_name cannot be combined with --train_file or --validation_file")
         splits = load_named(data.dataset_name, data.dataset_config_name)
         if "train" not in splits:
             raise UserError(f"data set {data.dataset_name!r} has no split 'train'; it has {', '.join(splits)}")
         held_out = next((splits[name] for name in ("validation", "test") if name in splits), None)
         return parts_of(splits["train"], held_out, data, training, training.seed)
     if not data.train_file and training.do_train:
-        raise UserError("--validation_file needs --train_file too")
+        raise UserError("--validation_file requires --train_file, unless --do_train is false")
     held_out = load_file(data.validation_file) if data.validation_file else None
     return parts_of(load_file(data.train_file) if data.train_file else None, held_out, data, training, training.seed)
 
 
 def parts_of(train, validation, data: DataArguments, training: TrainingArguments, seed: int) -> tuple:
-    """As `hold_out`; without training, either part may be None."""
+    """Do the same as `hold_out`; without training, either part may be None."""
     if not training.do_train and train is None:
         return None, None if validation is None else hold_out(validation, validation, data, seed)[1]
     if not training.do_train and validation is None:
@@ -49,17 +51,16 @@ def parts_of(train, validation, data: DataArguments, training: TrainingArguments
 
 
 def say_split_off(data: DataArguments, seed: int) -> None:
-    """A model that is only evaluated may have been trained on the rows that it is asked for."""
+    """Warn that a model may have been trained on the rows it is evaluated on."""
     logger.warning(
-        f"no validation data is given, so rows split off {data.name('the training data')} are evaluated "
+        f"no validation data is given: the model is evaluated on rows split off {data.name('the training data')} "
         f"(--validation_share {data.validation_share:g}, seed {seed}). A model that was trained on this data has seen "
-        "them, unless its training held out the same rows: by the same share and seed. --validation_file or its like "
-        "gives data of its own"
+        "these rows, unless it used the same share and seed. Give separate data, for example with --validation_file"
     )
 
 
 def load_named(name: str, config_name: str | None = None, **kwargs):
-    """`datasets.load_dataset`, with one line for what can be wrong: the name, the network, a gate, the format."""
+    """Call `datasets.load_dataset`; a wrong name, no network, a gated or unreadable set is a one-line error."""
     with reading(f"cannot load data set {name!r}"):
         try:
             return datasets.load_dataset(name, config_name, **kwargs)
@@ -67,16 +68,18 @@ def load_named(name: str, config_name: str | None = None, **kwargs):
             if "gated" in str(error):
                 raise UserError(
                     f"data set {name!r} is gated: accept its terms at https://huggingface.co/datasets/{name} and log "
-                    "in with `hf auth login`, or give local files"
+                    "in with `hf auth login`, or use local files"
                 ) from error
             raise
 
 
 def hold_out(train, validation, data: DataArguments, seed: int) -> tuple:
-    """Splits off a validation part where there is none, then cuts both to the wanted number of rows."""
+    """Split off a validation part if there is none, then cut both parts to the requested number of rows."""
     if validation is None:
         if len(train) < 2:
-            raise UserError("the training data is empty or a single row, so nothing can be held out for validation")
+            raise UserError(
+                "the training data has fewer than two rows, so none can be held out; give --validation_file"
+            )
         with user_errors("wrong --validation_share", ValueError):
             parts = train.train_test_split(test_size=data.validation_share, seed=seed)
         train, validation = parts["train"], parts["test"]
@@ -91,8 +94,10 @@ def hold_out(train, validation, data: DataArguments, seed: int) -> tuple:
 
 
 def load_file(path: str, *, streaming: bool = False):
-    """Rows of one txt (a row per line), csv, tsv, json, jsonl or parquet file, or of all that a pattern such as
-    `shards/*.parquet` matches."""
+    """Load the rows of a txt (a row per line), csv, tsv, json, jsonl or parquet file.
+
+    A pattern such as `shards/*.parquet` loads all matching files.
+    """
     files = sorted(glob.glob(path)) if any(c in path for c in "*?[") else [str(require_path(path, "data file"))]
     if not files:
         raise UserError(f"no file matches {path!r}")
@@ -116,22 +121,22 @@ def load_file(path: str, *, streaming: bool = False):
 
 @contextmanager
 def reading(prefix: str):
-    """`datasets` hides the cause of a failure in the exception below it."""
-    kinds = (OSError, ValueError, TypeError, NotImplementedError, RuntimeError, DatasetsError)  # scripts: RuntimeError
+    """Turn errors of `datasets` into a `UserError`; the reason is often the cause of the exception it raises."""
+    # Data sets that need a script raise RuntimeError.
+    kinds = (OSError, ValueError, TypeError, NotImplementedError, RuntimeError, DatasetsError)
     with user_errors(prefix, *kinds):
         try:
             yield
         except DatasetGenerationError as error:
             raise UserError(f"{prefix}: {error.__cause__ or error}") from error
         except ValueError as error:
-            if "corresponds to no data" in str(error):  # a header and nothing below it
+            if "corresponds to no data" in str(error):  # only a header
                 raise UserError(f"{prefix}: it has no rows") from error
             raise
 
 
 def require_columns(dataset, columns: dict[str, str]) -> None:
-    """Raises a `UserError` that names all missing columns, given by the flags that name them, and the columns there
-    are."""
+    """Raise a `UserError` that names missing columns, the flags that set them, and the existing columns."""
     missing = [f"no column {name!r} (set {flag})" for flag, name in columns.items() if name not in dataset.column_names]
     if missing:
         raise UserError(f"there is {' and '.join(missing)}; the columns are {', '.join(dataset.column_names)}")
@@ -139,23 +144,25 @@ def require_columns(dataset, columns: dict[str, str]) -> None:
 
 @contextmanager
 def naming_builtin_data(used: bool):
-    """Adds to an error of the user's that no data was given, where the built-in data is `used`."""
+    """Add to a `UserError` that no data was given, if the built-in data is `used`."""
     try:
         yield
     except UserError as error:
         if not used:
             raise
         raise UserError(
-            f"{error}. No data was given, so this is the built-in data: give your own, such as --validation_file"
+            f"{error}. No data was given, so the built-in data is used; give your own, such as --validation_file"
         ) from error
 
 
 def classes_of_model(config: PreTrainedConfig, names: list[str]) -> list[str]:
-    """The classes of a trained model in its own order, to evaluate it on data that has classes of these names. Whole
-    numbers that are no names of the model's classes number them from 0; a model without names takes the data's.
+    """Return the classes of a trained model in its own order, to evaluate it on data with classes of these names.
+
+    Whole numbers that are not names of the model's classes count its classes from 0. A model without names takes the
+    names of the data.
 
     Raises:
-        UserError: for a class that the model does not know.
+        UserError: for a class that the model does not have.
     """
     known = [str(config.id2label[i]) for i in range(config.num_labels)]
     if set(names) <= set(known):
@@ -166,14 +173,14 @@ def classes_of_model(config: PreTrainedConfig, names: list[str]) -> list[str]:
         return names
     unknown = next(name for name in names if name not in known)
     shown = ", ".join(known[:10]) + (", ..." if len(known) > 10 else "")
-    raise UserError(f"the data has the class {unknown!r}, which the model does not know; it knows {shown}")
+    raise UserError(f"the data has the class {unknown!r}, which the model does not have; its classes are {shown}")
 
 
 # ------------------------------------------------------------------------------------- which rows make which batch
 
 
 class Key(NamedTuple):
-    """One reading of one training row; random changes of the row are drawn from it (see `random_numbers`)."""
+    """One reading of one training row; it seeds the random changes of the row (see `random_numbers`)."""
 
     epoch: int
     index: int
@@ -182,25 +189,24 @@ class Key(NamedTuple):
 
 
 def random_numbers(seed: int, key: Key) -> np.random.Generator:
-    """The generator of one reading of one row: the same in any process, worker, batch, and after a resume."""
+    """Return the generator of one reading of one row: the same in any process, worker, batch, and after a resume."""
     return np.random.Generator(np.random.Philox(key=[seed, key.repeat], counter=[0, 0, key.epoch, key.index]))
 
 
 class EpochBatchSampler:
-    """Batches of `Key` for one process, a pure function of (seed, epoch): N processes read together what one process
-    with N times the batch size reads.
+    """Batches of `Key` for one process, a function of the seed and the epoch alone.
 
-    Each global batch is dealt out row by row. In the last one, which may be smaller, processes get a row more or less;
-    nothing is read twice and nothing dropped. A process that gets no row at all has one filler, whose labels
-    `collate_keyed` sets to -100, so that it does not count.
+    N processes together read the same rows as one process with N times the batch size. Each global batch is dealt out
+    row by row. The last one may be smaller, so that processes differ by a row; no row is read twice or dropped. A
+    process without a row gets a filler row, whose labels `collate_keyed` sets to -100, so that it does not count.
 
     Args:
         length: rows of the data set.
         batch_size: rows per process.
         seed, rank, world_size: as usual.
-        drop_last: leave out the last global batch where it is smaller.
+        drop_last: whether to leave out a last global batch that is smaller.
         repeats: readings of each row, side by side and hence in different processes (repeated augmentation). An epoch
-            stays `length` readings long.
+            still has `length` readings.
     """
 
     def __init__(
@@ -238,7 +244,7 @@ class EpochBatchSampler:
 
 
 class KeyedRows:
-    """A map-style data set read by `Key`; every row carries its key as "key"."""
+    """A map-style data set that is read by `Key`; every row holds its key as "key"."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -252,7 +258,7 @@ class KeyedRows:
 
 
 def collate_keyed(collator: Callable, uses_keys: bool, rows: list[dict[str, Any]]):
-    """The batch of a collator, which sees the keys only if it says so; a filler's labels are -100."""
+    """Return the batch of a collator, which gets the keys only if `uses_keys`; labels of a filler are -100."""
     filler = rows[0]["key"].filler
     if not uses_keys:
         rows = [{name: value for name, value in row.items() if name != "key"} for row in rows]
@@ -263,7 +269,7 @@ def collate_keyed(collator: Callable, uses_keys: bool, rows: list[dict[str, Any]
 
 
 class EpochDataLoader(DataLoader):
-    """A loader whose batch sampler is told the epoch."""
+    """A loader that passes the epoch on to its batch sampler."""
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

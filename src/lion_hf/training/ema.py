@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, as in DeiT."""
+"""Exponential moving average (EMA) of the weights, as in DeiT."""
 
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +15,14 @@ logger = logging.get_logger(__name__)
 
 
 class Ema(TrainerCallback):
-    """Averages the weights after every optimizer step, beginning with those at the start of training.
+    """Average the weights after every optimizer step, starting from the weights at the start of training.
 
-    The average looks back about 1 / (1 - decay) steps: 25,000 with DeiT's 0.99996, of 375,000 in its recipe. In a much
-    shorter run it hardly leaves the initial weights; a warning then names a decay that suits the run.
+    The average covers about the last 1 / (1 - decay) steps: 25,000 with DeiT's 0.99996, of 375,000 in its recipe. In a
+    much shorter run it stays close to the initial weights; a warning then suggests a decay.
 
     Args:
-        decay: share of the old average that stays.
-        checkpoint: folder that training goes on from, if any; its average is in its subfolder "ema".
+        decay: share of the old average that each step keeps.
+        checkpoint: folder that training resumes from, if any; its average is in its subfolder "ema".
     """
 
     def __init__(self, decay: float, checkpoint: str | None):
@@ -34,14 +34,16 @@ class Ema(TrainerCallback):
         self.average.update_parameters(model)  # the first call copies
         stored = Path(self.checkpoint or "") / "ema"
         if self.checkpoint and not stored.is_dir():
-            logger.warning(f"{self.checkpoint} holds no average; it begins with the weights of the checkpoint")
+            logger.warning(
+                f"{self.checkpoint} holds no averaged weights; the average starts from the weights of the checkpoint"
+            )
         elif self.checkpoint:
             with torch.random.fork_rng(devices=[]), user_errors(f"cannot load {str(stored)!r}", OSError, ValueError):
                 self.average.module.load_state_dict(type(model).from_pretrained(stored).state_dict())
         if state.max_steps * (1 - self.decay) < 3:
             logger.warning(
-                f"--ema_decay {self.decay} looks back {1 / (1 - self.decay):,.0f} steps, but training has "
-                f"{state.max_steps:,}: the average stays close to the first weights; 1 - 10 / steps would suit"
+                f"--ema_decay {self.decay} averages about {1 / (1 - self.decay):,.0f} steps, but training has only "
+                f"{state.max_steps:,}: the average stays close to the first weights. Try 1 - 10 / steps"
             )
 
     def on_optimizer_step(self, args, state, control, model: PreTrainedModel, **kwargs):
@@ -49,7 +51,7 @@ class Ema(TrainerCallback):
 
     @contextmanager
     def in_place_of(self, model: PreTrainedModel):
-        """Inside, the model has the averaged weights."""
+        """Give the model the averaged weights inside the context."""
         self._swap(model)
         try:
             yield
@@ -61,6 +63,6 @@ class Ema(TrainerCallback):
             ours.data, theirs.data = theirs.data, ours.data
 
     def save(self, folder: str | Path, processor) -> None:
-        """Into the subfolder "ema", loadable by `from_pretrained`."""
+        """Save the average to the subfolder "ema", from which `from_pretrained` loads it."""
         self.average.module.save_pretrained(Path(folder) / "ema")
         processor.save_pretrained(Path(folder) / "ema")

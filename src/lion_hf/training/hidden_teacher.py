@@ -1,4 +1,4 @@
-"""Layer-wise distillation: a warm-started model stays near the hidden states of the softmax encoder it came from."""
+"""Layer-wise distillation of a warm-started model from the softmax encoder that provided its weights."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from .arguments import ModelArguments
 from .errors import user_errors
 
 
-# What an encoder reads, of what a batch holds.
+# Inputs of an encoder among the entries of a batch.
 _ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
@@ -17,9 +17,9 @@ class HiddenStateTeacher:
     """The frozen encoder of a checkpoint.
 
     Args:
-        name: its Hub name or folder.
-        weight: of its part in the loss.
-        device: where it runs.
+        name: Hub name or folder of the checkpoint.
+        weight: weight of the distance in the loss.
+        device: device of the encoder.
     """
 
     def __init__(self, name: str, weight: float, device: torch.device):
@@ -29,19 +29,20 @@ class HiddenStateTeacher:
 
     @classmethod
     def of(cls, arguments: ModelArguments, device: torch.device) -> "HiddenStateTeacher | None":
-        """The teacher that `--warm_start_distillation` asks for, if it does."""
+        """Return the teacher for `--warm_start_distillation`, or None if that is 0."""
         weight = arguments.warm_start_distillation
         return cls(arguments.warm_start, weight, device) if weight else None
 
     def loss(self, student: tuple[Tensor, ...], inputs: dict[str, Tensor], num_items_in_batch=None) -> Tensor:
-        """The weighted distance of hidden states. Each row counts as often as its labels do, so that the parts of an
-        optimizer step add up to the same sum however it is cut into batches; rows of fillers, labelled -100, count
-        nothing.
+        """Return the weighted distance of the hidden states.
+
+        Each row is weighted by its number of labels, so that the parts of an optimizer step add up to the same sum
+        however it is split into batches. Filler rows, labelled -100, do not count.
 
         Args:
-            student: its hidden states.
+            student: hidden states of the student.
             inputs: the batch, with "labels" (batch, ...).
-            num_items_in_batch: labels in the optimizer step; those of this batch by default.
+            num_items_in_batch: labels in the optimizer step. Default: those of this batch.
         """
         with torch.no_grad():
             read = {name: inputs[name] for name in _ENCODER_INPUTS if name in inputs}

@@ -1,4 +1,4 @@
-"""Image classifiers and their image processors: new ones, and existing ones at another size."""
+"""Image classifiers and their image processors: new ones, and existing ones at another image size."""
 
 import copy
 import dataclasses
@@ -47,19 +47,31 @@ NORMALIZATIONS = {
 
 @dataclass
 class ImageModelArguments(ModelArguments):
-    order: str | None = field(default=None, metadata={"help": "Scan: normal, or s (snake along rows and columns)."})
-    cls_tok: bool | None = field(default=None, metadata={"help": "Classify from the class token, not the mean."})
-    drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth of the last block."})
+    """The model of the image script."""
+
+    order: str | None = field(
+        default=None,
+        metadata={
+            "help": "Order of the patches: normal (row by row), or s (average of snake scans along rows and columns)."
+        },
+    )
+    cls_tok: bool | None = field(
+        default=None, metadata={"help": "Classify from a class token instead of the mean of the patches."}
+    )
+    drop_path_rate: float | None = field(default=None, metadata={"help": "Stochastic depth rate of the last block."})
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the images; an existing model is changed to it. Default: theirs."}
+        default=None,
+        metadata={
+            "help": "Side of the images in pixels; an existing model is adapted to it. Default: the model's or data's."
+        },
     )
     patch_size: int | None = field(
-        default=None, metadata={"help": "Side of a patch. Default: 2, 4 or 16 by image size."}
+        default=None, metadata={"help": "Side of a patch in pixels. Default: 2, 4 or 16 by image size."}
     )
 
 
 def image_options(model: ImageModelArguments, first_side: int) -> None:
-    """Fills in image and patch size where neither a preset, a model nor the flags decide them."""
+    """Set image and patch size if no preset, model or flag sets them."""
     if model.source or model.preset:
         return
     if model.patch_size is None:
@@ -70,14 +82,14 @@ def image_options(model: ImageModelArguments, first_side: int) -> None:
 
 
 def check_model(arguments: ImageModelArguments) -> PreTrainedConfig:
-    """Shows what is wrong with the arguments before images are read; see `known_config`."""
+    """Check the arguments before images are read; see `known_config`."""
     arguments = dataclasses.replace(arguments, image_size=None if arguments.source else arguments.image_size)
     image_options(arguments, first_side=224)
     return known_config(AutoModelForImageClassification, LionVisionConfig.model_type, arguments, SMALL_MODEL)
 
 
 def get_model(arguments: ImageModelArguments, labels: dict[str, Any]) -> PreTrainedModel:
-    """The model to train; an existing one is changed to `image_size`, if that is given."""
+    """Return the model to train; an existing one is adapted to `image_size`, if that is given."""
     side = arguments.image_size
     if arguments.source:
         arguments = dataclasses.replace(arguments, image_size=None)
@@ -86,7 +98,7 @@ def get_model(arguments: ImageModelArguments, labels: dict[str, Any]) -> PreTrai
 
 
 def at_image_size(model: PreTrainedModel, side: int) -> PreTrainedModel:
-    """The model for square images of another size; a position table is resized once (bicubic)."""
+    """Return the model for square images of another size, with its position table resized (bicubic)."""
     if getattr(model.config, "image_size", None) is None:
         return model
     config = copy.deepcopy(model.config)
@@ -103,7 +115,7 @@ def at_image_size(model: PreTrainedModel, side: int) -> PreTrainedModel:
 
 
 def resize_positions(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """A position table (1, tokens, width) for another grid of patches; class tokens come first and stay."""
+    """Resize a position table (1, tokens, width) to another grid of patches; leading class tokens stay as they are."""
     first = table.shape[1] - old[0] * old[1]
     patches = table[:, first:].unflatten(1, old).permute(0, 3, 1, 2).float()
     patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
@@ -121,8 +133,7 @@ def _grid(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def make_processor(config: PreTrainedConfig, model: ImageModelArguments, data: ImageArguments):
-    """The processor of the model to go on with, or a new one, changed as the arguments say. It does what evaluation
-    does: it is the one that evaluation uses."""
+    """Return the processor of the existing model, or a new one, changed by the arguments. Evaluation uses it."""
     options: dict[str, Any] = {}
     if model.source:
         name = model.source

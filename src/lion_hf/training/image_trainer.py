@@ -1,4 +1,4 @@
-"""The Trainer of image classifiers: soft targets, a teacher, and an average of the weights."""
+"""The Trainer of image classifiers: soft targets, a teacher, and averaged weights."""
 
 import torch
 from torch.nn import functional as F
@@ -10,7 +10,7 @@ from .trainer import LionTrainer
 
 
 class ImageTrainer(LionTrainer):
-    """Trainer with soft targets, a teacher, and an average of the weights that is saved and evaluated too.
+    """Trainer with soft targets, a teacher, and averaged weights, which are evaluated and saved too.
 
     Args:
         teacher: see `Teacher`.
@@ -21,15 +21,18 @@ class ImageTrainer(LionTrainer):
     def __init__(self, *args, teacher: Teacher | None = None, ema: Ema | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.teacher, self.ema = teacher, ema
-        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch, whatever the model
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by num_items_in_batch for every model
         if ema is not None:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise UserError("--ema_decay needs whole weights on every device; FSDP and DeepSpeed shard them")
+                raise UserError("--ema_decay does not work with FSDP or DeepSpeed, which shard the weights")
             self.add_callback(ema)
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """Cross entropy with the classes or the mixed "soft_labels", and the teacher's part; images labelled -100 count
-        nothing. In training a sum over the batch divided by the number of images in an optimizer step."""
+        """Return the cross entropy with the classes or the mixed "soft_labels", plus the teacher's part.
+
+        Images labelled -100 do not count. In training this is the sum over the batch, divided by the number of images
+        in an optimizer step.
+        """
         labels = inputs["labels"]
         taught = self.hidden_teacher is not None and model.training
         outputs = model(pixel_values=inputs["pixel_values"], output_hidden_states=taught)
@@ -64,7 +67,7 @@ class ImageTrainer(LionTrainer):
             self.ema.on_train_begin(self.args, self.state, self.control, self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The model, and its average in the subfolder "ema"; in checkpoints too, before the file that ends them."""
+        """Save the model, and its average in the subfolder "ema". Checkpoints get it before their last file."""
         super().save_model(output_dir, _internal_call)
         if self.ema is not None and self.ema.average is not None and self.args.should_save:
             self.ema.save(output_dir or self.args.output_dir, self.processing_class)

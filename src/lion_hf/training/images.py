@@ -1,4 +1,4 @@
-"""Images: where they come from, their classes, and how they become pixels."""
+"""Images: their sources, their classes, and their conversion to pixels."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from .errors import UserError, require_path
 
 logger = logging.get_logger(__name__)
 
-# Short names of data sets on the Hub: the full name, the column with the images and the one with the classes.
+# Short names of data sets on the Hub: full name, column of the images, column of the classes.
 KNOWN = {
     "fashion_mnist": ("zalando-datasets/fashion_mnist", "image", "label"),
     "cifar10": ("uoft-cs/cifar10", "img", "label"),
@@ -40,49 +40,54 @@ KNOWN = {
 }
 
 
-# So many images are decoded before training.
+# Largest number of images that are all decoded once before training.
 TRIED = 2000
 
 
 @dataclass
 class ImageArguments(DataArguments):
+    """The data of the image script."""
+
     dataset_name: str | None = field(
         default=None, metadata={"help": f"Name of a data set on the Hub; short names: {', '.join(KNOWN)}."}
     )
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with a folder of images per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for validation."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder that holds one folder of images per class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Folder of the same form for validation."})
     test_dir: str | None = field(
-        default=None, metadata={"help": "Folder of images to classify, with or without training; sub-folders too."}
+        default=None, metadata={"help": "Folder of images to classify, subfolders included, with or without training."}
     )
-    test_file: str | None = field(default=None, metadata={"help": "The same as a file, such as parquet."})
+    test_file: str | None = field(default=None, metadata={"help": "File of images to classify, such as parquet."})
     image_column: str = field(default="image", metadata={"help": "Column with the images."})
     label_column: str = field(default="label", metadata={"help": "Column with the classes."})
     bad_images: Literal["error", "skip"] | None = field(
         default=None,
         metadata={
-            "help": "Images that do not decode: stop, or skip and count them. Default: stop where all are tried before "
-            f"training, which is so for up to {TRIED:,}; else skip."
+            "help": "Images that do not decode: stop (error), or omit and count them (skip). Default: error for up "
+            f"to {TRIED:,} images, which are all decoded before training, else skip."
         },
     )
     eval_crop_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Evaluation resizes the shorter side to image_size over this and crops the centre; 1 resizes to "
-            "the square. Default: as the model to go on with, else 1. DeiT: 0.875."
+            "help": "Evaluation resizes the shorter side to image_size / ratio and crops the centre; 1 resizes to the "
+            "square. Default: as in --model_name_or_path, else 1. DeiT: 0.875."
         },
     )
     interpolation: Literal["bilinear", "bicubic"] | None = field(
-        default=None, metadata={"help": "Of resizing. Default: as the model to go on with, else bilinear."}
+        default=None,
+        metadata={"help": "Interpolation of resizing. Default: as in --model_name_or_path, else bilinear."},
     )
     normalization: Literal["half", "imagenet"] | None = field(
         default=None,
-        metadata={"help": "half scales to [-1, 1]. Default: as the model to go on with, else half."},
+        metadata={
+            "help": "half: scale to [-1, 1]; imagenet: ImageNet's mean. Default: as in --model_name_or_path, else half."
+        },
     )
 
     def __post_init__(self):
         super().__post_init__()
         if self.eval_crop_ratio is not None and not 0 < self.eval_crop_ratio <= 1:
-            raise ValueError(f"--eval_crop_ratio is {self.eval_crop_ratio}; allowed is more than 0 and at most 1")
+            raise ValueError(f"--eval_crop_ratio is {self.eval_crop_ratio}; it must be greater than 0 and at most 1")
         if self.dataset_name in KNOWN:
             self.dataset_name, image, label = KNOWN[self.dataset_name]
             self.image_column = image if self.image_column == "image" else self.image_column
@@ -93,7 +98,7 @@ class ImageArguments(DataArguments):
 
 
 def load_digits(data: ImageArguments, seed: int) -> tuple[Dataset, Dataset]:
-    """scikit-learn's 1,797 digits of 8 x 8 pixels; a fifth of every class is held out for the test."""
+    """Load scikit-learn's 1,797 digits of 8 x 8 pixels, with a fifth of every class held out."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
 
@@ -111,24 +116,24 @@ def load_digits(data: ImageArguments, seed: int) -> tuple[Dataset, Dataset]:
 
 
 def load_folder(path: str) -> Dataset:
-    """A folder with one folder of images per class."""
+    """Load a folder that holds one folder of images per class."""
     if not require_path(path, "image folder").is_dir():
-        raise UserError(f"{path!r} is a file; image folders hold a folder per class")
+        raise UserError(f"{path!r} is a file, not a folder that holds one folder of images per class")
     with reading(f"cannot read {path!r}"):
         images = datasets.load_dataset("imagefolder", data_dir=path, split="train")
     if "label" not in images.column_names:
-        raise UserError(f"{path!r} has no classes: it must hold a folder of images for each, two or more")
+        raise UserError(f"{path!r} has no classes: it must hold one folder of images per class, two or more")
     folders = {folder.name for folder in Path(path).iterdir() if folder.is_dir() and not folder.name.startswith(".")}
     empty = sorted(folders - set(images.features["label"].names))
     if empty:
-        logger.warning(f"{path!r} has folders without images, which are no classes: {', '.join(empty)}")
+        logger.warning(f"{path!r} has folders without images, which are not used as classes: {', '.join(empty)}")
     return numbered(images)
 
 
 def load_test_images(data: ImageArguments) -> tuple[Dataset | None, list[str]]:
-    """The images to classify, as `with_labels` has them but without labels, and the file or row that each is from."""
+    """Return the images to classify, in the form of `with_labels` without labels, and the file or row of each."""
     if data.test_dir and data.test_file:
-        raise UserError("give --test_dir or --test_file, not both")
+        raise UserError("--test_dir and --test_file cannot be combined")
     if data.test_dir:
         folder, known = require_path(data.test_dir, "image folder"), Image.registered_extensions()
         files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in known and file.is_file())
@@ -151,15 +156,17 @@ def load_test_images(data: ImageArguments) -> tuple[Dataset | None, list[str]]:
 
 
 def numbered(rows: Dataset) -> Dataset:
-    """The rows with their numbers, which messages name however the rows are shuffled and split later."""
+    """Add the number of each row, which messages name however the rows are shuffled and split later."""
     return rows if "source_row" in rows.column_names else rows.add_column("source_row", list(range(len(rows))))
 
 
 def load_images(
     data: ImageArguments, training: TrainingArguments, evaluated: PreTrainedConfig | None = None
 ) -> tuple[Dataset | None, Dataset | None, list[str], str]:
-    """Training and validation images and labels, the names of the classes (those of the model that is only evaluated,
-    if any), and a sentence about the source. Without training, what is not given is None."""
+    """Return training and validation images with labels, the names of the classes, and a sentence about the source.
+
+    The classes are those of the model `evaluated`, if one is given. Without training, a part that is not given is None.
+    """
     train, validation, source = load_parts(data, training)
     for part in (part for part in (train, validation) if part is not None):
         shown = part.remove_columns([name for name in ("source_row",) if name in part.column_names])
@@ -179,12 +186,12 @@ def load_images(
 
 
 def load_parts(data: ImageArguments, training: TrainingArguments) -> tuple[Dataset | None, Dataset | None, str]:
-    """Training and validation rows as they come, and where they are from."""
+    """Return unchanged training and validation rows, and a description of their source."""
     if data.validation_dir and not data.train_dir and training.do_train:
-        raise UserError("--validation_dir needs --train_dir too")
+        raise UserError("--validation_dir requires --train_dir, unless --do_train is false")
     if data.train_dir or data.validation_dir:
         if data.train_file or data.validation_file or data.dataset_name:
-            raise UserError("--train_dir, --train_file and --dataset_name are three kinds of data; give one")
+            raise UserError("--train_dir, --train_file and --dataset_name cannot be combined; give one of them")
         train, held_out = (load_folder(path) if path else None for path in (data.train_dir, data.validation_dir))
         return *parts_of(train, held_out, data, training, training.seed), f"`{data.name('')}`"
     if data.dataset_name or data.train_file or data.validation_file:
@@ -197,7 +204,7 @@ def load_parts(data: ImageArguments, training: TrainingArguments) -> tuple[Datas
 
 
 def tell_missing(train: Dataset, validation: Dataset, names: list[str]) -> None:
-    """Says which declared classes have no training image, or are never asked for."""
+    """Warn about declared classes without a training or a validation image."""
     for part, name in ((train, "training"), (validation, "validation")):
         missing = [names[i] for i in sorted(set(range(len(names))) - set(part["label"][:]))]
         if missing:
@@ -206,30 +213,34 @@ def tell_missing(train: Dataset, validation: Dataset, names: list[str]) -> None:
 
 
 def most_frequent_class(train: Dataset, validation: Dataset, classes: int) -> tuple[float, float]:
-    """Accuracy of always saying the most frequent training class, and cross entropy of the classes' frequencies."""
+    """Return the accuracy of the most frequent training class, and the cross entropy of the class frequencies."""
     shares = (np.bincount(train["label"][:], minlength=classes) + 1) / (len(train) + classes)
     labels = np.asarray(validation["label"][:])
     return float((labels == shares.argmax()).mean()), float(-np.log(shares)[labels].mean())
 
 
 def class_names(train: Dataset, column: str, several: bool = True) -> list[str]:
-    """Names of the classes: those the data set declares, or the sorted values of the labels, which must be `several`
-    to train on."""
+    """Return the class names: those the data set declares, or the sorted values of the labels.
+
+    With `several`, fewer than two classes raise a `UserError`.
+    """
     feature = train.features[column]
     if isinstance(feature, datasets.ClassLabel):
         return feature.names
     values = set(train[column])
     if None in values:
-        raise UserError(f"column {column!r} has rows without a label; leave them out")
+        raise UserError(f"column {column!r} has rows without a label; remove them from the data")
     if not all(isinstance(value, (str, int)) for value in values):
-        raise UserError(f"column {column!r} holds {feature}, not classes: text or whole numbers are needed")
+        raise UserError(f"column {column!r} holds {feature}, not classes; labels must be text or whole numbers")
     if len(values) == 1 and several:
-        raise UserError(f"column {column!r} has the same value {values.pop()!r} in every row: nothing to tell apart")
+        raise UserError(
+            f"column {column!r} has the same value {values.pop()!r} in every row; at least two classes are required"
+        )
     return [str(value) for value in sorted(values)]
 
 
 def with_labels(part: Dataset, data: ImageArguments, names: list[str]) -> Dataset:
-    """Image (not decoded yet), label (numbered by `names`) and number of the row."""
+    """Return rows with the image (not decoded), the label (its index in `names`) and the number of the row."""
     part = numbered(part)
     feature = part.features[data.label_column]
     values = part[data.label_column][:]
@@ -250,12 +261,12 @@ def with_labels(part: Dataset, data: ImageArguments, names: list[str]) -> Datase
 
 
 def decode(image: dict[str, Any]) -> Image.Image:
-    """The RGB image in a row. Pillow's decoders raise errors of many kinds."""
+    """Decode the RGB image of a row. Pillow's decoders raise errors of many types."""
     return datasets.Image().decode_example(image).convert("RGB")
 
 
 def first_image(part: Dataset, column: str) -> Image.Image:
-    """The first image that decodes, of the first 16."""
+    """Return the first of 16 images that decodes."""
     for row in part.select(range(min(16, len(part)))):
         try:
             return decode(row["image"])
@@ -265,10 +276,10 @@ def first_image(part: Dataset, column: str) -> Image.Image:
 
 
 def try_images(part: Dataset, name: str) -> None:
-    """Decodes every image of a part, if there are no more than `TRIED`.
+    """Decode every image of a part with at most `TRIED` images.
 
     Raises:
-        UserError: for images that do not decode; the first is named, and the others are counted.
+        UserError: for images that do not decode. It names the first and counts the others.
     """
     if len(part) > TRIED:
         return
@@ -280,7 +291,7 @@ def try_images(part: Dataset, name: str) -> None:
             bad.append(problem_of(row, name, error))
     if bad:
         others = f", and {len(bad) - 1:,} more do not" if len(bad) > 1 else ""
-        raise UserError(f"{bad[0]}{others} (--bad_images skip leaves out such images)")
+        raise UserError(f"{bad[0]}{others} (use --bad_images skip to leave such images out)")
 
 
 def problem_of(row: dict[str, Any], part: str, error: Exception) -> str:
@@ -290,18 +301,19 @@ def problem_of(row: dict[str, Any], part: str, error: Exception) -> str:
 
 
 def target_size(processor) -> tuple[int, int]:
-    """Height and width of what the processor returns."""
+    """Return height and width of the processor's output."""
     size = processor.crop_size if processor.do_center_crop else processor.size
     return (size.height, size.width) if size.height else (size.shortest_edge,) * 2
 
 
 class ImageCollator:
-    """Rows to pixels and labels. Those with a "key" are for training: changed at random, and mixed if asked for (then
-    with "soft_labels", probabilities of the classes). The others go through the processor alone; those without "label"
-    are a test's.
+    """Turn rows into pixels and labels.
 
-    An image that does not decode is an error, or it is left out of a training batch; where it must keep its place (in
-    evaluation, or as the only one of a batch), it is black and its label is -100, which counts nowhere.
+    Rows with a "key" are for training: they are augmented, and with mixup or cutmix the batch has "soft_labels",
+    probabilities of the classes. Other rows only pass through the processor. Rows without "label" are test rows.
+
+    An image that does not decode raises an error or is left out of a training batch. If it must keep its place (in
+    evaluation, or as the only image of a batch), it is black and labelled -100, so that it does not count.
     """
 
     uses_keys = True
@@ -350,14 +362,14 @@ class ImageCollator:
         except Exception as error:
             problem = problem_of(row, part, error)
             if self.bad_images == "error":
-                raise UserError(f"{problem} (--bad_images skip leaves out such images)") from error
+                raise UserError(f"{problem} (use --bad_images skip to leave such images out)") from error
             if not any(marks.any() for marks in self.bad.values()):
-                logger.warning(f"{problem}; it is skipped, and so are others like it")
+                logger.warning(f"{problem}; this image and others that do not decode are skipped")
             self.bad[part][row["source_row"]] = True
             return None
 
     def process(self, images: list[Image.Image]) -> torch.Tensor:
-        fits = all(image.size == self.size[::-1] for image in images)  # resizing would change nothing, but take long
+        fits = all(image.size == self.size[::-1] for image in images)  # resizing would change nothing but take time
         resize = self.processor.do_resize and (self.processor.do_center_crop or not fits)
         return self.processor(images, do_resize=resize, return_tensors="pt")["pixel_values"]
 

@@ -1,4 +1,4 @@
-"""DeiT's random changes of a training image, computed by kornia (and Pillow, which crops and resizes)."""
+"""DeiT's augmentation of a training image, computed by kornia (and Pillow, which crops and resizes)."""
 
 import re
 
@@ -15,7 +15,7 @@ from .errors import UserError
 
 
 def _move(pixels: Tensor, matrix: Tensor, fill: Tensor) -> Tensor:
-    """Moves pixels by a 2 x 3 matrix (source to target); what comes from outside has the colour `fill`."""
+    """Move pixels by a 2 x 3 matrix (source to target); pixels from outside the image have the colour `fill`."""
     size = tuple(pixels.shape[-2:])
     moved = warp_affine(pixels, matrix[None], size, mode="bicubic", padding_mode="fill", fill_value=fill)
     return moved.clamp(0, 1)
@@ -40,7 +40,7 @@ def _shear(pixels: Tensor, factor: float, axis: int, fill: Tensor) -> Tensor:
 
 
 # The fifteen operations of RandAugment in the "increasing" form (inc1), as functions of the pixels (1, 3, height,
-# width) from 0 to 1, the magnitude m from 0 to 1, a random sign s and the colour of what comes from outside the image.
+# width) from 0 to 1, the magnitude m from 0 to 1, a random sign s and the colour of pixels from outside the image.
 OPERATIONS = {
     "auto_contrast": lambda x, m, s, fill: enhance.normalize_min_max(x),
     "equalize": lambda x, m, s, fill: enhance.equalize(x),
@@ -61,28 +61,31 @@ OPERATIONS = {
 
 
 def rand_augment_options(name: str) -> tuple[float, float, int]:
-    """Magnitude, its deviation and the number of operations in a name such as "rand-m9-mstd0.5-inc1" (timm's
-    notation)."""
+    """Return magnitude, its standard deviation and the number of operations of a policy such as "rand-m9-mstd0.5-inc1".
+
+    The notation is timm's.
+    """
     parts = [re.fullmatch(r"(m|mstd|n|inc)(\d+\.?\d*)", part) for part in name.split("-")[1:]]
     if not name.startswith("rand-") or None in parts:
-        raise UserError(f"--rand_augment is {name!r}; allowed is none, or a name such as rand-m9-mstd0.5-inc1")
+        raise UserError(f"--rand_augment is {name!r}; it must be none, or a policy such as rand-m9-mstd0.5-inc1")
     values = {"m": 10.0, "mstd": 0.0, "n": 2.0, "inc": 0.0} | {part[1]: float(part[2]) for part in parts}
     if values["inc"] != 1:
-        raise UserError(f"--rand_augment is {name!r}; with kornia only the increasing form is there: add -inc1")
+        raise UserError(f"--rand_augment is {name!r}; kornia supports only the increasing form: add -inc1")
     return values["m"], values["mstd"], int(values["n"])
 
 
 class KorniaAugmentation:
-    """Random resized crop, mirroring, RandAugment or else colour jitter, and erasing. All random numbers are drawn from
-    torch's generator.
+    """Random resized crop, mirroring, RandAugment or else colour jitter, and erasing.
+
+    All random numbers are drawn from torch's generator.
 
     Args:
         size: (height, width) of the result.
-        crop_scale: smallest share of the image that a crop covers.
+        crop_scale: smallest share of the image area that a crop covers.
         rand_augment: such as "rand-m9-mstd0.5-inc1", or "none".
-        color_jitter: brightness, contrast and saturation change by up to this share; without RandAugment only.
+        color_jitter: brightness, contrast and saturation change by up to this share. Used only without RandAugment.
         random_erasing: probability that a rectangle is filled with noise.
-        mean, std: of the normalisation.
+        mean, std: mean and standard deviation of the normalisation.
         resample: Pillow's filter for the crop.
     """
 
@@ -103,11 +106,11 @@ class KorniaAugmentation:
         self.rand = None if rand_augment == "none" else rand_augment_options(rand_augment)
         self.jitter = ColorJitter(color_jitter, color_jitter, color_jitter) if color_jitter else None
         self.random_erasing = random_erasing
-        # Marks a rectangle with ones. kornia itself fills it with one colour, DeiT with noise.
+        # Marks a rectangle with ones, because kornia fills it with one colour and DeiT with noise.
         self.rectangle = RandomErasing(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=1.0, p=1.0)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Normalised pixels (3, height, width) of an RGB image."""
+        """Return normalised pixels (3, height, width) of an RGB image."""
         pixels = self.crop(image)
         if torch.rand(()) < 0.5:
             pixels = pixels.flip(-1)
@@ -128,7 +131,7 @@ class KorniaAugmentation:
         return torch.from_numpy(np.array(part)).permute(2, 0, 1)[None].float() / 255
 
     def rand_augment(self, pixels: Tensor) -> Tensor:
-        """Each operation is applied with probability one half, at a magnitude drawn anew."""
+        """Apply each operation with probability one half, at a newly drawn magnitude."""
         magnitude, deviation, count = self.rand
         operations = list(OPERATIONS.values())
         for chosen in torch.randint(len(operations), (count,)).tolist():

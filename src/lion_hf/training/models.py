@@ -1,4 +1,4 @@
-"""The model that the arguments name: a new one, one with the weights of a BERT or ViT, or an existing one."""
+"""Build the model that the arguments describe: new, with the weights of a BERT or ViT, or existing."""
 
 import re
 from pathlib import Path
@@ -15,9 +15,9 @@ from .errors import UserError, require_path, user_errors
 
 
 LION_TYPES = ("lion", "lion_vision")
-# New models of other kinds that the flags for sizes fit, for text and for images.
+# Types of baselines that the size flags fit, for text and for images.
 BASELINES = {"lion": ("bert", "modernbert"), "lion_vision": ("vit", "deit")}
-# What the models of an Auto class are, in words.
+# Models of an Auto class, in words.
 PURPOSES = {
     "AutoModel": "a model",
     "AutoModelForMaskedLM": "a text model that can fill masks",
@@ -25,37 +25,37 @@ PURPOSES = {
     "AutoModelForImageClassification": "an image model",
 }
 LABEL_OPTIONS = ("id2label", "label2id", "problem_type", "num_labels")
-# Options that only LION has; new models of other kinds are built without their defaults.
+# Options that only LION has; new models of other types are built without their defaults.
 LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate", "classifier_pooling")
-# Options that change no parameter: existing models take them too.
+# Options that change no parameter, so that existing models accept them too.
 LIVE_OPTIONS = ("classifier_pooling",)
 
 
 def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
-    """Configuration of a checkpoint by Hub name or folder, which `auto_class` must be able to load."""
+    """Return the configuration of a checkpoint, by Hub name or folder, that `auto_class` can load."""
     if Path(name_or_path).exists() and not (Path(name_or_path) / "config.json").is_file():
         raise UserError(f"{name_or_path!r} is not a checkpoint: it has no config.json")
-    if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/")):  # no name of the Hub
+    if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/")):  # not a Hub name
         require_path(name_or_path, "model folder")
     with user_errors(f"cannot load {name_or_path!r}", OSError, ValueError, StrictDataclassError):
         config = AutoConfig.from_pretrained(name_or_path)
     if type(config) not in auto_class._model_mapping:
         raise UserError(
-            f"{name_or_path!r} is a {config.model_type!r} model, which {auto_class.__name__} does not know: "
-            f"this script needs {PURPOSES[auto_class.__name__]}"
+            f"{name_or_path!r} is a {config.model_type!r} model, which {auto_class.__name__} cannot load: "
+            f"this script requires {PURPOSES[auto_class.__name__]}"
         )
     return config
 
 
 def require_head(config: PreTrainedConfig, auto_class, name: str) -> None:
-    """Raises a `UserError` for a model without the head that a script evaluates: it would be a random one."""
+    """Raise a `UserError` for a model without the head that a script evaluates, which would be random."""
     wanted = auto_class.__name__.removeprefix("AutoModel")
     heads = {found[0] for x in config.architectures or [] if (found := re.search(r"(For[A-Z]\w+|Model)$", x))}
-    # Classes of one's own say nothing by their names.
+    # Names of custom classes do not reveal their head.
     heads &= {"Model"} | {x.removeprefix("AutoModel") for x in modeling_auto.__all__ if x.startswith("AutoModelFor")}
     if heads and not heads & {wanted, "ForPreTraining"}:
         raise UserError(
-            f"{name!r} holds {', '.join(config.architectures)}, which has no trained head for this script: train it "
+            f"{name!r} holds {', '.join(config.architectures)}, which has no trained head for this script. Train it "
             "first, without --do_train false"
         )
 
@@ -63,15 +63,14 @@ def require_head(config: PreTrainedConfig, auto_class, name: str) -> None:
 def build_model(
     auto_class, model_type: str, model: ModelArguments, defaults: dict[str, Any], fixed: dict[str, Any]
 ) -> PreTrainedModel:
-    """The model to train: an existing one, one with the weights of a BERT or ViT, a preset, or one of the sizes given
-    by flags.
+    """Return the model to train: existing, with the weights of a BERT or ViT, a preset, or of the sizes of the flags.
 
     Args:
-        auto_class: such as `AutoModelForMaskedLM`.
-        model_type: "lion" or "lion_vision", where the arguments do not name another kind.
+        auto_class: an Auto class such as `AutoModelForMaskedLM`.
+        model_type: "lion" or "lion_vision"; `model.model_type` overrides it.
         model: the arguments.
-        defaults: options of a new model where neither preset nor flags say otherwise.
-        fixed: options that the data decides, such as the size of the vocabulary.
+        defaults: options of a new model that presets and flags override.
+        fixed: options that follow from the data, such as the size of the vocabulary.
     """
     config = known_config(auto_class, model_type, model, defaults, fixed)
     if model.warm_start:
@@ -93,15 +92,17 @@ def build_model(
 def known_config(
     auto_class, model_type: str, model: ModelArguments, defaults: dict[str, Any], fixed: dict[str, Any] | None = None
 ) -> PreTrainedConfig:
-    """The configuration that the arguments name, see `build_model`: of an existing model as it is stored, of a new one
-    with `fixed`. Called before data is read, it shows what is wrong with the arguments.
+    """Return the configuration that the arguments describe, see `build_model`.
+
+    That of an existing model is returned as stored, that of a new one with `fixed`. Called before data is read, this
+    finds wrong arguments early.
 
     Raises:
-        UserError: for options that do not fit together, and a checkpoint that does not fit the script.
+        UserError: for options that cannot be combined, and for a checkpoint that the script cannot use.
     """
     if model.warm_start and (model.preset or model.model_type):
         first = "preset" if model.preset else "model_type"
-        raise UserError(f"--warm_start says what size and kind the model is; it cannot be combined with --{first}")
+        raise UserError(f"--warm_start determines the size and type of the model; it cannot be combined with --{first}")
     if model.model_name_or_path:
         return _config_to_go_on_with(auto_class, model)
     if model.warm_start:
@@ -115,17 +116,17 @@ def known_config(
         options["format"] = model.format
     with user_errors("wrong model options", ValueError, StrictDataclassError):
         config = AutoConfig.for_model(model_type, **options)
-        config.architectures = config.architectures or []  # `from_config` walks through it where a kind has two classes
+        config.architectures = config.architectures or []  # `from_config` iterates over it for types with two classes
     return config
 
 
 def _config_to_go_on_with(auto_class, model: ModelArguments) -> PreTrainedConfig:
-    """The configuration of `--model_name_or_path`, which no other argument may contradict."""
+    """Return the configuration of `--model_name_or_path`, which cannot be combined with options of a new model."""
     others = {"warm_start": model.warm_start, "preset": model.preset, "model_type": model.model_type}
     others |= {name: value for name, value in model.overrides().items() if name not in LIVE_OPTIONS}
     first = next((name for name, value in others.items() if value is not None), None)
     if first:
-        raise UserError(f"--model_name_or_path says what the model is; it cannot be combined with --{first}")
+        raise UserError(f"--model_name_or_path determines the model; it cannot be combined with --{first}")
     config = existing_config(model.model_name_or_path, auto_class)
     live = [name for name in LIVE_OPTIONS if name in model.overrides() and not hasattr(config, name)]
     live += ["format"] if config.model_type not in LION_TYPES and model.format not in (None, "auto") else []
@@ -137,12 +138,12 @@ def _config_to_go_on_with(auto_class, model: ModelArguments) -> PreTrainedConfig
 
 
 def _config_to_start_from(auto_class, model_type: str, model: ModelArguments) -> PreTrainedConfig:
-    """The configuration of `--warm_start`, from which a LION with the given options can be made."""
+    """Return the configuration of `--warm_start`; raise if no LION with the given options can start from it."""
     config, source = existing_config(model.warm_start, auto_class), BASELINES[model_type][0]
     if config.model_type != source:
         raise UserError(
-            f"--warm_start takes a {source!r} model, but {model.warm_start!r} is a {config.model_type!r} model; "
-            "a LION goes on with --model_name_or_path"
+            f"--warm_start requires a {source!r} model, but {model.warm_start!r} is a {config.model_type!r} model; "
+            "to continue from a LION use --model_name_or_path"
         )
     derive = config_from_bert if source == "bert" else config_from_vit
     with user_errors(f"cannot start from {model.warm_start!r}", ValueError):
@@ -151,7 +152,7 @@ def _config_to_start_from(auto_class, model_type: str, model: ModelArguments) ->
 
 
 def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Options of a new model: of the preset, or else the defaults, and those given by flags."""
+    """Return the options of a new model: those of the preset, or else the defaults, and those given by flags."""
     overrides = model.overrides()
     if model_type not in LION_TYPES:
         overrides = _options_of_baseline(model_type, model)
@@ -167,23 +168,23 @@ def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any
 
 
 def _options_of_baseline(model_type: str, model: ModelArguments) -> dict[str, Any]:
-    """The given options, all of which a model of another kind than LION must have."""
+    """Return the given options; raise a `UserError` for one that the baseline does not have."""
     overrides = model.overrides()
     known = CONFIG_MAPPING[model_type].__dataclass_fields__
     foreign = [name for name in LION_OPTIONS if name in overrides and name not in known]
     foreign += ["preset"] if model.preset else ["format"] if model.format not in (None, "auto") else []
     if foreign:
-        raise UserError(f"--{foreign[0]} is an option of LION; a {model_type!r} model has none")
+        raise UserError(f"--{foreign[0]} is an option of LION; a {model_type!r} model does not have it")
     foreign = next((name for name in overrides if name not in known), None)
     if foreign:
-        raise UserError(f"--{foreign} is no option of a {model_type!r} model")
-    if "hidden_dropout_prob" in overrides:  # LION's own default for attention is 0, others' is not
+        raise UserError(f"--{foreign} is not an option of a {model_type!r} model")
+    if "hidden_dropout_prob" in overrides:  # the default of attention dropout is 0 for LION only
         overrides["attention_probs_dropout_prob"] = overrides["hidden_dropout_prob"]
     return overrides
 
 
 def _warm_started(auto_class, model_type: str, model: ModelArguments, fixed: dict[str, Any]) -> PreTrainedModel:
-    """A LION with the weights of `--warm_start`, in float32, in which it is trained."""
+    """Return a LION with the weights of `--warm_start`, in float32 for training."""
     start, config_class = {"lion": (from_bert, LionConfig), "lion_vision": (from_vit, LionVisionConfig)}[model_type]
     options = model.overrides() | {k: v for k, v in fixed.items() if k in LABEL_OPTIONS} | {"format": model.format}
     with user_errors(f"cannot start from {model.warm_start!r}", OSError, ValueError, StrictDataclassError):

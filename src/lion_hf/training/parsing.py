@@ -1,13 +1,15 @@
-"""From flags, or one file and the flags after it, to arguments."""
+"""Parse flags, or one argument file and the flags after it, into dataclasses of arguments."""
 
+import argparse
 import difflib
+import inspect
 import json
-from argparse import SUPPRESS
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 
 from .arguments import ModelArguments
@@ -20,8 +22,55 @@ logger = logging.get_logger(__name__)
 Smoke = dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]
 
 
+# Flags of `TrainingArguments` that `--help` lists with those of the script.
+_OFTEN_USED = {"max_steps", "num_train_epochs", "weight_decay", "lr_scheduler_type", "gradient_accumulation_steps"}
+_OFTEN_USED |= {"bf16", "use_cpu", "eval_steps", "save_steps", "load_best_model_at_end", "metric_for_best_model"}
+_OFTEN_USED |= {"dataloader_num_workers", "report_to", "disable_tqdm"}
+
+
+_ABOUT_FILES = """\
+FILE is a YAML or JSON file with names of flags as keys; flags after it override its values. --preset chooses a model
+of a file that serves several. --smoke shrinks any recipe to two steps of a tiny model on built-in data. Flags may be
+written with hyphens: --output-dir.
+"""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Help that keeps the newlines of the description and shows one spelling of each flag."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return ", ".join(action.option_strings[:2] if action.dest == "help" else action.option_strings[:1])
+        values = "NUMBER" if action.type in (int, float) else "TEXT"
+        values = "true|false" if action.type is string_to_bool else values
+        return f"{action.option_strings[0]} {self._format_args(action, values)}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        """The help text with the default, unless there is none or the text names it."""
+        if action.default is None or action.nargs == 0 or "default" in (action.help or "").lower():
+            return action.help
+        return super()._get_help_string(action)
+
+
 class _Parser(HfArgumentParser):
-    """Errors are exceptions, not a page of usage."""
+    """Raises `UserError` instead of printing a page of usage. `--help` lists the script's own flags first."""
+
+    def __init__(self, classes: Sequence[type], **kwargs):
+        usage = "%(prog)s [FILE] --output_dir FOLDER [FLAGS]"
+        super().__init__(classes, formatter_class=_Formatter, usage=usage, **kwargs)
+        own = _OFTEN_USED | {
+            name
+            for cls in classes
+            for base in cls.__mro__
+            if base not in TrainingArguments.__mro__
+            for name in inspect.get_annotations(base)
+        }
+        training = self.add_argument_group("training")
+        others = self.add_argument_group("all other flags of Transformers' TrainingArguments")
+        flags = self._optionals._group_actions
+        for action in [action for action in flags if action.dest != "help"]:
+            flags.remove(action)
+            (training if action.dest in own else others)._group_actions.append(action)
 
     def error(self, message: str):
         raise UserError(message)
@@ -30,22 +79,21 @@ class _Parser(HfArgumentParser):
 def parse_arguments(
     classes: Sequence[type], argv: Sequence[str], description: str | None = None, smoke: Smoke | None = None
 ) -> tuple:
-    """Flags; or one file with the flags' names as keys (see `recipes`), which flags after it override.
+    """Parse flags, or one file with the names of flags as keys (see `recipes`) that flags after it override.
 
     Args:
         classes: dataclasses of arguments, one of them `TrainingArguments`.
-        argv: what follows the script's name.
+        argv: the arguments after the name of the script.
         description: the first lines of `--help`.
-        smoke: what the flag `--smoke` changes in the file's values, None for those it takes away, or a function of
-            these values that says so; flags still override.
+        smoke: values that the flag `--smoke` sets over those of the file (None removes one), or a function from the
+            values of the file to these. Flags still override them.
 
     Raises:
-        UserError: for unknown flags or keys, wrong values, a preset that the file does not know or needs, and a missing
-            `output_dir`.
+        UserError: for unknown flags or keys, wrong values, an unknown or missing preset, and a missing `output_dir`.
     """
     given, argv = argv, _merge(argv, smoke)
     if smoke is not None:
-        description = f"{description}\n--smoke shrinks any recipe to two steps of a tiny model on built-in data."
+        description = f"{description}\n{_ABOUT_FILES}"
     parser = _Parser(classes, description=description, allow_abbrev=False)
     with user_errors("wrong arguments", ValueError, OSError, ImportError):
         *parsed, unknown = parser.parse_args_into_dataclasses(
@@ -53,12 +101,12 @@ def parse_arguments(
         )
     if unknown and not unknown[0].startswith("-"):
         is_file = Path(unknown[0]).suffix in ARGUMENT_FILES
-        hint = "a file of arguments comes before all flags" if is_file else "no flag before it takes it"
+        hint = "an argument file must come before all flags" if is_file else "it does not belong to a flag"
         raise UserError(f"unexpected {unknown[0]!r}: {hint}")
     if unknown:
         if unknown[0] not in given and not given[0].startswith("-"):
             raise UserError(
-                f"{given[0]} sets {unknown[0].removeprefix('--')!r}, which this script does not know; is it made for "
+                f"{given[0]} sets {unknown[0].removeprefix('--')!r}, which is not a flag of this script; is it for "
                 "another script?"
             )
         known = [option for action in parser._actions for option in action.option_strings]
@@ -66,27 +114,29 @@ def parse_arguments(
         raise UserError(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     training = next(x for x in parsed if isinstance(x, TrainingArguments))
     if "--output_dir" not in {flag.split("=")[0].replace("-dir", "_dir") for flag in argv}:
-        raise UserError("--output_dir is required: the folder that everything is written to")
+        raise UserError("--output_dir is required: the folder for everything that the run writes")
     model = next((x for x in parsed if isinstance(x, ModelArguments)), None)
     if not training.do_train and model is not None and not model.model_name_or_path:
-        raise UserError("--do_train false evaluates a trained model: name it with --model_name_or_path")
+        raise UserError("--do_train false requires --model_name_or_path, the trained model to evaluate")
     make_output_dir(training.output_dir)
     is_recipe = smoke is not None and not given[0].startswith("-") and SECTION in read_values(given[0])
     if is_recipe and "--smoke" not in given and training.device.type == "cpu":
-        logger.warning(f"{given[0]} is made for GPUs, and there is none; --smoke runs it on a CPU in seconds")
+        logger.warning(
+            f"{given[0]} is a recipe for GPUs, and no GPU is available; --smoke runs a tiny version on a CPU in seconds"
+        )
     return tuple(parsed)
 
 
 def given_values(classes: Sequence[type], argv: Sequence[str], smoke: Smoke | None = None) -> dict[str, Any]:
-    """What a file and flags say by themselves, by name: the parsed arguments without the defaults."""
+    """Return the values that a file and flags set, by name: the parsed arguments without the defaults."""
     parser = _Parser(classes, allow_abbrev=False)
     for action in parser._actions:
-        action.default = SUPPRESS
+        action.default = argparse.SUPPRESS
     return vars(parser.parse_args(_merge(argv, smoke)))
 
 
 def _merge(argv: Sequence[str], smoke: Smoke | None) -> list[str]:
-    """The file's values, as `--smoke` changes them, and the flags after it, all as flags."""
+    """Return the values of the file, changed by `--smoke`, and the flags after it, all as flags."""
     argv, values = list(argv), {}
     if argv and not argv[0].startswith("-"):
         preset, argv = take_preset(argv)

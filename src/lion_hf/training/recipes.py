@@ -1,8 +1,8 @@
-"""Files of arguments: YAML or JSON with the names of flags as keys, and one file for many models by presets.
+"""Argument files: YAML or JSON with the names of flags as keys, and presets for several models in one file.
 
-A file with a section `presets` is for several models, of which `--preset` chooses one. The section holds names, or
-patterns of the names in `lion_hf.PRESETS`, each with the values that it adds to the others of the file or puts in their
-place. `{preset}` in a value stands for the chosen name:
+A file with a section `presets` serves several models, of which `--preset` chooses one. The section holds names, or
+patterns of the names in `lion_hf.PRESETS`. Each has values that are added to those of the file or override them.
+`{preset}` in a value stands for the chosen name::
 
     presets:
       lion-*-base: {learning_rate: 8.0e-4}
@@ -29,14 +29,14 @@ _WILDCARDS = "*?["
 
 
 def read_values(path: str | Path) -> dict[str, Any]:
-    """The names and values of a file as they stand there, the section `presets` among them.
+    """Return the names and values of a file as written, including the section `presets`.
 
     Raises:
-        UserError: for a file of another kind, one that is missing, or one that does not hold names and values.
+        UserError: for a file of another type, a missing file, or one that does not hold names and values.
     """
     path = Path(path)
     if path.suffix not in ARGUMENT_FILES:
-        raise UserError(f"{str(path)!r} is neither a flag nor a .yaml, .yml or .json file of arguments")
+        raise UserError(f"{str(path)!r} is neither a flag nor a .yaml, .yml or .json argument file")
     require_path(path, "argument file")
     with user_errors(f"{path} is not valid", yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError):
         text = path.read_text(encoding="utf-8")
@@ -45,26 +45,24 @@ def read_values(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} must hold names and values, such as 'learning_rate: 0.001'")
     section = values.get(SECTION, {})
     if not isinstance(section, dict) or not all(isinstance(x, dict | None) for x in section.values()):
-        raise UserError(
-            f"{path}: '{SECTION}' must hold names of presets, each with names and values of its own or nothing"
-        )
+        raise UserError(f"{path}: '{SECTION}' must hold names of presets, each with names and values or nothing")
     return values
 
 
 def presets_of(path: str | Path) -> list[str]:
-    """The presets that a file can be used with; none if it has no section `presets`."""
+    """Return the presets that a file can be used with; none if it has no section `presets`."""
     return _allowed(read_values(path).get(SECTION, {}))
 
 
 def expand(path: str | Path, preset: str | None = None) -> dict[str, Any]:
-    """The values of a file for one preset, as flags would give them.
+    """Return the values of a file for one preset, in the form that flags give.
 
     Args:
         path: the file.
         preset: one of `presets_of(path)`, in upper or lower case; None for a file without a section `presets`.
 
     Raises:
-        UserError: where the preset is missing or not among those of the file; see also `read_values`.
+        UserError: if the preset is missing or not among those of the file; see also `read_values`.
     """
     values = read_values(path)
     if SECTION not in values:
@@ -72,7 +70,7 @@ def expand(path: str | Path, preset: str | None = None) -> dict[str, Any]:
     section = values.pop(SECTION)
     allowed = _allowed(section)
     if preset is None:
-        raise UserError(f"{path} needs --preset, one of {', '.join(allowed)}")
+        raise UserError(f"{path} requires --preset, one of {', '.join(allowed)}")
     name = preset.lower()
     if name not in allowed:
         raise UserError(f"--preset is {preset!r}; {path} allows {', '.join(allowed)}")
@@ -83,7 +81,7 @@ def expand(path: str | Path, preset: str | None = None) -> dict[str, Any]:
 
 
 def take_preset(flags: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of the last `--preset` among flags, and the other flags."""
+    """Return the value of the last `--preset` among flags, and the other flags."""
     preset, others, left = None, [], list(flags)
     while left:
         flag = left.pop(0)
@@ -97,7 +95,7 @@ def take_preset(flags: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _allowed(section: dict[str, Any]) -> list[str]:
-    """The names of a section, and those that its patterns match; presets of the paper in their order."""
+    """Return the names of a section and those that its patterns match, presets of the paper in their order."""
     names = [pattern for pattern in section if not any(sign in pattern for sign in _WILDCARDS)]
     matched = [name for name in PRESETS if any(fnmatchcase(name, pattern) for pattern in section)]
     return list(dict.fromkeys(matched + names))

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, the model, curves and a model card."""
+"""The outputs of a run: metrics, the model, curves and a model card."""
 
 import csv
 import json
@@ -32,14 +32,14 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class Report:
-    """What a script says about its run: in the model card, and in the curves.
+    """Contents of the model card and the curves of a run.
 
     Attributes:
-        title, data: the model and its data in a few words; a sentence about where the data is from.
-        metric, metric_label: what is evaluated, as a share (drawn in percent) or a `correlation`.
-        metric_baseline, loss_baseline: what one reaches without reading the input, with its name.
-        metric_error: how far chance alone may take `metric` from its baseline.
-        judged_by_loss: whether the loss tells if anything was learned, and not the metric.
+        title, data: the model and its data in a few words; a sentence about the source of the data.
+        metric, metric_label: the evaluated metric, a share (drawn in percent) or a `correlation`.
+        metric_baseline, loss_baseline: name and value of a baseline that does not read the input.
+        metric_error: difference between `metric` and its baseline that chance alone explains.
+        judged_by_loss: whether the loss, and not the metric, decides if the model has learned anything.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Report:
     judged_by_loss: bool = False
 
     def at_baseline(self, metrics: dict[str, float]) -> str | None:
-        """Says so where a run ends no better than its baseline: within `metric_error`, or with no number at all."""
+        """Return a sentence if a run ends no better than its baseline (within `metric_error`, or NaN), else None."""
         if self.judged_by_loss:
             found, baseline = metrics.get("eval_loss"), self.loss_baseline
         else:
@@ -74,7 +74,7 @@ class Report:
 
 
 def model_name(config) -> str:
-    """ "LION-D", "LION-S, snake", "LION-S, hybrid" or the kind of a baseline, for titles."""
+    """Return "LION-D", "LION-S, snake", "LION-S, hybrid" or the type of a baseline, for titles."""
     if not config.model_type.startswith("lion"):
         return config.model_type
     name = variant_class(config.mask_type).label
@@ -83,26 +83,26 @@ def model_name(config) -> str:
 
 
 def command_line(script: str, argv: Sequence[str]) -> str:
-    """The command of this run, to be repeated."""
+    """Return the command that repeats this run."""
     return shlex.join(["python", f"examples/{script}", *argv])
 
 
 def train_and_evaluate(
     trainer: Trainer, training: TrainingArguments, checkpoint: str | None, extra: Callable[[dict], dict] | None = None
 ) -> dict[str, float]:
-    """Trains, evaluates, prints and saves both sets of metrics; `extra` derives more from the evaluation's."""
+    """Train, evaluate, and log and save the metrics of both; `extra` derives more from those of the evaluation."""
     metrics: dict[str, float] = {}
     if training.do_train and checkpoint and trainer.is_finished(checkpoint):
         trainer.restore(checkpoint)
         stored = Path(training.output_dir) / "train_results.json"
         metrics |= json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
         if trainer.is_world_process_zero():
-            say(f"training was finished before, in {checkpoint}; evaluating it again")
+            say(f"training is already finished in {checkpoint}; evaluating it again")
     elif training.do_train:
         if checkpoint and trainer.is_world_process_zero():
-            say(f"going on from {checkpoint}")
+            say(f"resuming from {checkpoint}")
         metrics |= trainer.train(resume_from_checkpoint=checkpoint).metrics
-        if checkpoint:  # they divide all steps by the time since the resume
+        if checkpoint:  # speeds divide all steps by the time since the resume, so they are left out
             metrics = {name: value for name, value in metrics.items() if not name.endswith("per_second")}
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
@@ -117,7 +117,7 @@ def train_and_evaluate(
 
 
 def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, float], report: Report) -> None:
-    """After training: saves the model with its tokenizer or processor, the curves, and the model card."""
+    """Save the model with its tokenizer or processor, the curves and the model card after training."""
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(training.output_dir)
@@ -127,7 +127,7 @@ def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, flo
         problem = report.at_baseline(metrics)
         if problem:
             logger.warning(
-                f"the model has learned nothing that shows: {problem}. Try another --learning_rate (it was "
+                f"the model has not learned anything measurable: {problem}. Try another --learning_rate (it was "
                 f"{training.learning_rate:g}), or more epochs"
             )
 
@@ -135,12 +135,12 @@ def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, flo
 def write_predictions(
     path: Path, inputs: dict[str, Sequence[str]], names: Sequence[str], predictions: np.ndarray
 ) -> None:
-    """A csv file with a row per prediction: what was read, the label, and the probability of every class.
+    """Write a csv file with a row per prediction: the input, the label, and the probability of every class.
 
     Args:
-        path: where to.
-        inputs: columns that come first, by name: texts, or names of files.
-        names: of the classes; none for a regression, whose column is "prediction".
+        path: the file.
+        inputs: leading columns by name: texts, or names of files.
+        names: the classes; none for a regression, whose column is "prediction".
         predictions: (rows, classes) probabilities, or (rows, 1) numbers; NaN in rows that could not be read, which get
             no label.
     """
@@ -158,8 +158,10 @@ def write_predictions(
 
 
 def plot_curves(history: list[dict[str, float]], path: Path, report: Report) -> None:
-    """Loss, metric, learning rate and throughput against optimizer steps, as far as there are any, with the baselines
-    as dashed lines. What is averaged over steps stands in their middle; axes show the whole range from 0."""
+    """Plot loss, metric, learning rate and throughput, if logged, against optimizer steps.
+
+    Baselines are dashed lines. Means over several steps are drawn at the middle of these steps. Axes start at 0.
+    """
     percent = not report.correlation
     panels = (
         ((("loss", "training"), ("eval_loss", "evaluation")), report.loss_label, report.loss_baseline, 1),
@@ -197,8 +199,10 @@ def plot_curves(history: list[dict[str, float]], path: Path, report: Report) -> 
 
 
 def curve_points(history: list[dict[str, float]], key: str) -> list[tuple[float, float]]:
-    """Steps and values of a key: the loss and the throughput of training, which are means over the steps since they
-    were logged before, stand in the middle of these; all else at its step."""
+    """Return steps and values of a key.
+
+    Loss and throughput of training are means since the last logged step and get the middle of these steps.
+    """
     points, before = [], 0
     for entry in history:
         value = entry.get(key)
@@ -210,7 +214,7 @@ def curve_points(history: list[dict[str, float]], key: str) -> list[tuple[float,
 
 
 def write_card(path: Path, model, metrics: dict[str, float], report: Report) -> None:
-    """README.md of the saved folder: what the model is, its data, command, versions and metrics."""
+    """Write README.md of the saved folder: the model, its data, command, versions and metrics."""
     config = model.config
     is_lion = config.model_type.startswith("lion")
     kind = f"LION with mask type `{config.mask_type}`" if is_lion else f"`{config.model_type}`, a baseline for LION"
@@ -221,7 +225,7 @@ def write_card(path: Path, model, metrics: dict[str, float], report: Report) -> 
     for metric, baseline in ((report.metric, report.metric_baseline), ("eval_loss", report.loss_baseline)):
         rows += [f"| {metric} of a baseline: {baseline[0]} | {baseline[1]:,.4f} |"] if baseline else []
     problem = report.at_baseline(metrics)
-    verdict = f"**This model has learned nothing that shows:** {problem}.\n\n" if problem else ""
+    verdict = f"**This model has not learned anything measurable:** {problem}.\n\n" if problem else ""
     versions = {
         "lion_hf": __version__,
         "transformers": transformers.__version__,
@@ -268,7 +272,7 @@ Versions: {", ".join(f"{name} {version}" for name, version in versions.items())}
 
 
 def _with_own_variant(config, report: Report) -> tuple[str, str]:
-    """How to use and repeat a run: where the variant is not from this package, its module has to be imported first."""
+    """Return usage and command of a run; a custom variant adds the import of its module to both."""
     module = variant_class(config.mask_type).__module__
     if module.partition(".")[0] == variant_class.__module__.partition(".")[0]:
         return report.usage, report.command

@@ -1,4 +1,4 @@
-"""Text: where it comes from, its tokenizer, its rows of tokens, and what is masked in them."""
+"""Text: its sources, its tokenizer, its rows of tokens, and token masking."""
 
 import ast
 import sysconfig
@@ -22,37 +22,45 @@ from .errors import UserError, user_errors
 
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# Fewer tokens leave so few characters that hardly a word is known.
+# With fewer tokens there is room for so few characters that most words are unknown.
 MIN_VOCABULARY = 32
 VOCABULARY = 4096
 
 
 @dataclass
 class TextArguments(DataArguments):
+    """The data of masked language modelling."""
+
     text_column: str = field(default="text", metadata={"help": "Column with the text."})
     streaming: bool = field(
-        default=False, metadata={"help": "Read the training data as it comes, without storing it. Needs --max_steps."}
+        default=False, metadata={"help": "Stream the training data instead of storing it. Requires --max_steps."}
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Hub name or folder; else one is trained."})
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of a tokenizer. Default: the model's; for a new model one is trained."},
+    )
     vocab_size: int | None = field(
-        default=None, metadata={"help": f"Vocabulary of a tokenizer trained here, {VOCABULARY} by default."}
+        default=None, metadata={"help": f"Size of the vocabulary of a newly trained tokenizer. Default: {VOCABULARY}."}
     )
     train_tokenizer: int | None = field(
-        default=None, metadata={"help": "Train a tokenizer with so many tokens, whatever --tokenizer_name says."}
+        default=None, metadata={"help": "Train a tokenizer with this many tokens, even if --tokenizer_name is given."}
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens in a block, [CLS] and [SEP] included."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a row, including [CLS] and [SEP]."})
     line_by_line: bool = field(
-        default=False, metadata={"help": "A row per text, cut at max_length and padded, instead of joined texts."}
+        default=False,
+        metadata={"help": "Make a row of each text, cut at --max_length and padded, instead of joining texts."},
     )
-    mlm_probability: float = field(default=0.3, metadata={"help": "Share of masked tokens in training."})
-    eval_mlm_probability: float = field(default=0.15, metadata={"help": "Share of masked tokens in evaluation."})
+    mlm_probability: float = field(default=0.3, metadata={"help": "Share of tokens that are masked in training."})
+    eval_mlm_probability: float = field(
+        default=0.15, metadata={"help": "Share of tokens that are masked in evaluation."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         require_at_least(self, MIN_VOCABULARY, "vocab_size", "train_tokenizer")
         for name in ("mlm_probability", "eval_mlm_probability"):
             if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; allowed is more than 0 and at most 1")
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be greater than 0 and at most 1")
 
 
 # ----------------------------------------------------------------------------------------------------------- texts
@@ -60,7 +68,7 @@ class TextArguments(DataArguments):
 
 @cache
 def python_documents() -> list[str]:
-    """The English documentation of Python itself: the topics of `help()`, and the docstrings of each module."""
+    """Return the documentation that comes with Python: the topics of `help()`, and the docstrings of each module."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -90,8 +98,10 @@ def _docstrings(file: Path) -> Iterable[str]:
 def load_texts(
     data: TextArguments, training: TrainingArguments
 ) -> tuple[Dataset | IterableDataset | None, Dataset, str]:
-    """Training and validation rows with the column "text", and a sentence about where they are from; no training rows
-    where there is no training and none are given."""
+    """Return training and validation rows with the column "text", and a sentence about their source.
+
+    Training rows are None if none are given and the model is only evaluated.
+    """
     if data.streaming:
         train, validation = stream_texts(data, training)
         source = f"`{data.name('')}`, as a stream"
@@ -111,10 +121,12 @@ def load_texts(
 
 
 def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[IterableDataset, Dataset]:
-    """The training rows as a shuffled stream, and validation rows: the first of the validation split or
-    file, else the first of the stream, which training then skips."""
+    """Return the training rows as a shuffled stream, and the validation rows.
+
+    Validation rows are the first of the validation split or file, else the first of the stream, which training skips.
+    """
     if training.do_train and training.max_steps <= 0:
-        raise UserError("--streaming needs --max_steps: a stream does not say how long it is")
+        raise UserError("--streaming requires --max_steps, since the length of a stream is unknown")
     count = data.max_eval_samples or 2000
     if data.dataset_name:
         splits = load_named(data.dataset_name, data.dataset_config_name, streaming=True)
@@ -125,10 +137,12 @@ def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[Iter
         train = load_file(data.train_file, streaming=True)
         held_out = load_file(data.validation_file, streaming=True) if data.validation_file else None
     else:
-        raise UserError("--streaming needs --dataset_name or --train_file")
+        raise UserError("--streaming requires --dataset_name or --train_file")
     if held_out is None:
-        if training.dataloader_num_workers:  # each would skip its share of rows, not these
-            raise UserError("--dataloader_num_workers with --streaming needs validation data of its own")
+        if training.dataloader_num_workers:  # each worker would skip rows of its own share, not these
+            raise UserError(
+                "--dataloader_num_workers with --streaming requires separate validation data, such as --validation_file"
+            )
         if not training.do_train:
             say_split_off(data, training.seed)
         train, held_out = train.skip(count), train
@@ -137,7 +151,7 @@ def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[Iter
         raise UserError("the validation data is empty")
     if next(iter(train), None) is None:
         raise UserError(
-            f"the stream ends within its first {count} rows, which are held out: lower --max_eval_samples or give "
+            f"the stream ends within its first {count} rows, which are held out. Lower --max_eval_samples or give "
             "--validation_file"
         )
     if data.max_train_samples:
@@ -146,12 +160,12 @@ def stream_texts(data: TextArguments, training: TrainingArguments) -> tuple[Iter
 
 
 def is_stream(rows: Dataset | IterableDataset) -> bool:
-    """Whether the rows are read as they come, so that their number is not known."""
+    """Return whether the rows are a stream, whose length is unknown."""
     return isinstance(rows, IterableDataset)
 
 
 def only_text(part: Dataset | IterableDataset, column: str, name: str) -> Dataset | IterableDataset:
-    """The rows that hold text, in the one column "text"."""
+    """Return the rows that hold text, with "text" as their only column."""
     first = next(iter(part), None)
     if first is None:
         raise UserError(f"the {name} data is empty")
@@ -174,10 +188,10 @@ def has_text(text: str | None) -> bool:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int) -> BertTokenizer:
-    """A lower-case WordPiece tokenizer. The same texts always give the same vocabulary.
+    """Train a lower-case WordPiece tokenizer. The same texts always give the same vocabulary.
 
-    Characters get their ids here, in sorted order: the trainer of `tokenizers` numbers them in random order and breaks
-    ties between equally frequent pairs by these numbers.
+    Characters get their ids here, in sorted order, because the trainer of `tokenizers` numbers them in random order and
+    breaks ties between equally frequent pairs by these numbers.
     """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -191,7 +205,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
         trainers.WordPieceTrainer(
             vocab_size=vocab_size,
             special_tokens=SPECIAL_TOKENS + alphabet,
-            initial_alphabet=characters,  # or equally frequent characters compete for the last places by chance
+            initial_alphabet=characters,  # otherwise chance decides between equally frequent characters
             limit_alphabet=len(characters),
             show_progress=False,
         ),
@@ -200,10 +214,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, model_max_length: int
 
 
 def check_vocabulary(data: TextArguments, model: ModelArguments) -> None:
-    """Raises a `UserError` if a vocabulary is asked for where the source of the weights decides it."""
+    """Raise a `UserError` if a vocabulary size is given although the existing model determines it."""
     if model.source and data.vocab_size:
         option = "model_name_or_path" if model.model_name_or_path else "warm_start"
-        raise UserError(f"--{option} brings its tokenizer; it cannot be combined with --vocab_size")
+        raise UserError(f"--{option} uses the tokenizer of that model; it cannot be combined with --vocab_size")
 
 
 def get_tokenizer(
@@ -213,12 +227,14 @@ def get_tokenizer(
     checkpoint: str | None,
     train: Dataset | IterableDataset,
 ):
-    """The tokenizer of the checkpoint or model to go on with, one by name, or one trained on the training text (in a
-    stream, on its first 100,000 texts)."""
+    """Return the tokenizer of the checkpoint, of `--tokenizer_name` or of the model, else a newly trained one.
+
+    It is trained on the training text, of a stream on the first 100,000 texts.
+    """
     name = checkpoint or (None if data.train_tokenizer else data.tokenizer_name or model.source)
     if name is None:
         name = training.output_dir
-        if training.local_process_index == 0:  # the others read it
+        if training.local_process_index == 0:  # the other processes load it
             texts = (row["text"] for row in islice(iter(train), 100_000 if data.streaming else None))
             size = data.train_tokenizer or data.vocab_size or VOCABULARY
             train_tokenizer(list(texts), size, max(512, data.max_length)).save_pretrained(name)
@@ -228,13 +244,15 @@ def get_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name)
     missing = [k for k in ("cls_token", "sep_token", "mask_token", "pad_token") if getattr(tokenizer, k) is None]
     if missing:
-        raise UserError(f"the tokenizer of {name!r} has no {', '.join(missing)}, which this script needs")
+        raise UserError(f"the tokenizer of {name!r} has no {', '.join(missing)}, which this script requires")
     return tokenizer
 
 
 def make_rows(texts: Dataset | IterableDataset, tokenizer, data: TextArguments, name: str):
-    """Token ids [CLS] .. [SEP]: a row per text, or a thousand texts joined at a time and cut into blocks of one length,
-    the rest dropped."""
+    """Return rows of token ids, [CLS] to [SEP].
+
+    A row is a text, or a block of one length cut from a thousand joined texts, whose rest is dropped.
+    """
     arguments = {"tokenizer": tokenizer, "max_length": data.max_length}
     options = {"batched": True, "remove_columns": ["text"], "fn_kwargs": arguments}
     if isinstance(texts, Dataset):
@@ -244,8 +262,8 @@ def make_rows(texts: Dataset | IterableDataset, tokenizer, data: TextArguments, 
         if data.line_by_line:
             raise UserError(f"the {name} data holds no text in column {data.text_column!r}")
         raise UserError(
-            f"the {name} text fills no block of --max_length {data.max_length} tokens: give more text or a smaller "
-            "length"
+            f"the {name} text is shorter than one row of --max_length {data.max_length} tokens. Give more text or a "
+            "smaller --max_length"
         )
     return rows if isinstance(rows, Dataset) else rows.repeat(None).map(add_position, with_indices=True)
 
@@ -263,12 +281,12 @@ def tokenize_blocks(batch: dict[str, list], tokenizer, max_length: int) -> dict[
 
 
 def add_position(row: dict, position: int) -> dict:
-    worker = get_worker_info()  # each counts from 0
+    worker = get_worker_info()  # each worker counts from 0
     return {"position": position if worker is None else position * worker.num_workers + worker.id}
 
 
 def model_options(tokenizer, max_length: int) -> dict[str, int]:
-    """What tokenizer and length decide of a new model; the vocabulary is padded to a multiple of 8."""
+    """Return the options of a new model that follow from tokenizer and length; vocabularies are multiples of 8."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return {
         "vocab_size": -(-len(tokenizer) // 8) * 8,
@@ -277,7 +295,7 @@ def model_options(tokenizer, max_length: int) -> dict[str, int]:
 
 
 def require_room(config, tokenizer, max_length: int) -> None:
-    """Raises a `UserError` if a model has too few positions for the length, or too few tokens for the tokenizer."""
+    """Raise a `UserError` if a model has too few positions for the length, or too few tokens for the tokenizer."""
     positions = getattr(config, "max_position_embeddings", max_length)
     if getattr(config, "pos_emb", True) and max_length > positions:
         raise UserError(f"--max_length {max_length} exceeds the model's {positions} positions")
@@ -289,12 +307,13 @@ def require_room(config, tokenizer, max_length: int) -> None:
 
 
 class MaskingCollator:
-    """Pads rows of token ids to one length and hides a share of the tokens, 80 % of them behind [MASK], 10 % behind
-    a random token, 10 % not at all (BERT). What is hidden depends on the seed and the row's `Key` alone: it is drawn
-    anew in every epoch, and the same after a resume and on any number of processes.
+    """Pad rows of token ids to one length and mask a share of the tokens.
 
-    In a stream the rows of several processes are joined before they are dealt out: there all are padded to
-    `max_length`.
+    As in BERT, 80 % of the chosen tokens become [MASK], 10 % a random token, and 10 % stay. The choice depends only on
+    the seed and the `Key` of the row: it changes with the epoch, and is the same after a resume and on any number of
+    processes.
+
+    Rows of a stream are padded to `max_length`, since those of several processes are joined before they are dealt out.
 
     Rows have "input_ids", and "key" (or "position", in a stream); those with "labels" are only padded.
     """
@@ -321,7 +340,7 @@ class MaskingCollator:
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
     def mask(self, input_ids: list[int], key: Key) -> dict[str, np.ndarray]:
-        """A row with "input_ids", some hidden, and "labels", -100 where nothing is asked."""
+        """Return a row with masked "input_ids", and "labels" that are -100 at all other tokens."""
         ids, random = np.array(input_ids), random_numbers(self.seed, key)
         asked = (random.random(len(ids)) < self.probability) & ~np.isin(ids, self.special)
         what = random.random(len(ids))
@@ -332,18 +351,20 @@ class MaskingCollator:
 
 
 def freeze_masks(rows: Dataset, collator: MaskingCollator) -> Dataset:
-    """Masks the evaluation rows once, so that every evaluation asks for the same tokens."""
+    """Mask the evaluation rows once, so that every evaluation predicts the same tokens."""
     masked = Dataset.from_list([collator.mask(row["input_ids"], Key(0, i)) for i, row in enumerate(rows)])
     if not any(label != -100 for row in masked for label in row["labels"]):
         raise UserError(
-            "no token of the validation data is masked; give more validation text or --eval_mlm_probability"
+            "no token of the validation data is masked; give more validation text or raise --eval_mlm_probability"
         )
     return masked
 
 
 def baselines(train: Dataset | IterableDataset, validation: Dataset, vocab_size: int, special) -> dict[str, float]:
-    """What the training text's token counts alone achieve on the masked tokens of the evaluation; of a stream, the
-    counts of its first 10,000 rows."""
+    """Return what the token counts of the training text alone achieve on the masked tokens of the evaluation.
+
+    Of a stream the first 10,000 rows are counted.
+    """
     counts = np.zeros(vocab_size, dtype=np.int64)
     rows = train if isinstance(train, Dataset) else train.take(10_000)
     for batch in rows.with_format("numpy").iter(batch_size=1000):

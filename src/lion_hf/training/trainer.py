@@ -1,4 +1,4 @@
-"""The Trainer with LION's optimizer groups and schedules, and batches that any number of processes share alike."""
+"""The Trainer with LION's optimizer groups and schedules, and batches independent of the number of processes."""
 
 import math
 import time
@@ -21,13 +21,14 @@ from .hidden_teacher import HiddenStateTeacher
 
 
 class LionTrainer(Trainer):
-    """Trainer with LION's optimizer groups, schedules with a floor, and batches that do not depend on the number of
-    processes (see `EpochBatchSampler`).
+    """Trainer with LION's optimizer groups and schedules with a floor.
+
+    Batches do not depend on the number of processes (see `EpochBatchSampler`).
 
     Args:
         repeats: readings of every training row side by side (repeated augmentation).
-        kwargs: as for `Trainer`. A data collator with the attribute `uses_keys = True` finds each training row's `Key`
-            as "key" and draws all its random numbers from it.
+        kwargs: as for `Trainer`. A data collator with the attribute `uses_keys = True` gets the `Key` of each training
+            row as "key" and draws all random numbers from it.
         hidden_teacher: see `HiddenStateTeacher`.
     """
 
@@ -40,8 +41,11 @@ class LionTrainer(Trainer):
         self._last_log, self._evaluation_time = None, 0.0
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """All parameters with `decay_all`; else no biases, norms, class token, position table and 1-D ones, and none
-        that a variant spares."""
+        """Return the names of the parameters with weight decay.
+
+        With `decay_all` these are all parameters; otherwise all but biases, norms, class token, position table, 1-D
+        parameters, and those that a variant excludes.
+        """
         sizes = {name: parameter.dim() for name, parameter in model.named_parameters(remove_duplicate=False)}
         if self.args.decay_all:
             return list(sizes)
@@ -92,7 +96,7 @@ class LionTrainer(Trainer):
         )
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """As in Trainer, and the distance to the teacher's hidden states in training."""
+        """Return the loss of `Trainer`, plus the distance to the teacher's hidden states in training."""
         if self.hidden_teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         asked = {**inputs, "output_hidden_states": True}
@@ -102,21 +106,22 @@ class LionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def summed_over_devices(self, loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
-        """A loss that was divided by the labels of all processes, whose gradients are then averaged over them."""
+        """Scale a loss that was divided by the labels of all processes, because gradients are averaged over these."""
         averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
         return loss * self.accelerator.num_processes if averaged else loss
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
-        """Logs before it evaluates or saves, and at the end: every step counts in one logged loss, also where training
-        is stopped at a checkpoint and goes on later."""
+        """Log before every evaluation and save, and at the end.
+
+        Every step then counts in exactly one logged loss, even if training stops at a checkpoint and resumes later.
+        """
         if self.args.logging_strategy != IntervalStrategy.NO:
             last = self.state.global_step >= self.state.max_steps
             self.control.should_log |= last or self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the throughput of training since the last logged loss; the loss of all training is the mean over all
-        steps, those before a resume too."""
+        """Add the throughput since the last logged loss; make `train_loss` the mean over all steps, resumed or not."""
         if "train_loss" in logs:
             logs["train_loss"] = mean_loss(self.state.log_history, logs["train_loss"])
         now = (time.perf_counter() - self._evaluation_time, self.state.global_step)
@@ -131,12 +136,14 @@ class LionTrainer(Trainer):
         metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         best = self.args.metric_for_best_model if self.args.load_best_model_at_end else None
         if best and metric_key_prefix == "eval" and f"eval_{best.removeprefix('eval_')}" not in metrics:
-            raise UserError(f"--metric_for_best_model is {best!r}; evaluation gives {', '.join(metrics)}")
+            raise UserError(f"--metric_for_best_model is {best!r}; it must be one of {', '.join(metrics)}")
         return metrics
 
     def evaluation_loop(self, *args, **kwargs):
-        """As in Transformers, but training goes on with the random numbers that it would have had without it: a run
-        that resumes from a checkpoint of the same step makes no such evaluation."""
+        """Evaluate as in Transformers, without changing the random numbers of training.
+
+        A run that resumes from a checkpoint of the same step skips the evaluation, and must draw the same numbers.
+        """
         start = time.perf_counter()
         with torch.random.fork_rng(devices=[]):  # the loader draws a seed
             output = super().evaluation_loop(*args, **kwargs)
@@ -144,13 +151,13 @@ class LionTrainer(Trainer):
         return output
 
     def _issue_warnings_after_load(self, load_result) -> None:
-        """A tied weight is stored once, so its other name is not missing."""
+        """Warn as in Transformers, but not about tied weights, which are stored once under one of their names."""
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
     def predictions(self, rows, kept: Callable) -> np.ndarray:
-        """What `kept` makes of the logits of rows without labels."""
+        """Return `kept(logits)` for rows without labels."""
         usual = self.compute_metrics, self.preprocess_logits_for_metrics
         self.compute_metrics, self.preprocess_logits_for_metrics = None, kept
         try:
@@ -159,19 +166,19 @@ class LionTrainer(Trainer):
             self.compute_metrics, self.preprocess_logits_for_metrics = usual
 
     def is_finished(self, checkpoint: str) -> bool:
-        """Whether the checkpoint is the end of training."""
+        """Return whether the checkpoint is the end of training."""
         state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
         return state.global_step >= steps
 
     def restore(self, checkpoint: str) -> None:
-        """Takes weights and history from a checkpoint, to evaluate them."""
+        """Load weights and history of a checkpoint to evaluate them."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         self._load_from_checkpoint(checkpoint)
 
 
 def mean_loss(history: list[dict[str, float]], otherwise: float) -> float:
-    """The mean of the logged losses, each for the steps since the one before; `otherwise` where none was logged."""
+    """Return the mean of the logged losses, weighted by their steps; `otherwise` if none was logged."""
     logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
     if len(logged) == 1:
         return otherwise
@@ -180,14 +187,15 @@ def mean_loss(history: list[dict[str, float]], otherwise: float) -> float:
 
 
 def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_smoothing: float = 0.0) -> torch.Tensor:
-    """Cross entropy, or squared error for fractional labels, summed and divided by the number of labels in an optimizer
-    step, whatever the model's own loss is: some return a mean over each batch, which would count once per accumulated
-    batch and process. Labels of -100 (a filler's) do not count.
+    """Return the cross entropy, or squared error of fractional labels, divided by the labels of an optimizer step.
+
+    It replaces the model's own loss, which may be a mean over each batch and would then count once per accumulated
+    batch and process. Labels of -100, such as those of a filler, do not count.
 
     Args:
-        outputs: with "logits" (batch, ..., classes), or (batch, 1) for squared error.
+        outputs: outputs with "logits" (batch, ..., classes), or (batch, 1) for squared error.
         labels: (batch, ...).
-        num_items_in_batch: labels in the optimizer step; those of this batch by default.
+        num_items_in_batch: labels in the optimizer step. Default: those of this batch.
         label_smoothing: share of the target that is spread over all classes.
     """
     logits, counted = outputs["logits"].float(), labels != -100
@@ -202,8 +210,10 @@ def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_sm
 
 
 def learning_rate_share(step: int, *, kind: str, warmup: int, total: int, floor: float, start: float) -> float:
-    """Learning rate as a share of its peak: from `start` up in `warmup` steps, then linearly or by a cosine to
-    `floor` at step `total`."""
+    """Return the learning rate as a share of its peak.
+
+    It rises from `start` in `warmup` steps, then falls linearly or as a cosine to `floor` at step `total`.
+    """
     if step < warmup:
         return start + (1 - start) * step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))

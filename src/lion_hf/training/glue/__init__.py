@@ -1,5 +1,5 @@
-"""GLUE: the tasks with the paper's numbers, their data and metrics, and the runs that a score is made of.
+"""GLUE: the tasks with the paper's recipe, their data and metrics, and the runs behind a GLUE score.
 
-One module may import those before it: `tasks`, `builtin`, `sources`, `data`, `metrics`, `summary`, `suite`.
-`offline` is a script that the package `evaluate` loads.
+Each module imports only modules before it: `tasks`, `builtin`, `sources`, `data`, `metrics`, `summary`, `suite`.
+`offline` is a metric script for the package `evaluate`.
 """

@@ -1,6 +1,6 @@
-"""Toy data in the form of each task of GLUE, made from the documentation that comes with Python: it needs no network.
+"""Toy data in the form of each GLUE task, made from Python's own documentation without a network.
 
-The labels can be learned, but the tasks are not GLUE's, and neither are their scores.
+The labels can be learned, but neither the tasks nor their scores are those of GLUE.
 """
 
 import random
@@ -19,7 +19,7 @@ SIZES = {"train": 300, "validation": 80, "test": 40}
 
 @cache
 def documents() -> list[list[str]]:
-    """Sentences of every document that has at least ten, the longest documents first."""
+    """Return the sentences of every document with at least ten, the longest documents first."""
     found = []
     for document in python_documents():
         sentences = re.split(r"(?<=[.:])\s+(?=[A-Z])", re.sub(r"\s+", " ", document))
@@ -29,7 +29,7 @@ def documents() -> list[list[str]]:
 
 
 def builtin_splits(task: GlueTask) -> dict[str, Dataset]:
-    """Training, validation and test rows of a task, as the Hub has them: test rows have the label -1."""
+    """Return training, validation and test rows of a task, in the form of the Hub: test rows have the label -1."""
     names = {"train": "train"} | {part: "validation" for _, part in task.validation}
     names |= dict.fromkeys(task.test_parts.values(), "test")
     columns = task.columns or ("sentence",)
@@ -47,7 +47,7 @@ def builtin_splits(task: GlueTask) -> dict[str, Dataset]:
 
 
 class Source:
-    """Draws sentences; training, validation and test never share one."""
+    """Draws sentences; training, validation and test share none."""
 
     def __init__(self, chooser: random.Random, kind: str):
         self.chooser = chooser
@@ -69,7 +69,7 @@ class Source:
         return " ".join(self.chooser.sample(words, len(words)))
 
     def shortened(self, text: str) -> str:
-        """The sentence without two of its words."""
+        """Return the sentence without two of its words."""
         words = text.split()
         gone = self.chooser.sample(range(len(words)), 2)
         return " ".join(word for i, word in enumerate(words) if i not in gone)
@@ -81,7 +81,7 @@ def _acceptable(source: Source) -> tuple:
 
 
 def _of_document(source: Source) -> tuple:
-    """From the longest document, or from the second longest."""
+    """Draw a sentence from the longest document, or from the second longest."""
     which = source.coin()
     return (source.sentence(int(which)),), "positive" if which else "negative"
 
@@ -96,7 +96,7 @@ def _paraphrase(yes: str, no: str) -> Callable[[Source], tuple]:
 
 
 def _same_sentence(source: Source) -> tuple:
-    """Two halves of one sentence, or of sentences of two documents."""
+    """Draw two halves of one sentence, or of sentences of two documents."""
     same = source.coin()
     first, other = (source.chooser.choice(document).split() for document in source.two_documents())
     second = first if same else other
@@ -105,7 +105,7 @@ def _same_sentence(source: Source) -> tuple:
 
 
 def _inference(source: Source) -> tuple:
-    """The second text is a part of the first, comes from the same document, or from another one."""
+    """Draw two texts: the second is a part of the first, from the same document, or from another one."""
     kind = source.chooser.choice(("entailment", "neutral", "contradiction"))
     document, other = source.two_documents()
     first, near = source.chooser.sample(document, 2)
@@ -114,7 +114,7 @@ def _inference(source: Source) -> tuple:
 
 
 def _similarity(source: Source) -> tuple:
-    """Five times the share of common words."""
+    """Draw two texts, labelled with five times their share of common words."""
     first, other = (source.chooser.choice(document).split() for document in source.two_documents())
     kept = source.chooser.random()
     second = [word for word in first if source.chooser.random() < kept]

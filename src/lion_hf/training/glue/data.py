@@ -1,4 +1,4 @@
-"""Rows of run_glue.py: texts and labels, what may be wrong with them, and their tokens."""
+"""Rows of run_glue.py: texts and labels, their checks, and their tokens."""
 
 import dataclasses
 import math
@@ -16,15 +16,15 @@ from .tasks import CUSTOM, GlueTask
 
 logger = logging.get_logger(__name__)
 
-# Every seed of a task sees the same held-out rows.
+# The held-out rows of a task are the same for every seed.
 HOLD_OUT_SEED = 17
 
 
 class TaskData(NamedTuple):
-    """Rows of a task, with the columns of its texts and "labels" (without them in `test`).
+    """Rows of a task, with its text columns and "labels" (`test` has no labels).
 
-    `validation` goes by the word that its metrics carry, `test` by the name of its file of predictions; `index` has the
-    numbers of the test rows in that file. `task` knows columns and labels, also of a data set that is not of GLUE.
+    The keys of `validation` are the prefixes of its metrics, those of `test` the names of the prediction files. `index`
+    holds the numbers of the test rows in these files. `task` has the columns and labels of custom data sets too.
     """
 
     task: GlueTask
@@ -36,8 +36,10 @@ class TaskData(NamedTuple):
 
 
 def load_task(task: GlueTask, data: GlueArguments, evaluated: PreTrainedConfig | None = None) -> TaskData:
-    """Reads and checks the rows of a task. Where a model is only evaluated, its configuration says what the classes
-    are, and validation or test rows are enough."""
+    """Read and check the rows of a task.
+
+    If a model is only evaluated, its configuration provides the classes, and validation or test rows are enough.
+    """
     splits, source = load_splits(task, data, evaluated is None)
     if "train" not in splits and evaluated is None:
         raise UserError(f"{source} has no split 'train'; it has {', '.join(splits)}")
@@ -68,7 +70,7 @@ def training_rows(
     numbers: dict[Any, int],
     evaluated: PreTrainedConfig | None,
 ) -> tuple[Dataset | None, dict[str, Dataset]]:
-    """Training rows, and validation rows by the word that their metrics carry; held out where there are none."""
+    """Return training rows, and validation rows by the prefix of their metrics, held out if there are none."""
     parts = {word: splits[name] for word, name in task.validation if name in splits}
     first = task.validation[0][0]
     if first not in parts and "validation" in splits:
@@ -84,12 +86,14 @@ def training_rows(
         word: hold_out(whole, part, data, HOLD_OUT_SEED)[1] for word, part in parts.items() if word != first
     }
     if not task.labels and min(map(len, validation.values())) < 2:
-        raise UserError("a single validation row has no correlation: give more, or a larger --validation_share")
+        raise UserError(
+            "the correlation of a single validation row is undefined: give more rows, or a larger --validation_share"
+        )
     return train, validation
 
 
 def test_rows(task: GlueTask, splits: dict[str, Dataset]) -> dict[str, Dataset]:
-    """Test rows by the name of their file of predictions; AX is predicted by the model of MNLI."""
+    """Return test rows by the name of their prediction file; the MNLI model predicts AX too."""
     parts = {name: splits[part] for name, part in (*task.test_parts.items(), ("AX", "ax")) if part in splits}
     if "test" in splits:
         parts[next(iter(task.test_parts))] = splits["test"]
@@ -102,16 +106,15 @@ def test_rows(task: GlueTask, splits: dict[str, Dataset]) -> dict[str, Dataset]:
 # ------------------------------------------------------------------------------------------------ texts and labels
 
 
-# Columns with the texts that are found without a flag, in this order.
+# Names of text columns that need no flag, in this order.
 TEXT_COLUMNS = (("sentence1", "sentence2"), ("text",), ("sentence",))
 
 
 def text_columns(task: GlueTask, data: GlueArguments, part: Dataset, labelled: bool) -> tuple[str, ...]:
-    """The columns with the texts: those of the arguments, of the task, or of the usual names that are there.
+    """Return the text columns: those of the arguments or of the task, else the first usual names that exist.
 
     Raises:
-        UserError: for columns that are not there, the labels of a labelled part among them: all that is wrong is
-            said at once.
+        UserError: for missing columns, including the label column of a labelled part. It names all of them.
     """
     there = set(part.column_names)
     usual = task.columns or next((names for names in TEXT_COLUMNS if there.issuperset(names)), ())
@@ -121,7 +124,7 @@ def text_columns(task: GlueTask, data: GlueArguments, part: Dataset, labelled: b
     problems = []
     if not columns:
         accepted = "; ".join(" and ".join(map(repr, names)) for names in TEXT_COLUMNS)
-        problems.append(f"no column of texts (accepted are {accepted}, or any name by --sentence1_column)")
+        problems.append(f"no text column (accepted are {accepted}, or any name set by --sentence1_column)")
     problems += [
         f"no column {column!r} (set --sentence{i + 1}_column)"
         for i, column in enumerate(columns)
@@ -135,7 +138,7 @@ def text_columns(task: GlueTask, data: GlueArguments, part: Dataset, labelled: b
 
 
 def require_same(part: Dataset, column: str, name: str) -> None:
-    """Raises a `UserError` if a part lacks a column of the training data."""
+    """Raise a `UserError` if a part lacks a column of the training data."""
     if column not in part.column_names:
         raise UserError(
             f"the {name} data has no column {column!r}, which the training data has; it has "
@@ -144,7 +147,7 @@ def require_same(part: Dataset, column: str, name: str) -> None:
 
 
 def require_text(part: Dataset, column: str, name: str) -> None:
-    """Raises a `UserError` if a column is missing or holds something else than text."""
+    """Raise a `UserError` if a column is missing or does not hold text."""
     require_same(part, column, name)
     kind = getattr(part.features[column], "dtype", type(part.features[column]).__name__)
     if kind not in ("string", "large_string") and any(value is not None for value in part[column]):
@@ -154,8 +157,10 @@ def require_text(part: Dataset, column: str, name: str) -> None:
 def settle_labels(
     task: GlueTask, data: GlueArguments, part: Dataset, evaluated: PreTrainedConfig | None = None
 ) -> tuple[GlueTask, dict[Any, int]]:
-    """The task with the labels of the training data, if it is not of GLUE, and the number of each label. Where a model
-    is only evaluated, it says whether they are numbers to predict, and any of its classes may be missing."""
+    """Return the task, with the labels of the training data if it is not a GLUE task, and the number of each label.
+
+    If a model is only evaluated, it decides whether labels are numbers to predict, and classes may be missing.
+    """
     column = data.label_column
     feature = part.features[column]
     if task.name != CUSTOM.name:
@@ -166,7 +171,7 @@ def settle_labels(
         ("float", "double", "int", "uint", "bool", "string", "large_string")
     ):
         raise UserError(
-            f"column {column!r} holds {kind}, not labels: text, whole numbers, or numbers to predict are needed"
+            f"column {column!r} holds {kind}, not labels: they must be text, whole numbers, or numbers to predict"
         )
     if are_numbers(data, part, kind, evaluated):
         return dataclasses.replace(task, labels=(), score=("spearmanr",)), {}
@@ -180,7 +185,7 @@ def settle_labels(
 
 
 def are_numbers(data: GlueArguments, part: Dataset, kind: str, evaluated: PreTrainedConfig | None) -> bool:
-    """Whether labels are numbers to predict, and not classes; says so where one might expect the other."""
+    """Return whether labels are numbers to predict rather than classes; warn if this may be unexpected."""
     column, fractional = data.label_column, kind.startswith(("float", "double"))
     whole = fractional and all(value is not None and value.is_integer() for value in part[column])
     if evaluated is not None:
@@ -191,16 +196,16 @@ def are_numbers(data: GlueArguments, part: Dataset, kind: str, evaluated: PreTra
         return data.label_type == "numbers"
     if whole:
         logger.warning(
-            f"column {column!r} holds whole numbers with a decimal point: they are predicted as numbers, not as "
-            "classes (--label_type classes makes them classes)"
+            f"column {column!r} holds whole numbers with a decimal point: they are predicted as numbers. Set "
+            "--label_type classes to use them as classes"
         )
     elif kind.startswith(("int", "uint")):
         values = sorted({value for value in part[column] if value is not None})
         if len(values) > 2 or not set(values) <= {0, 1}:
             shown = ", ".join(map(str, values[:10])) + (", ..." if len(values) > 10 else "")
             logger.warning(
-                f"column {column!r} holds whole numbers, {shown}: they are classes, whose order counts nothing "
-                "(--label_type numbers predicts them as numbers)"
+                f"column {column!r} holds whole numbers, {shown}: they are used as classes without an order. Set "
+                "--label_type numbers to predict them as numbers"
             )
     return fractional
 
@@ -208,7 +213,7 @@ def are_numbers(data: GlueArguments, part: Dataset, kind: str, evaluated: PreTra
 def labels_of_model(
     task: GlueTask, numbers: dict[Any, int], config: PreTrainedConfig, labelled: bool
 ) -> tuple[GlueTask, dict[Any, int]]:
-    """The labels under the numbers that a trained model gives them; its own where no row is labelled."""
+    """Return task and labels with the numbering of a trained model; its own labels if no row is labelled."""
     if task.name == CUSTOM.name and not labelled:
         names = () if config.num_labels == 1 else tuple(config.id2label[i] for i in range(config.num_labels))
         return dataclasses.replace(task, labels=names), {}
@@ -225,20 +230,22 @@ def labels_of_model(
 
 
 def check_classes(values: list, rows: int, column: str) -> None:
-    """Raises a `UserError` if a column's distinct values are no classes."""
+    """Raise a `UserError` if the distinct values of a column cannot be classes."""
     if len(values) == 1:
-        raise UserError(f"column {column!r} has the same value {values[0]!r} in every row: nothing to tell apart")
+        raise UserError(
+            f"column {column!r} has the same value {values[0]!r} in every row; at least two classes are required"
+        )
     if len(values) > 20 and len(values) > rows / 2:
         what = "text" if isinstance(values[0], str) else "row numbers"
         raise UserError(
             f"column {column!r} has {len(values):,} different values in {rows:,} rows, such as "
-            f"{str(values[0])[:60]!r}: this looks like {what}, not classes (set --label_column; numbers to predict "
-            "need a decimal point)"
+            f"{str(values[0])[:60]!r}: this looks like {what}, not classes. Set --label_column; numbers to predict "
+            "must have a decimal point"
         )
 
 
 def labelled(part: Dataset, task: GlueTask, data: GlueArguments, numbers: dict[Any, int], name: str) -> Dataset:
-    """The text columns and "labels" of the rows that hold text; every label is a class or a number."""
+    """Return the text columns and "labels" of the rows that hold text; every label is a class or a number."""
     if len(part) == 0:
         raise UserError(f"the {name} data is empty")
     for column in task.columns:
@@ -261,11 +268,11 @@ def _label(
     column = f"column {data.label_column!r}"
     unlabelled = value == -1 and (task.name != "custom" or isinstance(feature, ClassLabel))
     if value is None or value != value or (unlabelled and task.labels):
-        raise UserError(f"{where} has no label in {column}: {value}; leave such rows out")
+        raise UserError(f"{where} has no label in {column} ({value}); remove such rows")
     if not task.labels:
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)
-        raise UserError(f"{where} has {value!r} in {column}, which is no finite number to predict")
+        raise UserError(f"{where} has {value!r} in {column}, which is not a finite number")
     if isinstance(feature, ClassLabel) and task.name != "custom" and feature.names[value] in numbers:
         value = feature.names[value]
     if value not in numbers:
@@ -279,12 +286,12 @@ def _label(
 
 
 def all_texts(part: Dataset, task: GlueTask) -> Dataset:
-    """Every text of a part in the one column "text"."""
+    """Return every text of a part, in the single column "text"."""
     return Dataset.from_dict({"text": [text for column in task.columns for text in part[column] if text]})
 
 
 def tokenize(part: Dataset, task: GlueTask, tokenizer, max_length: int, name: str) -> Dataset:
-    """Rows of token ids, texts cut at `max_length` tokens, the longer one of a pair first."""
+    """Return rows of token ids, cut at `max_length` tokens; the longer text of a pair is cut first."""
     arguments = {"tokenizer": tokenizer, "columns": task.columns, "max_length": max_length}
     return part.map(
         encode, batched=True, remove_columns=list(task.columns), fn_kwargs=arguments, desc=f"Tokenizing {name} text"
@@ -292,6 +299,6 @@ def tokenize(part: Dataset, task: GlueTask, tokenizer, max_length: int, name: st
 
 
 def encode(batch: dict[str, list], tokenizer, columns: tuple[str, ...], max_length: int) -> dict[str, list]:
-    """Tokens of one or two columns; a missing half of a pair counts as empty."""
+    """Tokenize one or two columns; a missing text of a pair counts as empty."""
     texts = ([text or "" for text in batch[column]] for column in columns)
     return dict(tokenizer(*texts, truncation=True, max_length=max_length))

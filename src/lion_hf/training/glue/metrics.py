@@ -1,4 +1,4 @@
-"""Metrics of run_glue.py through `evaluate`, and its files of predictions."""
+"""Metrics of run_glue.py, computed by `evaluate`, and its prediction files."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ LOCAL_METRIC = Path(__file__).with_name("offline.py")
 
 
 def load_metric(task: GlueTask, data: GlueArguments) -> evaluate.EvaluationModule:
-    """The Hub's metric where the data is the Hub's too, else the local one; both give the same numbers."""
+    """Load the Hub's metric if the data is from the Hub, else the local one; both compute the same numbers."""
     local = data.train_file or data.data_dir or data.builtin_data or (task.name == "custom" and not data.dataset_name)
     name = data.metric_name or (str(LOCAL_METRIC) if local else "glue")
     load = partial(evaluate.load, config_name=task.metric_config, keep_in_memory=True)
@@ -34,12 +34,12 @@ def load_metric(task: GlueTask, data: GlueArguments) -> evaluate.EvaluationModul
     except UserError as error:
         if data.metric_name or local:
             raise
-        logger.warning_once(f"{error}; {LOCAL_METRIC} computes the same numbers")
+        logger.warning_once(f"{error}; using {LOCAL_METRIC} instead, which computes the same numbers")
         return load(str(LOCAL_METRIC))
 
 
 def predictions_and_losses(logits: torch.Tensor, labels: torch.Tensor):
-    """Per row the class, or the number of a regression, and the loss: all that evaluation keeps of the logits."""
+    """Return the class or number and the loss of each row, which is all that evaluation keeps of the logits."""
     logits = (logits[0] if isinstance(logits, tuple) else logits).float()
     if logits.shape[-1] > 1:
         return logits.argmax(-1), F.cross_entropy(logits, labels, reduction="none")
@@ -48,7 +48,7 @@ def predictions_and_losses(logits: torch.Tensor, labels: torch.Tensor):
 
 
 def metrics_by(metric: evaluate.EvaluationModule) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The metric's numbers, and the mean loss per row however the rows were batched."""
+    """Return a function that computes the metric, and the mean loss per row independently of the batches."""
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         predictions, losses = prediction.predictions
@@ -59,21 +59,21 @@ def metrics_by(metric: evaluate.EvaluationModule) -> Callable[[EvalPrediction], 
 
 
 class Baseline(NamedTuple):
-    """What one reaches without reading the texts: by always giving the same answer."""
+    """Scores of a constant prediction, which does not read the texts."""
 
     name: str
     metric: float
-    score: float  # mean of the metrics that count for the task; `metric` is the first of them
+    score: float  # mean of the metrics of the task's score; `metric` is the first of them
     loss: float
-    error: float  # what chance may add to the metric, about one standard error
+    error: float  # about one standard error of the metric
 
 
 def constant_baseline(
     metric: evaluate.EvaluationModule, task: GlueTask, train: Sequence[float], labels: Sequence[float]
 ) -> Baseline:
-    """The metric and the loss of always saying the most frequent class, or the mean, of the training labels.
+    """Return metric and loss of predicting the most frequent class, or the mean, of the training labels.
 
-    A constant has no correlation with anything; it counts as 0.
+    The correlation of a constant is undefined and counts as 0.
     """
     train, labels, count = np.asarray(train), np.asarray(labels), len(labels)
     if not task.labels:
@@ -94,16 +94,16 @@ def constant_baseline(
 
 
 def probabilities(logits: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """(rows, classes), or (rows, 1) with the number of a regression."""
+    """Return probabilities (rows, classes), or the numbers of a regression (rows, 1)."""
     logits = (logits[0] if isinstance(logits, tuple) else logits).float()
     return logits.softmax(-1) if logits.shape[-1] > 1 else logits
 
 
 def write_submission(path: Path, task: GlueTask, index: list, predictions: np.ndarray) -> None:
-    """A file in the form of GLUE's submissions: names of classes or their numbers, similarities within 0 to 5.
+    """Write a file in GLUE's submission format: names or numbers of classes, or similarities clipped to 0 to 5.
 
     Args:
-        path: where to.
+        path: the file.
         task: the task.
         index: number of each row.
         predictions: see `probabilities`.

@@ -1,4 +1,4 @@
-"""Where the data of run_glue.py comes from: the Hub, files, a folder per task, or toy data."""
+"""Sources of the data of run_glue.py: the Hub, files, a folder per task, or toy data."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,49 +19,66 @@ GLUE_ON_THE_HUB = "nyu-mll/glue"
 
 @dataclass
 class GlueArguments(DataArguments):
+    """The data of text classification."""
+
     task: list[str] | None = field(
         default=None,
-        metadata={"help": "Tasks of GLUE, all, or custom for a data set of your own (the default with --train_file)."},
+        metadata={"help": "GLUE tasks by name, all, or custom for your own data. Default: custom."},
     )
     test_file: str | None = field(
-        default=None, metadata={"help": "File to predict, with or without training; labels in it are not read."}
+        default=None, metadata={"help": "File to predict, with or without training. Labels in it are ignored."}
     )
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder with a folder per task, each with train, validation and test as csv, json, parquet."},
+        metadata={
+            "help": "Folder with a folder per task, each with train, validation and test files (csv, json, ...)."
+        },
     )
     builtin_data: bool = field(
-        default=False, metadata={"help": "Toy data made from Python's documentation, in the form of each task."}
+        default=False, metadata={"help": "Use toy data in the form of each task, made from Python's documentation."}
     )
-    sentence1_column: str | None = field(default=None, metadata={"help": "Column with the text; default: the task's."})
-    sentence2_column: str | None = field(default=None, metadata={"help": "Column with the second text of a pair."})
+    sentence1_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the text. Default: the task's; for your own data text, sentence or sentence1."},
+    )
+    sentence2_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with the second text of a pair. Default: the task's; for your own data sentence2, if any."
+        },
+    )
     label_column: str = field(default="label", metadata={"help": "Column with the classes, or numbers to predict."})
     label_type: Literal["classes", "numbers"] | None = field(
         default=None,
         metadata={
-            "help": "What the labels of a data set of your own are. Default: text and whole numbers are classes, "
-            "numbers with a decimal point are numbers to predict."
+            "help": "Type of the labels of your own data. Default: text and whole numbers are classes, numbers with a "
+            "decimal point are numbers to predict."
         },
     )
     metric_name: str | None = field(
         default=None,
-        metadata={"help": "Metric by name or path; default: 'glue' with data of the Hub, else that of this package."},
+        metadata={"help": "Name or path of the metric. Default: 'glue' for Hub data, else the one of this package."},
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens of a text or pair, special ones included."})
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Hub name or folder; default: the model's."})
+    max_length: int = field(default=128, metadata={"help": "Tokens of a text or pair, including special tokens."})
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of a tokenizer. Default: the model's; for a new model one is trained."},
+    )
     vocab_size: int | None = field(
         default=None,
-        metadata={"help": f"Vocabulary of a tokenizer trained here, for new models; {VOCABULARY} by default."},
+        metadata={"help": f"Size of the vocabulary of a newly trained tokenizer. Default: {VOCABULARY}."},
     )
     train_tokenizer: int | None = field(
-        default=None, metadata={"help": "Train a tokenizer with so many tokens, whatever --tokenizer_name says."}
+        default=None, metadata={"help": "Train a tokenizer with this many tokens, even if --tokenizer_name is given."}
     )
     num_seeds: int | None = field(
         default=None,
-        metadata={"help": "Runs per task, counted from --seed; default: the paper's number for several tasks, else 1."},
+        metadata={
+            "help": "Runs per task, with seeds from --seed up. Default: the paper's number for several tasks, else 1."
+        },
     )
     parallel: int | None = field(
-        default=None, metadata={"help": "Runs at a time, each on a GPU of its own; default: one per GPU."}
+        default=None, metadata={"help": "Runs at a time, each on its own GPU. Default: one per GPU."}
     )
     from_mnli: bool = field(
         default=False, metadata={"help": "Start RTE, MRPC and STS-B from the model fine-tuned on MNLI."}
@@ -74,16 +91,19 @@ class GlueArguments(DataArguments):
 
 
 def load_splits(task: GlueTask, data: GlueArguments, for_training: bool = True) -> tuple[dict[str, Dataset], str]:
-    """All parts of a task by name, and where they are from."""
+    """Return all parts of a task by name, and a description of their source."""
     files = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
     files = {name: path for name, path in files.items() if path}
     given = [bool(files), bool(data.data_dir), bool(data.dataset_name), data.builtin_data]
     if sum(given) > 1:
-        raise UserError("give only one of --train_file (and its like), --data_dir, --dataset_name and --builtin_data")
+        raise UserError(
+            "only one source of data can be given: --train_file, --validation_file and --test_file, or --data_dir, or "
+            "--dataset_name, or --builtin_data"
+        )
     if files:
         if "train" not in files and for_training:
             raise UserError(
-                f"--{next(iter(files))}_file needs --train_file too, or --do_train false with --model_name_or_path"
+                f"--{next(iter(files))}_file requires --train_file, or --do_train false with --model_name_or_path"
             )
         return {name: load_file(path) for name, path in files.items()}, f"`{next(iter(files.values()))}`"
     if data.data_dir:
@@ -101,13 +121,16 @@ def load_splits(task: GlueTask, data: GlueArguments, for_training: bool = True) 
         if task.name == "mnli" and name == GLUE_ON_THE_HUB:
             splits |= {"ax": load_named(name, "ax")["test"]}
     except UserError as error:
-        raise UserError(f"{error}; without a network give --data_dir, --train_file or --builtin_data true") from error
+        raise UserError(f"{error}; without a network use --data_dir, --train_file or --builtin_data true") from error
     return splits, f"`{name}`, {task.name}"
 
 
 def load_task_folder(task: GlueTask, root: Path) -> dict[str, Dataset]:
-    """The files train, validation (of MNLI validation_matched and validation_mismatched) and test of a task's folder,
-    which is named after it; also shards such as train-00000-of-00002.parquet. AX is a test in a folder of its own."""
+    """Load the files train, validation and test of the folder with the name of the task.
+
+    MNLI has validation_matched and validation_mismatched; AX is a test file in its own folder. Files may be shards such
+    as train-00000-of-00002.parquet.
+    """
     require_path(root, "--data_dir")
     folders = {normal_name(folder.name): folder for folder in sorted(root.iterdir()) if folder.is_dir()}
     if task.name not in folders:
@@ -130,5 +153,5 @@ def _data_files(folder: Path, part: str) -> str | None:
 
 
 def normal_name(name: str) -> str:
-    """ "SST-2" and "sst_2" are "sst2"."""
+    """Return "sst2" for "SST-2" and "sst_2"."""
     return name.lower().replace("-", "").replace("_", "")

@@ -1,7 +1,7 @@
-"""Many runs of run_glue.py: which (task, seed) there are, which are finished, and several at a time.
+"""Several runs of run_glue.py: plan them, skip finished ones, and run them one after the other or in parallel.
 
-Each run has a folder of its own, output_dir/task/seed, and a file arguments.json in it:
-`python examples/run_glue.py outputs/glue/rte/17/arguments.json` is that run alone.
+Each run has its own folder, output_dir/task/seed, with a file arguments.json:
+`python examples/run_glue.py outputs/glue/rte/17/arguments.json` repeats that run alone.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ from .summary import RESULT, read_results, run_score, to_markdown, write_summary
 from .tasks import AFTER_MNLI
 
 
-# What may differ between two calls that go on with the same runs.
+# Arguments that may differ between two calls that resume the same runs.
 TECHNICAL = {"parallel", "num_seeds", "disable_tqdm", "logging_steps", "report_to", "save_total_limit"}
 TECHNICAL |= {"dataloader_num_workers", "per_device_eval_batch_size", "output_dir"}
-# Set for a process that `launch` starts, which ends with the one that started it.
+# Environment variable of processes that `launch` starts; they exit when the process that started them does.
 SUPERVISED = "LION_GLUE_SUPERVISED"
 
 
 class Run(NamedTuple):
-    """One fine-tuning; `first` is the folder of the run on MNLI that it starts from, if any."""
+    """One fine-tuning run; `first` is the folder of the MNLI run that it starts from, if any."""
 
     task: str
     seed: int
@@ -56,13 +56,14 @@ class Run(NamedTuple):
 
 
 def plan_runs(tasks: Sequence, num_seeds: int | None, seed: int, folder: str, from_mnli: bool) -> list[Run]:
-    """All runs: of several tasks the paper's number of seeds each, unless given; of one task one."""
+    """Return all runs: `num_seeds` per task, by default the paper's number for several tasks and 1 for one task."""
     if num_seeds is not None and num_seeds < 1:
         raise UserError(f"--num_seeds is {num_seeds}; it must be at least 1")
     counts = {task.name: num_seeds or (task.seeds if len(tasks) > 1 else 1) for task in tasks}
     if from_mnli and ("mnli" not in counts or len(counts) == 1):
         raise UserError(
-            "--from_mnli needs mnli and other tasks in --task; else give its folder by --model_name_or_path"
+            "--from_mnli requires mnli and other tasks in --task; for a finished MNLI run give its folder as "
+            "--model_name_or_path"
         )
     runs = []
     for name, count in counts.items():
@@ -75,19 +76,19 @@ def plan_runs(tasks: Sequence, num_seeds: int | None, seed: int, folder: str, fr
 
 
 def run_arguments(run: Run, given: dict[str, Any]) -> dict[str, Any]:
-    """What a run is called with: everything that was given, with the one task, seed and folder."""
-    if run.first is not None:  # that model says what it is
+    """Return the arguments of a run: all that were given, with the task, seed and folder of the run."""
+    if run.first is not None:  # options of a new model do not apply to the MNLI model
         model = {field.name for field in dataclasses.fields(TextModelArguments)} - {"format"}
         model |= {"tokenizer_name", "train_tokenizer", "vocab_size"}
         given = {name: value for name, value in given.items() if name not in model}
         given["model_name_or_path"] = str(run.first)
     own = {"task": [run.task], "seed": run.seed, "num_seeds": 1, "from_mnli": False, "output_dir": str(run.folder)}
-    # Through JSON, so that it compares equal to what is read again.
+    # Through JSON, so that the values equal those read from the file later.
     return json.loads(json.dumps(given | own, default=str))
 
 
 def prepare(run: Run, given: dict[str, Any]) -> None:
-    """Writes the run's file of arguments, or checks that it is called as before."""
+    """Write the argument file of the run, or check that an existing one has the same arguments."""
     make_output_dir(run.folder)
     arguments = run_arguments(run, given)
     if run.arguments_file.is_file():
@@ -96,7 +97,7 @@ def prepare(run: Run, given: dict[str, Any]) -> None:
             if before.get(name) != arguments.get(name):
                 raise UserError(
                     f"{str(run.folder)!r} belongs to a run with other arguments: {name} was {_shown(before, name)} "
-                    f"and is {_shown(arguments, name)} now; choose another --output_dir, or delete that folder"
+                    f"and is {_shown(arguments, name)} now. Use another --output_dir, or delete that folder"
                 )
     write_json(run.arguments_file, arguments)
 
@@ -106,7 +107,7 @@ def _shown(values: dict[str, Any], name: str) -> str:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Writes a file that is either complete or not there, whatever happens meanwhile."""
+    """Write a file atomically: it is either complete or does not exist."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     part.replace(path)
@@ -120,30 +121,29 @@ def run_suite(
     train: Callable,
     script: Path,
 ) -> dict[str, Any]:
-    """Does the runs that are not finished, in sequence in this process or several at a time in their own, and returns
-    the summary of all of them.
+    """Do the unfinished runs, one by one in this process or in parallel processes, and return the summary of all runs.
 
     Args:
         runs: all runs.
         given: the arguments that were given, see `given_values`.
-        training: for the devices, and which process this is.
-        parallel: how many at a time.
-        train: `run_glue.main`, called with a run's file of arguments.
-        script: run_glue.py, for the processes of their own.
+        training: arguments with the devices and the rank of this process.
+        parallel: number of runs at a time.
+        train: `run_glue.main`, called with the argument file of a run.
+        script: path of run_glue.py, for parallel processes.
     """
     if parallel is not None and parallel < 1:
         raise UserError(f"--parallel is {parallel}; it must be at least 1")
     devices = visible_devices(training)
     workers = parallel or max(1, len(devices))
     if training.world_size > 1 and workers > 1 and parallel:
-        raise UserError("--parallel starts processes of its own; leave out torchrun, or --parallel")
+        raise UserError("--parallel starts its own processes and cannot be combined with torchrun")
     with training.main_process_first(desc="plan of the runs"):
         if training.process_index == 0:
             for planned in runs:
                 prepare(planned, given)
     todo = [planned for planned in runs if not planned.is_finished]
     if training.process_index == 0 and len(todo) < len(runs):
-        say(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
+        say(f"{len(runs) - len(todo)} of {len(runs)} runs are already finished")
     if training.world_size > 1 or (workers == 1 and len(devices) <= 1):
         for i, planned in enumerate(todo):
             if training.process_index == 0:
@@ -165,7 +165,7 @@ def run_suite(
 
 
 def remove_checkpoints(run: Run, training: TrainingArguments | None = None) -> None:
-    """A finished run keeps its model; what it could have been resumed from would soon fill the disk."""
+    """Delete the checkpoints of a finished run, which would fill the disk; its final model stays."""
     if training is None or training.process_index == 0:
         for folder in run.folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
             rmtree(folder)
@@ -175,7 +175,7 @@ def remove_checkpoints(run: Run, training: TrainingArguments | None = None) -> N
 
 
 def visible_devices(training: TrainingArguments) -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs of this process, with the names of CUDA_VISIBLE_DEVICES."""
     if training.device.type != "cuda":
         return []
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -183,10 +183,10 @@ def visible_devices(training: TrainingArguments) -> list[str]:
 
 
 def run_processes(runs: list[Run], workers: int, devices: list[str], script: Path) -> None:
-    """Does runs in processes of their own, `workers` at a time, each with one device; after a failure none is started.
+    """Do each run in its own process with one device, `workers` at a time; a failure stops further starts.
 
     Raises:
-        UserError: names the run that failed and its log.
+        UserError: for a failed run, with its name and log.
     """
     slots, failed = SimpleQueue(), threading.Event()
     for i in range(workers):
@@ -194,7 +194,7 @@ def run_processes(runs: list[Run], workers: int, devices: list[str], script: Pat
     futures: dict[Path, Future] = {}
 
     def do(planned: Run) -> None:
-        if planned.first in futures:  # started before this one, so the wait ends
+        if planned.first in futures:  # it was started before this one, so it finishes
             futures[planned.first].result()
         if failed.is_set():
             return
@@ -219,7 +219,7 @@ def run_processes(runs: list[Run], workers: int, devices: list[str], script: Pat
 
 
 def launch(script: Path, run: Run, device: str | None, workers: int) -> None:
-    """One run in a process of its own, which writes to log.txt."""
+    """Do one run in its own process, which writes to log.txt."""
     environment = os.environ | {SUPERVISED: "1"}
     if device is None:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -234,13 +234,15 @@ def launch(script: Path, run: Run, device: str | None, workers: int) -> None:
         code = process.wait()
     if code or not run.is_finished:
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise UserError(f"{run} ended with exit code {code}: {lines[-1] if lines else 'no output'} (all of it: {log})")
+        raise UserError(f"{run} ended with exit code {code}: {lines[-1] if lines else 'no output'} (full log: {log})")
     remove_checkpoints(run)
 
 
 def stop_with_parent() -> None:
-    """Ends a process that `launch` started when its parent is gone, by whatever means: the pipe from it closes then.
-    Does nothing in other processes."""
+    """Make a process that `launch` started exit when its parent does, which closes the pipe between them.
+
+    It has no effect in other processes.
+    """
     if os.environ.pop(SUPERVISED, None) is None:
         return
 

@@ -1,8 +1,8 @@
-"""Mean and standard deviation over the seeds of each task, and the GLUE score, as JSON, Markdown and a bar chart.
+"""Write mean and standard deviation of each task over its seeds, and the GLUE score, as JSON, Markdown and a chart.
 
     python -m lion_hf.training.glue.summary outputs/glue
 
-reads the glue_result.json of every run below the folder; run_glue.py does the same at its end.
+This reads the glue_result.json of every run below the folder. run_glue.py does the same at its end.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from matplotlib import pyplot as plt
 
 
 RESULT = "glue_result.json"
-# Options that make a run something else than GLUE.
+# Options with which a result is not a GLUE score.
 NOT_GLUE = {"builtin_data": "toy data, not GLUE", "max_eval_samples": "a part of the validation data"}
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """What the finished runs below a folder left in their `RESULT`."""
+    """Return the contents of the `RESULT` files of all finished runs below a folder."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/*/{RESULT}"))]
     if not results:
         raise UserError(f"{str(folder)!r} has no finished run: no task/seed/{RESULT} below it")
@@ -37,12 +37,12 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def run_score(result: dict[str, Any]) -> float:
-    """Mean of the metrics that count for the task; NaN if one is missing."""
+    """Return the mean of the metrics of the task's score; NaN if one is missing."""
     return fmean(_number(result["metrics"].get(name)) for name in result["score_metrics"])
 
 
 def spread(values: list[float]) -> dict[str, float | None]:
-    """Mean and sample standard deviation; None for what cannot be told."""
+    """Return mean and sample standard deviation; None for a value that is undefined."""
     mean = fmean(values)
     deviation = stdev(values) if len(values) > 1 and math.isfinite(mean) else math.nan
     return {"mean": _or_none(mean), "std": _or_none(deviation)}
@@ -57,10 +57,10 @@ def _or_none(value: float) -> float | None:
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per task the runs, the mean and deviation of each metric and of the score, and the GLUE score over all of them.
+    """Return the runs of each task, mean and deviation of its metrics and score, and the GLUE score.
 
     The score of a task is the mean over its seeds and metrics; the GLUE score is the mean over the paper's eight tasks.
-    It is None, with the reasons in "no_glue_score", if a task is missing, was evaluated on other data than GLUE's, or
+    It is None, with the reasons in "no_glue_score", if a task is missing, was not evaluated on the full GLUE data, or
     has a metric that is not a number.
     """
     tasks = {}
@@ -104,7 +104,7 @@ def _obstacles(tasks: dict[str, Any], results: list[dict[str, Any]]) -> list[str
 
 
 def write_summary(folder: Path, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Writes glue.json, glue.md and glue.png, and the predictions of each task's best seed; returns the summary."""
+    """Write glue.json, glue.md and glue.png, and the predictions of each task's best seed; return the summary."""
     summary = summarise(results)
     chosen = copy_predictions(folder, results)
     summary["submission"] = chosen
@@ -115,7 +115,7 @@ def write_summary(folder: Path, results: list[dict[str, Any]]) -> dict[str, Any]
 
 
 def copy_predictions(folder: Path, results: list[dict[str, Any]]) -> dict[str, int]:
-    """Copies the predictions of the seed with the best validation score to submission/; that seed by task."""
+    """Copy the predictions of each task's seed with the best validation score to submission/; return these seeds."""
     chosen = {}
     for name in dict.fromkeys(result["task"] for result in results):
         runs = [result for result in results if result["task"] == name]
@@ -135,7 +135,7 @@ def title_of(name: str) -> str:
 
 
 def to_markdown(summary: dict[str, Any]) -> str:
-    """A table of the tasks, the score, and what belongs to their reading."""
+    """Return the GLUE score and a table of the tasks with notes, as Markdown."""
     rows = []
     for name, task in summary["tasks"].items():
         shown = {metric: values for metric, values in task["metrics"].items() if not metric.endswith("loss")}
@@ -149,7 +149,7 @@ def to_markdown(summary: dict[str, Any]) -> str:
         score = f"**GLUE score: {100 * summary['glue_score']:.2f}** (mean over the eight tasks of the paper)."
     sent = ", ".join(f"{title_of(name)} {seed}" for name, seed in summary["submission"].items())
     sent = (
-        f"\nPredictions for the test sets in submission/ are of the best seed on validation data: {sent}.\n"
+        f"\nThe test predictions in submission/ are those of the seed with the best validation score: {sent}.\n"
         if sent
         else ""
     )
@@ -162,8 +162,8 @@ def to_markdown(summary: dict[str, Any]) -> str:
 {chr(10).join(rows)}
 
 In percent, on validation data: mean over the seeds ± sample standard deviation. The score of a task is the mean of the
-metrics that count: accuracy; QQP accuracy and F1; STS-B Spearman; MRPC F1; CoLA Matthews; MNLI matched and mismatched
-accuracy. WNLI is left out of the GLUE score.
+metrics of its score: accuracy; QQP accuracy and F1; STS-B Spearman; MRPC F1; CoLA Matthews; MNLI matched and mismatched
+accuracy. WNLI does not count for the GLUE score.
 {sent}
 ![score of each task](glue.png)
 """
@@ -176,8 +176,10 @@ def _percent(values: dict[str, float | None]) -> str:
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
-    """A bar per task with its deviation and the number of its seeds, what the same answer for every row gives as a
-    dotted line, and the GLUE score as a dashed one."""
+    """Draw a bar per task, with its deviation and number of seeds.
+
+    Dotted lines are the scores of a constant prediction; the dashed line is the GLUE score.
+    """
     tasks = summary["tasks"]
     heights = [100 * (task["score"]["mean"] or 0) for task in tasks.values()]
     deviations = [100 * _number(task["score"]["std"]) for task in tasks.values()]
@@ -187,7 +189,7 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     bars = axis.bar(names, heights, yerr=deviations, capsize=4, color=colors)
     lines = [(i, 100 * task["baseline"]) for i, task in enumerate(tasks.values()) if task.get("baseline") is not None]
     for number, (i, height) in enumerate(lines):
-        label = None if number else "one answer for every row"
+        label = None if number else "constant prediction"
         axis.plot([i - 0.4, i + 0.4], [height, height], color="k", linestyle=":", linewidth=1.5, label=label)
     labels = [
         _percent(task["score"]).replace(" ± ", "\n± ").replace("not a number", "no\nnumber") for task in tasks.values()

@@ -1,17 +1,20 @@
-"""The tasks of GLUE, and how each is fine-tuned: the table of the paper's recipe."""
+"""The GLUE tasks and the paper's fine-tuning recipe for each."""
 
 from dataclasses import dataclass
 
 
-# The same for every task: warm-up over 6 % of the steps, then linearly to 0; 128 tokens; no attention dropout; AdamW
+# Common to all tasks: warm-up over 6 % of the steps, then linear decay to 0; 128 tokens; no attention dropout; AdamW
 # with betas (0.9, 0.98) and eps 1e-6; bf16, but float32 for STS-B. These are defaults of run_glue.py.
 LEARNING_RATE = 1e-5
-PAPER_WIDTH = 768  # of its smallest models, for which this rate was chosen
+PAPER_WIDTH = 768  # width of its smallest models, for which this rate was chosen
 
 
 def suited_rate(task: "GlueTask", width: int) -> float:
-    """The task's rate for models as wide as the paper's or wider. For narrower ones, and for data sets that are not of
-    GLUE, 5e-5 at width 768 and more for narrower models, by the power 1.5 of the width: at 192 4e-4, at most 3e-3."""
+    """Return the default learning rate.
+
+    GLUE tasks have their own rate for models of width 768 or more. For narrower models, and for custom data sets, it is
+    5e-5 * (768 / width) ** 1.5, at most 3e-3: 5e-5 at width 768, 4e-4 at 192.
+    """
     if task.name in TASKS and width >= PAPER_WIDTH:
         return task.learning_rate
     return float(f"{min(3e-3, 5e-5 * (PAPER_WIDTH / width) ** 1.5):.2g}")
@@ -22,14 +25,14 @@ class GlueTask:
     """One task.
 
     Attributes:
-        name, title: as `evaluate` and the Hub's nyu-mll/glue spell it, and as GLUE does.
-        columns: the columns with the one or two texts.
+        name, title: the name in `evaluate` and the Hub's nyu-mll/glue, and the name in GLUE.
+        columns: the one or two text columns.
         labels: names of the classes, in the order of their numbers; none for a regression.
-        score: the metrics whose mean is the task's score.
-        epochs, batch_size, weight_decay, seeds: the recipe; batch_size over all devices, seeds is how many.
-        validation: parts to evaluate on, by the word that their metrics carry.
-        test: parts to predict, by the name of their file of predictions.
-        names_in_submission: whether that file holds names of classes instead of their numbers.
+        score: the metrics whose mean is the score of the task.
+        epochs, batch_size, weight_decay, seeds: the recipe; batch_size over all devices, seeds is their number.
+        validation: parts to evaluate on, by the prefix of their metrics.
+        test: parts to predict, by the name of their prediction file.
+        names_in_submission: whether the submission holds names of classes instead of numbers.
     """
 
     name: str
@@ -48,24 +51,24 @@ class GlueTask:
 
     @property
     def test_parts(self) -> dict[str, str]:
-        """Test part by the name of its file of predictions."""
+        """Test parts by the name of their prediction file."""
         return dict(self.test or ((self.title, "test"),))
 
     @property
     def metric_config(self) -> str:
-        """The configuration of the metric `glue`."""
+        """Configuration of the metric `glue`."""
         return self.name if self.name in TASKS else "sst2" if self.labels else "stsb"
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """Every metric of an evaluation that belongs to the score; those of a part carry its word."""
+        """Metrics of an evaluation that belong to the score, with the prefix of their part."""
         return tuple(f"{word}_{metric}" if word else metric for word, _ in self.validation for metric in self.score)
 
 
 SENTENCE, PAIR = ("sentence",), ("sentence1", "sentence2")
 ENTAILED = ("entailment", "not_entailment")
 
-# The largest first, so that several at a time end together.
+# The largest first, so that parallel runs end at about the same time.
 _TASKS = (
     GlueTask(
         "mnli",
@@ -147,7 +150,7 @@ _TASKS = (
         seeds=5,
         names_in_submission=True,
     ),
-    # Not in the paper, which leaves WNLI out: RTE's values are our choice.
+    # The paper leaves WNLI out; using RTE's values is our choice.
     GlueTask(
         "wnli",
         "WNLI",
@@ -162,11 +165,11 @@ _TASKS = (
 )
 TASKS = {task.name: task for task in _TASKS}
 SCORED = tuple(name for name in TASKS if name != "wnli")
-# May start from a model fine-tuned on MNLI.
+# Tasks that can start from a model fine-tuned on MNLI.
 AFTER_MNLI = ("stsb", "mrpc", "rte")
 
-# A data set that is not of GLUE, with SST-2's values (our choice) but for the learning rate; its columns and labels
-# come from the data.
+# A custom data set, with SST-2's values (our choice) except for the learning rate. Its columns and labels come from
+# the data.
 CUSTOM = GlueTask(
     "custom", "custom", (), ("unknown",), ("accuracy",), epochs=3, batch_size=16, weight_decay=3e-6, seeds=3
 )
