@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint format bench cards docs clean
+.PHONY: demo test test-slow lint format bench cards docs clean newcomer
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python " + sys.version.split()[0] + " found, but constraints.txt needs 3.11 or newer. Use: make PYTHON=python3.11 (or newer). Python 3.10 works with constraints-oldest.txt.")'
@@ -43,3 +43,7 @@ docs: .venv/installed
 
 clean:
 	rm -rf .venv build dist outputs .pytest_cache .ruff_cache .hypothesis src/*.egg-info
+
+# The newcomer's trial: the commands of docs/contributing/newcomer.md and of the README, in a bare environment.
+newcomer:
+	$(PYTHON) docs/contributing/newcomer.py

@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md keeps its word: a new variant, option or head is a patch of a few files and then works everywhere."""
+"""CONTRIBUTING.md is true: a new variant, option or head is a patch of a few files and then works everywhere."""
 
 import os
 import re
@@ -18,7 +18,7 @@ MOST_FILES = {"variant": 1, "option": 4, "head": 3}
 
 @pytest.fixture
 def copy(tmp_path):
-    """What the patches change and the checks read, without a repository around it."""
+    """A copy of what the patches change and the checks read, outside a repository."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
@@ -82,8 +82,8 @@ def test_the_guide_names_code_that_exists():
     assert len(named) > 50 and not absent
 
 
-def test_what_one_opens_is_counted_and_listed():
-    script = PATCHES / "what_one_opens.py"
+def test_the_code_to_read_is_counted_and_listed():
+    script = PATCHES / "code_to_read.py"
     counted = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True).stdout
     rows = re.findall(r"^\| (.*?) \| (\d+) \| ([\d,]+) \|$", counted, re.MULTILINE)
     assert len(rows) == 11 and all(int(number) > 0 for _, number, _ in rows)

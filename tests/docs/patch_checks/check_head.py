@@ -1,4 +1,4 @@
-"""With docs/contributing/head.patch: the new head trains, has its Auto class, and goes with the code of a folder."""
+"""Check docs/contributing/head.patch: the new head trains, has an Auto class, and its code is stored in a folder."""
 
 import subprocess
 import sys

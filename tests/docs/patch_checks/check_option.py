@@ -1,4 +1,4 @@
-"""With docs/contributing/option.patch: both encoders take the new option of the block, and keep it."""
+"""Check docs/contributing/option.patch: both encoders accept the new option of the block and store it."""
 
 import tempfile
 

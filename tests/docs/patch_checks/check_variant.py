@@ -1,4 +1,4 @@
-"""With docs/contributing/variant.patch: the new variant goes wherever LION-S goes."""
+"""Check docs/contributing/variant.patch: the new variant works wherever LION-S works."""
 
 import tempfile
 
@@ -53,7 +53,7 @@ def check_saved(model):
 
 
 def check_floor():
-    """Whatever the tokens say, no decay falls below l / (n + 1)."""
+    """For any tokens, no decay is below l / (n + 1)."""
     for layer in (0, 3):
         mixer = lion_hf.nn.Mixer(24, 3, "bounded", layer_idx=layer, num_layers=4).double()
         decay = mixer.recurrences(1000 * torch.randn(2, 9, 24, dtype=torch.float64))[0].log_decay.exp()

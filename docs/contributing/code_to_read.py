@@ -1,6 +1,6 @@
-"""Counts the files and lines that one opens to understand a part of the package; prints them as a table, and a list.
+"""Count the files and lines to read for each part of the package; print them as a table and a list.
 
-    python docs/contributing/what_one_opens.py
+    python docs/contributing/code_to_read.py
 
 A file is counted as a whole, or by the definitions named here, with their decorators, docstrings and comments inside.
 """
@@ -68,7 +68,7 @@ RECIPES = {"mlm": "run_mlm.py", "glue": "run_glue.py", "imagenet": "run_image_cl
 
 
 def lines_of(file, names):
-    """Numbers of the lines of some definitions of a file, of all lines without names."""
+    """Line numbers of the named definitions in a file; of the whole file without names."""
     text = (ROOT / file).read_text(encoding="utf-8")
     if not names:
         return set(range(1, len(text.splitlines()) + 1))
@@ -79,7 +79,7 @@ def lines_of(file, names):
             found |= {f"{node.name}.{name}": x for x in node.body for name in defined(x)}
     missing = set(names) - found.keys()
     if missing:
-        raise SystemExit(f"{file} does not define {', '.join(sorted(missing))}; mend PARTS in {__file__}")
+        raise SystemExit(f"{file} does not define {', '.join(sorted(missing))}; fix PARTS in {__file__}")
     return {line for name in names for line in span(found[name])}
 
 
