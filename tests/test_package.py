@@ -116,16 +116,17 @@ def test_public_names_and_folders_are_there():
 
 
 def test_metadata_and_citation_have_the_version():
-    setup, citation, readme = (
-        (ROOT.parents[1] / name).read_text(encoding="utf-8") for name in ("setup.cfg", "CITATION.cff", "README.md")
+    setup, citation, questions = (
+        (ROOT.parents[1] / name).read_text(encoding="utf-8")
+        for name in ("setup.cfg", "CITATION.cff", "docs/questions.md")
     )
     assert f"\nversion = {lion_hf.__version__}\n" in setup
     citation = yaml.safe_load(citation)
     assert citation["version"] == lion_hf.__version__
     paper = citation["preferred-citation"]
     names = " and ".join(f"{x['family-names']}, {x['given-names']}" for x in paper["authors"])
-    readme = " ".join(readme.split())
-    assert f"author = {{{names}}}" in readme and f"title = {{{paper['title']}}}" in readme
+    questions = " ".join(questions.split())
+    assert f"author = {{{names}}}" in questions and f"title = {{{paper['title']}}}" in questions
 
 
 @pytest.mark.slow
