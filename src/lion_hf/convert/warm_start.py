@@ -146,7 +146,7 @@ def load_source(
 
 
 def counterpart(source: PreTrainedModel, classes: Mapping[str, type]) -> type[PreTrainedModel] | None:
-    """Return the LION class that a source becomes by default, or None if it has no counterpart."""
+    """Return the LION class that is built from a source by default, or None if it has no counterpart."""
     return next((classes[kind.__name__] for kind in type(source).__mro__ if kind.__name__ in classes), None)
 
 
@@ -198,7 +198,7 @@ def new_config(config_class: type, mask_type: str, **options: object) -> LionCon
 
 
 def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
-    """Give the model the source's weights, dtype and device; warn of weights that were not copied or are new."""
+    """Copy the source's weights, dtype and device to the model; warn about weights that are not copied or are new."""
     if model.base_model is model:
         weights = {name.removeprefix(f"{model.base_model_prefix}."): tensor for name, tensor in weights.items()}
     model.to(source.dtype)

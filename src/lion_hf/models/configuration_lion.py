@@ -332,10 +332,10 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`; follows `mask_type` too.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
             Dropout on the attention matrix in training, which needs the attention form: `format="auto"` selects it,
-            `"rnn"` and `"chunk"` raise ValueError in training. Softmax layers apply it in every format.
+            `"rnn"` and `"chunk"` raise ValueError in training. Softmax layers apply it whatever `format` is.
         softmax_layers (`list[int]`, defaults to none):
             Layers, counted from 0, that keep softmax attention (a hybrid encoder). They have no decay and no
-            `layer_norm_after`, and take quadratic time in every format.
+            `layer_norm_after`, and take quadratic time whatever `format` is.
         unpad (`bool`, *optional*):
             Remove padding (masked tokens `pad_token_id` at both ends of rows) before the first layer and put its
             embeddings back after the last. Only outputs at padding change; a row of padding alone keeps its first
@@ -535,7 +535,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def encoder_stride(self) -> int:
-        """Pixels in a side of what `LionForMaskedImageModeling` predicts for a token. It equals `patch_size`."""
+        """Side in pixels of the square that `LionForMaskedImageModeling` predicts for a token: `patch_size`."""
         return self.patch_size
 
     @encoder_stride.setter

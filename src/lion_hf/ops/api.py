@@ -1,4 +1,4 @@
-"""LION's operator: bidirectional linear attention with decay, in three exactly equal forms.
+"""LION's operator: bidirectional linear attention with decay, in three equivalent forms.
 
 Source: "Linear Attention for Efficient Bidirectional Sequence Modeling", arXiv 2502.16249.
 
