@@ -1,8 +1,8 @@
 """Conversion of the authors' checkpoints to folders of this package, and back.
 
 A checkpoint is read without running code in it (source.py). Its configuration is inferred (config.py), its tensors are
-renamed (names.py) and the result is verified (plan.py) before anything is written. Output appears complete or not at
-all.
+renamed (names.py) and the result is verified (plan.py) before anything is written. Output is written completely
+or not at all.
 """
 
 import tempfile
@@ -96,7 +96,7 @@ def convert_checkpoint(
 ) -> Plan:
     """Convert a checkpoint of the authors to a folder for `AutoModelForX.from_pretrained`.
 
-    No code in the checkpoint is run. The folder appears complete or not at all.
+    No code in the checkpoint is run. The folder is written completely or not at all.
 
     Args:
         path: the checkpoint: a DeiT image checkpoint, a Composer text checkpoint, or a state dict (.pth, .pt,
@@ -134,7 +134,7 @@ def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: boo
 
     Args:
         folder: the folder.
-        out: the file to write; it appears complete or not at all. None verifies the conversion and writes nothing.
+        out: the file to write, completely or not at all. None verifies the conversion and writes nothing.
         force: replace `out` if it is a checkpoint file.
 
     Returns:

@@ -182,7 +182,7 @@ def config_options(
 def new_config(config_class: type, mask_type: str, **options: object) -> LionConfig | LionVisionConfig:
     """Build a configuration; invalid options raise ValueError, as all other arguments of a warm start do.
 
-    A source has the blocks of the default configuration. An option that decides which parameters there are, or what
+    A source has the blocks of the default configuration. An option that decides which parameters exist, or what
     they mean, must therefore keep its default, except for those in `MADE_ANEW`."""
     try:
         config = config_class(mask_type=mask_type, **options)

@@ -312,7 +312,7 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
 class LionConfig(_LionOptions, PreTrainedConfig):
     r"""Configuration of `LionModel` and its heads: BERT with its attention replaced by LION (arXiv 2502.16249).
 
-    The defaults are the shape of BERT-base with LION-S. `BertConfig` has the other options.
+    The defaults are the size of BERT-base with LION-S. `BertConfig` has the other options.
 
     Args:
         mask_type (`str`, defaults to `"selective"`):
@@ -338,7 +338,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             `layer_norm_after`, and take quadratic time whatever `format` is.
         unpad (`bool`, *optional*):
             Remove padding (masked tokens `pad_token_id` at both ends of rows) before the first layer and put its
-            embeddings back after the last. Only outputs at padding change; a row of padding alone keeps its first
+            embeddings back after the last. Only outputs at padding change; a row of padding only keeps its first
             token. By default in training on a CPU, outside `torch.compile`, if rows have 2048 / `hidden_size` padded
             positions or more on average (3 at base width). `True`: in every batch; with `inputs_embeds`, or without a
             `pad_token_id`, all masked tokens at the ends count as padding. `False`: never. Ignored with

@@ -97,7 +97,7 @@ def bidirectional_linear_attention(
         cu_seqlens: (sequences + 1,), int32 or int64, the bounds of several sequences packed into one row (batch 1).
             They begin with 0, end with the length and never decrease. Sequence n is `cu_seqlens[n]:cu_seqlens[n + 1]`
             and reads no token of another sequence. Outside the fused kernels the bounds are read, which breaks the
-            graph of `torch.compile`. Each sequence is then computed by itself, and "auto" uses its length. The fused
+            graph of `torch.compile`. Each sequence is then computed separately, and "auto" uses its length. The fused
             kernels compute all sequences at once and read no bounds.
         check_values: whether to check the values of `log_decay` and `key_mask` where that is cheap: on a CPU, outside
             graphs and torch.func. The models pass False, so that NaN in one row does not fail the whole batch.
