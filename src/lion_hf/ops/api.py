@@ -118,7 +118,7 @@ def bidirectional_linear_attention(
         check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     result = "both" if return_denominator else "normalized" if normalize else "numerator"
-    kernels = fused_kernels(query, key, value, form)
+    kernels = fused_kernels(form, query, key, value, log_decay)
     if kernels is not None:
         with without_autocast(query.device):
             return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result)
