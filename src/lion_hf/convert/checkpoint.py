@@ -46,7 +46,7 @@ def _published(out: Path) -> Iterator[Path]:
 
 
 def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> None:
-    """Raise ConversionError unless `out` can be created, is empty, or is a checkpoint that `force` allows to replace."""
+    """Raise ConversionError unless `out` can be created, is empty, or is a checkpoint that `force` allows replacing."""
     if not source.exists():  # before anything about `out`, which is not at fault
         raise ConversionError(f"{source} does not exist.")
     above = next(path for path in out.parents if path.exists())

@@ -26,8 +26,8 @@ def warn_once(message: str) -> None:
 def fused_kernels(form: str, query: Tensor, key: Tensor, value: Tensor, *log_decays: Tensor | None) -> Callable | None:
     """Return the operator in ops/triton if it is enabled and supports these inputs, otherwise None.
 
-    It is not used where it cannot serve by design: in the rnn form, exported graphs, torch.func and forward mode. If it
-    cannot be used for another reason, a warning gives it once; with LION_BACKEND=triton it is an error.
+    The rnn form, exported graphs, torch.func and forward mode never use it. If it cannot be used for another reason, a
+    warning gives the reason once; with LION_BACKEND=triton it is an error.
     """
     if BACKEND not in ("", "torch", "triton"):
         raise ValueError(f"LION_BACKEND is {BACKEND!r}; allowed are 'torch' and 'triton', or leave it unset.")
