@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import is_abstract, is_exporting, values_can_be_read
+from ..ops.checks import check_key_mask, is_abstract, is_exporting, values_can_be_read
 from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
 from .mixer import NO_MATRIX_OF_PACKED_ROWS, Mixer
@@ -29,11 +29,11 @@ def run_blocks(
     """Run blocks one after another, and decide how padding and packed rows are computed.
 
     Args:
-        blocks: modules with the call of `Block`.
+        blocks: modules with the interface of `Block`.
         x: (batch, length, dim).
         key_mask: (batch, length), bool, True for real tokens; None if all tokens are real.
         cu_seqlens: (sequences + 1,), int32 or int64, the bounds of the sequences of a packed row (batch 1).
-        padding: (batch, length), bool, True for masked tokens whose outputs nobody reads; by default all masked tokens.
+        padding: (batch, length), bool, True for masked tokens whose outputs are not used; by default all masked tokens.
         unpadding: whether to remove the padding at the ends of rows before the first block. Removed positions are
             restored after the last block with their input values and get no gradient. True: whenever there is padding.
             None: in training on a CPU, if there is enough padding to save time. False: never. Unpadding joins the rows
@@ -54,6 +54,9 @@ def run_blocks(
     needs_matrix = bool(mixing.get("output_attentions")) or (training and mixing.get("dropout", 0) > 0)
     if cu_seqlens is not None and needs_matrix:
         raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
+    if key_mask is not None:
+        check_key_mask(key_mask, *x.shape[:2])
+        key_mask = key_mask.to(torch.bool)
     row, whole = None, x
     packs = all(getattr(block.mixer, "takes_packed_rows", True) for block in blocks)
     if key_mask is not None and cu_seqlens is None and packs and not needs_matrix and not keep_shape:

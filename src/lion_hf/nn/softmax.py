@@ -48,18 +48,20 @@ class SoftmaxMixer(TokenMixer):
             format: ignored.
             chunk_size: ignored.
             dropout: dropout rate of the attention matrix in training, in [0, 1).
-            output_attentions: whether to return the attention matrix as well, in every format.
+            output_attentions: whether to return the attention matrix as well, whatever `format` is.
 
         Returns:
             (batch, length, dim); with `output_attentions` a pair of it and the attention matrix
             (batch, heads, length, length).
 
         Raises:
-            ValueError: if `dropout` is not in [0, 1); if `output_attentions` is set for a packed row.
+            ValueError: if the shape of `x` or `key_mask` is wrong, or the mask is additive; if `dropout` is not in
+                [0, 1); if `output_attentions` is set for a packed row.
         """
         require_rate("dropout", dropout)
         if output_attentions and cu_seqlens is not None:
             raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
+        key_mask = self.checked_mask(x, key_mask)
         query, key, value = self.project(x)
         dropout = dropout if self.training else 0.0
 
