@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 from image_script import picture
 
@@ -8,6 +10,20 @@ def without_curves(monkeypatch):
     from lion_hf.training import reports
 
     monkeypatch.setattr(reports, "plot_curves", lambda *args: None)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """All warnings of lion_hf. Transformers' loggers do not pass them on to pytest."""
+    lines = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("lion_hf", "transformers")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield lines
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import csv
 import json
-import logging
+import os
 import re
 import subprocess
 import sys
@@ -26,20 +26,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(file for file in EXAMPLES.glob("*.py") if "check_flags(__file__)" in file.read_text())
 EVALUATE = ["--disable_tqdm=true", "--use_cpu=true", "--do_train=false"]
 WORDS = ["alpha", "beta", "gamma", "stone", "river", "house", "green", "quick", "brown", "light", "heavy"]
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """All warnings of lion_hf. Transformers' loggers do not pass them on to pytest."""
-    lines = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    loggers = [logging.getLogger(name) for name in ("lion_hf", "transformers")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    yield lines
-    for logger in loggers:
-        logger.removeHandler(handler)
 
 
 def rows(count, classes, seed=0):
@@ -114,6 +100,24 @@ def test_every_step_counts_once_in_the_one_train_loss_also_across_a_resume(mlm, 
     mlm("parts", "--num_train_epochs=1", *flags)
     parts = mlm("parts", "--num_train_epochs=3", *flags)
     assert parts["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-5)
+
+
+def test_a_finished_run_is_only_evaluated_which_is_said_and_keeps_its_card(mlm, capsys, said):
+    mlm("out", "--num_train_epochs=1", "--learning_rate=1e-9")
+    assert [line for line in said if "--learning_rate (it was 1e-09) with a new --output_dir" in line]
+    card, changes = Path("out/README.md").read_text(), ["--learning_rate=0.5", "--max_train_samples=24"]
+    said.clear()
+    capsys.readouterr()
+    mlm("out", "--num_train_epochs=1", *changes, "--max_steps=5")
+    printed = capsys.readouterr().out
+    assert "already finished in out/checkpoint-5" in printed and "use another --output_dir" in printed
+    assert Path("out/README.md").read_text() == card
+    (told,) = [line for line in said if "not learned anything measurable" in line]
+    assert "--learning_rate" not in told
+    # A run that was stopped after its last checkpoint still writes its card.
+    os.utime("out/README.md", (0, 0))
+    mlm("out", "--num_train_epochs=1", *changes, "--max_steps=5")
+    assert Path("out/README.md").read_text() != card
 
 
 # --------------------------------------------------------------------------------------------------------- curves

@@ -15,12 +15,13 @@ import matplotlib
 import numpy as np
 import torch
 import transformers
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from .. import __version__
 from ..nn.variants import variant_class
 from .errors import say
+from .trainer import LionTrainer
 
 
 matplotlib.use("Agg")
@@ -88,7 +89,10 @@ def command_line(script: str, argv: Sequence[str]) -> str:
 
 
 def train_and_evaluate(
-    trainer: Trainer, training: TrainingArguments, checkpoint: str | None, extra: Callable[[dict], dict] | None = None
+    trainer: LionTrainer,
+    training: TrainingArguments,
+    checkpoint: str | None,
+    extra: Callable[[dict], dict] | None = None,
 ) -> dict[str, float]:
     """Train, evaluate, and log and save the metrics of both; `extra` derives more from those of the evaluation."""
     metrics: dict[str, float] = {}
@@ -97,7 +101,11 @@ def train_and_evaluate(
         stored = Path(training.output_dir) / "train_results.json"
         metrics |= json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else {}
         if trainer.is_world_process_zero():
-            say(f"training is already finished in {checkpoint}; evaluating it again")
+            say(
+                f"training is already finished in {checkpoint}; the model is only evaluated. Changed training data and "
+                "flags of training have no effect. To train again, use another --output_dir, or "
+                "--resume_from_checkpoint no"
+            )
     elif training.do_train:
         if checkpoint and trainer.is_world_process_zero():
             say(f"resuming from {checkpoint}")
@@ -116,20 +124,28 @@ def train_and_evaluate(
     return metrics
 
 
-def finish(trainer: Trainer, training: TrainingArguments, metrics: dict[str, float], report: Report) -> None:
-    """Save the model with its tokenizer or processor, the curves and the model card after training."""
+def finish(trainer: LionTrainer, training: TrainingArguments, metrics: dict[str, float], report: Report) -> None:
+    """Save the model with its tokenizer or processor, the curves and the model card after training.
+
+    If training was already finished, the curves and the card of the run that trained the model stay as they are.
+    """
     trainer.save_model()
     if trainer.is_world_process_zero():
         folder = Path(training.output_dir)
-        plot_curves(trainer.state.log_history, folder / "curves.png", report)
-        write_card(folder / "README.md", trainer.model, metrics, report)
+        if trainer.restored is None or not is_newer(folder / "README.md", Path(trainer.restored, "trainer_state.json")):
+            plot_curves(trainer.state.log_history, folder / "curves.png", report)
+            write_card(folder / "README.md", trainer.model, metrics, report)
         say(f"Model, metrics (all_results.json), curves.png and README.md are in {folder}")
         problem = report.at_baseline(metrics)
         if problem:
-            logger.warning(
-                f"the model has not learned anything measurable: {problem}. Try another --learning_rate (it was "
-                f"{training.learning_rate:g}), or more epochs"
-            )
+            rate = f"another --learning_rate (it was {training.learning_rate:g}) with a new --output_dir"
+            tip = f". Try {rate}, or more epochs" if trainer.restored is None else ""
+            logger.warning(f"the model has not learned anything measurable: {problem}{tip}")
+
+
+def is_newer(file: Path, other: Path) -> bool:
+    """Return whether a file exists that was written after the other."""
+    return file.is_file() and file.stat().st_mtime_ns >= other.stat().st_mtime_ns
 
 
 def write_predictions(

@@ -38,6 +38,7 @@ class LionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.repeats = repeats
         self.hidden_teacher = hidden_teacher
+        self.restored: str | None = None
         self._last_log, self._evaluation_time = None, 0.0
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -172,7 +173,8 @@ class LionTrainer(Trainer):
         return state.global_step >= steps
 
     def restore(self, checkpoint: str) -> None:
-        """Load weights and history of a checkpoint to evaluate them."""
+        """Load weights and history of a checkpoint to evaluate them; `restored` is then its folder."""
+        self.restored = checkpoint
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         self._load_from_checkpoint(checkpoint)
 
