@@ -61,7 +61,7 @@ from lion_hf.training.reports import (
     train_and_evaluate,
     write_predictions,
 )
-from lion_hf.training.text import check_vocabulary, get_tokenizer, model_options, require_room
+from lion_hf.training.text import check_vocabulary, get_tokenizer, model_options, require_room, set_length_limit
 from lion_hf.training.trainer import LionTrainer
 
 
@@ -231,6 +231,7 @@ def run_task(
         validation = {word: encode(part, name="validation") for word, part in parts.validation.items()}
     mean = fmean(parts.train["labels"][:]) if parts.train is not None and not task.labels else None
     model = make_model(task, model_args, tokenizer, data.max_length, mean)
+    set_length_limit(tokenizer, model.config)
     if checkpoint:
         check_resumable(checkpoint, AutoModelForSequenceClassification, model.config)
     check_disk(training, model)

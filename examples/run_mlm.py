@@ -44,6 +44,7 @@ from lion_hf.training.text import (
     make_rows,
     model_options,
     require_room,
+    set_length_limit,
 )
 from lion_hf.training.trainer import LionTrainer
 
@@ -135,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     fixed = model_options(tokenizer, data.max_length)
     model = build_model(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL, fixed)
     require_room(model.config, tokenizer, data.max_length)
+    set_length_limit(tokenizer, model.config)
     if checkpoint:
         check_resumable(checkpoint, AutoModelForMaskedLM, model.config)
     check_disk(training, model)

@@ -1,7 +1,9 @@
 import logging
 
 import pytest
+from glue_script import TINY, WORDS, rows, write
 from image_script import picture
+from transformers import PreTrainedTokenizerFast
 
 
 @pytest.fixture
@@ -44,3 +46,23 @@ def run_glue(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     return run_glue.main
+
+
+@pytest.fixture
+def mlm(tmp_path, monkeypatch):
+    """run_mlm.py on a file, with a tokenizer that has begin and end tokens."""
+    import run_mlm
+
+    from lion_hf.training.text import train_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    write("corpus.txt", "\n".join(line.partition(",")[0] for line in rows(48, "abc").splitlines()))
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 80, 64)
+    tokens = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", **tokens
+    ).save_pretrained("tokenizer")
+    flags = ["--train_file=corpus.txt", "--tokenizer_name=tokenizer", "--max_length=16", "--line_by_line=true"]
+    flags += ["--validation_share=0.25"]
+    flags += [flag for flag in TINY if "vocab" not in flag]
+    return lambda folder, *more: run_mlm.main([f"--output_dir={folder}", *flags, *more])

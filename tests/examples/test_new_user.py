@@ -11,10 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from glue_script import ONE_STEP, TINY, write
+from glue_script import ONE_STEP, TINY, WORDS, rows, write
 from image_script import DIGITS, picture, train
 from small_models import text_config, vision_config
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    pipeline,
+)
 
 import lion_hf
 from lion_hf.training.reports import Report, plot_curves
@@ -25,41 +30,9 @@ pytestmark = pytest.mark.usefixtures("examples", "without_curves")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(file for file in EXAMPLES.glob("*.py") if "check_flags(__file__)" in file.read_text())
 EVALUATE = ["--disable_tqdm=true", "--use_cpu=true", "--do_train=false"]
-WORDS = ["alpha", "beta", "gamma", "stone", "river", "house", "green", "quick", "brown", "light", "heavy"]
-
-
-def rows(count, classes, seed=0):
-    """Lines of csv: texts with one word that decides the class."""
-    random = np.random.default_rng(seed)
-    lines = []
-    for i in range(count):
-        words = list(random.choice(WORDS, 6))
-        words.insert(int(random.integers(7)), ("lovely", "awful", "ordinary")[i % len(classes)])
-        lines.append(f"{' '.join(words)},{classes[i % len(classes)]}\n")
-    return "".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------- stopping and going on
-
-
-@pytest.fixture
-def mlm(tmp_path, monkeypatch):
-    """run_mlm.py on a file, with a tokenizer that has begin and end tokens."""
-    import run_mlm
-
-    from lion_hf.training.text import train_tokenizer
-
-    monkeypatch.chdir(tmp_path)
-    write("corpus.txt", "\n".join(line.partition(",")[0] for line in rows(48, "abc").splitlines()))
-    tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 80, 64)
-    tokens = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, bos_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]", **tokens
-    ).save_pretrained("tokenizer")
-    flags = ["--train_file=corpus.txt", "--tokenizer_name=tokenizer", "--max_length=16", "--line_by_line=true"]
-    flags += ["--validation_share=0.25"]
-    flags += [flag for flag in TINY if "vocab" not in flag]
-    return lambda folder, *more: run_mlm.main([f"--output_dir={folder}", *flags, *more])
 
 
 def losses(folder):
@@ -412,6 +385,20 @@ def test_whole_numbers_are_classes_unless_they_are_to_be_numbers_and_that_is_sai
     assert [line for line in said if "--label_type classes" in line]
     assert "eval_accuracy" in run_glue(["--output_dir=d", *ONE_STEP, *flags, "--label_type=classes"])
     assert lion_hf.LionForSequenceClassification.from_pretrained("d").config.id2label == {0: "1", 1: "3", 2: "5"}
+
+
+def test_a_tokenizer_has_a_limit_only_if_its_model_has_one(mlm, run_glue):
+    write("train.csv", "text,label\n" + rows(30, ("good", "bad", "so so")))
+    own = ["--train_file=train.csv", "--validation_share=0.2"]
+    shape = [flag for flag in ONE_STEP if "size" not in flag and "num_" not in flag]
+    mlm("free", "--max_steps=1", "--train_tokenizer=80")
+    mlm("table", "--max_steps=1", "--train_tokenizer=80", "--pos_emb=true")
+    run_glue(["--output_dir=tuned", *shape, *own, "--model_name_or_path=free", "--max_length=8"])
+    run_glue(["--output_dir=bert", *ONE_STEP, *own, "--model_type=bert"])
+    limits = {"free": None, "free/checkpoint-1": None, "tuned": None, "table": 512, "bert": 512}
+    for folder, limit in limits.items():
+        ids = AutoTokenizer.from_pretrained(folder)(" ".join(WORDS * 99), truncation=True, verbose=False)["input_ids"]
+        assert len(ids) == limit if limit else len(ids) > 1000, folder
 
 
 def test_the_first_error_names_all_columns_that_are_missing_and_all_names_that_are_taken(run_glue):

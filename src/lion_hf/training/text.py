@@ -15,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import get_worker_info
 from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .arguments import DataArguments, ModelArguments, require_at_least
 from .data import Key, load_file, load_named, load_splits, parts_of, random_numbers, require_columns, say_split_off
@@ -302,6 +303,15 @@ def require_room(config, tokenizer, max_length: int) -> None:
         raise UserError(f"--max_length {max_length} exceeds the model's {positions} positions")
     if len(tokenizer) > config.vocab_size:
         raise UserError(f"the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}")
+
+
+def set_length_limit(tokenizer, config) -> None:
+    """Remove the length limit of the tokenizer of a LION without a position table, which reads texts of any length.
+
+    With the limit, Transformers would warn about longer texts, and `truncation=True` would cut them.
+    """
+    if config.model_type == "lion" and not config.pos_emb:
+        tokenizer.model_max_length = VERY_LARGE_INTEGER
 
 
 # --------------------------------------------------------------------------------------------------------- masking
