@@ -1,5 +1,6 @@
 """Save models to folders and to the Hub, with the code that loads them without this package and with a card."""
 
+import difflib
 import glob
 import json
 import os
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, PushToHubMixin
@@ -34,6 +37,38 @@ _AUTO_MAPS = {
         "AutoBackbone": "modeling_lion_vision.LionBackbone",
     },
 }
+
+
+# ---------------------------------------------------------------------------------------------------- names and folders
+
+
+def hint_if_missing(name: str | Path, repo_type: str = "model") -> str | None:
+    """Return a hint if a name can only be a folder, and there is none; return None for folders and names on the Hub.
+
+    A name such as "outputs/firs" counts as a folder if outputs/ holds a folder with a similar name, and the Hub, asked
+    once, does not have the name. The hint names the similar folder, or is empty.
+    """
+    path, name = Path(name), str(name)
+    if path.exists():
+        return None
+    near = []
+    if path.name and path.parent != Path() and path.parent.is_dir():
+        siblings = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
+        near = difflib.get_close_matches(path.name, siblings, 1, 0.7)
+    is_path = name.count("/") > 1 or name.startswith((".", "/"))
+    if not is_path and not (near and not _is_on_hub(name, repo_type)):
+        return None
+    return f"; did you mean {str(path.parent / near[0])!r}?" if near else ""
+
+
+def _is_on_hub(name: str, repo_type: str) -> bool:
+    """Return whether a name is in the cache of the Hub, or the Hub answers that it exists. There are no retries."""
+    try:
+        if Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=repo_type)).is_dir():
+            return True
+        return HfApi().repo_info(name, repo_type=repo_type, timeout=5) is not None
+    except Exception:  # no network, no such name; the types depend on the network library
+        return False
 
 
 # --------------------------------------------------------------------------------------------------------------- code

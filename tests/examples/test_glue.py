@@ -376,7 +376,11 @@ WRONG = {
     "several tasks": (f"text,label\n{ROWS}", ["--task=all"], "--data_dir"),
     "folder lacks task": (None, ["--task=rte", "--data_dir=."], "has no folder 'rte'"),
     "no network": (None, ["--task=rte"], "--data_dir"),
-    "no model": (None, ["--task=rte", "--model_name_or_path=outputs/mlm/lion"], "'outputs/mlm/lion' does not exist"),
+    "no model": (
+        None,
+        ["--task=rte", "--model_name_or_path=outputs/mlm/lion"],
+        "--model_name_or_path: there is no folder 'outputs/mlm/lion'",
+    ),
     "no seeds": (None, ["--task=rte", "--num_seeds=0"], "at least 1"),
     "no processes": (None, ["--task=rte", "--num_seeds=2", "--parallel=0"], "at least 1"),
     "mnli not there": (None, ["--task", "rte", "mrpc", "--from_mnli=true"], "--from_mnli requires mnli"),

@@ -285,7 +285,7 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
             ["--model_type=vit", "--drop_path_rate=0.1"],
             "--drop_path_rate is an option of LION; a 'vit' model does not have it",
         ),
-        (["--teacher=absent/model/here"], "absent/model/here"),
+        (["--teacher=absent/model/here"], "--teacher: there is no folder 'absent/model/here'"),
         (["--distillation_alpha=2"], "--distillation_alpha is 2.0"),
         (["--distillation_tau=0"], "--distillation_tau is 0.0"),
         (["--train_dir=absent"], "image folder 'absent' does not exist"),

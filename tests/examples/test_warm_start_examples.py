@@ -158,7 +158,7 @@ def test_the_distance_of_parts_adds_up_and_fillers_do_not_count(bert):
         (["--model_name_or_path={bert}"], "cannot be combined with --warm_start"),
         (["--softmax_layers", "2", UNREAD], "cannot start from .*softmax_layers is .2.; .*from 0 to 1"),
         (["--warm_start_distillation=-1"], "--warm_start_distillation is -1.0; it must be finite and at least 0"),
-        (["--warm_start=nowhere/at/all"], "model folder 'nowhere/at/all' does not exist"),
+        (["--warm_start=nowhere/at/all"], "--warm_start: there is no folder 'nowhere/at/all'"),
         (["--warm_start={gpt2}"], "is a 'gpt2' model, which AutoModelForMaskedLM cannot load"),
         (["--warm_start={lion}", UNREAD], "requires a 'bert' model, but .* is a 'lion' model"),
     ],

@@ -1,11 +1,17 @@
 """The model that the arguments of a script name."""
 
+import re
+from pathlib import Path
+
 import pytest
 from small_models import text_config
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 import lion_hf
+from lion_hf.convert import from_bert, from_vit
+from lion_hf.hub import hint_if_missing
 from lion_hf.training.arguments import TextModelArguments
+from lion_hf.training.data import load_named
 from lion_hf.training.errors import UserError
 from lion_hf.training.models import build_model
 
@@ -28,3 +34,39 @@ def test_the_format_is_the_stored_one_unless_it_is_given(tmp_path):
     for arguments in ({"model_name_or_path": str(tmp_path / "bert")}, SMALL | {"model_type": "bert"}):
         with pytest.raises(UserError, match="--format is an option of LION"):
             built(format="chunk", **arguments)
+
+
+def test_a_misspelt_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lion_hf.LionForMaskedLM(text_config()).save_pretrained("outputs/first")
+    for folder in ("outputs/firs", "./outputs/firs", str(tmp_path / "outputs/firs")):
+        found = str(Path(folder).with_name("first"))
+        message = f"there is no folder {folder!r}; did you mean {found!r}?"
+        with pytest.raises(UserError, match=f"^{re.escape('--model_name_or_path: ' + message)}$"):
+            built(model_name_or_path=folder)
+        with pytest.raises(UserError, match=f"^--warm_start: {re.escape(message)}$"):
+            built(warm_start=folder)
+        with pytest.raises(UserError, match=f"^--dataset_name: {re.escape(message)}$"):
+            load_named(folder)
+        with pytest.raises(OSError, match=re.escape(f"{folder!r} is neither a folder nor a name on the Hub; did you")):
+            from_bert(Path(folder) if folder[0] == "/" else folder)
+    with pytest.raises(UserError, match="there is no folder 'outputs/x/absent'$"):
+        built(model_name_or_path="outputs/x/absent")
+    with pytest.raises(OSError, match="'outputs/x/absent' is neither a folder nor a name on the Hub.$"):
+        from_vit("outputs/x/absent")
+    for name in ("train.csv", "outputs/trian.csv", "outputs/first/config.json"):
+        with pytest.raises(UserError, match="for a local file use --train_file"):
+            load_named(name)
+
+
+@pytest.mark.parametrize("where", ["cache", "Hub", "other"])
+def test_a_name_on_the_hub_stays_one_beside_a_folder_of_its_owner(where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("user/model-16").mkdir(parents=True)
+    if where == "cache":
+        (tmp_path / "cache" / "models--user--model-32").mkdir(parents=True)
+        monkeypatch.setattr("lion_hf.hub.HF_HUB_CACHE", str(tmp_path / "cache"))
+    if where == "Hub":
+        monkeypatch.setattr("lion_hf.hub.HfApi.repo_info", lambda self, *args, **kwargs: "found")
+    assert hint_if_missing("user/tiger" if where == "other" else "user/model-32") is None
+    assert hint_if_missing("bert-base-uncased") is None

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..hub import hint_if_missing
 from ..models.configuration_lion import LionConfig, LionVisionConfig
 from ..models.lion_layers import stays_float32
 from ..nn.mixer import Mixer
@@ -92,6 +93,8 @@ def load_source(
         raise ValueError(f"model_class is {model_class!r}; allowed are {', '.join(names)}.")
     while isinstance(inside := getattr(given, "_orig_mod", getattr(given, "module", None)), nn.Module):
         given = inside  # torch.compile, DistributedDataParallel
+    if isinstance(given, str | Path) and (hint := hint_if_missing(given)) is not None:
+        raise FileNotFoundError(f"{str(given)!r} is neither a folder nor a name on the Hub{hint or '.'}")
     config = given.config if isinstance(given, PreTrainedModel) else AutoConfig.from_pretrained(given)
     name = type(given).__name__ if isinstance(given, PreTrainedModel) else str(given)
     if getattr(given, "is_quantized", False) or getattr(config, "quantization_config", None):

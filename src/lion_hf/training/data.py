@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, TrainingArguments
 from transformers.utils import logging
 
 from .arguments import DataArguments
-from .errors import UserError, require_path, user_errors
+from .errors import UserError, require_folder_or_hub_name, require_path, user_errors
 
 
 logger = logging.get_logger(__name__)
@@ -61,6 +61,9 @@ def say_split_off(data: DataArguments, seed: int) -> None:
 
 def load_named(name: str, config_name: str | None = None, **kwargs):
     """Call `datasets.load_dataset`; a wrong name, no network, a gated or unreadable set is a one-line error."""
+    if Path(name).is_file() or (Path(name).suffix in FILE_TYPES and Path(name).parent.is_dir()):
+        raise UserError(f"--dataset_name is {name!r}, which is not a data set; for a local file use --train_file")
+    require_folder_or_hub_name(name, "--dataset_name", "dataset")
     with reading(f"cannot load data set {name!r}"):
         try:
             return datasets.load_dataset(name, config_name, **kwargs)

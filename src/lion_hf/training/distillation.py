@@ -71,7 +71,7 @@ class Teacher:
         self, options: DistillationArguments, student: PreTrainedConfig, processor, size: tuple[int, int], device
     ):
         name, self.options = options.teacher, options
-        config = existing_config(name, AutoModelForImageClassification)
+        config = existing_config(name, AutoModelForImageClassification, "--teacher")
         check_classes(name, config, student)
         with user_errors(f"cannot load the teacher {name!r}", OSError, ValueError):
             self.model = AutoModelForImageClassification.from_pretrained(name).eval().requires_grad_(False).to(device)

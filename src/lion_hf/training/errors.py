@@ -12,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 
+from ..hub import hint_if_missing
+
 
 class UserError(Exception):
     """Wrong input of the user. Scripts show it as one line, without a traceback."""
@@ -84,3 +86,10 @@ def require_path(path: str | Path, what: str) -> Path:
     if not Path(path).exists():
         raise UserError(f"{what} {str(path)!r} does not exist")
     return Path(path)
+
+
+def require_folder_or_hub_name(name: str, flag: str | None = None, repo_type: str = "model") -> None:
+    """Raise a `UserError` for the path of a folder that does not exist, before the Hub is asked for it with retries."""
+    hint = hint_if_missing(name, repo_type)
+    if hint is not None:
+        raise UserError(f"{flag}: " * bool(flag) + f"there is no folder {name!r}{hint}")

@@ -11,7 +11,7 @@ from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 from ..convert import config_from_bert, config_from_vit, from_bert, from_vit
 from ..models.configuration_lion import PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
 from .arguments import ModelArguments
-from .errors import UserError, require_path, user_errors
+from .errors import UserError, require_folder_or_hub_name, user_errors
 
 
 LION_TYPES = ("lion", "lion_vision")
@@ -31,12 +31,14 @@ LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate", "classifier_pooling")
 LIVE_OPTIONS = ("classifier_pooling",)
 
 
-def existing_config(name_or_path: str, auto_class) -> PreTrainedConfig:
-    """Return the configuration of a checkpoint, by Hub name or folder, that `auto_class` can load."""
+def existing_config(name_or_path: str, auto_class, flag: str | None = None) -> PreTrainedConfig:
+    """Return the configuration of a checkpoint, by Hub name or folder, that `auto_class` can load.
+
+    Messages about a missing folder start with the `flag`.
+    """
     if Path(name_or_path).exists() and not (Path(name_or_path) / "config.json").is_file():
         raise UserError(f"{name_or_path!r} is not a checkpoint: it has no config.json")
-    if name_or_path.count("/") > 1 or name_or_path.startswith((".", "/")):  # not a Hub name
-        require_path(name_or_path, "model folder")
+    require_folder_or_hub_name(name_or_path, flag)
     with user_errors(f"cannot load {name_or_path!r}", OSError, ValueError, StrictDataclassError):
         config = AutoConfig.from_pretrained(name_or_path)
     if type(config) not in auto_class._model_mapping:
@@ -127,7 +129,7 @@ def _config_to_go_on_with(auto_class, model: ModelArguments) -> PreTrainedConfig
     first = next((name for name, value in others.items() if value is not None), None)
     if first:
         raise UserError(f"--model_name_or_path determines the model; it cannot be combined with --{first}")
-    config = existing_config(model.model_name_or_path, auto_class)
+    config = existing_config(model.model_name_or_path, auto_class, "--model_name_or_path")
     live = [name for name in LIVE_OPTIONS if name in model.overrides() and not hasattr(config, name)]
     live += ["format"] if config.model_type not in LION_TYPES and model.format not in (None, "auto") else []
     if live:
@@ -139,7 +141,7 @@ def _config_to_go_on_with(auto_class, model: ModelArguments) -> PreTrainedConfig
 
 def _config_to_start_from(auto_class, model_type: str, model: ModelArguments) -> PreTrainedConfig:
     """Return the configuration of `--warm_start`; raise if no LION with the given options can start from it."""
-    config, source = existing_config(model.warm_start, auto_class), BASELINES[model_type][0]
+    config, source = existing_config(model.warm_start, auto_class, "--warm_start"), BASELINES[model_type][0]
     if config.model_type != source:
         raise UserError(
             f"--warm_start requires a {source!r} model, but {model.warm_start!r} is a {config.model_type!r} model; "

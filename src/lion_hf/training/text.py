@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from .arguments import DataArguments, ModelArguments, require_at_least
 from .data import Key, load_file, load_named, load_splits, parts_of, random_numbers, require_columns, say_split_off
-from .errors import UserError, user_errors
+from .errors import UserError, require_folder_or_hub_name, user_errors
 
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -242,6 +242,7 @@ def get_tokenizer(
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
         other = ". If it is the checkpoint of another model, use another --output_dir" if checkpoint else ""
         raise UserError(f"{name!r} holds no tokenizer: it has neither tokenizer.json nor vocab.txt{other}")
+    require_folder_or_hub_name(name, "--tokenizer_name")
     with user_errors(f"cannot load a tokenizer from {name!r}", OSError, ValueError):
         tokenizer = AutoTokenizer.from_pretrained(name)
     missing = [k for k in ("cls_token", "sep_token", "mask_token", "pad_token") if getattr(tokenizer, k) is None]
