@@ -1,5 +1,7 @@
 """`push` saves and uploads a model in one call. A dry run lists the files without a network."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -85,6 +87,44 @@ def test_a_trained_folder_is_pushed_from_where_it_lies_with_its_own_card(tmp_pat
     files = hub["me/lion"]["files"]
     assert files["model.safetensors"] == before and "modeling_lion_vision.py" in files
     assert files["README.md"].decode() == card
+
+
+EXAMPLE = """
+outputs/x is not code.
+
+```python
+from transformers import pipeline
+print(pipeline("x", "{name}")("a text"), 'outputs/x', "outputs/y")
+```
+
+![curves](curves.png) ![no file](absent.png) ![other](../other.png) <img src="more/a%20b.png"> ![web](https://a.b/c.png)
+"""
+
+
+@pytest.mark.parametrize("name", ["outputs/x", "./outputs/x/", "absolute"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["new folder", "in place"])
+def test_a_card_of_a_run_is_pushed_with_its_pictures_and_names_the_repository(
+    tmp_path, monkeypatch, hub, name, in_place
+):
+    monkeypatch.chdir(tmp_path)
+    trained, folder = Path("outputs/x"), Path("outputs/x" if in_place else "new")
+    text = CARD + EXAMPLE.format(name=trained.absolute() if name == "absolute" else name)
+    for file in ("curves.png", "more/a b.png", "more/unused.png", "../other.png"):
+        (trained / file).parent.mkdir(parents=True, exist_ok=True)
+        (trained / file).write_text(file)
+    (trained / "README.md").write_text(text)
+    given = ModelCard(text)
+    lion_hf.push(lion_hf.LionModel(text_config()), folder, "me/lion", card=None if in_place else trained / "README.md")
+    files = hub["me/lion"]["files"]
+    assert {path for path in files if path.endswith("png")} == {"curves.png", "more/a b.png"}
+    assert files["more/a b.png"] == b"more/a b.png"
+    card = files["README.md"].decode()
+    assert """pipeline("x", "me/lion")("a text"), 'me/lion', "outputs/y")""" in card
+    assert "outputs/x is not code" in card
+    if not in_place:
+        assert (trained / "README.md").read_text() == text
+        lion_hf.push(lion_hf.LionModel(text_config()), "another", "me/lion", card=given)
+        assert str(given) == text == hub["me/lion"]["files"]["README.md"].decode()
 
 
 NO_CARDS = {

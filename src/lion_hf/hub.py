@@ -1,11 +1,15 @@
 """Save models to folders and to the Hub, with the code that loads them without this package and with a card."""
 
+import copy
 import difflib
 import glob
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.constants import HF_HUB_CACHE
@@ -201,15 +205,16 @@ def push(
 ) -> list[UploadFile]:
     """Save a model with its code and card into a folder, and upload the files of that folder to the Hub.
 
-    Only files directly in the folder are uploaded, not those in subfolders. Other files that are already there are
-    uploaded too: use a new folder, or check the result of a dry run first.
+    Only files directly in the folder, and pictures that the card shows, are uploaded. Other files that are already
+    there are uploaded too: use a new folder, or check the result of a dry run first.
 
     Args:
         model: any LION model of this package.
         folder: where to write. Created if it does not exist.
         repo_id: "user/name" on the Hub. The repository is created if it does not exist.
         card: a `huggingface_hub.ModelCard` or the path of a Markdown file, saved as README.md. By default the README.md
-            in the folder. It must start with metadata between two lines `---`, and is not changed. A card that
+            in the folder. It must start with metadata between two lines `---`. In its Python examples, the name of the
+            folder of the card is replaced by `repo_id`; pictures that it shows by relative path are copied. A card that
             lion-convert wrote explains how to load without this package only if `--with-code` was given.
         processor: the tokenizer or image processor of the model, saved into the folder.
         dry_run: write the folder, but upload nothing. Needs no network and no token.
@@ -236,11 +241,16 @@ def push(
             f"processor is {processor!r}; it must be a tokenizer or image processor, such as "
             "AutoTokenizer.from_pretrained(...) returns."
         )
-    card = _load_card(folder / "README.md" if card is None else card)
+    home = Path(card).parent if isinstance(card, str | Path) else folder
+    card = _with_repo_id(_load_card(folder / "README.md" if card is None else card), home, repo_id)
     save_with_code(model, folder)
     if processor is not None:
         processor.save_pretrained(folder)
     card.save(folder / "README.md")
+    for picture in _pictures(folder / "README.md", home):
+        if not (folder / picture).exists() or not (folder / picture).samefile(home / picture):
+            (folder / picture).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(home / picture, folder / picture)
     if not dry_run:
         upload(folder, repo_id, token=token, private=private)
     return files_to_upload(folder)
@@ -297,13 +307,42 @@ def _load_card(card: ModelCard | str | Path) -> ModelCard:
     return card
 
 
-def files_to_upload(folder: Path) -> list[UploadFile]:
-    """Return the files directly in the folder, sorted by name: the model, its code, tokenizer or processor, and card.
+def _with_repo_id(card: ModelCard, home: Path, repo_id: str) -> ModelCard:
+    """Return the card with the repository in place of the local folder `home` in its Python examples."""
+    whole = home.resolve()
 
-    Subfolders (checkpoints of a training run, logs) and hidden files are left out.
+    def renamed(string: re.Match) -> str:
+        task, quote, name = string.groups()
+        parts = Path(name).parts
+        is_home = bool(parts) and (whole.parts[-len(parts) :] == parts or Path(name).resolve() == whole)
+        return f"{quote}{repo_id}{quote}" if is_home and not task else string[0]
+
+    card = copy.copy(card)
+    # The first argument of `pipeline` is a task, which may be the name of a folder too.
+    string = r"(pipeline\()?([\"'])([^\"'(),\n]+)\2"
+    card.text = re.sub(r"(?ms)^```python$.*?^```", lambda code: re.sub(string, renamed, code[0]), card.text)
+    return card
+
+
+def _pictures(card: Path, home: Path) -> list[str]:
+    """Return the pictures below the folder `home` that a card shows by relative path, if they exist."""
+    if not card.is_file():
+        return []
+    shown = re.findall(r"!\[[^\]]*\]\(([^)\s]+)|<img [^>]*?src=[\"']([^\"']+)", card.read_text(encoding="utf-8"))
+    paths = {Path(unquote(one or other)) for one, other in shown}
+    paths = {path for path in paths if not path.is_absolute() and ".." not in path.parts}
+    return sorted(path.as_posix() for path in paths if (home / path).is_file())
+
+
+def files_to_upload(folder: Path) -> list[UploadFile]:
+    """Return the files directly in the folder: the model, its code, tokenizer or processor, and card.
+
+    They are sorted by name. Pictures that the card shows are included; other files in subfolders (checkpoints of a
+    training run, logs) and hidden files are left out.
     """
-    files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
-    return [UploadFile(file.name, file.stat().st_size) for file in files]
+    names = {file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
+    names |= set(_pictures(folder / "README.md", folder))
+    return [UploadFile(name, (folder / name).stat().st_size) for name in sorted(names)]
 
 
 def upload(folder: Path, repo_id: str, token: str | bool | None = None, private: bool | None = None) -> None:
