@@ -85,12 +85,23 @@ def test_images_train_from_the_built_in_digits(tmp_path):
     assert len(model.config.id2label) == 10 and AutoImageProcessor.from_pretrained(tmp_path)
 
 
+NO_HEADER = "(if the first line of the file is data, add a line with the column names)"
+STREAM = ["--streaming=true", "--max_steps=1", "--max_eval_samples=1"]
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--train_file=absent.txt"], "absent.txt"),
         (["--train_file=empty.txt"], "empty"),
-        (["--train_file=table.csv"], "there is no column 'text' (set --text_column); the columns are a, b"),
+        (
+            ["--train_file=table.csv"],
+            f"there is no column 'text' (set --text_column); the columns are a, b {NO_HEADER}",
+        ),
+        (["--train_file=table.csv", *STREAM], f"the columns are a, b {NO_HEADER}"),
+        (["--train_file=table.jsonl"], "the columns are a, b"),
+        (["flags.yaml"], "flags.yaml sets 'mask_typ', which is not a flag of this script; did you mean 'mask_type'?"),
+        (["other.yaml"], "other.yaml sets 'xyz', which is not a flag of this script; is it for another script?"),
         (["--train_file=strange.xyz"], "allowed are .txt"),
         (["--learning_rte=1"], "--learning_rate"),
         (["--mask_type=sideways"], "sideways"),
@@ -108,11 +119,15 @@ def test_wrong_input_is_one_line_and_exit_code_2(flags, message, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     Path("empty.txt").touch()
     Path("table.csv").write_text("a,b\n1,2\n3,4\n")
+    Path("table.jsonl").write_text('{"a": 1, "b": 2}\n' * 2)
+    Path("flags.yaml").write_text("mask_typ: lit\n")
+    Path("other.yaml").write_text("xyz: 1\n")
     Path("strange.xyz").write_text("x")
     with pytest.raises(SystemExit) as stopped:
         run(lambda: run_mlm.main([*flags, "--output_dir=out"]))
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code == 2 and last.startswith("error:") and message in last
+    assert (NO_HEADER in last) == (NO_HEADER in message)
 
 
 def test_the_script_itself_ends_so(tmp_path):

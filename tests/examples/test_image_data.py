@@ -295,13 +295,23 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
         (["--distillation=soft"], "--distillation requires --teacher"),
         (["--validation_dir=images"], "--validation_dir requires --train_dir"),
         (["--train_dir=images", "--validation_file=table.csv"], "cannot be combined; give one of them"),
-        (["--train_dir=images"], "'images' has no classes: it must hold one folder of images per class"),
+        (
+            ["--train_dir=images"],
+            "'images' has no classes: it must hold one folder of images per class, two or more, such as "
+            "images/CLASS/1.jpg",
+        ),
+        (["--train_dir=empty"], "cannot read 'empty': it holds no images; the form is empty/CLASS/1.jpg"),
+        (
+            ["--train_dir=split"],
+            "'split' holds folders that look like parts of the data, not like classes: test, train. Use --train_dir "
+            "split/train --validation_dir split/test",
+        ),
         (["--train_dir=table.csv"], "'table.csv' is a file"),
         (["--train_file=same.csv"], "the same value 1 in every row"),
         (["--train_file=gap.csv"], "has rows without a label"),
         (
             ["--train_file=table.csv", "--label_column=class"],
-            "no column 'class' (set --label_column); the columns are image, label",
+            "no column 'class' (set --label_column); the columns are image, label (if the first line of the file is",
         ),
         (["--preset=lion-s-base"], "allowed are lion-lit-tiny-patch16-224"),
         (["--lr_scheduler_type=cosin"], "argument --lr_scheduler_type"),
@@ -315,8 +325,10 @@ def test_wrong_input_is_a_message_of_one_line(flags, message, tmp_path, monkeypa
     (tmp_path / "table.csv").write_text("image,label\nred,1\nblue,2\ngreen,1\n")
     (tmp_path / "same.csv").write_text("image,label\nred,1\nblue,1\ngreen,1\n")
     (tmp_path / "gap.csv").write_text("image,label\nred,1\nblue,\ngreen,2\n" * 9)
-    (tmp_path / "images").mkdir()
-    picture().save(tmp_path / "images" / "one.png")
+    for name in ("images", "empty/cat", "split/train/cat", "split/test/cat"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("images", "split/train/cat", "split/test/cat"):
+        picture().save(tmp_path / name / "one.png")
     with pytest.raises(UserError) as error:
         train(tmp_path / "out", *DIGITS, "--max_steps=1", *flags)
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -142,7 +142,13 @@ def require_columns(dataset, columns: dict[str, str]) -> None:
     """Raise a `UserError` that names missing columns, the flags that set them, and the existing columns."""
     missing = [f"no column {name!r} (set {flag})" for flag, name in columns.items() if name not in dataset.column_names]
     if missing:
-        raise UserError(f"there is {' and '.join(missing)}; the columns are {', '.join(dataset.column_names)}")
+        raise UserError(f"there is {' and '.join(missing)}; {columns_of(dataset)}")
+
+
+def columns_of(dataset) -> str:
+    """Return a part of a message that lists the columns, with a hint for csv files, whose first line names them."""
+    hint = " (if the first line of the file is data, add a line with the column names)"
+    return f"the columns are {', '.join(dataset.column_names)}" + hint * (dataset.info.builder_name == "csv")
 
 
 @contextmanager

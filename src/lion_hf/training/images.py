@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
+from datasets.data_files import EmptyDatasetError
 from PIL import Image
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, TrainingArguments
@@ -39,6 +40,10 @@ KNOWN = {
     "imagenet-1k": ("ILSVRC/imagenet-1k", "image", "label"),
 }
 
+
+# Names of folders that hold parts of a data set; validation data is the first of the held-out parts that exists.
+TRAINING_NAMES = ("train", "training")
+HELD_OUT_NAMES = ("validation", "valid", "val", "dev", "test", "testing")
 
 # Largest number of images that are all decoded once before training.
 TRIED = 2000
@@ -119,15 +124,35 @@ def load_folder(path: str) -> Dataset:
     """Load a folder that holds one folder of images per class."""
     if not require_path(path, "image folder").is_dir():
         raise UserError(f"{path!r} is a file, not a folder that holds one folder of images per class")
-    with reading(f"cannot read {path!r}"):
-        images = datasets.load_dataset("imagefolder", data_dir=path, split="train")
-    if "label" not in images.column_names:
-        raise UserError(f"{path!r} has no classes: it must hold one folder of images per class, two or more")
+    form = Path(path) / "CLASS" / "1.jpg"
     folders = {folder.name for folder in Path(path).iterdir() if folder.is_dir() and not folder.name.startswith(".")}
+    refuse_splits(Path(path), sorted(folders))
+    with reading(f"cannot read {path!r}"):
+        try:
+            images = datasets.load_dataset("imagefolder", data_dir=path, split="train")
+        except EmptyDatasetError as error:
+            raise UserError(f"cannot read {path!r}: it holds no images; the form is {form}") from error
+    if "label" not in images.column_names:
+        raise UserError(
+            f"{path!r} has no classes: it must hold one folder of images per class, two or more, such as {form}"
+        )
     empty = sorted(folders - set(images.features["label"].names))
     if empty:
         logger.warning(f"{path!r} has folders without images, which are not used as classes: {', '.join(empty)}")
     return numbered(images)
+
+
+def refuse_splits(path: Path, folders: list[str]) -> None:
+    """Raise a `UserError` if all folders have names of splits, of which only one would be read."""
+    train = [name for name in folders if name.lower() in TRAINING_NAMES]
+    held_out = [name for name in folders if name.lower() in HELD_OUT_NAMES]
+    if train and len(train) + len(held_out) == len(folders):
+        first = min(held_out, key=lambda name: HELD_OUT_NAMES.index(name.lower()), default=None)
+        flags = f"--train_dir {path / train[0]}" + (f" --validation_dir {path / first}" if first else "")
+        raise UserError(
+            f"{str(path)!r} holds folders that look like parts of the data, not like classes: {', '.join(folders)}. "
+            f"Use {flags}"
+        )
 
 
 def load_test_images(data: ImageArguments) -> tuple[Dataset | None, list[str]]:

@@ -104,13 +104,12 @@ def parse_arguments(
         hint = "an argument file must come before all flags" if is_file else "it does not belong to a flag"
         raise UserError(f"unexpected {unknown[0]!r}: {hint}")
     if unknown:
-        if unknown[0] not in given and not given[0].startswith("-"):
-            raise UserError(
-                f"{given[0]} sets {unknown[0].removeprefix('--')!r}, which is not a flag of this script; is it for "
-                "another script?"
-            )
         known = [option for action in parser._actions for option in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1, 0.7)
+        if unknown[0] not in given and not given[0].startswith("-"):
+            hint = f"did you mean {near[0].removeprefix('--')!r}?" if near else "is it for another script?"
+            key = unknown[0].removeprefix("--")
+            raise UserError(f"{given[0]} sets {key!r}, which is not a flag of this script; {hint}")
         raise UserError(f"unknown argument {unknown[0]!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     training = next(x for x in parsed if isinstance(x, TrainingArguments))
     if "--output_dir" not in {flag.split("=")[0].replace("-dir", "_dir") for flag in argv}:

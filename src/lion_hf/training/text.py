@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetInfo, IterableDataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch.utils.data import get_worker_info
 from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
@@ -171,7 +171,8 @@ def only_text(part: Dataset | IterableDataset, column: str, name: str) -> Datase
     if first is None:
         raise UserError(f"the {name} data is empty")
     if column not in first:
-        require_columns(Dataset.from_list([first]), {"--text_column": column})
+        info = DatasetInfo(builder_name=part.info.builder_name)
+        require_columns(Dataset.from_list([first], info=info), {"--text_column": column})
     if not isinstance(first[column], str):
         raise UserError(f"column {column!r} holds {type(first[column]).__name__}, not text")
     part = part.select_columns(column).rename_columns({column: "text"} if column != "text" else {})

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..data import classes_of_model, hold_out, naming_builtin_data, say_split_off
+from ..data import classes_of_model, columns_of, hold_out, naming_builtin_data, say_split_off
 from ..errors import UserError
 from .sources import GlueArguments, load_splits
 from .tasks import CUSTOM, GlueTask
@@ -133,7 +133,7 @@ def text_columns(task: GlueTask, data: GlueArguments, part: Dataset, labelled: b
     if labelled and data.label_column not in there:
         problems.append(f"no column {data.label_column!r} (set --label_column)")
     if problems:
-        raise UserError(f"there is {', and '.join(problems)}; the columns are {', '.join(part.column_names)}")
+        raise UserError(f"there is {', and '.join(problems)}; {columns_of(part)}")
     return columns
 
 
