@@ -243,6 +243,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="newcomer-"))
     try:
         return 0 if trial(steps, python, folder) else 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     finally:
         if options.keep:
             print(f"kept {folder}")

@@ -19,7 +19,7 @@ from .names import without_wrappers
 
 
 class ConversionError(ValueError):
-    """A checkpoint or an option that cannot be converted. The message is one line and tells how to fix the problem."""
+    """A checkpoint or an option that cannot be converted. The message is one line with the problem and its fix."""
 
 
 @dataclass
