@@ -30,7 +30,7 @@ PARTS = {
         "ops/attention.py": ("attention_weights",),
     },
     "padding": {
-        "models/modeling_lion.py": ("_key_mask",),
+        "models/lion_inputs.py": ("bool_key_mask",),
         "nn/encoder.py": ("run_blocks", "unpadded_row"),
         "ops/packing.py": ("LEAST_PADDING", "UnpaddedRow", "unpad", "map_sequences", "_split_row"),
         "ops/tokens.py": ("Tokens",),

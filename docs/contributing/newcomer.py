@@ -223,7 +223,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", type=Path, help="Python of an existing environment; by default a bare one is made.")
     parser.add_argument("--keep", action="store_true", help="Keep the scratch folder.")
-    parser.add_argument("--short", action="store_true", help="Stop the trainings of the README after 8 steps.")
+    parser.add_argument("--short", action="store_true", help="Stop the training runs of the README after 8 steps.")
     parser.add_argument("--page", type=Path, default=PAGE, help="Page with the steps.")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="README whose blocks are run.")
     options = parser.parse_args()

@@ -125,7 +125,7 @@ def _require_names(target: str, node: ast.ImportFrom, module: str, owner: type |
         _refuse(node, module, owner, f"import from the module that defines it, as in `from {_PACKAGE}.nn import x`")
     file = _file(target)
     if not file.is_file():
-        _refuse(node, module, owner, f"{target} is not a file of this package; import from where it is now")
+        _refuse(node, module, owner, f"{target} is not a file of this package; import from its new path")
     if file.name == "__init__.py":
         inside = {x.stem for x in file.parent.glob("*.py")} | {x.parent.name for x in file.parent.glob("*/__init__.py")}
         if modules := [alias.name for alias in node.names if alias.name in inside]:

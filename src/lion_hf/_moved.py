@@ -77,7 +77,7 @@ class _Package(ModuleType):
 
 
 class _Moved(ModuleType):
-    """A module of 0.1. Every name is looked up in the module where it is now."""
+    """A module of 0.1. Every name is looked up in the module that now contains it."""
 
     def __getattr__(self, name: str) -> Any:
         modules = [importlib.import_module(target) for target in targets(self.__name__)]

@@ -166,7 +166,7 @@ def push(
 ) -> list[UploadFile]:
     """Save a model with its code and card into a folder, and upload the files of that folder to the Hub.
 
-    Only files directly in the folder are uploaded, not those in sub-folders. Other files that are already there are
+    Only files directly in the folder are uploaded, not those in subfolders. Other files that are already there are
     uploaded too: use a new folder, or check the result of a dry run first.
 
     Args:
@@ -265,7 +265,7 @@ def _load_card(card: ModelCard | str | Path) -> ModelCard:
 def files_to_upload(folder: Path) -> list[UploadFile]:
     """Return the files directly in the folder, sorted by name: the model, its code, tokenizer or processor, and card.
 
-    Sub-folders (checkpoints of a training run, logs) and hidden files are left out.
+    Subfolders (checkpoints of a training run, logs) and hidden files are left out.
     """
     files = (file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith("."))
     return [UploadFile(file.name, file.stat().st_size) for file in files]

@@ -337,8 +337,8 @@ def test_a_bert_is_refused(tmp_path, out, capfd):
         (["--reverse", "{out}", "{out}2", "--num-heads", "3", "--ema"], "remove --ema, --num-heads"),
         (["--reverse", IMAGE, "{out}"], "is not a LION folder"),
         (["none.pth", "{out}"], "does not exist"),
-        ([IMAGE, "{out}/in/between"], "is not a folder; create it first"),
-        ([IMAGE, f"{IMAGE}/out"], "is not a folder"),
+        ([IMAGE, f"{IMAGE}/out"], "is not a folder; give another path"),
+        ([IMAGE, f"{IMAGE}/in/between"], "is not a folder; give another path"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, match, out, capfd):
@@ -359,6 +359,23 @@ def test_what_exists_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(ou
     assert_refused(capfd, out, IMAGE, out, "--force", match="something other than a LION checkpoint")
     (out / "config.json").unlink()
     assert_refused(capfd, out, IMAGE, out, "--force", match="something other than a LION checkpoint")
+
+
+def test_missing_folders_are_created_and_empty_ones_are_filled(out, capfd):
+    deep = out / "in" / "between"
+    assert_refused(capfd, out, IMAGE, deep, "--num-heads", "5", match="num_attention_heads is 5")
+    assert run(IMAGE, deep) == 0 and (deep / "config.json").is_file()
+    empty = out / "empty"
+    empty.mkdir()
+    assert run(IMAGE, empty) == 0 and (empty / "config.json").is_file()
+    assert run("--reverse", empty, out / "new" / "back.pth") == 0 and (out / "new" / "back.pth").is_file()
+
+
+def test_a_missing_source_is_reported_before_an_existing_output(out, capfd):
+    assert run(IMAGE, out) == 0
+    for arguments in (["none.pth", out], ["--reverse", "none", out]):
+        assert run(*arguments) == 2
+        assert "does not exist" in capfd.readouterr().err
 
 
 def test_files_and_folders_do_not_replace_each_other_nor_the_source(out, tmp_path, capfd):

@@ -517,6 +517,19 @@ for script in sys.argv[1:]:
 """
 
 
+def test_a_run_that_is_refused_leaves_no_empty_folder(tmp_path):
+    """The folder is made first, so that a run does not fail at its end where nothing can be written."""
+    code = "import sys; from lion_hf.training.errors import make_output_dir, run, UserError\n"
+    code += (
+        "def main():\n    for folder in sys.argv[1:]: make_output_dir(folder)\n    raise UserError('wrong')\nrun(main)"
+    )
+    (tmp_path / "mine").mkdir()
+    command = [sys.executable, "-c", code, tmp_path / "new", tmp_path / "mine"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr == "error: wrong\n", process.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_a_misspelt_flag_is_told_before_anything_heavy_is_imported():
     command = [sys.executable, "-c", HEAVY, *map(str, SCRIPTS)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -297,7 +297,8 @@ def test_an_image_checkpoint_is_refused_by_a_text_model(tmp_path):
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention", "paged|eager", "kernels-community/flash"])
 def test_attn_implementation_is_refused_and_names_format(tmp_path, name):
     model = lion_hf.LionModel(text_config())
-    message = f"attn_implementation is {re.escape(repr(name))}.*config.format: 'attention', 'rnn', 'chunk' or 'auto'"
+    format_hint = "config.format selects how LION is computed: 'attention', 'rnn', 'chunk' or 'auto'"
+    message = f"attn_implementation is {re.escape(repr(name))}.*{format_hint}"
     with pytest.raises(ValueError, match=message):
         model.set_attn_implementation(name)
     model.save_pretrained(tmp_path)

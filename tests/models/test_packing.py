@@ -279,6 +279,13 @@ def test_what_packed_rows_cannot_do_is_an_error(options, message):
         build()(torch.ones(1, 6).long(), **options)
 
 
+def test_multiple_choice_does_not_take_packed_texts_for_choices():
+    model, sequences = build(lion_hf.LionForMultipleChoice), texts()
+    batch = {name: x[None] for name, x in flattened(sequences).items()}
+    with pytest.raises(ValueError, match=f"row holds {len(sequences)} texts, but multiple choice compares rows"):
+        model(**batch)
+
+
 @pytest.mark.parametrize("pos_emb", [False, True], ids=["no-table", "table"])
 @pytest.mark.parametrize(
     "batch, shape", [(1, (1, 4)), (1, (4,)), (1, (2, 6)), (2, (2, 4)), (3, (2, 6)), (2, (1, 2, 6))]

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
 
 from lion_hf.nn.features import unit_silu
 from lion_hf.ops import backend
@@ -253,6 +255,37 @@ def test_row_sums_need_no_values(monkeypatch):
     results, expected = run(leaves, **options), textbook(leaves, monkeypatch, **options)
     for index in (1, 2, 3, 5):  # row sums and the gradients of queries, keys and decays; the others are empty
         assert_close(results[index : index + 1], expected[index : index + 1])
+
+
+@pytest.mark.parametrize("decay", DECAYS[:3])
+def test_transforms_and_forward_mode_use_the_forms_in_pytorch(decay, monkeypatch):
+    """The kernels have no rules for them: torch.func raised an error, and forward mode returned tangents of 0."""
+    leaves, _ = inputs(9, decay)
+    leaves = [x.detach() for x in leaves if x is not None]
+    orders = snake_orders(2, 4, DEVICE)
+
+    def scans(query, key, value, log_decay):
+        return averaged_scans(query, key, value, [log_decay, 2 * log_decay], orders)
+
+    def features(*tensors):
+        return sum(unit_silu(x).sum() for x in tensors)
+
+    def results(function):
+        tangents = [x.sin() for x in leaves]
+        with forward_ad.dual_level():
+            # One dual argument, the last one, is enough.
+            dual = function(*leaves[:-1], forward_ad.make_dual(leaves[-1], tangents[-1]))
+            by_level = forward_ad.unpack_dual(dual).tangent
+        gradients = grad(lambda *x: function(*x).sin().sum(), tuple(range(len(leaves))))(*leaves)
+        batched = vmap(function)(*(torch.stack([x, x / 2]) for x in leaves))
+        return [jvp(function, tuple(leaves), tuple(tangents))[1], batched, by_level, *gradients]
+
+    functions = [bidirectional_linear_attention, features] + [scans] * (decay != "none")
+    found = [results(function) for function in functions]
+    monkeypatch.setattr(backend, "BACKEND", "torch")
+    for function, values in zip(functions, found, strict=True):
+        torch.testing.assert_close(values, results(function))
+        assert values[0].abs().max() > 0
 
 
 def test_second_derivatives_are_refused():

@@ -149,7 +149,7 @@ def config_from_bert(
     pos_emb: bool = True,
     **config_overrides,
 ) -> LionConfig:
-    """Return the configuration that `from_bert` would give its result, without loading weights.
+    """Return the configuration of the model that `from_bert` would build, without loading weights.
 
     Use it to find invalid options early: they raise the same ValueError.
 

@@ -1,8 +1,8 @@
 """Conversion of the authors' checkpoints to folders of this package, and back.
 
 A checkpoint is read without running code in it (source.py). Its configuration is inferred (config.py), its tensors are
-renamed (names.py) and the result is verified (plan.py) before anything is written. Output appears complete or not at
-all.
+renamed (names.py) and the result is verified (plan.py) before anything is written. Output is written completely
+or not at all.
 """
 
 import tempfile
@@ -31,6 +31,7 @@ _WRITTEN += ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", 
 def _published(out: Path) -> Iterator[Path]:
     """Yield a temporary path beside `out`. When the block ends, the path is renamed to `out`, and only then is an old
     `out` removed. If the block fails, the path is removed and `out` is unchanged."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
         new, old = Path(work, "new"), Path(work, "old")
         yield new
@@ -45,18 +46,23 @@ def _published(out: Path) -> Iterator[Path]:
 
 
 def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> None:
-    """Raise ConversionError unless `out` can be created, or is a checkpoint and `force` allows replacing it."""
-    if not out.parent.is_dir():
-        raise ConversionError(f"{out.parent} is not a folder; create it first.")
+    """Raise ConversionError unless `out` can be created, is empty, or is a checkpoint that `force` allows replacing."""
+    if not source.exists():  # before anything about `out`, which is not at fault
+        raise ConversionError(f"{source} does not exist.")
+    above = next(path for path in out.parents if path.exists())
+    if not above.is_dir():
+        raise ConversionError(f"{above} is not a folder; give another path.")
     if not out.exists():
         return
     if out.is_dir() != folder:
         raise ConversionError(f"{out} is a {'file' if folder else 'folder'}; give a {'folder' if folder else 'file'}.")
+    if folder and not any(out.iterdir()):
+        return
     if not force:
         raise ConversionError(f"{out} exists; give another path, or --force to replace it.")
     if out == source or out in source.parents or source in out.parents:
         raise ConversionError(f"{out} would overwrite the source; give another path.")
-    if folder and any(out.iterdir()) and not holds_lion(out):
+    if folder and not holds_lion(out):
         raise ConversionError(f"{out} holds something other than a LION checkpoint; empty it, or give another path.")
     foreign = next((x.name for x in sorted(out.iterdir()) if x.is_dir() or not _is_ours(x)), None) if folder else None
     if foreign:
@@ -96,7 +102,7 @@ def convert_checkpoint(
 ) -> Plan:
     """Convert a checkpoint of the authors to a folder for `AutoModelForX.from_pretrained`.
 
-    No code in the checkpoint is run. The folder appears complete or not at all.
+    No code in the checkpoint is run. The folder is written completely or not at all.
 
     Args:
         path: the checkpoint: a DeiT image checkpoint, a Composer text checkpoint, or a state dict (.pth, .pt,
@@ -134,7 +140,7 @@ def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: boo
 
     Args:
         folder: the folder.
-        out: the file to write; it appears complete or not at all. None verifies the conversion and writes nothing.
+        out: the file to write, completely or not at all. None verifies the conversion and writes nothing.
         force: replace `out` if it is a checkpoint file.
 
     Returns:

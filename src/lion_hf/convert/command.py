@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="verify the conversion and print it as tables, write nothing")
     add("--force", action="store_true", help="replace OUT if it is a checkpoint")
     add("--ema", action="store_true", default=None, help="convert the averaged weights (model_ema, state_dict_ema)")
-    add("--with-code", action="store_true", default=None, help="add the modelling code, to load without lion_hf")
+    add("--with-code", action="store_true", default=None, help="add the modelling code, for use without lion_hf")
     add(
         "--tokenizer", metavar="NAME_OR_PATH", help="tokenizer of a text model (default: the one inside the checkpoint)"
     )

@@ -263,7 +263,7 @@ def _settle_positions(options: Options, has_table: bool, stated: bool | None, de
 
 
 def _reads_table(source: Source) -> bool | None:
-    """Return whether a text checkpoint uses its position table, or None if its options do not show it."""
+    """Return whether a text checkpoint uses its position table, or None if it does not determine this."""
     stated = source.stated.get("position_embedding_type")
     if stated is not None and str(stated) not in _READS_TABLE:
         raise ConversionError(

@@ -19,7 +19,7 @@ from .names import without_wrappers
 
 
 class ConversionError(ValueError):
-    """A checkpoint or an option that cannot be converted. The message is one line with the problem and its fix."""
+    """A checkpoint or an option that cannot be converted. The message is one line and states how to fix the problem."""
 
 
 @dataclass
@@ -131,7 +131,7 @@ def interpret(content: Mapping, path: Path, *, ema: bool = False) -> Source:
 def _load(path: Path) -> Mapping:
     if path.is_dir():
         raise ConversionError(
-            f"{path} is a folder; give the checkpoint file in it, or --reverse for a folder of save_pretrained."
+            f"{path} is a folder; give the checkpoint file in it, or --reverse for a folder written by save_pretrained."
         )
     if not path.exists():
         raise ConversionError(f"{path} does not exist.")

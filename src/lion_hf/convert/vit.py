@@ -96,7 +96,7 @@ def config_from_vit(
     pos_emb: bool = True,
     **config_overrides,
 ) -> LionVisionConfig:
-    """Return the configuration that `from_vit` would give its result, without loading weights.
+    """Return the configuration of the model that `from_vit` would build, without loading weights.
 
     Args:
         source: configuration of the ViT.

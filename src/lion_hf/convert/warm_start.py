@@ -146,7 +146,7 @@ def load_source(
 
 
 def counterpart(source: PreTrainedModel, classes: Mapping[str, type]) -> type[PreTrainedModel] | None:
-    """Return the LION class that a source becomes by default, or None if it has no counterpart."""
+    """Return the LION class that is built from a source by default, or None if it has no counterpart."""
     return next((classes[kind.__name__] for kind in type(source).__mro__ if kind.__name__ in classes), None)
 
 
@@ -182,7 +182,7 @@ def config_options(
 def new_config(config_class: type, mask_type: str, **options: object) -> LionConfig | LionVisionConfig:
     """Build a configuration; invalid options raise ValueError, as all other arguments of a warm start do.
 
-    A source has the blocks of the default configuration. An option that decides which parameters there are, or what
+    A source has the blocks of the default configuration. An option that decides which parameters exist, or what
     they mean, must therefore keep its default, except for those in `MADE_ANEW`."""
     try:
         config = config_class(mask_type=mask_type, **options)
@@ -198,7 +198,7 @@ def new_config(config_class: type, mask_type: str, **options: object) -> LionCon
 
 
 def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, Tensor]) -> PreTrainedModel:
-    """Give the model the source's weights, dtype and device; warn of weights that were not copied or are new."""
+    """Copy the source's weights, dtype and device to the model; warn about weights that are not copied or are new."""
     if model.base_model is model:
         weights = {name.removeprefix(f"{model.base_model_prefix}."): tensor for name, tensor in weights.items()}
     model.to(source.dtype)

@@ -312,7 +312,7 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
 class LionConfig(_LionOptions, PreTrainedConfig):
     r"""Configuration of `LionModel` and its heads: BERT with its attention replaced by LION (arXiv 2502.16249).
 
-    The defaults are the shape of BERT-base with LION-S. `BertConfig` has the other options.
+    The defaults are the size of BERT-base with LION-S. `BertConfig` has the other options.
 
     Args:
         mask_type (`str`, defaults to `"selective"`):
@@ -332,13 +332,13 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`; follows `mask_type` too.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
             Dropout on the attention matrix in training, which needs the attention form: `format="auto"` selects it,
-            `"rnn"` and `"chunk"` raise ValueError in training. Softmax layers apply it in every format.
+            `"rnn"` and `"chunk"` raise ValueError in training. Softmax layers apply it whatever `format` is.
         softmax_layers (`list[int]`, defaults to none):
             Layers, counted from 0, that keep softmax attention (a hybrid encoder). They have no decay and no
-            `layer_norm_after`, and take quadratic time in every format.
+            `layer_norm_after`, and take quadratic time whatever `format` is.
         unpad (`bool`, *optional*):
             Remove padding (masked tokens `pad_token_id` at both ends of rows) before the first layer and put its
-            embeddings back after the last. Only outputs at padding change; a row of padding alone keeps its first
+            embeddings back after the last. Only outputs at padding change; a row of padding only keeps its first
             token. By default in training on a CPU, outside `torch.compile`, if rows have 2048 / `hidden_size` padded
             positions or more on average (3 at base width). `True`: in every batch; with `inputs_embeds`, or without a
             `pad_token_id`, all masked tokens at the ends count as padding. `False`: never. Ignored with
@@ -535,7 +535,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def encoder_stride(self) -> int:
-        """Pixels in a side of what `LionForMaskedImageModeling` predicts for a token. It equals `patch_size`."""
+        """Side in pixels of the square that `LionForMaskedImageModeling` predicts for a token: `patch_size`."""
         return self.patch_size
 
     @encoder_stride.setter

@@ -224,7 +224,7 @@ class LionPreTrainedMixin:
         if requested_attention not in (None, "eager", "sdpa"):
             raise ValueError(
                 f"attn_implementation is {requested_attention!r}; allowed are 'eager' and 'sdpa', which mean the same. "
-                "What selects how LION is computed is config.format: 'attention', 'rnn', 'chunk' or 'auto'."
+                "config.format selects how LION is computed: 'attention', 'rnn', 'chunk' or 'auto'."
             )
         return requested_attention or "eager"
 

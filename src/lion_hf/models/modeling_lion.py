@@ -20,9 +20,10 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..nn.encoder import run_blocks
 from ..nn.mixer import TokenMixer
-from ..ops.checks import is_binary, values_can_be_read
+from ..ops.checks import makes_graph, values_can_be_read
 from ..ops.packing import first_tokens, packed_bounds, packed_positions, sequence_means
 from .configuration_lion import LionConfig
+from .lion_inputs import are_counted, bool_key_mask, check_answers, check_positions, flat_choices, real_scores
 from .lion_layers import LionLayer, LionPreTrainedMixin, mixing_options, sequence_classification_loss
 
 
@@ -56,7 +57,7 @@ class LionEmbeddings(nn.Module):
         embeddings = embeddings + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
             embeddings = embeddings + self._positions(position_ids, embeddings)
-        elif position_ids is not None and not torch.compiler.is_compiling() and not _are_counted(position_ids):
+        elif position_ids is not None and not torch.compiler.is_compiling() and not are_counted(position_ids):
             logger.warning_once(
                 "position_ids are ignored: this model has no position table (pos_emb=False) and derives positions from "
                 "its decay."
@@ -204,8 +205,8 @@ class LionModel(LionPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds; both or neither were given.")
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         batch, length = inputs.shape[:2]
-        key_mask = _key_mask(attention_mask, batch, length)
-        _check_positions(position_ids, batch, length)
+        key_mask = bool_key_mask(attention_mask, batch, length)
+        check_positions(position_ids, batch, length)
         output_attentions = bool(kwargs.get("output_attentions", self.config.output_attentions))
         cu_seqlens = packed_bounds(
             batch, length, position_ids, attention_mask, kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
@@ -236,47 +237,6 @@ class LionModel(LionPreTrainedModel):
         if self.pooler is not None:
             pooled = self.pooler(hidden_states, key_mask, cu_seqlens, self.config.classifier_pooling)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
-
-
-def _are_counted(position_ids: Tensor) -> bool:
-    """Whether positions are known to rise by 1 from token to token, as the default positions do."""
-    return values_can_be_read(position_ids) and bool((position_ids.diff() == 1).all())
-
-
-def _check_positions(position_ids: Tensor | None, batch: int, length: int) -> None:
-    """Raise ValueError unless every token has one position, its own or shared by all rows."""
-    if position_ids is None:
-        return
-    if position_ids.shape[-1:] != (length,) or position_ids.shape[:-1] not in ((), (1,), (batch,)):
-        raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; it must be (batch, length) = ({batch}, {length}), or "
-            f"(1, {length}) for all rows. Leave position_ids out to count the tokens from 0."
-        )
-
-
-def _key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
-    """The mask as a boolean (batch, length), or None if nothing is masked. Raises ValueError for other masks."""
-    if attention_mask is None:
-        return None
-    mask = attention_mask
-    if mask.dim() == 4 and mask.shape[1:3] == (1, 1):
-        mask = mask[:, 0, 0]
-    if mask.dim() != 2 or mask.shape[0] not in (1, batch) or mask.shape[1] != length:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; LION masks keys only, so it must be "
-            f"(batch, length) = ({batch}, {length}), (1, length) or (batch, 1, 1, length), with 1 for real tokens and "
-            "0 for padding."
-        )
-    if values_can_be_read(mask):
-        if not is_binary(mask):
-            raise ValueError(
-                "attention_mask has values other than 0 and 1; it must be 1 for real tokens and 0 for padding, not an "
-                "additive mask. Pass the tokenizer's attention_mask unchanged."
-            )
-        if bool(mask.all()):
-            return None
-    mask = mask.to(torch.bool)
-    return mask if mask.shape[0] == batch else mask.expand(batch, length)
 
 
 @auto_docstring(custom_intro="LION with a masked language modelling head. Its decoder is tied to the word embeddings.")
@@ -465,10 +425,10 @@ class LionForQuestionAnswering(LionPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            key_mask = _key_mask(attention_mask, *start_logits.shape)
+            key_mask = bool_key_mask(attention_mask, *start_logits.shape)
             for name, positions in (("start_positions", start_positions), ("end_positions", end_positions)):
-                _check_answers(name, positions, key_mask)
-            scores = (_real_scores(logits, key_mask) for logits in (start_logits, end_logits))
+                check_answers(name, positions, key_mask)
+            scores = (real_scores(logits, key_mask) for logits in (start_logits, end_logits))
             loss = self.loss_function(*scores, start_positions, end_positions, **kwargs)
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -477,26 +437,6 @@ class LionForQuestionAnswering(LionPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-def _check_answers(name: str, positions: Tensor, key_mask: Tensor | None) -> None:
-    """Raise ValueError for a label on padding, which can never be predicted."""
-    if key_mask is None or not values_can_be_read(positions):
-        return
-    positions = positions.flatten().clamp(min=0)  # as the loss does
-    outside = positions >= key_mask.shape[1]
-    masked = ~outside & ~key_mask.gather(1, positions.masked_fill(outside, 0)[:, None])[:, 0]
-    if bool(masked.any()):
-        row = int(masked.nonzero()[0])
-        raise ValueError(
-            f"{name}[{row}] is {int(positions[row])}, where attention_mask is 0; an answer must be on real tokens. For "
-            "no answer give the first real token, or a position beyond the row to exclude the row from the loss."
-        )
-
-
-def _real_scores(logits: Tensor, key_mask: Tensor | None) -> Tensor:
-    """Logits (batch, length) whose softmax is 0 where `key_mask` is False."""
-    return logits if key_mask is None else logits.masked_fill(~key_mask, torch.finfo(logits.dtype).min)
 
 
 @auto_docstring(custom_intro="LION with a linear layer that scores each of several texts, for multiple choice.")
@@ -544,30 +484,23 @@ class LionForMultipleChoice(LionPreTrainedModel):
             )
         batch, choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         flat = [
-            _flat_choices(x, batch, choices)
+            flat_choices(x, batch, choices)
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
         outputs = self.lion(*flat, return_dict=True, **kwargs)
-        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, choices)
+        pooled = outputs.pooler_output
+        if not makes_graph() and len(pooled) != batch * choices:
+            raise ValueError(
+                f"The packed row holds {len(pooled)} texts, but multiple choice compares rows. Give each text its own "
+                "row, with an attention_mask for its padding."
+            )
+        logits = self.classifier(self.dropout(pooled)).view(-1, choices)
         loss = None
         if labels is not None:
             loss = fixed_cross_entropy(logits, labels.to(logits.device), kwargs.get("num_items_in_batch"))
         return MultipleChoiceModelOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
-
-
-def _flat_choices(x: Tensor | None, batch: int, choices: int) -> Tensor | None:
-    """Flatten (batch, choices, ...), or a shape with 1 in place of either, to rows of one batch. (1, length) and masks
-    of such rows, (rows, 1, 1, length), stay as they are."""
-    if x is None or x.dim() < 3:
-        return x
-    if x.shape[:2] != (batch, choices):
-        if x.dim() == 4:
-            return x
-        sizes = (n if size == 1 else size for n, size in zip((batch, choices), x.shape, strict=False))
-        x = x.expand(*sizes, *x.shape[2:])
-    return x.flatten(0, 1)
 
 
 __all__ = [

@@ -29,11 +29,11 @@ def run_blocks(
     """Run blocks one after another, and decide how padding and packed rows are computed.
 
     Args:
-        blocks: modules with the call of `Block`.
+        blocks: modules with the interface of `Block`.
         x: (batch, length, dim).
         key_mask: (batch, length), bool, True for real tokens; None if all tokens are real.
         cu_seqlens: (sequences + 1,), int32 or int64, the bounds of the sequences of a packed row (batch 1).
-        padding: (batch, length), bool, True for masked tokens whose outputs nobody reads; by default all masked tokens.
+        padding: (batch, length), bool, True for masked tokens whose outputs are not used; by default all masked tokens.
         unpadding: whether to remove the padding at the ends of rows before the first block. Removed positions are
             restored after the last block with their input values and get no gradient. True: whenever there is padding.
             None: in training on a CPU, if there is enough padding to save time. False: never. Unpadding joins the rows

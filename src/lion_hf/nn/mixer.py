@@ -263,7 +263,7 @@ class Mixer(TokenMixer):
         score = self._operator(recurrences).scores
         if score is None:
             raise ValueError(
-                f"{self.variant.label} has no attention matrix: its operator builds none in any format. Set "
+                f"{self.variant.label} has no attention matrix: its operator builds none in any form. Set "
                 "output_attentions to False and the attention dropout to 0."
             )
         if len(recurrences) == 1:

@@ -48,7 +48,7 @@ class SoftmaxMixer(TokenMixer):
             format: ignored.
             chunk_size: ignored.
             dropout: dropout rate of the attention matrix in training, in [0, 1).
-            output_attentions: whether to return the attention matrix as well, in every format.
+            output_attentions: whether to return the attention matrix as well, whatever `format` is.
 
         Returns:
             (batch, length, dim); with `output_attentions` a pair of it and the attention matrix

@@ -1,4 +1,4 @@
-"""LION's operator: bidirectional linear attention with decay, in three exactly equal forms.
+"""LION's operator: bidirectional linear attention with decay, in three equivalent forms.
 
 Source: "Linear Attention for Efficient Bidirectional Sequence Modeling", arXiv 2502.16249.
 
@@ -97,7 +97,7 @@ def bidirectional_linear_attention(
         cu_seqlens: (sequences + 1,), int32 or int64, the bounds of several sequences packed into one row (batch 1).
             They begin with 0, end with the length and never decrease. Sequence n is `cu_seqlens[n]:cu_seqlens[n + 1]`
             and reads no token of another sequence. Outside the fused kernels the bounds are read, which breaks the
-            graph of `torch.compile`. Each sequence is then computed by itself, and "auto" uses its length. The fused
+            graph of `torch.compile`. Each sequence is then computed separately, and "auto" uses its length. The fused
             kernels compute all sequences at once and read no bounds.
         check_values: whether to check the values of `log_decay` and `key_mask` where that is cheap: on a CPU, outside
             graphs and torch.func. The models pass False, so that NaN in one row does not fail the whole batch.
@@ -118,7 +118,7 @@ def bidirectional_linear_attention(
         check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     result = "both" if return_denominator else "normalized" if normalize else "numerator"
-    kernels = fused_kernels(query, key, value, form)
+    kernels = fused_kernels(form, query, key, value, log_decay)
     if kernels is not None:
         with without_autocast(query.device):
             return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result)

@@ -36,7 +36,7 @@ def _along(x: Tensor, order: tuple[Tensor, Tensor] | None, direction: int) -> Te
 
 
 def _decay_masks(scans, length: int, scale: float, dtype: torch.dtype) -> tuple[Tensor | float, list[Tensor]]:
-    """Return the mean mask of the scans, times the scale, and its summand of each scan; the scale if there are none."""
+    """Return the mean mask of the scans, times the scale, and each scan's summand; only the scale without scans."""
     shares = [attention_weights(*scan, length, scale / len(scans), dtype) for scan in scans]
     return functools.reduce(torch.add, shares) if shares else scale, shares
 

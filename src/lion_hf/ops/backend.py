@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import is_abstract, is_exporting
+from .checks import is_abstract, is_exporting, is_transformed
 
 
 logger = logging.getLogger(__name__)
@@ -23,15 +23,18 @@ def warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def fused_kernels(query: Tensor, key: Tensor, value: Tensor, form: str) -> Callable | None:
+def fused_kernels(form: str, query: Tensor, key: Tensor, value: Tensor, *log_decays: Tensor | None) -> Callable | None:
     """Return the operator in ops/triton if it is enabled and supports these inputs, otherwise None.
 
-    If it is enabled but cannot be used, a warning gives the reason once; with LION_BACKEND=triton it is an error.
+    The rnn form, exported graphs, torch.func and forward mode never use it. If it cannot be used for another reason, a
+    warning gives the reason once; with LION_BACKEND=triton it is an error.
     """
     if BACKEND not in ("", "torch", "triton"):
         raise ValueError(f"LION_BACKEND is {BACKEND!r}; allowed are 'torch' and 'triton', or leave it unset.")
     # The memory of the rnn form must not depend on the length, but the kernels store a state for every chunk.
     if BACKEND == "torch" or not (BACKEND or query.is_cuda) or form == "rnn" or is_exporting():
+        return None
+    if is_transformed(query, key, value, *log_decays):
         return None
     try:
         from .triton.launch import fused_linear_attention, unsupported
@@ -55,7 +58,9 @@ def fused_unit_silu(x: Tensor) -> Callable[[Tensor], Tensor] | None:
 
     It is not used in graphs, whose compilers fuse the PyTorch operators themselves.
     """
-    if BACKEND == "torch" or not (BACKEND or x.is_cuda) or x.dtype == torch.float64 or is_abstract(x):
+    if BACKEND == "torch" or not (BACKEND or x.is_cuda) or x.dtype == torch.float64:
+        return None
+    if is_abstract(x) or is_transformed(x):
         return None
     try:
         from .triton.features import unit_silu

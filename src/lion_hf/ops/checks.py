@@ -4,6 +4,7 @@ from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
@@ -104,6 +105,15 @@ def is_abstract(x: Tensor) -> bool:
         or type(x) not in (Tensor, torch.nn.Parameter)
         or torch._C._functorch.is_functorch_wrapped_tensor(x)
         or get_proxy_mode() is not None
+    )
+
+
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func transforms the computation, or forward mode differentiates one of the tensors."""
+    if makes_graph():
+        return False
+    return torch._C._are_functorch_transforms_active() or any(
+        x is not None and unpack_dual(x).tangent is not None for x in tensors
     )
 
 

@@ -83,7 +83,7 @@ def averaged_scans(
     for log_decay in log_decays:
         form = check_arguments(query, key, value, log_decay, format, chunk_size, None, None, check_values)
     form, chunk_size = resolve_format(form, query.shape[2], query.device, log_decays[0]), int(chunk_size)
-    kernels = fused_kernels(query, key, value, form)
+    kernels = fused_kernels(form, query, key, value, *log_decays)
     if form == "attention" and kernels is None:
         result = "normalized" if normalize else "numerator"
         options = form, chunk_size, query.shape[-1] ** -0.5, result, eps, list(orders)

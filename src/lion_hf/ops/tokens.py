@@ -101,7 +101,7 @@ def slices(start: int, stop: int, size: int) -> list[slice]:
 
 
 def for_products(x: Tensor) -> Tensor:
-    """Return x as products read it best: a single row as it is, several rows contiguous.
+    """Return x in the fastest layout for products: a single row as it is, several rows contiguous.
 
     Matrix products read the heads of a single row without a copy, but copy those of several rows in each product.
     """

@@ -168,7 +168,7 @@ class LionTrainingArguments(TrainingArguments):
     do_train: bool = field(
         default=True,
         metadata={
-            "help": "Train. With false, --model_name_or_path is only evaluated, or predicts --test_file or --test_dir."
+            "help": "Train. With false, only evaluate --model_name_or_path, or predict --test_file or --test_dir."
         },
     )
     do_eval: bool = field(

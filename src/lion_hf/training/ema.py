@@ -51,7 +51,7 @@ class Ema(TrainerCallback):
 
     @contextmanager
     def in_place_of(self, model: PreTrainedModel):
-        """Give the model the averaged weights inside the context."""
+        """Replace the model's weights by the averaged ones inside the context."""
         self._swap(model)
         try:
             yield

@@ -1,10 +1,11 @@
 """Messages of the scripts: progress lines, one-line errors, and checks of files, folders and disk space."""
 
+import atexit
 import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,21 @@ def user_errors(prefix: str, *kinds: type[Exception]):
 
 
 def make_output_dir(folder: str | Path) -> Path:
-    """Create the folder and check that it is writable."""
+    """Create the folder and check that it is writable. A new folder that is still empty at the end is removed."""
     folder = Path(folder)
     with user_errors(f"cannot write to --output_dir {folder}", OSError):
+        if not folder.exists():
+            atexit.register(_remove_if_empty, folder)
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".write_test_{os.getpid()}"
         probe.touch()
         probe.unlink()
     return folder
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # raised if the folder holds anything
+        folder.rmdir()
 
 
 def require_disk(folder: str | Path, num_bytes: int) -> None:

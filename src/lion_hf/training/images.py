@@ -52,7 +52,7 @@ class ImageArguments(DataArguments):
         default=None, metadata={"help": f"Name of a data set on the Hub; short names: {', '.join(KNOWN)}."}
     )
     train_dir: str | None = field(default=None, metadata={"help": "Folder that holds one folder of images per class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "Folder of the same form for validation."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Validation images, in the same layout."})
     test_dir: str | None = field(
         default=None, metadata={"help": "Folder of images to classify, subfolders included, with or without training."}
     )

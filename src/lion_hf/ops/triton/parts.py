@@ -184,7 +184,7 @@ def load_vector(vectors, place, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def meetings(keys, queries, place, other, SIZE: tl.constexpr):
-    """Return the sum over all entries of a state of keys times a state of queries, a number."""
+    """Return the sum of the elementwise product of a state of keys and a state of queries, a number."""
     total = 0.0
     for begin in range(0, SIZE, 1024):
         entry = begin + tl.arange(0, 1024)

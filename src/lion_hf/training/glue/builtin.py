@@ -1,4 +1,4 @@
-"""Toy data in the form of each GLUE task, made from Python's own documentation without a network.
+"""Toy data that imitates each GLUE task, made from Python's own documentation without a network.
 
 The labels can be learned, but neither the tasks nor their scores are those of GLUE.
 """

@@ -35,7 +35,7 @@ class GlueArguments(DataArguments):
         },
     )
     builtin_data: bool = field(
-        default=False, metadata={"help": "Use toy data in the form of each task, made from Python's documentation."}
+        default=False, metadata={"help": "Use toy data that imitates each task, made from Python's documentation."}
     )
     sentence1_column: str | None = field(
         default=None,

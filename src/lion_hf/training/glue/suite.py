@@ -121,7 +121,7 @@ def run_suite(
     train: Callable,
     script: Path,
 ) -> dict[str, Any]:
-    """Do the unfinished runs, one by one in this process or in parallel processes, and return the summary of all runs.
+    """Perform the unfinished runs, one by one here or in parallel processes, and return the summary of all runs.
 
     Args:
         runs: all runs.
@@ -183,7 +183,7 @@ def visible_devices(training: TrainingArguments) -> list[str]:
 
 
 def run_processes(runs: list[Run], workers: int, devices: list[str], script: Path) -> None:
-    """Do each run in its own process with one device, `workers` at a time; a failure stops further starts.
+    """Perform each run in its own process with one device, `workers` at a time; a failure stops further starts.
 
     Raises:
         UserError: for a failed run, with its name and log.
@@ -219,7 +219,7 @@ def run_processes(runs: list[Run], workers: int, devices: list[str], script: Pat
 
 
 def launch(script: Path, run: Run, device: str | None, workers: int) -> None:
-    """Do one run in its own process, which writes to log.txt."""
+    """Perform one run in its own process, which writes to log.txt."""
     environment = os.environ | {SUPERVISED: "1"}
     if device is None:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
