@@ -15,7 +15,7 @@ import torch
 from common import count, output_folder, print_table, save
 from torch.nn import functional as F
 
-from lion_hf.convert.warm_start import head_windows, set_windows
+from lion_hf.convert import head_windows
 from lion_hf.nn import Mixer
 from lion_hf.nn.variants import VARIANTS
 
@@ -35,7 +35,7 @@ def convert_gates(mixer: Mixer, dtype: torch.dtype) -> None:
 def rows_of(mixer: Mixer, windows: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return the mixer's output, (length, dim), with gates of this dtype and without the bias of the last layer."""
     convert_gates(mixer, torch.float32)
-    set_windows(mixer, windows)
+    mixer.set_windows(windows)
     convert_gates(mixer, dtype)
     return (mixer(x, format="chunk") - mixer.o_proj.bias)[0]
 

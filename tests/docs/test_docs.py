@@ -78,8 +78,9 @@ EXPERIMENTS = ("text", "images", "sentiment", "pooling", "warm_start")
 README_ROWS = {
     "masked tokens of an encyclopedia, accuracy": ("text", "BERT", ""),
     "Fashion-MNIST, accuracy": ("images", "ViT", ""),
-    "sentiment of reviews, from scratch, accuracy": ("pooling", "BERT, first", ", mean"),
-    "sentiment, started from a trained BERT, accuracy": ("warm_start", "BERT, the source", ", warm"),
+    "sentiment of reviews, after that, from the first token": ("sentiment", "BERT", ""),
+    "sentiment, from scratch, LION from the mean of the tokens": ("pooling", "BERT, first", ", mean"),
+    "sentiment, started from a trained BERT": ("warm_start", "BERT, the source", ", warm"),
 }
 
 

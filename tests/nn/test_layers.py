@@ -166,6 +166,22 @@ def test_layers_can_be_built_without_memory():
             lambda: Mixer(24, 3)(torch.randn(1, 5, 24), format="chunk", output_attentions=True),
             "needs the attention matrix, which format='chunk' never builds",
         ),
+        (lambda: Mixer(24, 3, scans=3), "scans is 3; allowed are 1, 2"),
+        (lambda: Mixer(24, 3, prefix_tokens=-1), "prefix_tokens is -1; it must be a number of tokens"),
+        (lambda: Mixer(24, 3, prefix_tokens=6)(torch.randn(1, 5, 24)), "prefix_tokens=6, but x holds 5 tokens"),
+        (lambda: Mixer(24, 3)(torch.randn(5, 24)), r"x has shape \(5, 24\); it must be \(batch, length, 24\)"),
+        (lambda: Mixer(24, 3).set_windows([4, 8, 16, 32]), "or 3 numbers, one per head"),
+        (lambda: Mixer(24, 3, "lit").set_windows([1, 8]), "each a finite number of tokens above 1"),
+        *(
+            (
+                lambda length=length, form=form: Mixer(24, 3, scans=2)(
+                    torch.randn(1, length, 24), paths=snake_orders(2, 2), format=form
+                ),
+                f"paths are for 5 tokens, but x holds {length}",
+            )
+            for length in (4, 9)
+            for form in FORMS
+        ),
         *(
             (
                 lambda call=call: call(torch.randn(1, 5, 24), cu_seqlens=torch.tensor([0, 2, 5])),
@@ -182,6 +198,46 @@ def test_layers_can_be_built_without_memory():
 def test_invalid_options_raise_an_error(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+MASKED = {
+    "mixer": lambda: Mixer(24, 3),
+    "softmax": lambda: SoftmaxMixer(24, 3),
+    "encoder": lambda: Encoder(24, 2, 3, softmax_layers=[1]),
+    "unpadded": lambda: Encoder(24, 2, 3, softmax_layers=[1], unpad=True),
+}
+
+
+@pytest.mark.parametrize("layer", MASKED)
+def test_masks_of_every_dtype_are_read_alike_and_additive_ones_are_refused(layer):
+    """Converted to bool, an additive mask (0 for real tokens, -inf for padding) would mask the real tokens."""
+    layer, x = MASKED[layer](), torch.randn(2, 40, 24)
+    real = torch.arange(40) < torch.tensor([[40], [10]])
+    expected = layer(x, real)
+    for dtype in (torch.float32, torch.uint8, torch.int64):
+        torch.testing.assert_close(layer(x, real.to(dtype))[real], expected[real])
+    with pytest.raises(ValueError, match="key_mask holds values other than 0 and 1.*Convert an additive mask"):
+        layer(x, torch.zeros(2, 40).masked_fill(~real, -torch.inf))
+    with pytest.raises(ValueError, match=r"key_mask has shape \(2, 39\); it must be \(batch, length\) = \(2, 40\)"):
+        layer(x, real[:, 1:])
+
+
+def test_windows_let_a_new_layer_read_distant_tokens():
+    """The gradient of a token 299 tokens away is 0 in float32 with decays near 0.5."""
+    x = torch.randn(1, 300, 24, requires_grad=True)
+    for variant in ("decay", "selective"):
+        mixer = Mixer(24, 3, variant)
+        (near,) = torch.autograd.grad(mixer(x)[0, -1].sum(), x)
+        mixer.set_windows((16, 600))
+        (far,) = torch.autograd.grad(mixer(x)[0, -1].sum(), x)
+        assert near[0, 0].abs().max() < 1e-12 < 1e-6 < far[0, 0].abs().max()
+
+
+def test_paths_of_a_grid_alone_are_those_with_a_class_token_without_it():
+    for (order, inverse), (other, _) in zip(snake_orders(3, 4, prefix_tokens=0), snake_orders(3, 4), strict=True):
+        assert torch.equal(order, other[1:] - 1) and torch.equal(order[inverse], torch.arange(12))
+    mixer = Mixer(24, 3, scans=2)
+    assert mixer(torch.randn(2, 12, 24), paths=snake_orders(3, 4, prefix_tokens=0)).shape == (2, 12, 24)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

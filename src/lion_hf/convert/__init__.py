@@ -1,10 +1,11 @@
 """Conversion of the authors' checkpoints, in both directions, and warm starts from BERT and ViT weights."""
 
+from ..nn.mixer import head_windows
 from .bert import config_from_bert, from_bert
 from .checkpoint import convert_checkpoint, reverse_checkpoint
 from .names import convert_text_state_dict, convert_vision_state_dict
 from .vit import config_from_vit, from_vit
-from .warm_start import head_windows, hidden_state_distillation_loss
+from .warm_start import hidden_state_distillation_loss
 
 
 __all__ = [

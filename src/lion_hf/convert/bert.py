@@ -39,7 +39,7 @@ from ..models.modeling_lion import (
     LionForTokenClassification,
     LionModel,
 )
-from ..nn.mixer import Mixer
+from ..nn.mixer import Mixer, head_windows
 from .names import convert_text_state_dict, without_wrappers
 from .warm_start import (
     SHARED,
@@ -47,10 +47,8 @@ from .warm_start import (
     config_options,
     counterpart,
     filled,
-    head_windows,
     load_source,
     new_config,
-    set_windows,
 )
 
 
@@ -135,7 +133,7 @@ def from_bert(
     encoder, norm = model.base_model, model.base_model.embeddings.norm
     for layer in encoder.layers:
         if isinstance(layer.mixer, Mixer):
-            set_windows(layer.mixer, windows)
+            layer.mixer.set_windows(windows)
             _expand_softmax(layer.mixer, windows, length, norm)
         norm = layer.mlp_norm
     return model

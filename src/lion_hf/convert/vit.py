@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.configuration_lion import LionVisionConfig
 from ..models.modeling_lion_vision import LionForImageClassification, LionVisionModel
-from ..nn.mixer import Mixer
+from ..nn.mixer import Mixer, head_windows
 from .names import without_wrappers
 from .warm_start import (
     SHARED,
@@ -19,10 +19,8 @@ from .warm_start import (
     config_options,
     counterpart,
     filled,
-    head_windows,
     load_source,
     new_config,
-    set_windows,
 )
 
 
@@ -84,7 +82,7 @@ def from_vit(
     model = filled(model_class(config), source, _weights(source, config))
     for layer in model.base_model.layers:
         if isinstance(layer.mixer, Mixer):
-            set_windows(layer.mixer, windows)
+            layer.mixer.set_windows(windows)
     return model
 
 

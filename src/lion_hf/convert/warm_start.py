@@ -41,33 +41,6 @@ MADE_ANEW = ("mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layer
 SHARED = ("hidden_act", "hidden_dropout_prob", "initializer_range", "id2label", "label2id", "problem_type")
 
 
-def head_windows(windows: Sequence[float], heads: int) -> Tensor:
-    """Return the window of each head, in tokens.
-
-    Args:
-        windows: one number per head, or (smallest, largest), which are spread geometrically over the heads.
-        heads: number of heads.
-
-    Returns:
-        The windows, of shape (heads,) in float64.
-
-    Raises:
-        ValueError: if there are neither two windows nor one per head, or if one is not a finite number above 1.
-    """
-    try:
-        given = torch.tensor(list(windows), dtype=torch.float64)
-    except (TypeError, ValueError, OverflowError):  # not a sequence of numbers
-        given = torch.empty(0)
-    if given.shape not in ((2,), (heads,)) or not bool(((given > 1) & given.isfinite()).all()):
-        raise ValueError(
-            f"windows is {windows!r}; it must be (smallest, largest) or {heads} numbers, one per head, each a finite "
-            "number of tokens above 1."
-        )
-    if len(given) == heads:
-        return given
-    return torch.logspace(0, 1, heads, base=float(given[1] / given[0]), dtype=torch.float64) * given[0]
-
-
 def hidden_state_distillation_loss(
     student: Sequence[Tensor], teacher: Sequence[Tensor], attention_mask: Tensor | None = None
 ) -> Tensor:
@@ -222,10 +195,3 @@ def _made_anew(model: PreTrainedModel) -> list[str]:
     """Return the prefixes of weights that no source has: those of the variant and of the norm after mixing."""
     mixers = {name: module for name, module in model.named_modules() if isinstance(module, Mixer)}
     return [f"{name}.{own}" for name, mixer in mixers.items() for own in (*mixer.weight_names(), "norm.")]
-
-
-@torch.no_grad()
-def set_windows(mixer: Mixer, windows: Tensor) -> None:
-    """Set the initial decays so that each head reads about as many tokens as its window, in all scans of an image."""
-    for view in mixer.views():
-        view.set_windows(windows)

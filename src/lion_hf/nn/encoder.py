@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import is_abstract, is_exporting, values_can_be_read
+from ..ops.checks import check_key_mask, is_abstract, is_exporting, values_can_be_read
 from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
 from .mixer import NO_MATRIX_OF_PACKED_ROWS, Mixer
@@ -54,6 +54,9 @@ def run_blocks(
     needs_matrix = bool(mixing.get("output_attentions")) or (training and mixing.get("dropout", 0) > 0)
     if cu_seqlens is not None and needs_matrix:
         raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
+    if key_mask is not None:
+        check_key_mask(key_mask, *x.shape[:2])
+        key_mask = key_mask.to(torch.bool)
     row, whole = None, x
     packs = all(getattr(block.mixer, "takes_packed_rows", True) for block in blocks)
     if key_mask is not None and cu_seqlens is None and packs and not needs_matrix and not keep_shape:

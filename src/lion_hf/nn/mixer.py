@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.api import attention_scores, bidirectional_linear_attention
-from ..ops.checks import values_can_be_read
+from ..ops.checks import check_key_mask, makes_graph, values_can_be_read
 from ..ops.scans import averaged_scans
 from .features import FUNCTIONS
 from .names import FEATURE_MAPS, require_name, require_rate, require_size
@@ -47,8 +47,8 @@ OPERATORS = {
 
 NO_MATRIX_OF_PACKED_ROWS = (
     "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
-    "attention_probs_dropout_prob > 0 in training needs one. Give each sequence its own row, or set output_attentions "
-    "to False and attention_probs_dropout_prob to 0."
+    "attention dropout in training needs one. Give each sequence its own row, or set output_attentions to False and "
+    "dropout or attention_probs_dropout_prob to 0."
 )
 
 
@@ -81,6 +81,15 @@ class TokenMixer(nn.Module):
         """Whether the mixer supports several sequences in one row (`cu_seqlens`)."""
         return True
 
+    def checked_mask(self, x: Tensor, key_mask: Tensor | None) -> Tensor | None:
+        """Return the key mask as bool. Raises ValueError for additive masks and if shapes do not match."""
+        if not makes_graph() and (x.dim() != 3 or x.shape[2] != self.dim):
+            raise ValueError(f"x has shape {tuple(x.shape)}; it must be (batch, length, {self.dim}).")
+        if key_mask is None:
+            return None
+        check_key_mask(key_mask, *x.shape[:2])
+        return key_mask.to(torch.bool)
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value, (batch, heads, length, head_dim) each, for x (batch, length, dim)."""
         shape = (*x.shape[:-1], self.num_heads, self.head_dim)
@@ -108,8 +117,8 @@ class Mixer(TokenMixer):
             paper set it to False.
         norm: whether to apply a LayerNorm (eps 1e-5) over all heads before the output projection.
         scans: 1, or 2 for the mean of two scans of a grid, each with its own decays. Variants may use fewer.
-        prefix_tokens: number of tokens at the beginning of each row that do not decay, such as the class token of an
-            image.
+        prefix_tokens: number of tokens at the beginning of each row that do not decay in LION-S, such as the class
+            token of an image. Variants without a decay per token ignore it.
         gate_eps: added to the decays of "selective" before their logarithm; 1e-7 in the authors' text models.
         qkv_bias: whether the projections of query, key and value have a bias.
         layer_idx: index of the layer in the encoder, counted from 0, for variants that depend on it.
@@ -142,6 +151,9 @@ class Mixer(TokenMixer):
         self.feature_map = chosen_feature_map(self.variant, feature_map, self.normalize)
         self.scans = self.variant.scans_taken(scans)
         require_size("gate_eps", gate_eps)
+        require_name("scans", scans, (1, 2))
+        if not isinstance(prefix_tokens, int) or prefix_tokens < 0:
+            raise ValueError(f"prefix_tokens is {prefix_tokens!r}; it must be a number of tokens, 0 or more.")
         self.prefix_tokens, self.gate_eps = prefix_tokens, gate_eps
         self.layer_idx, self.num_layers = layer_idx, num_layers
         self.variant_weights: list[str] = []  # names of the parameters and modules that the variant adds
@@ -159,6 +171,23 @@ class Mixer(TokenMixer):
         """Initialise the weights of the variant with the functions of `init`, such as the module `torch.nn.init`."""
         for view in self.views():
             view.init_weights(init)
+
+    @torch.no_grad()
+    def set_windows(self, windows: Sequence[float] | Tensor) -> None:
+        """Set the decays so that each head reads about as many tokens as its window, in both directions together.
+
+        By default decays start near 0.5, and heads read their neighbours only. Windows from a few tokens up to the
+        length of the input let a new model learn from distant tokens at once. Variants without decay ignore them.
+
+        Args:
+            windows: one number of tokens per head, or (smallest, largest), see `lion_hf.convert.head_windows`.
+
+        Raises:
+            ValueError: as in `head_windows`.
+        """
+        windows = head_windows(windows, self.num_heads)
+        for view in self.views():
+            view.set_windows(windows)
 
     def views(self) -> Iterator[Variant]:
         """Yield the variant's view of each scan."""
@@ -216,13 +245,15 @@ class Mixer(TokenMixer):
             (batch, heads, length, length), divided by its row sums if outputs are normalised.
 
         Raises:
-            ValueError: if the matrix is needed (`output_attentions`, or dropout in training) and `format` is "rnn" or
-                "chunk", or the row is packed; if the variant does not support the given mask; if two scans are given no
+            ValueError: if shapes of `x`, `key_mask` and `paths` do not match, or the mask is additive; if the matrix is
+                needed (`output_attentions`, or dropout in training) and `format` is "rnn" or "chunk", or the row is
+                packed; if the variant does not support the given mask; if two scans are given no
                 paths, or a mask.
         """
         require_rate("dropout", dropout)
         dropout = dropout if self.training and not self.normalize else 0.0
-        self._check_call(key_mask, cu_seqlens, paths)
+        key_mask = self.checked_mask(x, key_mask)
+        self._check_call(x.shape[1], key_mask, cu_seqlens, paths)
         recurrences = self.recurrences(x)
         weights = None
         if output_attentions or dropout:
@@ -277,7 +308,9 @@ class Mixer(TokenMixer):
                 scores = scores + along.index_select(2, inverse).index_select(3, inverse) / len(paths)
         return scores / (scores.sum(-1, keepdim=True) + 1e-6) if self.normalize else scores
 
-    def _check_call(self, key_mask, cu_seqlens, paths) -> None:
+    def _check_call(self, length: int, key_mask, cu_seqlens, paths) -> None:
+        if not makes_graph() and length < self.prefix_tokens:
+            raise ValueError(f"This mixer has prefix_tokens={self.prefix_tokens}, but x holds {length} tokens.")
         if cu_seqlens is not None and self.prefix_tokens:
             raise ValueError(
                 f"This mixer has prefix_tokens={self.prefix_tokens}, counted from the beginning of a row, so it does "
@@ -296,6 +329,12 @@ class Mixer(TokenMixer):
                 f"This mixer averages {self.scans} scans, so it needs {self.scans} paths. Pass "
                 "paths=snake_orders(height, width)."
             )
+        for path in () if makes_graph() else paths:
+            if any(len(order) != length for order in path):
+                raise ValueError(
+                    f"paths are for {len(path[0])} tokens, but x holds {length}. snake_orders(height, width) counts a "
+                    "class token before the patches; give prefix_tokens=0 if there is none."
+                )
         if key_mask is not None or cu_seqlens is not None:
             raise ValueError(
                 f"This mixer averages {self.scans} scans of a grid, which support neither key_mask nor cu_seqlens. "
@@ -308,6 +347,33 @@ class Mixer(TokenMixer):
             f"variant={self.variant.name!r}, feature_map={self.feature_map!r}, normalize={self.normalize}, "
             f"scans={self.scans}"
         )
+
+
+def head_windows(windows: Sequence[float], heads: int) -> Tensor:
+    """Return the window of each head, in tokens.
+
+    Args:
+        windows: one number per head, or (smallest, largest), which are spread geometrically over the heads.
+        heads: number of heads.
+
+    Returns:
+        The windows, of shape (heads,) in float64.
+
+    Raises:
+        ValueError: if there are neither two windows nor one per head, or if one is not a finite number above 1.
+    """
+    try:
+        given = torch.tensor(list(windows), dtype=torch.float64)
+    except (TypeError, ValueError, OverflowError):  # not a sequence of numbers
+        given = torch.empty(0)
+    if given.shape not in ((2,), (heads,)) or not bool(((given > 1) & given.isfinite()).all()):
+        raise ValueError(
+            f"windows is {windows!r}; it must be (smallest, largest) or {heads} numbers, one per head, each a finite "
+            "number of tokens above 1."
+        )
+    if len(given) == heads:
+        return given
+    return torch.logspace(0, 1, heads, base=float(given[1] / given[0]), dtype=torch.float64) * given[0]
 
 
 def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:
@@ -358,9 +424,11 @@ def require_matrix(format: str, output_attentions: bool, cu_seqlens: Tensor | No
     if cu_seqlens is not None:
         raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
     if format.lower() not in ("attention", "auto"):
-        cause = "output_attentions=True" if output_attentions else "attention_probs_dropout_prob > 0 in training"
+        cause = (
+            "output_attentions=True" if output_attentions else "dropout or attention_probs_dropout_prob > 0 in training"
+        )
         raise ValueError(
-            f"{cause} needs the attention matrix, which format={format!r} never builds. Set format "
-            "(model.config.format) to 'attention' or 'auto'"
-            + ("." if output_attentions else ", or set attention_probs_dropout_prob to 0.")
+            f"{cause} needs the attention matrix, which format={format!r} never builds. Set format or "
+            "model.config.format to 'attention' or 'auto'"
+            + ("." if output_attentions else ", or set dropout or attention_probs_dropout_prob to 0.")
         )

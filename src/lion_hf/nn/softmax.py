@@ -55,11 +55,13 @@ class SoftmaxMixer(TokenMixer):
             (batch, heads, length, length).
 
         Raises:
-            ValueError: if `dropout` is not in [0, 1); if `output_attentions` is set for a packed row.
+            ValueError: if the shape of `x` or `key_mask` is wrong, or the mask is additive; if `dropout` is not in
+                [0, 1); if `output_attentions` is set for a packed row.
         """
         require_rate("dropout", dropout)
         if output_attentions and cu_seqlens is not None:
             raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
+        key_mask = self.checked_mask(x, key_mask)
         query, key, value = self.project(x)
         dropout = dropout if self.training else 0.0
 

@@ -50,17 +50,22 @@ def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, 
                 "decay in [0, 1], so every entry must be <= 0. Use logsigmoid, or clamp(max=0)."
             )
     if key_mask is not None:
-        if key_mask.shape != (query.shape[0], query.shape[2]):
-            raise ValueError(
-                f"key_mask has shape {tuple(key_mask.shape)}; it must be (batch, length) = "
-                f"{(query.shape[0], query.shape[2])}, with True or 1 for real tokens."
-            )
-        if check_values and values_can_be_read(key_mask) and not is_binary(key_mask):
-            raise ValueError(
-                "key_mask holds values other than 0 and 1; it must be True or 1 for real tokens, False or 0 for "
-                "padding. Convert an additive mask (0 and -inf) with `mask == 0`."
-            )
+        check_key_mask(key_mask, query.shape[0], query.shape[2], check_values)
     return form
+
+
+def check_key_mask(key_mask: Tensor, batch: int, length: int, check_values: bool = True) -> None:
+    """Raise ValueError for a mask of another shape and, with `check_values`, for values other than 0 and 1."""
+    if key_mask.shape != (batch, length):
+        raise ValueError(
+            f"key_mask has shape {tuple(key_mask.shape)}; it must be (batch, length) = {(batch, length)}, with True or "
+            "1 for real tokens."
+        )
+    if check_values and values_can_be_read(key_mask) and not is_binary(key_mask):
+        raise ValueError(
+            "key_mask holds values other than 0 and 1; it must be True or 1 for real tokens, False or 0 for padding. "
+            "Convert an additive mask (0 and -inf) with `mask == 0`."
+        )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, length: int) -> None:

@@ -12,19 +12,22 @@ from .checks import check_arguments
 from .tokens import without_autocast
 
 
-def snake_orders(height: int, width: int, device: torch.device | str | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Return the two snake scans of a grid of patches with a class token before it.
+def snake_orders(
+    height: int, width: int, device: torch.device | str | None = None, *, prefix_tokens: int = 1
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the two snake scans of a grid of patches, by default with a class token before it.
 
     The first scan follows the rows (row 0 to the right, row 1 to the left, ...), the second the columns (column 0 down,
-    column 1 up, ...). The class token is at position 0 of both.
+    column 1 up, ...). Prefix tokens, such as the class token, come first in both.
 
     Args:
         height: number of rows of patches.
         width: number of patches in each row.
         device: device of the returned tensors; PyTorch's default device if None.
+        prefix_tokens: number of tokens before the patches; 1 by default, 0 for a grid alone.
 
     Returns:
-        Two pairs `(order, inverse)` of int64 tensors (1 + height * width,). For tokens in raster order,
+        Two pairs `(order, inverse)` of int64 tensors (prefix_tokens + height * width,). For tokens in raster order,
         `tokens[order]` is the sequence along the scan; `sequence[inverse]` is in raster order again.
     """
     raster = torch.arange(height * width, device=device).view(height, width)
@@ -32,7 +35,7 @@ def snake_orders(height: int, width: int, device: torch.device | str | None = No
     for lines in (raster, raster.transpose(0, 1)):
         odd = torch.arange(lines.shape[0], device=device).remainder(2).bool().unsqueeze(1)
         curve = torch.where(odd, lines.flip(1), lines).flatten()
-        order = torch.cat([curve.new_zeros(1), curve + 1])
+        order = torch.cat([torch.arange(prefix_tokens, device=device), curve + prefix_tokens])
         orders.append((order, order.argsort()))
     return orders
 

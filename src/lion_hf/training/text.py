@@ -239,7 +239,8 @@ def get_tokenizer(
             size = data.train_tokenizer or data.vocab_size or VOCABULARY
             train_tokenizer(list(texts), size, max(512, data.max_length)).save_pretrained(name)
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
-        raise UserError(f"{name!r} holds no tokenizer: it has neither tokenizer.json nor vocab.txt")
+        other = ". If it is the checkpoint of another model, use another --output_dir" if checkpoint else ""
+        raise UserError(f"{name!r} holds no tokenizer: it has neither tokenizer.json nor vocab.txt{other}")
     with user_errors(f"cannot load a tokenizer from {name!r}", OSError, ValueError):
         tokenizer = AutoTokenizer.from_pretrained(name)
     missing = [k for k in ("cls_token", "sep_token", "mask_token", "pad_token") if getattr(tokenizer, k) is None]
