@@ -10,7 +10,7 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[train,test,dev]'
 	touch $@
 
-# Pretrains a small LION-S on documentation text, trains a small LION-D on digits, draws their decays: about 5 minutes.
+# Pretrains a small LION-S on documentation text, trains a small LION-D on digits, draws their decays: about 4 minutes.
 demo: .venv/installed
 	$(BIN)/python examples/demo.py --output_dir outputs/demo
 
@@ -33,7 +33,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/bench_models.py
 	$(BIN)/python benchmarks/bench_packing.py
 
-# One card per preset; `python model_cards/generate.py --check` says which are out of date.
+# One card per preset; `python model_cards/generate.py --check` lists those that are out of date.
 cards: .venv/installed
 	$(BIN)/python model_cards/generate.py
 

@@ -93,7 +93,7 @@ autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False  # the methods of this project, not those that Transformers documents
 maximum_signature_line_length = 88
 
-# What Transformers writes into docstrings of models in its own Markdown, and says of every model.
+# Paragraphs that Transformers adds to the docstrings of all models, in its own Markdown.
 BOILERPLATE = (
     r"This model inherits from \[`PreTrainedModel`\].*?\n\s*\n",
     r"This model is also a PyTorch \[torch\.nn\.Module\].*?\n\s*\n",

@@ -89,7 +89,7 @@ def draw_scans(path: Path) -> None:
     middle = patches // 2 + 1  # after the class token
     for axis, weights, name in zip(axes[2:], (raster, snake), ("normal", "s"), strict=True):
         image = axis.imshow(weights[middle, 1:].view(SIDE, SIDE), cmap="viridis", vmin=0, vmax=1)
-        axis.set_title(f"order {name}: read by the middle", fontsize=12)
+        axis.set_title(f"order {name}: middle patch reads", fontsize=12)
     for axis in axes:
         axis.set_xticks([])
         axis.set_yticks([])

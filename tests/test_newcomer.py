@@ -113,7 +113,7 @@ def test_a_promise_that_holds_passes(comment, code, small_copy, capsys):
         ("exit 0", "exit 3", "exit code 3, expected 0"),
         ("exit 0", "false\ntrue", "exit code 1, expected 0"),
         ("exit 2", "true", "exit code 0, expected 2"),
-        ('exit 0; says "there", "not there"', "echo there", "does not say 'not there'"),
+        ('exit 0; says "there", "not there"', "echo there", "does not show 'not there'"),
         ("exit 1", "python -c 'raise KeyError'", "shows a traceback"),
         ('exit 0; interrupt "never"', "true", "ended before never was there"),
     ],
@@ -138,11 +138,30 @@ def test_a_step_that_hangs_is_stopped_with_its_processes(small_copy, monkeypatch
         block("exit zero", "true"),
         block("says nothing", "true"),
         block('exit 0; shows "x"', "true"),
+        block('exit 0; says "never shown"; says "true"', "echo true"),
+        block("exit 0", "true") + block("exit 0", "true").replace("bash", "sh"),
+        block("exit 0", "true") + "- in a list:\n  ```bash\n  false\n  ```\n",
     ],
 )
 def test_a_page_that_breaks_its_rules_is_refused(page):
     with pytest.raises(newcomer.PageError):
         newcomer.parse(page, README)
+
+
+@pytest.mark.parametrize("command", ["true && false", "false | true", "cd docs; false", "echo > outputs/x"])
+def test_a_command_of_the_readme_with_shell_operators_is_refused(command):
+    assert [*newcomer.commands_of("echo 'a' b  # c; d\n")] == ["echo a b"]
+    with pytest.raises(newcomer.PageError, match="one plain command"):
+        [*newcomer.commands_of(f"{command}\n")]
+
+
+def test_processes_that_a_step_leaves_are_ended(small_copy):
+    mark = small_copy / "mark"
+    assert run_page(block("exit 0", f"sleep 60 & echo $! > {mark}"), small_copy)
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.kill(int(mark.read_text()), 0)
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("readme", ["# Nothing\n", "```bash\necho\n```\n", "```python\n1\n```\n```bash\nmake x\n```\n"])
@@ -158,7 +177,8 @@ def test_the_exit_code_tells_what_happened(tmp_path):
         page.write_text(text)
         command = [sys.executable, RUNNER, "--python", sys.executable, "--page", page]
         codes.append(subprocess.run(command, capture_output=True).returncode)
-    assert codes == [0, 1, 2]
+    codes.append(subprocess.run([*command[:-1], tmp_path / "absent.md"], capture_output=True).returncode)
+    assert codes == [0, 1, 2, 2]
 
 
 def test_a_runner_that_is_ended_ends_its_step(tmp_path):

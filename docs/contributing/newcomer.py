@@ -2,13 +2,14 @@
 
     python docs/contributing/newcomer.py                            # in a bare environment, as at each release
     python docs/contributing/newcomer.py --python .venv/bin/python  # in an existing environment
-    python docs/contributing/newcomer.py --keep                     # leave the scratch folder, and say where it is
+    python docs/contributing/newcomer.py --keep                     # keep the scratch folder and print its path
 
 Needs Python 3.10 or newer and nothing else. Exit code 0 if every step showed what the page promises, 1 if one did not,
 2 if the page cannot be read. The rules of the page's comments are in its section "How a step is written".
 """
 
 import argparse
+import contextlib
 import glob
 import os
 import re
@@ -34,6 +35,7 @@ LIMIT = 900  # seconds after which a step is stopped
 SHOWN = 6000  # characters of the output of a failed step that are printed, the last ones
 # Commands of the README that the trial does not run: it has its own copy and environment, and `make` builds another.
 NOT_RUN = ("git", "cd", "pip", "python -m pip", "python -m venv", "python3 -m venv", "source", "make")
+SHELL = re.compile(r"^\s*(?:```+|~~~+) *(?:bash|sh|shell|console)\b", re.M)
 BLOCK = re.compile(r"(?:^<!-- (?P<comment>[^\n]*?) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.M | re.S)
 
 
@@ -70,15 +72,21 @@ def parse(page: str, readme: str, short: bool = False) -> list[Step]:
             steps.append(step_of(f"{heading} ({place})", match["comment"], match["code"]))
     if not steps:
         raise PageError("the page has no steps")
+    own = len([match for match in pattern.finditer(page) if match["language"] == "bash"])
+    if missed := len(SHELL.findall(page)) - own:
+        raise PageError(f"{missed} shell blocks are no steps; a step begins with ```bash at the start of a line")
     return steps
 
 
 def step_of(name: str, comment: str | None, code: str) -> Step:
     if comment is None:
-        raise PageError(f"{name}: no comment above the block says what must be seen")
-    step = Step(name, code)
+        raise PageError(f"{name}: no comment above the block states what must be seen")
+    step, words = Step(name, code), set()
     for clause in re.split(r"; (?=(?:[^\"]*\"[^\"]*\")*[^\"]*$)", comment):
         word, _, rest = clause.partition(" ")
+        if word in words:
+            raise PageError(f"{name}: the comment has {word!r} twice")
+        words.add(word)
         if word == "exit" and rest.isdecimal():
             step.exit = int(rest)
         elif word == "says" and re.fullmatch(r'"[^"]+"(, "[^"]+")*', rest):
@@ -88,7 +96,7 @@ def step_of(name: str, comment: str | None, code: str) -> Step:
         elif clause == "bare":
             step.bare = True
         else:
-            raise PageError(f"{name}: {clause!r} is unknown; a comment has exit, says, interrupt and bare")
+            raise PageError(f"{name}: {clause!r} is not a clause; allowed are exit, says, interrupt and bare")
     return step
 
 
@@ -108,7 +116,11 @@ def readme_steps(readme: str, short: bool) -> list[Step]:
 def commands_of(block: str) -> Iterator[str]:
     """Commands that the trial runs, with continued lines joined."""
     for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words = list(lexer)
+        if any(re.fullmatch(r"[();<>|&]+", word) for word in words):
+            raise PageError(f"README.md: {line.strip()!r} is not one plain command, which the trial needs")
         command = re.sub(r" +", " ", shlex.join(words))
         if words and not any(f"{command} ".startswith(f"{start} ") for start in NOT_RUN):
             yield command
@@ -154,9 +166,9 @@ def run(step: Step, checkout: Path, variables: dict[str, str]) -> tuple[str, lis
         try:
             stopped = wait(process, step, checkout)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what a finished step has left in the background
+            process.wait()
     output = log.read_text(encoding="utf-8", errors="replace")
     return output, [*stopped, *(wrong(step, process.returncode, output))]
 
@@ -177,7 +189,7 @@ def wait(process: subprocess.Popen, step: Step, checkout: Path) -> list[str]:
 def wrong(step: Step, code: int, output: str) -> list[str]:
     """What the page promises and the step did not show."""
     found = [] if code == step.exit else [f"exit code {code}, expected {step.exit}"]
-    found += [f"does not say {text!r}" for text in step.says if text not in output]
+    found += [f"does not show {text!r}" for text in step.says if text not in output]
     if "Traceback (most recent call last)" in output:
         found.append("shows a traceback")
     return found
@@ -222,7 +234,7 @@ def main() -> int:
     try:
         page, readme = (path.read_text(encoding="utf-8") for path in (options.page, options.readme))
         steps = parse(page, readme, options.short)
-    except PageError as error:
+    except (PageError, OSError, UnicodeDecodeError) as error:
         print(f"{options.page}: {error}", file=sys.stderr)
         return 2
     # A process in the background may have been started with Ctrl-C ignored, which its children would inherit.
@@ -231,6 +243,9 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="newcomer-"))
     try:
         return 0 if trial(steps, python, folder) else 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     finally:
         if options.keep:
             print(f"kept {folder}")

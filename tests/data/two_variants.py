@@ -43,7 +43,7 @@ class HeadTimesToken(Variant):
 
 @register_variant("gated_key")
 class GatedKey(Variant):
-    """No decay: each token says how strongly it is written."""
+    """No decay: each token scales its own key."""
 
     label = "LION-K"
     feature_map = "elu"

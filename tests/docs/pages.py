@@ -128,7 +128,7 @@ def run(block: Block, namespace: dict, name: str) -> None:
 
 def check_output(expected: str, got: str, place: str) -> None:
     """Compares as doctest does, with `...` for anything."""
-    assert not expected or re.search(r"\w", expected.replace("...", "")), f"{place}: what is shown says nothing"
+    assert not expected or re.search(r"\w", expected.replace("...", "")), f"{place}: the shown output has no text"
     bold_and_source = r"\x1b\[[\d;]*m|^\[transformers\] "  # of what Transformers logs
     got, expected = (re.sub(bold_and_source, "", text, flags=re.MULTILINE) for text in (got, expected))
     wanted = re.sub(r"\s*^ *\.\.\. *$\s*", "...", expected, flags=re.MULTILINE)  # such a line may stand for none

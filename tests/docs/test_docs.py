@@ -1,10 +1,13 @@
 """Names, numbers and pictures in the documentation are those of the package. Code and links: test_pages.py."""
 
 import html
+import itertools
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from urllib.parse import unquote
 
 import pytest
@@ -35,6 +38,10 @@ def test_presets_and_files_that_a_page_names_exist(page):
     assert not absent
 
 
+def test_the_readme_fits_into_120_lines():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
 def test_the_first_code_of_the_readme_is_short():
     code = blocks_of(ROOT / "README.md", "python")[0].code
     assert 4 <= len([line for line in code.splitlines() if line.strip()]) <= 10
@@ -44,8 +51,66 @@ def test_the_index_links_every_page_and_answers_twenty_questions():
     index = text("index.md")
     linked = set(re.findall(r"\]\(([^)#]+)", index))
     assert {page.name for page in PAGES if page.name not in ("README.md", "index.md")} <= linked
-    questions = re.findall(r"^\| ([^|]*\?) \| .*\]\([\w./-]+(?:#[\w-]+)?\).* \|$", index, re.MULTILINE)
-    assert len(set(questions)) >= 20
+    questions = re.findall(r"^\| ([^|]*\?) \| (.*) \|$", index, re.MULTILINE)
+    assert len({question for question, _ in questions}) >= 20
+    assert not [question for question, answer in questions if not re.search(r"\]\([\w./-]+(#[\w-]+)?\)", answer)]
+
+
+def table(page, first):
+    """The rows of a table, from the one that begins with `first`: the other cells by the first one."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[start:]))
+    return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in row[1:-1].split("|")] for row in rows)}
+
+
+def runs(experiment):
+    """Mean and standard deviation of accuracy (%) and loss by model, as pages write them."""
+    stored = json.loads((ROOT / "examples" / "results" / f"{experiment}.json").read_text(encoding="utf-8"))
+    for model, found in stored.items():
+        if "accuracy" in found:
+            accuracy, loss = [100 * value for value in found["accuracy"]], found["loss"]
+            spread = [stdev(values) if len(values) > 1 else 0 for values in (accuracy, loss)]
+            yield model, f"{mean(accuracy):.1f} ± {spread[0]:.1f}", f"{mean(loss):.3f} ± {spread[1]:.3f}"
+
+
+EXPERIMENTS = ("text", "images", "sentiment", "pooling", "warm_start")
+README_ROWS = {
+    "masked tokens of an encyclopedia, accuracy": ("text", "BERT", ""),
+    "Fashion-MNIST, accuracy": ("images", "ViT", ""),
+    "sentiment of reviews, after that, from the first token": ("sentiment", "BERT", ""),
+    "sentiment, from scratch, LION from the mean of the tokens": ("pooling", "BERT, first", ", mean"),
+    "sentiment, started from a trained BERT": ("warm_start", "BERT, the source", ", warm"),
+}
+
+
+@pytest.mark.parametrize("row", README_ROWS)
+def test_accuracies_of_the_readme_are_those_of_the_stored_runs(row):
+    experiment, baseline, suffix = README_ROWS[row]
+    stored = {model: accuracy.split()[0] for model, accuracy, _ in runs(experiment)}
+    expected = [stored[baseline], *(stored[f"{name}{suffix}"] for name in ("LION-LIT", "LION-D", "LION-S"))]
+    *cells, command = table(ROOT / "README.md", "masked tokens of an encyclopedia, accuracy")[row]
+    assert cells == [f"{value} %" for value in expected]
+    assert command == f"`run_evidence.py {experiment}`"
+
+
+def test_figures_of_the_results_are_those_of_the_stored_runs():
+    stored = {text for experiment in EXPERIMENTS for _, *texts in runs(experiment) for text in texts}
+    shown = re.findall(r"\d+\.\d+ ± \d+\.\d+", text("results.md"))
+    assert len(shown) > 50
+    assert not set(shown) - stored
+
+
+def test_times_of_the_readme_are_those_of_the_benchmarks():
+    shown = table(ROOT / "README.md", "masked tokens of an encyclopedia, accuracy")
+    page = ROOT / "docs" / "benchmarks.md"
+    cpu, gpu = table(page, "128"), table(page, "text 128")
+    by_length = [[cpu[length][variant] for length in ("512", "2048", "8192")] for variant in range(3)]
+    assert shown["time of a training step on a CPU: 128 tokens"][1:4] == cpu["128"][:3]
+    assert shown["512, 2,048 and 8,192 tokens"][1:4] == [", ".join(ratios) for ratios in by_length]
+    rows = [re.findall(r"\(([\d.]+)\)", " ".join(gpu[f"text {length}"])) for length in ("512", "2,048", "8,192")]
+    by_length = [", ".join(ratios) for ratios in zip(*rows, strict=True)]
+    assert shown["on a GPU: 512, 2,048 and 8,192 tokens"][1:4] == by_length
 
 
 def test_migration_names_every_preset_of_a_size_and_every_text_model():

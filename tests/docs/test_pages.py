@@ -139,7 +139,7 @@ def test_all_code_of_a_page_runs_and_prints_what_the_page_shows(page, empty_fold
 def test_extras_are_named_before_the_code_that_needs_them(page):
     for block in python(page):
         absent = [extra for extra in block.extras.values() if f"lion-hf[{extra}]" not in block.before]
-        assert not absent, f"line {block.line} needs lion-hf{absent}, and nothing above says so"
+        assert not absent, f"line {block.line} needs lion-hf{absent}, which nothing above names"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_extras_are_named_before_the_code_that_needs_them(page):
         "output not shown": ("```python\nprint(1)\n```\nIt prints.\n\n```text\n1\n```\n", "does not show"),
         "a log not shown": ("```python\nlog('no weights')\n```\n", "does not show"),
         "shown but not printed": ("```python\nx = 1\n```\n\n```text\n1\n```\n", "Expected:\n    1\nGot nothing"),
-        "dots alone": ("```python\nprint(1)\n```\n\n```text\n...\n```\n", "says nothing"),
+        "dots alone": ("```python\nprint(1)\n```\n\n```text\n...\n```\n", "has no text"),
     }.values(),
     ids=str,
 )
@@ -245,7 +245,7 @@ def parses(script, words, monkeypatch):
 
 
 def problem_of(words, monkeypatch):
-    """What is wrong with a command, as far as this project knows it."""
+    """What is wrong with a command of this project, or None."""
     program = Path(words[0]).name
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

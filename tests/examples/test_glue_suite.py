@@ -205,7 +205,7 @@ def test_all_tasks_with_smoke(run_glue):
 
 @pytest.mark.slow
 def test_processes_end_with_their_parent_and_the_next_call_finishes_the_runs(tmp_path):
-    """After kill -9 of the command no child process goes on writing, and the same command finishes the runs."""
+    """After kill -9 of the command no child process keeps writing, and the same command finishes the runs."""
     flags = ["--task", "mnli", "rte", "--num_seeds=1", "--from_mnli=true", "--parallel=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*COMMAND, *flags], cwd=tmp_path, env=environment)

@@ -32,7 +32,7 @@ SCRIPTS = sorted(file for file in EXAMPLES.glob("*.py") if "check_flags(__file__
 EVALUATE = ["--disable_tqdm=true", "--use_cpu=true", "--do_train=false"]
 
 
-# ---------------------------------------------------------------------------------------------- stopping and going on
+# ----------------------------------------------------------------------------------------------- stopping and resuming
 
 
 def losses(folder):

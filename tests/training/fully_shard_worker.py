@@ -21,7 +21,7 @@ COMPUTE = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.fl
 
 
 def made(mask_type: str, form: str, half: bool) -> lion_hf.LionForMaskedLM:
-    """A model of seed 0; `half`: loaded in bfloat16, gates included, as FSDP2 wants one dtype for all parameters."""
+    """A model of seed 0; `half`: loaded in bfloat16, gates included, as FSDP2 requires one dtype for all parameters."""
     torch.manual_seed(0)
     model = lion_hf.LionForMaskedLM(text_config(mask_type, format=form, hidden_dropout_prob=0.0))
     if not half:

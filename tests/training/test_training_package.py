@@ -18,7 +18,7 @@ FOLDER = Path(training.__file__).parent
 FILES = sorted(FOLDER.rglob("*.py"))
 
 
-# One process imports the package and says what came with it; a fork for each package that is missing says what follows.
+# One process imports the package and prints which modules that loads; a fork for each missing package prints the error.
 PROCESS = """
 import json, os, sys
 import lion_hf
@@ -40,7 +40,7 @@ PACKAGES = {"datasets": "datasets", "PIL": "pillow", "sklearn": "scikit-learn"}
 
 @pytest.fixture(scope="module")
 def process():
-    """What it said, line by line."""
+    """The lines that the process printed."""
     done = subprocess.run([sys.executable, "-c", PROCESS, *PACKAGES], capture_output=True, text=True)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and len(lines) == 1 + len(PACKAGES), done.stderr
@@ -94,7 +94,7 @@ def test_modules_import_only_those_before_them(package):
 
 
 def test_nothing_above_is_imported_and_nothing_is_printed():
-    """The package as a whole gives its version alone; what else is needed comes from the module that defines it."""
+    """Only the version comes from `lion_hf`; every other name is imported from the module that defines it."""
     for file in FILES:
         text = file.read_text(encoding="utf-8")
         depth = len(file.relative_to(FOLDER).parts)

@@ -421,8 +421,8 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             )
         if variant_class(self.mask_type).pos_emb and not self.pos_emb:
             logger.warning_once(
-                f"mask_type is {self.mask_type!r} with pos_emb=False: this model cannot see the order of its tokens. "
-                "Set pos_emb=True unless you want a bag of words."
+                f"mask_type is {self.mask_type!r} with pos_emb=False: this model has no information about the order of "
+                "its tokens. Set pos_emb=True unless you need a bag of words."
             )
         if self.normalize and self.attention_probs_dropout_prob > 0:
             raise ValueError(
