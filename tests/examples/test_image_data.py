@@ -301,6 +301,7 @@ def test_parquet_and_a_recipe_on_a_folder(tmp_path, folder):
             "images/CLASS/1.jpg",
         ),
         (["--train_dir=empty"], "cannot read 'empty': it holds no images; the form is empty/CLASS/1.jpg"),
+        (["--train_dir=notes"], "cannot read 'notes': it holds no images; the form is notes/CLASS/1.jpg"),
         (
             ["--train_dir=split"],
             "'split' holds folders that look like parts of the data, not like classes: test, train. Use --train_dir "
@@ -325,8 +326,9 @@ def test_wrong_input_is_a_message_of_one_line(flags, message, tmp_path, monkeypa
     (tmp_path / "table.csv").write_text("image,label\nred,1\nblue,2\ngreen,1\n")
     (tmp_path / "same.csv").write_text("image,label\nred,1\nblue,1\ngreen,1\n")
     (tmp_path / "gap.csv").write_text("image,label\nred,1\nblue,\ngreen,2\n" * 9)
-    for name in ("images", "empty/cat", "split/train/cat", "split/test/cat"):
+    for name in ("images", "empty/cat", "notes/cat", "split/train/cat", "split/test/cat"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "notes" / "cat" / "notes.txt").write_text("no image")
     for name in ("images", "split/train/cat", "split/test/cat"):
         picture().save(tmp_path / name / "one.png")
     with pytest.raises(UserError) as error:

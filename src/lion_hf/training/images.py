@@ -130,7 +130,9 @@ def load_folder(path: str) -> Dataset:
     with reading(f"cannot read {path!r}"):
         try:
             images = datasets.load_dataset("imagefolder", data_dir=path, split="train")
-        except EmptyDatasetError as error:
+        except (EmptyDatasetError, ValueError) as error:
+            if isinstance(error, ValueError) and "corresponds to no data" not in str(error):
+                raise
             raise UserError(f"cannot read {path!r}: it holds no images; the form is {form}") from error
     if "label" not in images.column_names:
         raise UserError(
