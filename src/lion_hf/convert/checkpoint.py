@@ -49,6 +49,7 @@ def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> Non
     """Raise ConversionError unless `out` can be created, is empty, or is a checkpoint that `force` allows replacing."""
     if not source.exists():  # before anything about `out`, which is not at fault
         raise ConversionError(f"{source} does not exist.")
+    source = source.resolve()
     above = next(path for path in out.parents if path.exists())
     if not above.is_dir():
         raise ConversionError(f"{above} is not a folder; give another path.")
@@ -124,7 +125,7 @@ def convert_checkpoint(
     """
     if out is not None:
         out = Path(out).resolve()
-        _require_writable(out, Path(path).resolve(), force, folder=True)
+        _require_writable(out, Path(path), force, folder=True)
     plan = plan_conversion(read_source(path, ema=ema), flags)
     loaded = load_tokenizer(tokenizer, plan.source, getattr(plan.model.config, "vocab_size", 0))
     if out is not None:
@@ -154,7 +155,7 @@ def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: boo
     folder = Path(folder)
     if out is not None:
         out = Path(out).resolve()
-        _require_writable(out, folder.resolve(), force, folder=False)
+        _require_writable(out, folder, force, folder=False)
     config, state = read_folder(folder)
     content = authors_checkpoint(config, state)
     plan = plan_conversion(interpret(content, folder))
