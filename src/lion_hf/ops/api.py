@@ -34,7 +34,8 @@ from torch import Tensor
 from .attention import differentiable_weights
 from .autograd import lion
 from .backend import fused_kernels, warn_once
-from .checks import check_arguments, check_cu_seqlens, is_exporting, makes_graph
+from .checks import check_arguments, check_cu_seqlens, check_two_sided, is_exporting, makes_graph
+from .general import Inputs, Settings, general
 from .packing import map_sequences
 from .tokens import accumulation_dtype, walks_chunks, without_autocast
 
@@ -47,6 +48,162 @@ CROSSOVER = {
     "cpu": {"none": 96, "head": 272, "token": 248},
     "accelerator": {"none": 0, "head": 512, "token": 256},
 }
+
+
+def two_sided_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    convention: str = "left",
+    direction: str = "both",
+    diagonal: Tensor | float | None = None,
+    log_weight: Tensor | None = None,
+    backward_query: Tensor | None = None,
+    backward_key: Tensor | None = None,
+    backward_value: Tensor | None = None,
+    backward_log_decay: Tensor | str | None = "same",
+    backward_log_weight: Tensor | str | None = "same",
+    normalize: bool | str = False,
+    return_denominator: bool = False,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    eps: float = 1e-6,
+    format: str = "auto",
+    chunk_size: int = 64,
+    check_values: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Two-sided linear attention with any decays: the operator in which linear transformers become encoders.
+
+    Token i reads itself, the tokens on its left (F) and the tokens on its right (B)::
+
+        n_i = s (d_i v_i + F_i + B_i)        F_i = sum_{j<i} sum_c q_ic k_jc M_ijc v_j        B_i the same for j > i
+
+    `M_ijc` is the product of the decays of channel c of the key between j and i. B uses the backward tensors.
+    `convention` selects which of the two ends belongs to the product. `c_i` is `n_i` for v = 1.
+
+    Source: arXiv 2502.16249, theorem 3.1 and appendix B.6, which maps the recurrences of RetNet, xLSTM, Mamba-2,
+    RWKV-6, HGRN-2 and others to this form.
+
+    Args:
+        query: (batch, groups, length, head_dim), any floating dtype and any strides. `groups` is the number of heads,
+            or a divisor of it. Each group then serves the same number of consecutive heads.
+        key: same shape as `query`.
+        value: (batch, heads, length, value_dim).
+        log_decay: natural logarithm of the decays, every entry <= 0 (-inf is allowed): None is no decay, (heads,) one
+            per head, (heads, head_dim) one per head and channel of the key, (batch, heads, length) one per token,
+            (batch, heads, length, head_dim) one per token and channel. Use float32 or wider.
+        convention: the decays in the product for j < i (for j > i the mirror image):
+            "left" (default): of j to i - 1, as in LION; "entered": of j + 1 to i, as in causal recurrences that decay
+            the state and then add the key (RetNet, Mamba-2, GLA); "between": of j + 1 to i - 1, as in RWKV; "edge": the
+            square roots of those of j and i, and all of those between, so that M is symmetric.
+        direction: "both" (default); "forward": the diagonal and F, the causal layer; "backward": the diagonal and B.
+        diagonal: the coefficient `d_i`. None (default): `q_i . k_i` times `exp(log_weight_i)`, from the forward
+            tensors. A number or (heads,): a factor of that. (batch, heads, length): `d_i` itself.
+        log_weight: (batch, heads, length), any sign: keys are multiplied by its exponential (mLSTM's input gate). A
+            running maximum is subtracted, so that no intermediate result overflows.
+        backward_query: query of B, by default `query`.
+        backward_key: key of B, by default `key`.
+        backward_value: value of B, by default `value`.
+        backward_log_decay: log-decay of B. "same" (default): `log_decay`. None: no decay in B.
+        backward_log_weight: log-weight of B. "same" (default): `log_weight`. None: no weights in B.
+        normalize: False (default): the result is `n_i`. True: `n_i / (c_i + eps)`, for positive scores. "mask":
+            `n_i / (m_i + eps)` with the sum of the mask `m_i = sum_j M_ij exp(log_weight_j)`, for scores of any sign.
+            Its entry at j = i is `exp(log_weight_i)` whatever `diagonal` is, and decays per channel use the mean of
+            their masks over the channels. "clamp": `n_i / max(|c_i|, 1)`, as in mLSTM.
+        return_denominator: return the pair `(n, c)`, undivided, or `(n, m)` for "mask".
+        key_mask: (batch, length), True or 1 for real tokens, False or 0 for padding. A padded token writes nothing, and
+            its diagonal term is 0, also if `diagonal` is given. Its decay still acts on what passes through it. A row
+            that reads no key is 0.
+        cu_seqlens: (sequences + 1,), int32 or int64, the bounds of several sequences packed into one row (batch 1). No
+            sequence reads another one. See `bidirectional_linear_attention`.
+        scale: the factor `s`, positive; `head_dim**-0.5` by default. It multiplies n (the diagonal too) and c, but
+            not m.
+        eps: added to the denominator.
+        format: "attention", "rnn", "chunk" or "auto" (default), as in `bidirectional_linear_attention`.
+        chunk_size: maximum number of tokens per chunk. Decays per channel use the largest power of two below it.
+        check_values: whether to check the values of log-decays and `key_mask` where that is cheap: on a CPU, outside
+            graphs and torch.func.
+
+    Returns:
+        (batch, heads, length, value_dim) in the dtype of `value`. With `return_denominator` a pair of
+        (batch, heads, length, value_dim) and (batch, heads, length) in the accumulation dtype: float64 if one of the
+        queries, keys and values is float64, otherwise float32, also under autocast.
+
+    Raises:
+        ValueError: if shapes or dtypes do not match, a name is unknown, `chunk_size` < 1, `scale` <= 0, or
+            `cu_seqlens` does not divide the row into sequences; with `check_values`, if a log-decay is positive or NaN
+            anywhere or `key_mask` holds anything but 0 and 1; and if LION_BACKEND is unknown, or is "triton" and the
+            fused kernels do not support the inputs.
+    """
+    own_backward = backward_query is not None or backward_key is not None or backward_value is not None
+    same_decay, same_weight = (isinstance(x, str) for x in (backward_log_decay, backward_log_weight))
+    forward = Inputs(query, key, value, log_decay, log_weight)
+    backward = Inputs(
+        query if backward_query is None else backward_query,
+        key if backward_key is None else backward_key,
+        value if backward_value is None else backward_value,
+        log_decay if same_decay else backward_log_decay,
+        log_weight if same_weight else backward_log_weight,
+    )
+    form = check_two_sided(
+        forward, backward, (backward_log_decay, backward_log_weight), diagonal, convention, direction, normalize,
+        format, chunk_size, key_mask, scale, check_values,
+    )  # fmt: skip
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    chunk_size = int(chunk_size)  # the check accepts numpy's integers
+    like_lion = (
+        not own_backward
+        and direction == "both"
+        and diagonal is None
+        and forward.log_weight is None
+        and backward.log_weight is None
+        and backward.log_decay is log_decay
+        and (convention == "left" or (convention != "between" and _constant(log_decay)))
+        and (log_decay is None or log_decay.dim() in (1, 3))
+        and normalize in (True, False)
+        and query.shape[1] == value.shape[1]
+    )
+    if like_lion:
+        result = "both" if return_denominator else "normalized" if normalize else "numerator"
+        return _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result)
+
+    settings = Settings(convention, direction, normalize, return_denominator, scale, eps, form, chunk_size)
+
+    def run(*tensors, key_mask):
+        ahead, back, given = tensors[:5], tensors[5:10], tensors[10]
+        return general(Inputs(*ahead), Inputs(*back), given, key_mask, settings)
+
+    if cu_seqlens is None:
+        return run(*forward, *backward, diagonal, key_mask=key_mask)
+    factor = None if isinstance(diagonal, Tensor) else diagonal
+    if factor is not None:
+        diagonal = value.new_full((value.shape[1],), factor, dtype=torch.float64)
+    return map_sequences(run, cu_seqlens, key_mask, *forward, *backward, diagonal)
+
+
+def _constant(log_decay: Tensor | None) -> bool:
+    """Whether all tokens have the same decay, so that it does not matter to which of them it belongs."""
+    return log_decay is None or log_decay.dim() == 1
+
+
+def _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result):
+    """Compute LION's own operator, with the fused kernels where they support the inputs."""
+    kernels = fused_kernels(form, query, key, value, log_decay)
+    if kernels is not None:
+        with without_autocast(query.device):
+            return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result)
+
+    def run(query, key, value, log_decay, key_mask):
+        return _run_form(query, key, value, log_decay, key_mask, form, chunk_size, scale, result, eps)
+
+    if cu_seqlens is None:
+        return run(query, key, value, log_decay, key_mask)
+    return map_sequences(run, cu_seqlens, key_mask, query, key, value, log_decay)
 
 
 def bidirectional_linear_attention(
@@ -114,23 +271,11 @@ def bidirectional_linear_attention(
             LION_BACKEND is unknown, or is "triton" and the fused kernels do not support the inputs.
     """
     form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    result = "both" if return_denominator else "normalized" if normalize else "numerator"
-    kernels = fused_kernels(form, query, key, value, log_decay)
-    if kernels is not None:
-        with without_autocast(query.device):
-            return kernels(query, key, value, log_decay, key_mask, cu_seqlens, scale, eps, result)
-
-    chunk_size = int(chunk_size)  # check_arguments accepts numpy's integers
-
-    def run(query, key, value, log_decay, key_mask):
-        return _run_form(query, key, value, log_decay, key_mask, form, chunk_size, scale, result, eps)
-
-    if cu_seqlens is None:
-        return run(query, key, value, log_decay, key_mask)
-    return map_sequences(run, cu_seqlens, key_mask, query, key, value, log_decay)
+    return two_sided_attention(
+        query, key, value, log_decay, normalize=bool(normalize), return_denominator=return_denominator,
+        key_mask=key_mask, cu_seqlens=cu_seqlens, scale=scale, eps=eps, format=form, chunk_size=chunk_size,
+        check_values=False,
+    )  # fmt: skip
 
 
 def _run_form(

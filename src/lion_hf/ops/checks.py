@@ -1,6 +1,6 @@
 """Checks of arguments, which raise clear errors before anything is computed, and of when values may be read."""
 
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -16,21 +16,8 @@ def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, 
 
     With `check_values`, the values of log_decay and key_mask are checked too, where reading them is cheap.
     """
-    form = format.lower() if isinstance(format, str) else format
-    if form not in FORMATS:
-        raise ValueError(f"format is {format!r}; allowed are {', '.join(map(repr, FORMATS))}.")
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, Integral)) or chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1, for instance 64.")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale is {scale!r}; it must be positive. Negate the query for a negative scale.")
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; it must have 4 dimensions (batch, heads, length, width). Use "
-                "view(batch, length, heads, width).transpose(1, 2) to split heads."
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}; it must be floating point. Convert it with .float().")
+    form = _check_options(format, chunk_size, scale)
+    _check_tokens({"query": query, "key": key, "value": value})
     if query.shape != key.shape or query.shape[:3] != value.shape[:3]:
         raise ValueError(
             f"the shapes of query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not "
@@ -44,14 +31,114 @@ def check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, 
                 f"log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; it must be None, or "
                 f"floating point of shape (heads,) = ({heads},) or (batch, heads, length) = {(batch, heads, length)}."
             )
-        if check_values and values_can_be_read(log_decay) and not bool((log_decay <= 0).all()):
-            raise ValueError(
-                f"log_decay has a positive or NaN entry (largest: {log_decay.max().item()}); it is the logarithm of a "
-                "decay in [0, 1], so every entry must be <= 0. Use logsigmoid, or clamp(max=0)."
-            )
+        if check_values:
+            _check_no_growth("log_decay", log_decay)
     if key_mask is not None:
         check_key_mask(key_mask, query.shape[0], query.shape[2], check_values)
     return form
+
+
+def check_two_sided(
+    forward, backward, stated, diagonal, convention, direction, normalize, format, chunk_size, key_mask, scale,
+    check_values,
+) -> str:  # fmt: skip
+    """Raise ValueError for invalid arguments of `two_sided_attention`; return the format in lower case.
+
+    `forward` and `backward` are (query, key, value, log_decay, log_weight) of both sides, `stated` the arguments
+    `backward_log_decay` and `backward_log_weight`.
+    """
+    form = _check_options(format, chunk_size, scale)
+    _check_name("convention", convention, ("left", "entered", "between", "edge"))
+    _check_name("direction", direction, ("both", "forward", "backward"))
+    _check_name("normalize", normalize, (False, True, "mask", "clamp"))
+    for name, x in zip(("backward_log_decay", "backward_log_weight"), stated, strict=True):
+        if isinstance(x, str):
+            _check_name(name, x, ("same",))
+    value = forward[2]
+    for prefix, side in (("", forward), ("backward_", backward)):
+        if prefix and all(a is b for a, b in zip(forward, side, strict=True)):
+            continue
+        _check_side(prefix, side, value, check_values)
+    if isinstance(diagonal, Tensor):
+        batch, heads, length = value.shape[:3]
+        if tuple(diagonal.shape) not in ((heads,), (batch, heads, length)) or not diagonal.is_floating_point():
+            raise ValueError(
+                f"diagonal has shape {tuple(diagonal.shape)} and dtype {diagonal.dtype}; it must be None, a number, or "
+                f"floating point of shape (heads,) = ({heads},) or (batch, heads, length) = {(batch, heads, length)}."
+            )
+    elif diagonal is not None and not isinstance(diagonal, Real):
+        raise ValueError(f"diagonal is {diagonal!r}; it must be None, a number or a tensor.")
+    if key_mask is not None:
+        check_key_mask(key_mask, value.shape[0], value.shape[2], check_values)
+    return form
+
+
+def _check_side(prefix: str, side, like: Tensor, check_values: bool) -> None:
+    query, key, value, log_decay, log_weight = side
+    _check_tokens({f"{prefix}query": query, f"{prefix}key": key, f"{prefix}value": value})
+    batch, heads, length, _ = like.shape
+    groups, width = query.shape[1], query.shape[3]
+    if query.shape != key.shape or value.shape != like.shape or (query.shape[0], query.shape[2]) != (batch, length):
+        raise ValueError(
+            f"the shapes of {prefix}query {tuple(query.shape)}, {prefix}key {tuple(key.shape)} and {prefix}value "
+            f"{tuple(value.shape)} do not match: query and key must have the same shape, and value may differ "
+            f"from them in the heads and the last dimension only. Values of both sides have the same shape, {tuple(like.shape)}."
+        )
+    if groups == 0 or heads % groups:
+        raise ValueError(
+            f"{prefix}query and {prefix}key have {groups} heads and value has {heads}; their number must be that of "
+            "value, or a divisor of it."
+        )
+    if log_decay is not None:
+        allowed = (heads,), (heads, width), (batch, heads, length), (batch, heads, length, width)
+        if tuple(log_decay.shape) not in allowed or not log_decay.is_floating_point():
+            raise ValueError(
+                f"{prefix}log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; it must be None, "
+                f"or floating point of shape (heads,), (heads, head_dim), (batch, heads, length) or "
+                f"(batch, heads, length, head_dim), here one of {', '.join(map(str, allowed))}."
+            )
+        if check_values:
+            _check_no_growth(f"{prefix}log_decay", log_decay)
+    if log_weight is not None and (log_weight.shape != (batch, heads, length) or not log_weight.is_floating_point()):
+        raise ValueError(
+            f"{prefix}log_weight has shape {tuple(log_weight.shape)} and dtype {log_weight.dtype}; it must be None, or "
+            f"floating point of shape (batch, heads, length) = {(batch, heads, length)}."
+        )
+
+
+def _check_options(format, chunk_size, scale) -> str:
+    form = format.lower() if isinstance(format, str) else format
+    if form not in FORMATS:
+        raise ValueError(f"format is {format!r}; allowed are {', '.join(map(repr, FORMATS))}.")
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, Integral)) or chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size!r}; it must be an integer of at least 1, for instance 64.")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale!r}; it must be positive. Negate the query for a negative scale.")
+    return form
+
+
+def _check_name(option: str, value: object, allowed: tuple) -> None:
+    if not isinstance(value, (str, bool)) or value not in allowed:
+        raise ValueError(f"{option} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def _check_tokens(tensors: dict[str, Tensor]) -> None:
+    for name, x in tensors.items():
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; it must have 4 dimensions (batch, heads, length, width). Use "
+                "view(batch, length, heads, width).transpose(1, 2) to split heads."
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"{name} has dtype {x.dtype}; it must be floating point. Convert it with .float().")
+
+
+def _check_no_growth(name: str, log_decay: Tensor) -> None:
+    if values_can_be_read(log_decay) and not bool((log_decay <= 0).all()):
+        raise ValueError(
+            f"{name} has a positive or NaN entry (largest: {log_decay.max().item()}); it is the logarithm of a "
+            "decay in [0, 1], so every entry must be <= 0. Use logsigmoid, or clamp(max=0)."
+        )
 
 
 def check_key_mask(key_mask: Tensor, batch: int, length: int, check_values: bool = True) -> None:
