@@ -22,10 +22,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autograd import _fold, _partial, _pushed, _unfold, call_function
-from .checks import is_exporting, makes_graph
+from .checks import is_exporting, makes_graph, values_can_be_read
 from .chunk import propagate
 from .decays import CUT, FLOOR, Flow, flow, sum_dtype
-from .halving import FACTOR_CUT, Gradients, Level, channel_decays, cut, inner_gradients, inner_output, levels
+from .halving import (
+    FACTOR_CUT,
+    Gradients,
+    Level,
+    channel_decays,
+    channel_decays_in_place,
+    closed,
+    cut,
+    inner_gradients,
+    inner_output,
+    levels,
+)
 from .tokens import ALL, CPU_CACHE_ELEMENTS, slices, without_autocast
 
 
@@ -61,7 +72,7 @@ class _Inputs(NamedTuple):
     query: Tensor
     key: Tensor
     value: Tensor
-    gates: Tensor
+    gates: Tensor  # where a few chunks are computed at a time: the decays, exp(gates)
     dy: Tensor | None = None
 
     def chunks(self, tokens: slice, size: int) -> "_Inputs":
@@ -69,12 +80,22 @@ class _Inputs(NamedTuple):
 
         Gates that are the same for all tokens are those of a single chunk.
         """
-        constant = not makes_graph() and self.gates.stride(2) == 0 and self.gates.shape[2] > 0
-        parts = [None if x is None else _split(x[:, :, tokens], size) for x in self]
-        if constant:
-            gates = self.gates[:, :, :1].unsqueeze(2)
-            parts[3] = gates.expand(-1, -1, -1, size, -1)
+        parts = [None if x is None or i == 3 else _split(x[:, :, tokens], size) for i, x in enumerate(self)]
+        if _constant(self.gates):
+            parts[3] = self.gates[:, :, :1].unsqueeze(2).expand(-1, -1, -1, size, -1)
+        else:
+            parts[3] = _split(self.gates[:, :, tokens], size)
         return _Inputs(*parts)
+
+    def with_decays(self) -> "_Inputs":
+        """Replace the gates by the decays."""
+        gates = self.gates[:, :, :1] if _constant(self.gates) else self.gates
+        return self._replace(gates=channel_decays_in_place(gates, self.query.dtype).expand_as(self.gates))
+
+
+def _constant(gates: Tensor) -> bool:
+    """Whether the gates are seen to be the same for all tokens, without reading them."""
+    return not makes_graph() and gates.stride(2) == 0
 
 
 def _split(x: Tensor, size: int) -> Tensor:
@@ -117,8 +138,9 @@ def _gradients(query, key, value, gates, dy, options):
         *grads, dgates = (_walk_backward if _walks(query, form) else _gradients_at_once)(x, sides, size)
         if gates.shape[0] < query.shape[0]:
             dgates = dgates.sum(0, keepdim=True)
-        # Gates that are cut have no weight.
-        dgates = torch.where(gates < FACTOR_CUT[query.dtype], 0, dgates.to(gates.dtype))
+        dgates = dgates.to(gates.dtype)
+        if not (values_can_be_read(gates) and bool(gates.amin() > FACTOR_CUT[query.dtype] + 1)):  # none is closed
+            dgates = torch.where(closed(gates, query.dtype), 0, dgates)
     return *grads, dgates
 
 
@@ -137,7 +159,7 @@ def _directions(level: Level, reverse: bool) -> tuple[Tensor, Tensor]:
 
 def _strongest(x: Tensor, factor: Tensor) -> Tensor:
     """Return the largest factors (..., D) of tokens that are not 0, of x (..., K, D)."""
-    return torch.where(x == 0, 0, factor).amax(-2)
+    return factor.masked_fill(x == 0, 0).amax(-2)
 
 
 class _State:
@@ -155,7 +177,11 @@ class _State:
         Returns what enters each chunk, (B, H, n, D, V), and the decays (B, H, n, D) with which it crosses it.
         """
         update = torch.matmul((x * factor).transpose(-1, -2), y)
-        sent, total = _strongest(x, factor), total.expand(*x.shape[:3], -1)
+        total = total.expand(*x.shape[:3], -1)
+        if bool((x[..., 0 if self.reverse else -1, :] != 0).all()):  # the factor of the last token on the way is 1
+            sent = torch.ones_like(total)
+        else:
+            sent = _strongest(x, factor)
         entering, crossing = torch.empty_like(update), torch.empty_like(sent)
         if self.value is None:
             self.value, self.weight = torch.zeros_like(update[:, :, 0]), torch.zeros_like(sent[:, :, 0])
@@ -199,7 +225,7 @@ def _forward_at_once(x: _Inputs, sides, size: int) -> Tensor:
     """Compute all chunks at once, from operators of which autograd knows derivatives of any order."""
     length = x.query.shape[2]
     q, k, v, gates, _ = x.chunks(ALL, size)
-    y, level = inner_output(q, k, v, channel_decays(gates, q.dtype), sides)
+    y, level = inner_output(q, k, v, channel_decays(gates, q.dtype), sides, in_place=False)
     if makes_graph() or length > size:
         total = level.total.squeeze(-2)
         for reverse in sides:
@@ -263,7 +289,7 @@ def _rows(x: _Inputs, rows: slice) -> _Inputs:
 
 
 def _outer_level(decays: Tensor) -> Level:
-    *_, level = levels(decays)
+    *_, level = levels(decays, in_place=True)
     return level
 
 
@@ -273,14 +299,14 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _walk_forward(x: _Inputs, sides, size: int) -> Tensor:
+    x = x.with_decays()
     y, exchange = _empty(x.value), x.query.shape[2] > size
     for rows, parts in _groups(x, size):
         for sweep, reverse in enumerate(sides if exchange else sides[:1]):
             state = _State(reverse)
             for part in reversed(parts) if reverse else parts:
-                q, k, v, gates, _ = _rows(x, rows).chunks(part, size)
-                decays = channel_decays(gates, q.dtype)
-                out, level = (0, _outer_level(decays)) if sweep else inner_output(q, k, v, decays, sides)
+                q, k, v, decays, _ = _rows(x, rows).chunks(part, size)
+                out, level = (0, _outer_level(decays)) if sweep else inner_output(q, k, v, decays, sides, in_place=True)
                 if exchange:
                     write, read = _directions(level, reverse)
                     entering, _ = state.walk(write, k, v, level.total.squeeze(-2))
@@ -295,14 +321,14 @@ def _walk_forward(x: _Inputs, sides, size: int) -> Tensor:
 
 def _walk_backward(x: _Inputs, sides, size: int) -> tuple[Tensor, ...]:
     grads = [_empty(t) for t in (x.query, x.key, x.value)] + [_empty(x.query)]
-    exchange = x.query.shape[2] > size
+    x, exchange = x.with_decays(), x.query.shape[2] > size
     for rows, parts in _groups(x, size):
         block = _rows(x, rows)
         stored = _states_from_the_left(block, sides, size, parts) if exchange else None
         states = {reverse: _State(True) for reverse in sides}
         for part in reversed(parts):
-            q, k, v, gates, dy = block.chunks(part, size)
-            sums, level = inner_gradients(q, k, v, dy, channel_decays(gates, q.dtype), sides)
+            q, k, v, decays, dy = block.chunks(part, size)
+            sums, level = inner_gradients(q, k, v, dy, decays, sides)
             for reverse in sides if exchange else ():
                 write, read = _directions(level, reverse)
                 known, crossing = stored[reverse].pop()
@@ -322,8 +348,8 @@ def _states_from_the_left(x: _Inputs, sides, size: int, parts: list[slice]) -> d
     """Return what comes from the left: the state of the left side, the gradient of the state of the right side."""
     states, stored = {reverse: _State(False) for reverse in sides}, {reverse: [] for reverse in sides}
     for part in parts:
-        q, k, v, gates, dy = x.chunks(part, size)
-        level = _outer_level(channel_decays(gates, q.dtype))
+        q, k, v, decays, dy = x.chunks(part, size)
+        level = _outer_level(decays)
         for reverse, state in states.items():
             tensors = (q, dy) if reverse else (k, v)
             stored[reverse].append(state.walk(level.after, *tensors, level.total.squeeze(-2)))
