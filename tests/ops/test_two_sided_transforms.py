@@ -183,8 +183,7 @@ def test_autocast_neither_lowers_precision_nor_breaks_gradients(kind, form):
     assert all(torch.equal(a, b) for a, b in zip(run(True), run(False), strict=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("convention, form", zip(CONVENTIONS, (*FORMS, "chunk"), strict=True))
 def test_gradcheck(convention, form):
     tensors = tensors_of("two-sided", 5, 1) | {"log_weight": Maker(3).uniform(-1, 1, 1, HEADS, 5)}
     leaves = [
