@@ -401,3 +401,14 @@ def test_long_inputs_stay_exact_in_float32(rank, form):
     actual = with_gradients(two_sided_attention, low, options | {"format": form, "chunk_size": 16})
     scale = max(0.05, *(x.abs().max().item() / 4 for x in expected.values()))
     assert_same(actual, expected, 2e-5, form, scale)
+
+
+@every_form
+@every_kind
+def test_nothing_quadratic_is_kept_for_backward(kind, form):
+    tensors, options = make(case(batch=1, length=512, normalize=True, **kind))
+    leaves = {n: x.requires_grad_() for n, x in tensors.items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+        y = two_sided_attention(**leaves, **options, format=form)
+    assert y.requires_grad and kept and max(kept) < 512 * 512
