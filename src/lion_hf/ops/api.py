@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .attention import differentiable_weights
 from .autograd import Options, lion
-from .backend import fused_kernels, warn_once
+from .backend import fused_kernels, state_no_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, check_two_sided, is_exporting, makes_graph
 from .general import Inputs, Settings, general
 from .packing import map_sequences
@@ -172,6 +172,7 @@ def two_sided_attention(
         result = "both" if return_denominator else "normalized" if normalize else "numerator"
         return _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result)
 
+    state_no_kernels(value)
     settings = Settings(convention, direction, normalize, return_denominator, scale, eps, form, chunk_size)
 
     def run(*tensors, key_mask):
