@@ -177,8 +177,9 @@ def two_sided_attention(
 
     def run(*tensors, key_mask):
         ahead, back, given = Inputs(*tensors[:5]), Inputs(*tensors[5:10]), tensors[10]
-        widest = max((ahead.log_decay, back.log_decay), key=lambda x: 0 if x is None else x.dim())
-        chosen = resolve_format(form, ahead.value.shape[2], value.device, widest)
+        decays = [x for x in (ahead.log_decay, back.log_decay) if x is not None]
+        by_channel = next((x for x in decays if x.dim() in (2, 4)), decays[0] if decays else None)
+        chosen = resolve_format(form, ahead.value.shape[2], value.device, by_channel)
         return general(ahead, back, given, key_mask, settings._replace(form=chosen))
 
     if cu_seqlens is None:
