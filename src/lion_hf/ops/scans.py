@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .api import bidirectional_linear_attention, resolve_format
-from .autograd import lion
+from .autograd import Options, lion
 from .backend import fused_kernels
 from .checks import check_arguments
 from .tokens import without_autocast
@@ -89,7 +89,7 @@ def averaged_scans(
     kernels = fused_kernels(form, query, key, value, *log_decays)
     if form == "attention" and kernels is None:
         result = "normalized" if normalize else "numerator"
-        options = form, chunk_size, query.shape[-1] ** -0.5, result, eps, list(orders)
+        options = Options(form, chunk_size, query.shape[-1] ** -0.5, result, eps, list(orders))
         with without_autocast(query.device):
             return lion(query, key, value, None, options, *log_decays).to(value.dtype)
     numerator = denominator = 0
