@@ -208,9 +208,11 @@ def test_every_argument_that_costs_is_an_option_of_the_benchmark(bench):
     from lion_hf.ops import two_sided_attention
 
     tensors = op_options.make_tensors(1, 6, 4, 2)
-    given = set()
+    changes = {name: make(tensors) for name, make in op_options.OPTIONS.items()}
+    given = set().union(*changes.values())
+    different = {tuple((key, id(value)) for key, value in change.items()) for change in changes.values()}
+    assert len({*different, ()}) == 1 + len(changes), "two options are the same call, or one is LION-S"
     for name in op_options.OPTIONS:
-        given |= {*op_options.OPTIONS[name](tensors)}
         call, leaves = op_options.make_call(name, tensors, "chunk", 4)
         assert all(gradient is not None for gradient in torch.autograd.grad(call().sum(), leaves)), name
     free = {"scale", "eps", "format", "chunk_size", "check_values", "value", "return_denominator", "operator"}
