@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .autograd import Options, lion
 from .checks import makes_graph
-from .dense import dense_scores
+from .decays import differentiable_exp
+from .diagonal import diagonal_scan
 from .sides import DIRECTIONS, Side, make_side, stabilise
 from .tokens import accumulation_dtype, over_heads, walks_chunks, without_autocast
 
@@ -50,17 +52,17 @@ def general(
     with without_autocast(forward.value.device):
         mask = None if key_mask is None else key_mask.bool()
         inputs = [(forward, backward)[reverse] for reverse in DIRECTIONS[settings.direction]]
-        sides = [
-            make_side(x.log_decay, x.value, settings.convention, reverse, dtype)
-            for x, reverse in zip(inputs, DIRECTIONS[settings.direction], strict=True)
-        ]
+        weighted = any(x.log_weight is not None for x in (forward, *inputs))
+        kind = settings.convention, dtype, weighted
+        sides = [make_side(x.log_decay, x.value, x is not forward, *kind) for x in inputs]
+        if len(inputs) == 2 and forward.log_decay is backward.log_decay:
+            sides[1] = sides[0]._replace(reverse=True)
         weight, maximum = None, None
-        if any(x.log_weight is not None for x in (forward, *inputs)):
+        if weighted:
             weight = torch.zeros_like(forward.value[..., 0]) if forward.log_weight is None else forward.log_weight
-            own = (
-                [weight, torch.zeros_like(weight)] if isinstance(diagonal, Tensor) and diagonal.dim() == 3 else [weight]
-            )
-            sides, maximum = stabilise(sides, [x.log_weight for x in inputs], own, mask)
+            weight = weight if mask is None else torch.where(mask[:, None], weight, 0)
+            own = _own_exponents(diagonal, weight, settings.normalize == "mask")
+            sides, maximum = stabilise(sides, [x.log_weight for x in inputs], own, mask, dtype)
         own = _own(diagonal, weight, maximum, forward.value, mask, dtype)
         n, c = _sums(forward, inputs, sides, own, mask, dtype, settings)
         n, c = _finished(n, c, maximum, dtype, settings)
@@ -73,6 +75,17 @@ class Own(NamedTuple):
     factor: Tensor  # of its score, or of its value if the diagonal is given
     given: bool
     mask: Tensor  # the entry of the mask, for normalize="mask"
+
+
+def _own_exponents(diagonal: Tensor | float | None, weight: Tensor, by_mask: bool) -> list[Tensor]:
+    """Return the exponents of what tokens read from themselves. A diagonal of 0 reads nothing."""
+    if isinstance(diagonal, Tensor) and diagonal.dim() == 3:
+        given = torch.zeros_like(weight)
+        return [given, weight] if by_mask else [given]
+    if by_mask or diagonal is None:
+        return [weight]
+    factor = diagonal.unsqueeze(-1) if isinstance(diagonal, Tensor) else weight.new_full((1,), diagonal)
+    return [torch.where(factor == 0, -math.inf, weight)]
 
 
 def _own(diagonal, weight: Tensor | None, maximum: Tensor | None, value: Tensor, mask: Tensor | None, dtype) -> Own:
@@ -98,7 +111,10 @@ def _sums(forward: Inputs, inputs: list[Inputs], sides: list[Side], own: Own, ma
     by_mask = s.normalize == "mask"
     divided = not by_mask and (bool(s.normalize) or s.return_denominator)
     parts, rest = [], own
-    for x, together in _groups(inputs, sides):
+    groups = _groups(inputs, sides)
+    if len(groups) == 2:  # half of each tile is not read, so smaller tiles cost less
+        s = s._replace(chunk_size=max(1, s.chunk_size // 2))
+    for x, together in groups:
         takes_own = rest is not None and not own.given and not together[0].by_channel and _same(x, forward)
         parts.append(_read(x, together, own.factor if takes_own else None, mask, dtype, divided, s))
         rest = None if takes_own else rest
@@ -150,10 +166,22 @@ def _read(x: Inputs, sides: list[Side], own: Tensor | None, mask, dtype, divided
 
 def _read_channels(x: Inputs, sides: list[Side], mask, dtype, divided: bool, s: Settings):
     """Return s n and s c of sides with a decay per channel."""
-    q, k, v = _tensors(x, mask, dtype)
-    v = torch.nn.functional.pad(v, (0, 1), value=1.0) if divided else v
-    n = s.scale * sum_of(torch.matmul(dense_scores(q, k, side), v) for side in sides)
+    query, key, value = _tensors(x, mask, dtype)
+    value = F.pad(value, (0, 1), value=1.0) if divided else value
+    once = len(sides) == 2 and all(a is b for a, b in zip(sides[0][:3], sides[1][:3], strict=True))
+
+    def scan(side: Side, reverse: bool | None) -> Tensor:
+        q, k = (_times(t, exponent) for t, exponent in ((query, side.read), (key, side.write)))
+        gates = side.gates.to(dtype)
+        return diagonal_scan(q, k, value, gates, reverse=reverse, form=s.form, chunk_size=s.chunk_size)
+
+    n = s.scale * (scan(sides[0], None) if once else sum_of(scan(side, side.reverse) for side in sides))
     return (n[..., :-1], n[..., -1]) if divided else (n, None)
+
+
+def _times(x: Tensor, exponent: Tensor | None) -> Tensor:
+    """Return x times the exponential of an exponent <= 0; None is 0."""
+    return x if exponent is None else x * differentiable_exp(exponent.to(x.dtype))
 
 
 def _tensors(x: Inputs, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +216,9 @@ def _finished(n: Tensor, c: Tensor | None, maximum: Tensor | None, dtype: torch.
     """Divide as `normalize` says, and leave the units of the maximum."""
     if s.normalize and not s.return_denominator:
         one = 1.0 if maximum is None else torch.exp(-maximum).to(dtype)
-        below = c.abs().clamp(min=one) if s.normalize == "clamp" else c + s.eps * one
+        below = c.abs().clamp(min=one) if s.normalize == "clamp" else c + s.eps * one if s.eps else c
+        if maximum is not None:  # if all scores of a row are 0 and `one` underflows, the result is 0
+            below = torch.where(below == 0, 1, below)
         return n / below.unsqueeze(-1), c
     if maximum is None:
         return n, c
