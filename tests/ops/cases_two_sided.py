@@ -130,7 +130,7 @@ def make(case):
     """Return the tensors (a dict) and the other options (a dict) of a case, in float64."""
     m, batch, heads, length = Maker(case["seed"]), case["batch"], case["heads"], case["length"]
     batch = 1 if case["packed"] else batch
-    # Denominators that vanish are ill-conditioned; positive scores do not have them, nor has "clamp" with small weights.
+    # Denominators that vanish are ill-conditioned. Positive scores have none, "clamp" with small weights neither.
     large = "large" in (case["weight"], case["backward_weight"])
     positive = case["normalize"] is True or (case["normalize"] == "clamp" and large)
     low = 0.1 if positive else -0.5

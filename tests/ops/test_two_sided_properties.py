@@ -72,7 +72,7 @@ def test_packed_sequences_are_separate(kind, form):
 
 @every_form
 @every_kind
-@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("normalize", [True, "mask"])
 def test_padding_changes_nothing(kind, normalize, form):
     tensors, options = make(case(batch=1, normalize=normalize, **kind))
     alone = run(tensors, options, format=form)
@@ -202,12 +202,11 @@ def test_a_shift_of_log_weights_cancels(shift, dtype, rank, form):
 
 
 @every_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rank", [None, 3, 4])
 @pytest.mark.parametrize("normalize", [True, "mask", "clamp"])
-def test_log_weights_of_any_size_make_no_nan(normalize, rank, dtype, form):
+def test_log_weights_of_any_size_make_no_nan(normalize, rank, form):
     """Far apart, all far below, minus infinity; with a query of 0, as a ReLU makes it; and a gate of 0."""
-    m = Maker(0)
+    m, dtype = Maker(0), torch.float32
     query, key = m.uniform(0, 1, 2, *SIZES, 3).to(dtype)
     value = m.uniform(-1, 1, *SIZES, 2).to(dtype)
     decay = m.log_decay(rank, "saturated", *SIZES, 3)
