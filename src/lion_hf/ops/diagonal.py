@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .autograd import _fold, _partial, _pushed, _unfold, call_function
 from .checks import is_exporting, makes_graph, values_can_be_read
 from .chunk import propagate
-from .decays import CUT, FLOOR, Flow, flow, sum_dtype
+from .decays import CUT, FLOOR, Flow, cumulative_sums, differentiable_exp, flow, sum_dtype
 from .halving import (
     FACTOR_CUT,
     Blocks,
@@ -97,15 +97,19 @@ def _split(x: Tensor, size: int) -> Tensor:
     chunks = (x.shape[2] + size - 1) // size  # not -(-a // b): ONNX divides integers towards 0
     padding = chunks * size - x.shape[2]
     x = F.pad(x, (0, 0, 0, padding)) if makes_graph() or padding else x
-    x = x.unflatten(2, (chunks, size)).permute(2, 0, 1, 3, 4)
-    return x.reshape(-1, *x.shape[3:]).contiguous()
+    return _copied(x.unflatten(2, (chunks, size)).permute(2, 0, 1, 3, 4)).flatten(0, 2)
 
 
 def _joined(x: Tensor, like: Tensor) -> Tensor:
     """Invert `_split` for `like` (B, H, L, any)."""
     batch, heads, length = like.shape[:3]
-    x = x.reshape(-1, batch, heads, *x.shape[1:]).permute(1, 2, 0, 3, 4)
-    return x.flatten(2, 3).narrow(2, 0, length)
+    x = _copied(x.unflatten(0, (-1, batch, heads)).permute(1, 2, 0, 3, 4)).flatten(2, 3)
+    return F.pad(x, (0, 0, 0, length - x.shape[2])) if makes_graph() else x[:, :, :length]
+
+
+def _copied(x: Tensor) -> Tensor:
+    """Return a contiguous copy. `contiguous` and `reshape` would ask whether one is needed, which graphs depend on."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def chunk_tokens(form: str, length: int, chunk_size: int, backward: bool = False) -> int:
@@ -218,22 +222,33 @@ def _at_once(factor: Tensor, x: Tensor, y: Tensor, total: Tensor, gates: Tensor,
     gates = gates.to(sum_dtype(gates.device)).clamp(min=FLOOR[x.dtype]).sum(1)
 
     def as_heads(t: Tensor) -> Tensor:  # (n B H, D, ...) -> (B, H D, n, ...)
-        return t.reshape(-1, *shape, *t.shape[1:]).movedim(0, 3).flatten(1, 2)
+        return _copied(t.unflatten(0, (-1, *shape)).movedim(0, 3)).flatten(1, 2)
 
     def as_chunks(t: Tensor) -> Tensor:
-        return t.unflatten(1, (shape[1], -1)).movedim(3, 0).flatten(0, 2)
+        return _copied(t.unflatten(1, (shape[1], -1)).movedim(3, 0)).flatten(0, 2)
 
-    sums, crossing = as_heads(gates), total
+    sums = as_heads(gates)
     if torch.jit.is_tracing() or is_exporting():
-        flows = Flow(*[sums.new_zeros(1, 1, 1)] * 2)
-    else:
-        sent = as_heads(_strongest(x, factor).detach().to(gates.dtype).log())
-        flows = flow(sent.unsqueeze(-1), sums.detach(), reverse)
-        weight = as_chunks(flows.arriving.expand_as(sums)).exp().to(x.dtype)
-        crossing = torch.where(cut(weight * total) == 0, 0, total)
-        least = CUT[x.dtype] - FACTOR_CUT[x.dtype]  # `propagate` cuts at CUT
-        flows = Flow(*(t + least for t in flows))
-    return as_chunks(propagate(as_heads(update).unsqueeze(-2), sums, flows, reverse).squeeze(-2)), crossing
+        return as_chunks(_propagated(as_heads(update), sums, reverse)), total
+    sent = as_heads(_strongest(x, factor).detach().to(gates.dtype).log())
+    flows = flow(sent.unsqueeze(-1), sums.detach(), reverse)
+    weight = as_chunks(flows.arriving.expand_as(sums)).exp().to(x.dtype)
+    least = CUT[x.dtype] - FACTOR_CUT[x.dtype]  # `propagate` cuts at CUT
+    entering = propagate(as_heads(update).unsqueeze(-2), sums, Flow(*(t + least for t in flows)), reverse)
+    return as_chunks(entering.squeeze(-2)), torch.where(cut(weight * total) == 0, 0, total)
+
+
+def _propagated(update: Tensor, sums: Tensor, reverse: bool) -> Tensor:
+    """Compute `propagate` for update (B, H, n, V) as one product, for exported graphs of any number of chunks.
+
+    Their runtimes treat denormal numbers in their own way.
+    """
+    exclusive, inclusive = cumulative_sums(sums)
+    exponent = exclusive.unsqueeze(-1) - inclusive.unsqueeze(-2)
+    exponent = exponent.transpose(-1, -2) if reverse else exponent
+    before = torch.ones_like(exponent, dtype=torch.bool)
+    before = before.triu(1) if reverse else before.tril(-1)
+    return torch.matmul(differentiable_exp(exponent.to(update.dtype).masked_fill(~before, -math.inf)), update)
 
 
 def _add_state(sums: Gradients, x: _Inputs, level: Level, state, dstate, crossing, reverse: bool) -> None:
