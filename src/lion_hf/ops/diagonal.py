@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autograd import _fold, _partial, _pushed, _unfold, call_function
-from .checks import is_exporting, makes_graph, values_can_be_read
+from .checks import is_abstract, is_exporting, values_can_be_read
 from .chunk import propagate
 from .decays import CUT, FLOOR, Flow, cumulative_sums, differentiable_exp, flow, sum_dtype
 from .halving import (
@@ -96,7 +96,7 @@ def _split(x: Tensor, size: int) -> Tensor:
     """Split (B, H, L, D) into chunks (n B H, size, D), with zeros after the last token."""
     chunks = (x.shape[2] + size - 1) // size  # not -(-a // b): ONNX divides integers towards 0
     padding = chunks * size - x.shape[2]
-    x = F.pad(x, (0, 0, 0, padding)) if makes_graph() or padding else x
+    x = F.pad(x, (0, 0, 0, padding)) if is_abstract(x) or padding else x
     return _copied(x.unflatten(2, (chunks, size)).permute(2, 0, 1, 3, 4)).flatten(0, 2)
 
 
@@ -104,7 +104,7 @@ def _joined(x: Tensor, like: Tensor) -> Tensor:
     """Invert `_split` for `like` (B, H, L, any)."""
     batch, heads, length = like.shape[:3]
     x = _copied(x.unflatten(0, (-1, batch, heads)).permute(1, 2, 0, 3, 4)).flatten(2, 3)
-    return F.pad(x, (0, 0, 0, length - x.shape[2])) if makes_graph() else x[:, :, :length]
+    return F.pad(x, (0, 0, 0, length - x.shape[2])) if is_abstract(x) else x[:, :, :length]
 
 
 def _copied(x: Tensor) -> Tensor:
@@ -112,10 +112,10 @@ def _copied(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def chunk_tokens(form: str, length: int, chunk_size: int, backward: bool = False) -> int:
-    """Return the tokens per chunk, a power of two. In graphs it depends on `chunk_size` alone."""
+def chunk_tokens(form: str, length: int | None, chunk_size: int, backward: bool = False) -> int:
+    """Return the tokens per chunk, a power of two. In graphs it depends on `chunk_size` alone: `length` is None."""
     size = 1 << (chunk_size.bit_length() - 1)
-    if makes_graph():
+    if length is None:
         return size
     if form == "rnn" and backward:  # stores a state per chunk
         size = max(size, 1 << round(math.log2(math.isqrt(max(1, length)))))
@@ -127,9 +127,9 @@ def _forward(query, key, value, gates, options):
     reverse, form, chunk_size = options
     x, sides = _Inputs(query, key, value, gates), SIDES[reverse]
     with without_autocast(query.device):
-        if not makes_graph() and (query.numel() == 0 or value.numel() == 0):
+        if not is_abstract(query) and (query.numel() == 0 or value.numel() == 0):
             return torch.zeros_like(value)
-        size = chunk_tokens(form, query.shape[2], chunk_size)
+        size = chunk_tokens(form, _length(query), chunk_size)
         return _walk_forward(x, sides, size) if _walks(query, form) else _forward_at_once(x, sides, size)
 
 
@@ -138,9 +138,9 @@ def _gradients(query, key, value, gates, dy, options):
     reverse, form, chunk_size = options
     x, sides = _Inputs(query, key, value, gates, dy.to(value.dtype)), SIDES[reverse]
     with without_autocast(query.device):
-        if not makes_graph() and (query.numel() == 0 or value.numel() == 0):
+        if not is_abstract(query) and (query.numel() == 0 or value.numel() == 0):
             return tuple(torch.zeros_like(t) for t in x[:4])
-        size = chunk_tokens(form, query.shape[2], chunk_size, backward=True)
+        size = chunk_tokens(form, _length(query), chunk_size, backward=True)
         *grads, dgates = (_walk_backward if _walks(query, form) else _gradients_at_once)(x, sides, size)
         if gates.shape[0] < query.shape[0]:
             dgates = dgates.sum(0, keepdim=True)
@@ -150,9 +150,14 @@ def _gradients(query, key, value, gates, dy, options):
     return *grads, dgates
 
 
+def _length(query: Tensor) -> int | None:
+    """Return the number of tokens, or None where it must not decide what is computed."""
+    return None if is_abstract(query) else query.shape[2]
+
+
 def _walks(query: Tensor, form: str) -> bool:
     """Whether a few chunks are computed at a time, which is faster on a CPU, but impossible in graphs."""
-    return not makes_graph() and (form == "rnn" or query.device.type == "cpu")
+    return not is_abstract(query) and (form == "rnn" or query.device.type == "cpu")
 
 
 # ------------------------------------------------------------------------------------------------ states
@@ -163,9 +168,10 @@ def _directions(level: Level, reverse: bool) -> tuple[Tensor, Tensor]:
     return (level.before.x, level.after.x) if reverse else (level.after.x, level.before.x)
 
 
-def _strongest(x: Tensor, factor: Tensor) -> Tensor:
-    """Return the largest factors (N, D) of tokens that are not 0, of x (N, K, D)."""
-    return factor.masked_fill(x == 0, 0).amax(-2)
+def _strongest(factor: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return the largest factors (N, D) of tokens that write x (N, K, D) times the factor and y (N, K, V), not 0."""
+    nothing = (x == 0) | (y == 0).all(-1, keepdim=True)
+    return factor.masked_fill(nothing, 0).amax(1)
 
 
 class _State:
@@ -183,7 +189,7 @@ class _State:
         Returns what enters each chunk, (N, D, V), and the decays (N, D) with which it crosses it.
         """
         update = torch.bmm((x * factor).transpose(1, 2), y)
-        crossing = self._crossing(factor, x, total)
+        crossing = self._crossing(factor, x, y, total)
         updates, decays = (t.unflatten(0, (-1, self.rows)).unbind(0) for t in (update, crossing.unsqueeze(-1)))
         chunks = len(updates)
         places = update.new_empty(chunks + 1, *updates[0].shape)
@@ -199,12 +205,12 @@ class _State:
         self.value = steps[0 if self.reverse else -1]
         return entering.flatten(0, 1), crossing
 
-    def _crossing(self, factor: Tensor, x: Tensor, total: Tensor) -> Tensor:
+    def _crossing(self, factor: Tensor, x: Tensor, y: Tensor, total: Tensor) -> Tensor:
         """Return the decays (N, D) of chunks, or 0 where a row of the state becomes too small."""
-        nearest = x[:, 0 if self.reverse else -1]  # the factor of these tokens is 1
-        if self.weight is None and bool((nearest != 0).all()):
+        nearest = 0 if self.reverse else -1  # the factor of these tokens is 1
+        if self.weight is None and bool((x[:, nearest] != 0).all()) and bool((y[:, nearest] != 0).any(-1).all()):
             return total
-        sent, decays = (t.unflatten(0, (-1, self.rows)) for t in (_strongest(x, factor), total))
+        sent, decays = (t.unflatten(0, (-1, self.rows)) for t in (_strongest(factor, x, y), total))
         weight = torch.ones_like(decays[0]) if self.weight is None else self.weight
         crossing = torch.empty_like(decays)
         chunks = range(len(decays))
@@ -230,12 +236,12 @@ def _at_once(factor: Tensor, x: Tensor, y: Tensor, total: Tensor, gates: Tensor,
     sums = as_heads(gates)
     if torch.jit.is_tracing() or is_exporting():
         return as_chunks(_propagated(as_heads(update), sums, reverse)), total
-    sent = as_heads(_strongest(x, factor).detach().to(gates.dtype).log())
+    sent = as_heads(_strongest(factor, x, y).detach().to(gates.dtype).log())
     flows = flow(sent.unsqueeze(-1), sums.detach(), reverse)
-    weight = as_chunks(flows.arriving.expand_as(sums)).exp().to(x.dtype)
+    lost = as_chunks(flows.arriving + sums < FACTOR_CUT[x.dtype])
     least = CUT[x.dtype] - FACTOR_CUT[x.dtype]  # `propagate` cuts at CUT
     entering = propagate(as_heads(update).unsqueeze(-2), sums, Flow(*(t + least for t in flows)), reverse)
-    return as_chunks(entering.squeeze(-2)), torch.where(cut(weight * total) == 0, 0, total)
+    return as_chunks(entering.squeeze(-2)), torch.where(lost, 0, total)
 
 
 def _propagated(update: Tensor, sums: Tensor, reverse: bool) -> Tensor:
@@ -275,7 +281,7 @@ def _forward_at_once(x: _Inputs, sides, size: int) -> Tensor:
     q, k, v, gates, _ = x.chunks(ALL, size)
     decays, masks = channel_decays(gates, q.dtype), small_masks(size, sides, q)
     y, level = inner_output(Blocks(q), Blocks(k), Blocks(v), decays, masks, sides)
-    if makes_graph() or length > size:
+    if is_abstract(q) or length > size:
         for reverse in sides:
             write, read = _directions(level, reverse)
             state, _ = _at_once(write, k, v, level.total, gates, shape, reverse)
@@ -289,7 +295,7 @@ def _gradients_at_once(x: _Inputs, sides, size: int) -> tuple[Tensor, ...]:
     q, k, v, gates, dy = part
     sums, decays, masks = Gradients(q, k, v), channel_decays(gates, q.dtype), small_masks(size, sides, q)
     level = inner_gradients(*map(Blocks, (q, k, v, dy)), decays, masks, sides, ones(q), sums)
-    if makes_graph() or length > size:
+    if is_abstract(q) or length > size:
         for reverse in sides:
             write, read = _directions(level, reverse)
             state, crossing = _at_once(write, k, v, level.total, gates, shape, reverse)
@@ -524,7 +530,7 @@ def _folded(size: int, dims, inputs) -> list:
 def _composed(query, key, value, gates, options) -> Tensor:
     reverse, _, chunk_size = options
     with without_autocast(query.device):
-        size = chunk_tokens("chunk", query.shape[2], chunk_size)
+        size = chunk_tokens("chunk", _length(query), chunk_size)
         return _forward_at_once(_Inputs(query, key, value, gates), SIDES[reverse], size)
 
 
