@@ -1,0 +1,37 @@
+"""Norms of the output of a mixer, over all heads or over each of them."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .registry import at_least_float32
+
+
+class OutputNorm(nn.Module):
+    """Norm of (batch, length, dim), computed in float32 or wider, with a `weight` (dim,) and no bias.
+
+    Args:
+        dim: width of the tokens.
+        heads: number of heads.
+        kind: "rms": RMS norm over all heads. "head_rms": RMS norm over each head. "head_layer": each head minus its
+            mean, divided by its standard deviation (group norm).
+        eps: added to the mean square or variance.
+    """
+
+    def __init__(self, dim: int, heads: int, kind: str, eps: float = 1e-5):
+        super().__init__()
+        self.heads, self.kind, self.eps = heads, kind, eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x (batch, length, dim), in the dtype of x."""
+        y = at_least_float32(x)
+        if self.kind != "rms":
+            y = y.unflatten(-1, (self.heads, -1))
+        norm = F.layer_norm if self.kind == "head_layer" else F.rms_norm
+        y = norm(y, y.shape[-1:], eps=self.eps)
+        return (y.flatten(2) if self.kind != "rms" else y).mul(self.weight).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Return the options that `repr` shows."""
+        return f"{len(self.weight)}, heads={self.heads}, kind={self.kind!r}, eps={self.eps}"
