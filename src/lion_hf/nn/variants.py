@@ -16,12 +16,16 @@ except ImportError:
 
 
 __all__ = [
+    "HGRN2",
+    "RWKV6",
     "VARIANTS",
     "GatedLinearAttention",
     "GatedRandomFeatures",
     "HeadDecay",
     "HeadDecayPerChannel",
     "Lit",
+    "Mamba2",
+    "MatrixLSTM",
     "Recurrence",
     "RetNet",
     "TokenDecay",
@@ -171,3 +175,4 @@ class TokenDecayPerChannel(Variant):
 
 
 from .linear_transformers import GatedLinearAttention, GatedRandomFeatures, RetNet  # noqa: E402 registered after LION's
+from .recurrent_variants import HGRN2, RWKV6, Mamba2, MatrixLSTM  # noqa: E402
