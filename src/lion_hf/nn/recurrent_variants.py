@@ -176,6 +176,9 @@ class HGRN2(_Recurrent):
             return  # all scans have the keys of the mixer, and so its gates
         old = self.mixer.k_proj
         self.mixer.k_proj = GateLinear(old.in_features, old.out_features, bias=old.bias is not None)
+        if "decay" in self.mixer.shifted_names:  # the gates are the keys, so no projection of its own reads the input
+            self.mixer.shifted_names = tuple(name for name in self.mixer.shifted_names if name != "decay")
+            del self.mixer.mu_decay
 
     @property
     def lower_bound(self) -> float:
