@@ -274,11 +274,12 @@ class Mixer(TokenMixer):
         return "cu_seqlens" in self.variant.masks and not self.prefix_tokens
 
     def weight_names(self) -> list[str]:
-        """Return prefixes of the names, in the mixer's state dict, of the weights that the variant added."""
-        weights = (getattr(self, name) for name in self.variant_weights)
-        return [
-            n if isinstance(w, nn.Parameter) else f"{n}." for n, w in zip(self.variant_weights, weights, strict=True)
-        ]
+        """Return prefixes of the names, in the mixer's state dict, of the weights that the variant and options added."""
+        names = [f"mu_{name}" for name in self.shifted_names]
+        names += [f"{name}_conv" for name in "qkv" if self.short_conv]
+        names += [name for name in ("gate_proj", "out_norm") if getattr(self, name) is not None]
+        weights = {name: getattr(self, name) for name in (*self.variant_weights, *names)}
+        return [name if isinstance(weight, nn.Parameter) else f"{name}." for name, weight in weights.items()]
 
     def recurrences(
         self, x: Tensor, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None

@@ -174,5 +174,6 @@ class TokenDecayPerChannel(Variant):
         return dim * dim
 
 
-from .linear_transformers import GatedLinearAttention, GatedRandomFeatures, RetNet  # noqa: E402 registered after LION's
+# After LION's variants, so that these come first in the registry.
+from .linear_transformers import GatedLinearAttention, GatedRandomFeatures, RetNet  # noqa: E402
 from .recurrent_variants import HGRN2, RWKV6, Mamba2, MatrixLSTM  # noqa: E402
