@@ -133,7 +133,8 @@ class Layer:
     def normed(self, flat, kind):
         if kind == "none":
             return flat
-        parts = flat if kind == "rms" else flat.reshape(self.batch, self.length, self.shape.heads, -1)
+        number = self.shape.key_heads if kind == "group_rms" else self.shape.heads
+        parts = flat.reshape(self.batch, self.length, number, -1)
         if kind == "head_layer":
             parts = parts - parts.mean(-1, keepdim=True)
         parts = parts / (parts.pow(2).mean(-1, keepdim=True) + self.shape.eps).sqrt()
@@ -281,7 +282,7 @@ def mamba2(layer):
         write = dt[:, i] * layer.write(i)
         h = decay[:, i, :, None, None] * h + outer(write.unsqueeze(-1) * b[:, i], x[:, i])
         outputs.append(read(c[:, i], h) + (layer.w["D"] * layer.write(i)).unsqueeze(-1) * x[:, i])
-    return layer.output(torch.stack(outputs, 1), "rms", "silu", gate_first=True)
+    return layer.output(torch.stack(outputs, 1), "group_rms", "silu", gate_first=True)
 
 
 def lion(layer, decay):

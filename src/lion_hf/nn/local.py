@@ -69,7 +69,7 @@ def short_conv(x: Tensor, conv: nn.Conv1d, direction: str, sequences: Sequences)
     left = {"both": width // 2, "forward": width - 1, "backward": 0}[direction]
     if direction == "backward":
         weight = weight.flip(-1)
-    x, places = sequences.spaced(x, left, width - 1 - left)
+    x, places = sequences.spaced(x.to(weight.dtype), left, width - 1 - left)  # gates of half-precision models are wider
     y = F.conv1d(x.transpose(1, 2), weight, conv.bias, groups=x.shape[-1])
     return F.silu(y if places is None else y.index_select(2, places)).transpose(1, 2)
 

@@ -133,9 +133,9 @@ class Mixer(TokenMixer):
             p in q, k, v, gate and decay. `shifted` is the mean of both neighbours of a token for direction "both",
             otherwise the token before or after it; a missing or masked neighbour is 0.
         output_gate: "silu" or "sigmoid": multiply the output by this function of `gate_proj(x)`; "none".
-        output_norm: norm of the output, `out_norm`: "rms" (RMS norm over all heads), "head_rms" (RMS norm over each
-            head), "head_layer" (group norm, each head a group) or "none". The gate comes after it, unless the variant
-            sets `gate_before_norm`.
+        output_norm: norm of the output, `out_norm`: "rms" (RMS norm over all heads), "group_rms" (over the heads that
+            share a key, see `key_heads`), "head_rms" (over each head), "head_layer" (group norm, each head a group) or
+            "none". The gate comes after it, unless the variant sets `gate_before_norm`.
         key_heads: number of heads of query and key, a divisor of `heads`: each serves a group of heads of the values.
         key_dim: width of each head of query and key, `dim // heads` by default.
 
@@ -224,7 +224,7 @@ class Mixer(TokenMixer):
         self.gate_proj = nn.Linear(self.dim, self.dim, bias=bias) if gated else None
         normed = self.output_norm != "none"
         eps = self.variant.norm_eps
-        self.out_norm = OutputNorm(self.dim, self.num_heads, self.output_norm, eps) if normed else None
+        self.out_norm = OutputNorm(self.dim, self.num_heads, self.output_norm, eps, self.key_heads) if normed else None
 
     def reset_parameters(self) -> None:
         """Initialise the weights of the variant."""

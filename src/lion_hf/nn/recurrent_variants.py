@@ -117,7 +117,7 @@ class Mamba2(_Recurrent):
     spellings = ("mamba-2", "ssd")
     description = "Mamba-2 on both sides: each token sets a time step for each head, which decays what came before."
     decay = "token"
-    preset = {"short_conv": 4, "output_gate": "silu", "output_norm": "rms"}
+    preset = {"short_conv": 4, "output_gate": "silu", "output_norm": "group_rms"}
     gate_before_norm = True
     float32_weights = ("dt_proj", "dt_bias", "A_log", "D")
     time_step_limit = (0.0, math.inf)
@@ -176,6 +176,9 @@ class HGRN2(_Recurrent):
             return  # all scans have the keys of the mixer, and so its gates
         old = self.mixer.k_proj
         self.mixer.k_proj = GateLinear(old.in_features, old.out_features, bias=old.bias is not None)
+        if "decay" in self.mixer.shifted_names:  # the gates are the keys, so no projection of its own reads the input
+            self.mixer.shifted_names = tuple(name for name in self.mixer.shifted_names if name != "decay")
+            del self.mixer.mu_decay
 
     @property
     def lower_bound(self) -> float:
@@ -207,8 +210,10 @@ class RWKV6(_Recurrent):
     The decay is `exp(-exp(w))` with `w = decay_up(tanh(decay_down(x)))`, a map of low rank whose bias `decay_up.bias`
     is the decay w0 of each channel. A token reads its own value with `q . (bonus * k)`, with `bonus` (heads, key_dim).
     Neither end of the way between two tokens decays (convention "between"). With `token_shift`, the amount by which
-    each projection reads the neighbours depends on the token, `mu_p + tanh(shift_down(x + mu_x * change)) @ shift_up[p]`
-    with a rank for each projection p. Everything starts spread over the channels and layers as in the paper.
+    each projection p reads the neighbours depends on the token, by a map of low rank: with
+    `change = shifted - x`, p reads `x + (mu_p + tanh(shift_down(x + mu_x * change))_p @ shift_up[p]) * change`, where
+    each p has its own part of the outputs of `shift_down`. Everything starts spread over the channels and layers as in
+    the paper.
 
     Attributes:
         decay_rank (int): class attribute: the rank of the decays, 64 by default; at most dim.

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .attention import differentiable_weights
-from .autograd import lion
+from .autograd import Options, lion
 from .backend import fused_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, check_two_sided, is_exporting, makes_graph
 from .general import Inputs, Settings, general
@@ -294,7 +294,7 @@ def _run_form(
         form = "rnn"
     decays = () if log_decay is None else (log_decay,)
     with without_autocast(query.device):
-        output = lion(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
+        output = lion(query, key, value, key_mask, Options(form, chunk_size, scale, result, eps), *decays)
         return output if result == "both" else output.to(value.dtype)
 
 

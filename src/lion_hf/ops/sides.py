@@ -32,9 +32,14 @@ class Side(NamedTuple):
     """
 
     gates: Tensor
-    read: Tensor
-    write: Tensor
+    read: Tensor | None  # None is 0
+    write: Tensor | None
     reverse: bool  # whether keys are to the right of the query
+
+    def exponents(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return gates, reads and writes, with zeros in place of None."""
+        zero = self.gates.new_zeros((1,) * self.gates.dim()).expand_as(self.gates)
+        return self.gates, zero if self.read is None else self.read, zero if self.write is None else self.write
 
     @property
     def by_channel(self) -> bool:
@@ -47,7 +52,7 @@ def make_side(log_decay: Tensor | None, like: Tensor, convention: str, reverse: 
     heads, length = like.shape[1:3]
     if log_decay is None:
         gates = torch.zeros(1, heads, 1, dtype=sum_dtype(like.device), device=like.device).expand(-1, -1, length)
-        return Side(gates, gates, gates, reverse)
+        return Side(gates, None, None, reverse)
     by_channel = log_decay.dim() in (2, 4)
     gates = log_decay.to(dtype if by_channel else sum_dtype(like.device)).clamp(min=FLOOR[dtype])
     if log_decay.dim() == 1:
@@ -58,8 +63,8 @@ def make_side(log_decay: Tensor | None, like: Tensor, convention: str, reverse: 
     return Side(gates, _share(gates, read), _share(gates, write), reverse)
 
 
-def _share(gates: Tensor, share: float) -> Tensor:
-    return gates if share == 1 else gates * share if share else torch.zeros_like(gates)
+def _share(gates: Tensor, share: float) -> Tensor | None:
+    return gates if share == 1 else gates * share if share else None
 
 
 def stabilise(
@@ -98,7 +103,7 @@ def _walk(side: Side, log_weight: Tensor | None, key_mask: Tensor | None) -> tup
         sum_dtype(side.gates.device),
         FLOOR[torch.float64 if side.gates.dtype == torch.float64 else torch.float32],
     )
-    gates, read, write = (x.to(wide) for x in side[:3])
+    gates, read, write = (x.to(wide) for x in side.exponents())
     if log_weight is not None:
         weight = log_weight.to(wide).clamp(min=_LEAST_WEIGHT)
         write = write + (weight.unsqueeze(-1) if side.by_channel else weight)
