@@ -1,6 +1,6 @@
 import pytest
 import torch
-from small_models import FORMS, VARIANTS, spread_decays, text_config, vision_config
+from small_models import ALL_VARIANTS, FORMS, spread_decays, text_config, vision_config
 
 import lion_hf
 from lion_hf.nn.block import DropPath
@@ -39,7 +39,7 @@ def assert_same_model(actual, expected, pixels):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_outputs_have_the_class_token_and_every_patch(mask_type, order):
     outputs = build(lion_hf.LionVisionModel, mask_type, order=order)(images())
     assert {k: tuple(v.shape) for k, v in outputs.items()} == {
@@ -113,7 +113,7 @@ def test_tuples_hold_the_values_of_the_output_class(head):
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)], ids=["square", "wide"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_forms_agree_in_outputs_and_every_gradient(mask_type, order, size):
     model = build(lion_hf.LionForImageClassification, mask_type, torch.float64, order=order)
     pixels, labels = images(3, *size, dtype=torch.float64).requires_grad_(), torch.tensor([0, 4, 2])
@@ -157,7 +157,7 @@ def test_format_changed_on_a_live_model_acts_at_the_next_forward():
 # --------------------------------------------------------------------------------------------------------- orders
 
 
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_snake_order_changes_a_model_with_decay_only(mask_type):
     normal = build(lion_hf.LionVisionModel, mask_type, torch.float64)
     snake = lion_hf.LionVisionModel(vision_config(mask_type, order="s")).double().eval()
@@ -303,7 +303,7 @@ def test_lion_d_decays_the_class_token_as_any_other(order):
 
 @pytest.mark.parametrize("form", ["attention", "auto"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_attentions_are_positive_rows_of_sum_1_that_mix_the_values(mask_type, order, form):
     model = build(lion_hf.LionVisionModel, mask_type, torch.float64, order=order, format=form)
     pixels, values, mixed = images(2, 12, 20, dtype=torch.float64), {}, {}
@@ -336,7 +336,7 @@ def test_attentions_from_a_form_without_matrix_are_a_clear_error(form):
 
 @pytest.mark.parametrize("size", [(4, 4), (8, 20), (20, 8), (32, 32)], ids=str)
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_without_position_table_any_divisible_size_is_taken(mask_type, order, size):
     model = build(lion_hf.LionForImageClassification, mask_type, torch.float64, order=order)
     pixels = images(2, *size, dtype=torch.float64)
@@ -475,7 +475,7 @@ def test_hidden_dropout_acts_in_training_only_and_on_embeddings_with_positions_o
 
 @pytest.mark.parametrize("options", [{}, {"pos_emb": True, "cls_tok": True, "image_size": [8, 16]}], ids=["", "pos"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_model_survives_save_and_load(tmp_path, mask_type, order, options):
     model = build(lion_hf.LionForImageClassification, mask_type, order=order, **options)
     model.save_pretrained(tmp_path)
@@ -494,7 +494,7 @@ def test_a_head_with_another_number_of_labels_is_initialised_anew(tmp_path):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_bfloat16_load_keeps_every_decay_in_float32_and_runs_in_every_form(tmp_path, mask_type, order):
     model, pixels = build(lion_hf.LionForImageClassification, mask_type, order=order), images()
     model.save_pretrained(tmp_path)
@@ -532,7 +532,7 @@ def test_gradient_checkpointing_changes_no_gradient(form, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_every_parameter_is_initialised_when_nothing_is_loaded(tmp_path, mask_type, order):
     config = vision_config(mask_type, order=order, pos_emb=True)
     model = lion_hf.LionForImageClassification(config)

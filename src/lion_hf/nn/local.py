@@ -52,12 +52,13 @@ class Sequences(NamedTuple):
         return zeros.index_copy(1, places + left, x), places
 
 
-def short_conv(x: Tensor, conv: nn.Conv1d, direction: str, sequences: Sequences) -> Tensor:
+def short_conv(x: Tensor, conv: nn.Module, width: int, direction: str, sequences: Sequences) -> Tensor:
     """Convolve neighbouring tokens, each channel by itself, followed by SiLU.
 
     Args:
         x: (batch, length, channels).
-        conv: its weight is (channels, 1, width), with or without a bias.
+        conv: a depthwise convolution without padding, from (batch, channels, n + width - 1) to (batch, channels, n).
+        width: width of its kernel.
         direction: "both": the kernel is centred; an even width reads one more token on the left than on the right.
             "forward": the last tap is the token itself. "backward": the mirror image of "forward".
         sequences: where the sequences are.
@@ -65,12 +66,10 @@ def short_conv(x: Tensor, conv: nn.Conv1d, direction: str, sequences: Sequences)
     Returns:
         (batch, length, channels).
     """
-    weight, width = conv.weight, conv.weight.shape[-1]
     left = {"both": width // 2, "forward": width - 1, "backward": 0}[direction]
-    if direction == "backward":
-        weight = weight.flip(-1)
-    x, places = sequences.spaced(x.to(weight.dtype), left, width - 1 - left)  # gates of half-precision models are wider
-    y = F.conv1d(x.transpose(1, 2), weight, conv.bias, groups=x.shape[-1])
+    x, places = sequences.spaced(x, left, width - 1 - left)
+    x = x.transpose(1, 2)
+    y = conv(x.flip(2)).flip(2) if direction == "backward" else conv(x)
     return F.silu(y if places is None else y.index_select(2, places)).transpose(1, 2)
 
 

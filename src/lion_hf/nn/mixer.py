@@ -301,8 +301,9 @@ class Mixer(TokenMixer):
             inputs = next(self.views()).shift(x, shifted)
         query, key, value = (getattr(self, f"{name}_proj")(inputs.get(name, x)) for name in "qkv")
         if self.short_conv:
+            dtype = value.dtype  # query and key may be logits of gates, in a wider dtype than the convolutions
             query, key, value = (
-                short_conv(y, getattr(self, f"{name}_conv"), self.direction, sequences)
+                short_conv(y.to(dtype), getattr(self, f"{name}_conv"), self.short_conv, self.direction, sequences)
                 for name, y in (("q", query), ("k", key), ("v", value))
             )
         query, key, value = self.split_heads(query, key, value)
