@@ -199,6 +199,6 @@ def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, T
 
 
 def _made_anew(model: PreTrainedModel) -> list[str]:
-    """Return the prefixes of weights that no source has: those of the variant, its options and the norm after mixing."""
+    """Return the prefixes of weights that no source has: of the variant, its options and the norm after mixing."""
     mixers = {name: module for name, module in model.named_modules() if isinstance(module, Mixer)}
     return [f"{name}.{own}" for name, mixer in mixers.items() for own in (*mixer.weight_names(), "norm.")]

@@ -334,7 +334,8 @@ class LionConfig(_LionOptions, PreTrainedConfig):
         output_gate (`str`, *optional*):
             Multiply outputs by a gate: `"silu"`, `"sigmoid"` or `"none"`.
         output_norm (`str`, *optional*):
-            Norm of the outputs: `"rms"`, `"head_rms"`, `"head_layer"` or `"none"`. Not with `layer_norm_after`.
+            Norm of the outputs: `"rms"`, `"group_rms"`, `"head_rms"`, `"head_layer"` or `"none"`. Not with
+            `layer_norm_after`.
         key_heads (`int`, *optional*):
             Number of heads of queries and keys, a divisor of `num_attention_heads`, which it is by default.
         key_dim (`int`, *optional*):
