@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .attention import differentiable_weights
 from .autograd import Options, lion
-from .backend import fused_kernels, warn_once
+from .backend import fused_kernels, state_no_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, check_two_sided, is_exporting, makes_graph
 from .general import Inputs, Settings, general
 from .packing import map_sequences
@@ -172,12 +172,14 @@ def two_sided_attention(
         result = "both" if return_denominator else "normalized" if normalize else "numerator"
         return _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result)
 
+    state_no_kernels(value)
     settings = Settings(convention, direction, normalize, return_denominator, scale, eps, form, chunk_size)
 
     def run(*tensors, key_mask):
         ahead, back, given = Inputs(*tensors[:5]), Inputs(*tensors[5:10]), tensors[10]
-        widest = max((ahead.log_decay, back.log_decay), key=lambda x: 0 if x is None else x.dim())
-        chosen = resolve_format(form, ahead.value.shape[2], value.device, widest)
+        decays = [x for x in (ahead.log_decay, back.log_decay) if x is not None]
+        by_channel = next((x for x in decays if x.dim() in (2, 4)), decays[0] if decays else None)
+        chosen = resolve_format(form, ahead.value.shape[2], value.device, by_channel)
         return general(ahead, back, given, key_mask, settings._replace(form=chosen))
 
     if cu_seqlens is None:
