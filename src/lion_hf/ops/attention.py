@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .checks import makes_graph
 from .decays import clamped_gates, cumulative_sums, gate_gradient, pair_weights, split_sums
-from .masks import Layout, Sums, joined_weights, own_gradient, sided_sums, unpacked
+from .masks import Layout, SideSums, Sums, joined_weights, own_gradient, pair_sums, unpacked
 from .tokens import ALL, Tokens, fitting_cache, for_products, slices
 
 
@@ -80,14 +80,14 @@ class SidedScan(NamedTuple):
         return own_gradient(raw, d_raw, scale) if self.layout[2] else None
 
     def gradients(self, pairs: Tensor, own: Tensor | None) -> tuple[Tensor, ...]:
-        found = []
-        for sums, side in zip(sided_sums(pairs), self._sides(), strict=False):
-            found += [] if side is None else side.gradients(*sums, None)
+        sums = Sums(*pair_sums(pairs), own, *[None] * 6)
+        left, right, _ = self._sides()
+        found = [g for side in (left, right) if side is not None for g in side.gradients(sums)]
         return (*found, own) if self.layout[2] else tuple(found)
 
     def _sides(self):
         left, right, own = unpacked(self.tensors, self.layout)
-        return left and Sums(*left, right=False), right and Sums(*right, right=True), own
+        return left and SideSums(*left, right=False), right and SideSums(*right, right=True), own
 
 
 Scan = LionScan | SidedScan

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .checks import makes_graph
 from .decays import Factors, Flow, cumulative_sums, cut_exp
-from .masks import Crossings
+from .masks import Sums, pair_sums
 from .tokens import Tokens
 
 
@@ -113,7 +113,8 @@ def chunk_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
         if w.read_right is not None:
             right = propagate(_written(k, w.write_left, v), to_left, flows.right, reverse=True)
             dright = propagate(_written(q, w.read_right, dy), to_left, flows.dright, reverse=False)
-    dq, dk, dv, exponents = chunk_gradients(q, k, v, dy, w, tile, mask, left, right, dleft, dright)
+    dq, dk, dv, sums = chunk_gradients(q, k, v, dy, w, tile, mask, left, right, dleft, dright)
+    exponents = mask.gradients(sums)
     dq, dk, dv = (gradient.flatten(2, 3).narrow(2, 0, length) for gradient in (dq, dk, dv))
     if mask.shared:
         return dq, dk, dv, *(x[0, :, 0] for x in exponents)
@@ -122,36 +123,40 @@ def chunk_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
 
 
 def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, mask, left, right, dleft, dright):
-    """Return the gradients of q, k, v and a tuple of those of the exponents of the mask (`mask.gradients`).
+    """Return the gradients of q, k and v, and the sums from which follow those of the mask (`mask.gradients`).
 
     `left` and `right` are the states that reach the chunks, `dleft` and `dright` the gradients of the states that they
     send to the right and to the left. All are (B, H, n, D, V), or None if nothing is read from there.
     """
     scores = torch.matmul(q, k.transpose(-1, -2))
     dscores = torch.matmul(dy, v.transpose(-1, -2))
-    own = mask.own_weights(scores, dscores)
+    own = mask.own_weights(scores, dscores)  # None if the diagonal is 1
     scores.mul_(tile)
     dv = torch.matmul(scores.transpose(-1, -2), dy)
     pairs = scores.mul_(dscores)
     dscores.mul_(tile)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
-    crossings = [None, None]
+    to_right = to_left = (None, None, None)
     if left is not None:
-        crossings[0] = _cross(q, k, v, dy, w.read_left, w.write_right, w.cross_right, left, dleft, dq, dk, dv)
+        to_right = _cross(q, k, v, dy, w.read_left, w.write_right, w.cross_right, left, dleft, dq, dk, dv)
     if right is not None:
-        crossings[1] = _cross(q, k, v, dy, w.read_right, w.write_left, w.cross_left, right, dright, dq, dk, dv)
-    return dq, dk, dv, mask.gradients(pairs, own, *crossings)
+        to_left = _cross(q, k, v, dy, w.read_right, w.write_left, w.cross_left, right, dright, dq, dk, dv)
+    crossings = *to_right, *to_left
+    return dq, dk, dv, Sums(*pair_sums(mask.reduced(pairs)), own, *map(mask.reduced, crossings))
 
 
-def _cross(q, k, v, dy, read, write, cross, state, dstate, dq, dk, dv) -> Crossings:
-    """Add the gradients of what goes through the states of one direction to dq, dk and dv."""
+def _cross(q, k, v, dy, read, write, cross, state, dstate, dq, dk, dv) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the gradients of what goes through the states of one direction to dq, dk and dv.
+
+    Returns the gradients of the exponents of reads and writes (B, H, n, K), and of the totals (B, H, n, 1).
+    """
     through = (state * cross).mul_(dstate).sum((-1, -2)).unsqueeze(-1)
     reading = torch.matmul(dy, state.transpose(-1, -2)).mul_(read)
     writing = torch.matmul(v, dstate.transpose(-1, -2)).mul_(write)
     _add_product(dv, k * write, dstate)
     dq += reading
     dk += writing
-    return Crossings(reading.mul_(q).sum(-1), writing.mul_(k).sum(-1), through)
+    return reading.mul_(q).sum(-1), writing.mul_(k).sum(-1), through
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

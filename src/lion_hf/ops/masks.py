@@ -23,7 +23,6 @@ from .decays import (
     differences,
     exp_,
     gate_gradient,
-    split_sums,
     tile_weights,
 )
 from .tokens import ALL, Tokens
@@ -32,12 +31,34 @@ from .tokens import ALL, Tokens
 Layout = tuple[bool, bool, bool]  # whether there is a left side, a right side, and a diagonal
 
 
-class Crossings(NamedTuple):
-    """Gradients of the exponents of chunks in one direction: of reads and writes (b, H, n, K), of the total."""
+class Sums(NamedTuple):
+    """Sums of gradients over tiles and states, from which follow those of the exponents of a mask.
 
-    read: Tensor
-    write: Tensor
-    total: Tensor
+    Tensors are (b, H, n, K), or (b, H, n, 1) for totals; b = 1 if all rows have the same mask. None: nothing is read.
+    """
+
+    rows: Tensor  # of dM_ij M_ij over the row
+    columns: Tensor  # over the column
+    lower_rows: Tensor  # over the row, below the diagonal
+    lower_columns: Tensor  # over the column, below the diagonal
+    diagonal: Tensor  # dM_ii M_ii
+    own: Tensor | None  # dM_ii
+    read_left: Tensor | None  # of the exponents of what queries read from the left
+    write_right: Tensor | None  # of what keys write to the right
+    cross_right: Tensor | None  # of the totals with which states cross chunks to the right
+    read_right: Tensor | None  # the same of the other direction
+    write_left: Tensor | None
+    cross_left: Tensor | None
+
+    @staticmethod
+    def joined(chunks: list["Sums"], size: int) -> "Sums":
+        """Join the sums of consecutive chunks. The last chunk may have fewer than `size` tokens."""
+        *_, last = chunks
+        short = size - last.rows.shape[-1]
+        if short:
+            padded = (x if x is None or x.shape[-1] == 1 < size else F.pad(x, (0, short)) for x in last)
+            chunks = [*chunks[:-1], Sums(*padded)]
+        return Sums(*(None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*chunks, strict=True)))
 
 
 def split_chunks(x: Tensor, chunks: int, size: int) -> Tensor:
@@ -93,25 +114,20 @@ class LionMask:
         """The diagonal of this mask is 1, so it has no gradient."""
         return None
 
-    def gradients(self, pairs: Tensor, own, right: Crossings | None, left: Crossings | None) -> tuple[Tensor]:
-        """Return the gradient of the gates: (b, H, n, K), or (1, H, 1, K) if shared, summed over batch and chunks.
+    def reduced(self, x: Tensor | None) -> Tensor | None:
+        """Return gradients of single weights, summed over those that all rows and chunks share."""
+        return x if x is None or not self.shared else x.sum((0, 2), keepdim=True)
 
-        Args:
-            pairs: (B, H, n, K, K), dM_ij M_ij inside chunks, which is overwritten.
-            own: None.
-            right: gradients of the exponents to the right; None for a single chunk.
-            left: gradients of the exponents to the left.
-        """
-        reduce = self._reduced
-        de, df = split_sums(reduce(pairs))
-        if right is None:
+    def gradients(self, sums: Sums) -> tuple[Tensor]:
+        """Return the gradient of the gates (b, H, n, K). It is summed over batch and chunks if they share them."""
+        de = sums.lower_rows - sums.lower_columns
+        df = de + sums.columns - sums.rows
+        if sums.read_left is None:
             return (gate_gradient(de, df, 0),)
-        to_right, to_left, from_left, from_right = (reduce(x) for x in (right.write, left.write, right.read, left.read))
-        dtotal = reduce(right.total + left.total) + to_right.sum(-1, keepdim=True) + from_right.sum(-1, keepdim=True)
-        return (gate_gradient(de + from_left - to_right, df + to_left - from_right, dtotal),)
-
-    def _reduced(self, x: Tensor) -> Tensor:
-        return x.sum((0, 2), keepdim=True) if self.shared else x
+        de = de + sums.read_left - sums.write_right
+        df = df + sums.write_left - sums.read_right
+        inward = (sums.write_right + sums.read_right).sum(-1, keepdim=True)
+        return (gate_gradient(de, df, sums.cross_right + sums.cross_left + inward),)
 
 
 class SidedMask:
@@ -126,9 +142,7 @@ class SidedMask:
     def __init__(self, x: Tokens, tensors: Sequence[Tensor], layout: Layout, chunks: int, size: int, scale: float):
         self.x, self.chunks, self.size, self.scale = x, chunks, size, scale
         left, right, self.own = unpacked(tuple(split_chunks(t, chunks, size) for t in tensors), layout)
-        self.left, self.right = (
-            None if side is None else Sums(*side, right=i == 1) for i, side in enumerate((left, right))
-        )
+        self.left, self.right = left and SideSums(*left, right=False), right and SideSums(*right, right=True)
 
     def tiles(self, part: slice = ALL) -> Tensor:
         """Return the weights inside chunks, times the scale, (B, H, n, K, K)."""
@@ -150,18 +164,21 @@ class SidedMask:
         """Return the gradient of the diagonal (B, H, n, K) from scores without mask and their gradients."""
         return None if self.own is None else own_gradient(raw, d_raw, self.scale)
 
-    def gradients(self, pairs: Tensor, own, right: Crossings | None, left: Crossings | None) -> tuple[Tensor, ...]:
-        """Return the gradients of all tensors, (B, H, n, K) each. `own` is the result of `own_weights`."""
+    def reduced(self, x: Tensor | None) -> Tensor | None:
+        """Return x: every row and chunk has its own weights."""
+        return x
+
+    def gradients(self, sums: Sums) -> tuple[Tensor, ...]:
+        """Return the gradients of all tensors, (B, H, n, K) each."""
         found = []
-        below, above = sided_sums(pairs)
         if self.left is not None:
-            found += self.left.gradients(*below, right)
+            found += self.left.gradients(sums)
         if self.right is not None:
-            found += self.right.gradients(*above, left)
-        return (*found, own) if self.own is not None else tuple(found)
+            found += self.right.gradients(sums)
+        return tuple(found) if self.own is None else (*found, sums.own)
 
 
-class Sums:
+class SideSums:
     """The exponents of one side, summed up along (..., K) tokens, from its gates, reads and writes.
 
     The weight of key j for query i is exp(read_i - write_j), or exp(write_j - read_i) if keys are to the right.
@@ -183,13 +200,19 @@ class Sums:
             return Exponents(self.total - self.read, self.write, self.total)
         return Exponents(self.read, self.total - self.write, self.total)
 
-    def gradients(self, rows: Tensor, columns: Tensor, crossings: Crossings | None) -> list[Tensor]:
-        """Return the gradients of gates, reads and writes from the sums of dM_ij M_ij over the rows and columns."""
+    def gradients(self, sums: Sums) -> list[Tensor]:
+        """Return the gradients of gates, reads and writes."""
+        if self.right:
+            rows = sums.rows - sums.lower_rows - sums.diagonal
+            columns = sums.columns - sums.lower_columns - sums.diagonal
+            read, write, total = sums.read_right, sums.write_left, sums.cross_left
+        else:
+            rows, columns = sums.lower_rows, sums.lower_columns
+            read, write, total = sums.read_left, sums.write_right, sums.cross_right
         dtotal = 0
-        if crossings is not None:
-            rows, columns = rows + crossings.read, columns + crossings.write
-            inward = crossings.read if self.right else crossings.write
-            dtotal = crossings.total + inward.sum(-1, keepdim=True)
+        if read is not None:
+            rows, columns = rows + read, columns + write
+            dtotal = total + (read if self.right else write).sum(-1, keepdim=True)
         de, df = (columns, rows.neg()) if self.right else (rows, columns.neg())
         return [gate_gradient(de, df, dtotal), rows, columns]
 
@@ -220,13 +243,12 @@ def joined_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None
     return weights
 
 
-def sided_sums(pairs: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the sums over rows and columns of the pairs below the diagonal and above it. Overwrites `pairs`."""
-    pairs.diagonal(dim1=-2, dim2=-1).zero_()
+def pair_sums(pairs: Tensor) -> tuple[Tensor, ...]:
+    """Return the first five fields of `Sums` from dM_ij M_ij (..., K, K), which is overwritten."""
+    diagonal = pairs.diagonal(dim1=-2, dim2=-1).clone()
     rows, columns = pairs.sum(-1), pairs.sum(-2)
-    lower = pairs.tril_()
-    below = lower.sum(-1), lower.sum(-2)
-    return [below, (rows - below[0], columns - below[1])]
+    lower = pairs.tril_(-1)
+    return rows, columns, lower.sum(-1), lower.sum(-2), diagonal
 
 
 def own_gradient(raw: Tensor, d_raw: Tensor, scale: float) -> Tensor:

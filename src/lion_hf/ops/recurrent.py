@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .chunk import chunk_gradients, equal_chunks
 from .decays import Factors
+from .masks import Sums
 from .tokens import Tokens, fitting_cache, slices, summed_over_groups
 
 
@@ -39,14 +40,13 @@ def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
     mask = make_mask(x, *equal_chunks(length, max(chunk_size, math.isqrt(length))))
     factors, _ = mask.factors(dy)
     grads = [torch.empty_like(t, dtype=x.dtype) for t in (x.query, x.key)] + [x.empty_output()]
-    dgates = None
     # None for a direction from which nothing is read.
     left = dright = right = dleft = None
     if factors.read_left is not None:
         left = dleft = x.empty_state()
     if factors.read_right is not None:
         right = dright = x.empty_state()
-    stored = []
+    stored, found = [], []
     for part, q, k, v, w, _ in _walk(x, mask, factors):
         stored.append((left, dright))  # at most two states per chunk of at least sqrt(L) tokens
         if left is not None:
@@ -56,19 +56,16 @@ def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
     for part, q, k, v, w, tile in _walk(x, mask, factors, tiles=True, reverse=True):
         left, dright = stored.pop()
         dyc = dy[:, :, None, part]
-        *steps, exponents = chunk_gradients(q, k, v, dyc, w, tile, mask, left, right, dleft, dright)
+        *steps, sums = chunk_gradients(q, k, v, dyc, w, tile, mask, left, right, dleft, dright)
         for grad, step in zip(grads, steps, strict=True):
             grad[:, :, part] = summed_over_groups(step.squeeze(2), grad.shape[1])
-        exponents = [t[0, :, 0] if mask.shared else t.squeeze(2) for t in exponents]
-        if dgates is None:
-            dgates = [t.new_empty(*t.shape[:-1], length) for t in exponents]
-        for dgate, step in zip(dgates, exponents, strict=True):
-            dgate[..., part] = step
+        found.append(sums)
         if right is not None:
             right = next_state(right, w.cross_left, k * w.write_left, v)
         if dleft is not None:
             dleft = next_state(dleft, w.cross_right, q * w.read_left, dyc)
-    return *grads, *dgates
+    exponents = mask.gradients(Sums.joined(found[::-1], mask.size))
+    return *grads, *(t.flatten(2)[..., :length] for t in (t[0] if mask.shared else t for t in exponents))
 
 
 def _walk(x: Tokens, mask, factors: Factors, tiles: bool = False, reverse: bool = False) -> Iterator:
