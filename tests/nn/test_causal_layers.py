@@ -7,6 +7,7 @@ from small_models import FORMS
 from torch import nn
 
 from lion_hf.nn import Mixer
+from lion_hf.ops.scans import snake_orders
 
 
 OWN_LAYER = ("retnet", "gla", "grfa", "lstm", "hgrn2", "rwkv6", "mamba2", "decay-channel", "selective-channel")
@@ -270,6 +271,26 @@ def test_both_directions_count_the_token_itself_once(variant):
     alone = both(x.reshape(-1, 1, 12)).view_as(x)
     for form in FORMS:
         torch.testing.assert_close(both(x, format=form) + alone, sides[0] + sides[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", SIGNED)
+def test_two_scans_are_the_mean_of_two_layers(variant):
+    """Without a norm, the second layer having the weights of the second scan; both count the token itself."""
+    options = {"dim": 12, "heads": 2, "output_norm": "none", "short_conv": 0, "token_shift": False}
+    mixer = make(variant, "both", scans=2, prefix_tokens=1, **options)
+    paths = snake_orders(3, 4)
+    x = torch.randn(2, 13, 12, dtype=torch.float64)
+    expected = 0
+    for scan, (order, inverse) in enumerate(paths[: mixer.scans], 1):
+        single = make(variant, "both", prefix_tokens=1, **options)
+        state = mixer.state_dict()
+        own = {name: mixer.variant.weight_name(name.split(".")[0], scan - 1) for name in single.state_dict()}
+        names = {name: ".".join([first, *name.split(".")[1:]]) for name, first in own.items()}
+        single.load_state_dict({name: state.get(names[name], state[name]) for name in names})
+        expected = expected + single(x[:, order], format="attention")[:, inverse] / mixer.scans
+    for form in FORMS:
+        actual = mixer(x, paths=paths, format=form, chunk_size=4)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)
