@@ -80,7 +80,7 @@ class SidedScan(NamedTuple):
         return own_gradient(raw, d_raw, scale) if self.layout[2] else None
 
     def gradients(self, pairs: Tensor, own: Tensor | None) -> tuple[Tensor, ...]:
-        sums = Sums(*pair_sums(pairs), own, *[None] * 6)
+        sums = Sums(*pair_sums(pairs, *self.layout[:2]), own, *[None] * 6)
         left, right, _ = self._sides()
         found = [g for side in (left, right) if side is not None for g in side.gradients(sums)]
         return (*found, own) if self.layout[2] else tuple(found)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from .checks import makes_graph
 from .decays import Factors, Flow, cumulative_sums, cut_exp
-from .masks import Sums, pair_sums
+from .masks import Sums
 from .tokens import Tokens
 
 
@@ -142,7 +142,7 @@ def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, mask, left, ri
     if right is not None:
         to_left = _cross(q, k, v, dy, w.read_right, w.write_left, w.cross_left, right, dright, dq, dk, dv)
     crossings = *to_right, *to_left
-    return dq, dk, dv, Sums(*pair_sums(mask.reduced(pairs)), own, *map(mask.reduced, crossings))
+    return dq, dk, dv, Sums(*mask.pair_sums(pairs), own, *map(mask.reduced, crossings))
 
 
 def _cross(q, k, v, dy, read, write, cross, state, dstate, dq, dk, dv) -> tuple[Tensor, Tensor, Tensor]:

@@ -98,7 +98,10 @@ def _sums(forward: Inputs, inputs: list[Inputs], sides: list[Side], own: Own, ma
     by_mask = s.normalize == "mask"
     divided = not by_mask and (bool(s.normalize) or s.return_denominator)
     parts, rest = [], own
-    for x, together in _groups(inputs, sides):
+    groups = _groups(inputs, sides)
+    if len(groups) == 2:  # half of each tile is not read, so smaller tiles cost less
+        s = s._replace(chunk_size=max(1, s.chunk_size // 2))
+    for x, together in groups:
         takes_own = rest is not None and not own.given and not together[0].by_channel and _same(x, forward)
         parts.append(_read(x, together, own.factor if takes_own else None, mask, dtype, divided, s))
         rest = None if takes_own else rest

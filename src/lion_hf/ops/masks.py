@@ -37,11 +37,10 @@ class Sums(NamedTuple):
     Tensors are (b, H, n, K), or (b, H, n, 1) for totals; b = 1 if all rows have the same mask. None: nothing is read.
     """
 
-    rows: Tensor  # of dM_ij M_ij over the row
-    columns: Tensor  # over the column
-    lower_rows: Tensor  # over the row, below the diagonal
-    lower_columns: Tensor  # over the column, below the diagonal
-    diagonal: Tensor  # dM_ii M_ii
+    lower_rows: Tensor | None  # of dM_ij M_ij over the row, below the diagonal
+    lower_columns: Tensor | None  # over the column, below the diagonal
+    upper_rows: Tensor | None  # over the row, above the diagonal
+    upper_columns: Tensor | None  # over the column, above the diagonal
     own: Tensor | None  # dM_ii
     read_left: Tensor | None  # of the exponents of what queries read from the left
     write_right: Tensor | None  # of what keys write to the right
@@ -53,8 +52,8 @@ class Sums(NamedTuple):
     @staticmethod
     def joined(chunks: list["Sums"], size: int) -> "Sums":
         """Join the sums of consecutive chunks. The last chunk may have fewer than `size` tokens."""
-        *_, last = chunks
-        short = size - last.rows.shape[-1]
+        last = chunks[-1]
+        short = size - next(x for x in last if x is not None).shape[-1]
         if short:
             padded = (x if x is None or x.shape[-1] == 1 < size else F.pad(x, (0, short)) for x in last)
             chunks = [*chunks[:-1], Sums(*padded)]
@@ -118,10 +117,13 @@ class LionMask:
         """Return gradients of single weights, summed over those that all rows and chunks share."""
         return x if x is None or not self.shared else x.sum((0, 2), keepdim=True)
 
+    def pair_sums(self, pairs: Tensor) -> tuple[Tensor, ...]:
+        """Return the sums of the pairs of a tile, the first four fields of `Sums`."""
+        return pair_sums(self.reduced(pairs))
+
     def gradients(self, sums: Sums) -> tuple[Tensor]:
         """Return the gradient of the gates (b, H, n, K). It is summed over batch and chunks if they share them."""
-        de = sums.lower_rows - sums.lower_columns
-        df = de + sums.columns - sums.rows
+        de, df = sums.lower_rows - sums.lower_columns, sums.upper_columns - sums.upper_rows
         if sums.read_left is None:
             return (gate_gradient(de, df, 0),)
         de = de + sums.read_left - sums.write_right
@@ -168,6 +170,10 @@ class SidedMask:
         """Return x: every row and chunk has its own weights."""
         return x
 
+    def pair_sums(self, pairs: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the sums of the pairs of a tile, the first four fields of `Sums`."""
+        return pair_sums(pairs, self.left is not None, self.right is not None)
+
     def gradients(self, sums: Sums) -> tuple[Tensor, ...]:
         """Return the gradients of all tensors, (B, H, n, K) each."""
         found = []
@@ -203,8 +209,7 @@ class SideSums:
     def gradients(self, sums: Sums) -> list[Tensor]:
         """Return the gradients of gates, reads and writes."""
         if self.right:
-            rows = sums.rows - sums.lower_rows - sums.diagonal
-            columns = sums.columns - sums.lower_columns - sums.diagonal
+            rows, columns = sums.upper_rows, sums.upper_columns
             read, write, total = sums.read_right, sums.write_left, sums.cross_left
         else:
             rows, columns = sums.lower_rows, sums.lower_columns
@@ -243,12 +248,17 @@ def joined_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None
     return weights
 
 
-def pair_sums(pairs: Tensor) -> tuple[Tensor, ...]:
-    """Return the first five fields of `Sums` from dM_ij M_ij (..., K, K), which is overwritten."""
+def pair_sums(pairs: Tensor, left: bool = True, right: bool = True) -> tuple[Tensor | None, ...]:
+    """Return the first four fields of `Sums` from dM_ij M_ij (..., K, K), which is overwritten."""
     diagonal = pairs.diagonal(dim1=-2, dim2=-1).clone()
-    rows, columns = pairs.sum(-1), pairs.sum(-2)
+    rows, columns = pairs.sum(-1) - diagonal, pairs.sum(-2) - diagonal
+    if not left:
+        return None, None, rows, columns
+    if not right:
+        return rows, columns, None, None
     lower = pairs.tril_(-1)
-    return rows, columns, lower.sum(-1), lower.sum(-2), diagonal
+    lower_rows, lower_columns = lower.sum(-1), lower.sum(-2)
+    return lower_rows, lower_columns, rows.sub_(lower_rows), columns.sub_(lower_columns)
 
 
 def own_gradient(raw: Tensor, d_raw: Tensor, scale: float) -> Tensor:

@@ -19,17 +19,24 @@ def rnn_forward(x: Tokens, make_mask: Callable, chunk_size: int):
     """Return n and c. `make_mask(x, chunks, size)` returns the mask of chunks (masks.py)."""
     mask = make_mask(x, *equal_chunks(x.query.shape[2], chunk_size))
     factors, _ = mask.factors()
-    y, state = x.empty_output(), x.empty_state()
-    for part, q, k, v, w, tile in _walk(x, mask, factors, tiles=True):  # the chunk itself and all tokens to its left
-        out = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(tile), v)
-        if w.read_left is not None:
-            out.add_(torch.matmul(q * w.read_left, state))
+    y, inside = x.empty_output(), True
+    if factors.read_left is not None:  # the chunk itself and all tokens to its left
+        state, inside = x.empty_state(), False
+        for part, w, tile in _walk(x, mask, factors, tiles=True):
+            q, k, v = _chunk(x, part)
+            out = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(tile), v)
+            y[:, :, part] = out.add_(torch.matmul(q * w.read_left, state)).squeeze(2)
             state = next_state(state, w.cross_right, k * w.write_right, v)
-        y[:, :, part] = out.squeeze(2)
-    if factors.read_right is not None:
+    if factors.read_right is not None:  # all tokens to its right, and the chunk itself if it is still to come
         state = x.empty_state()
-        for part, q, k, v, w, _ in _walk(x, mask, factors, reverse=True):  # all tokens to its right
-            y[:, :, part] += torch.matmul(q * w.read_right, state).squeeze(2)
+        for part, w, tile in _walk(x, mask, factors, tiles=inside, reverse=True):
+            q, k, v = _chunk(x, part)
+            out = torch.matmul(q * w.read_right, state)
+            if inside:
+                scores = torch.matmul(q, k.transpose(-1, -2)).mul_(tile)
+                y[:, :, part] = out.add_(torch.matmul(scores, v)).squeeze(2)
+            else:
+                y[:, :, part] += out.squeeze(2)
             state = next_state(state, w.cross_left, k * w.write_left, v)
     return x.split(y)
 
@@ -47,14 +54,17 @@ def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
     if factors.read_right is not None:
         right = dright = x.empty_state()
     stored, found = [], []
-    for part, q, k, v, w, _ in _walk(x, mask, factors):
+    for part, w, _ in _walk(x, mask, factors):
         stored.append((left, dright))  # at most two states per chunk of at least sqrt(L) tokens
         if left is not None:
-            left = next_state(left, w.cross_right, k * w.write_right, v)
+            keys, values = x.keys(part).unsqueeze(2), x.values(part).unsqueeze(2)
+            left = next_state(left, w.cross_right, keys * w.write_right, values)
         if dright is not None:
-            dright = next_state(dright, w.cross_left, q * w.read_right, dy[:, :, None, part])
-    for part, q, k, v, w, tile in _walk(x, mask, factors, tiles=True, reverse=True):
+            queries = x.queries(part).unsqueeze(2)
+            dright = next_state(dright, w.cross_left, queries * w.read_right, dy[:, :, None, part])
+    for part, w, tile in _walk(x, mask, factors, tiles=True, reverse=True):
         left, dright = stored.pop()
+        q, k, v = _chunk(x, part)
         dyc = dy[:, :, None, part]
         *steps, sums = chunk_gradients(q, k, v, dyc, w, tile, mask, left, right, dleft, dright)
         for grad, step in zip(grads, steps, strict=True):
@@ -68,8 +78,13 @@ def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
     return *grads, *(t.flatten(2)[..., :length] for t in (t[0] if mask.shared else t for t in exponents))
 
 
+def _chunk(x: Tokens, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value of a chunk, (B, H, 1, K, D)."""
+    return tuple(t.unsqueeze(2) for t in (x.queries(part), x.keys(part), x.values(part)))
+
+
 def _walk(x: Tokens, mask, factors: Factors, tiles: bool = False, reverse: bool = False) -> Iterator:
-    """Yield (part, q, k, v, factors, tile) of one chunk after another; q, k and v are (B, H, 1, K, D).
+    """Yield (part, factors, tile) of one chunk after another.
 
     The last chunk may be shorter than `mask.size`. Tiles are built on demand: once for LION-D, otherwise for as many
     chunks at a time as fit into the cache.
@@ -83,10 +98,9 @@ def _walk(x: Tokens, mask, factors: Factors, tiles: bool = False, reverse: bool 
         for i in reversed(group) if reverse else group:
             part = parts[i]
             tokens = part.stop - part.start
-            q, k, v = (t.unsqueeze(2) for t in (x.queries(part), x.keys(part), x.values(part)))
             tile = built if built is None or shared else built[:, :, i - group.start, None]
             tile = tile if tile is None else tile[..., :tokens, :tokens]
-            yield part, q, k, v, factors.of_chunk(i, tokens), tile
+            yield part, factors.of_chunk(i, tokens), tile
 
 
 def next_state(state: Tensor, cross: Tensor, write: Tensor, v: Tensor) -> Tensor:
