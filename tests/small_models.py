@@ -3,9 +3,12 @@
 import torch
 
 import lion_hf
+from lion_hf.nn.variants import VARIANTS as REGISTRY
 
 
 VARIANTS = ("lit", "decay", "selective")
+# Every variant of the package, for tests that are cheap enough.
+ALL_VARIANTS = tuple(REGISTRY)
 FORMS = ("attention", "rnn", "chunk")
 TEXT_HEADS = (
     lion_hf.LionModel,
@@ -53,10 +56,14 @@ def text_inputs(batch=3, length=11, vocab_size=61):
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+# The linear layers of the variants' decays and input gates.
+GATES = ("decay_proj", "forget_gate", "input_gate", "dt_proj", "decay_down", "decay_up")
+
+
 def spread_decays(model):
     """Set decays that differ between heads and between tokens, as after training."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "decay_proj" in name and name.endswith("weight"):
+            if any(gate in name for gate in GATES) and name.endswith("weight"):
                 parameter.normal_(std=0.5)
     return model

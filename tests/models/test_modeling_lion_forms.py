@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_models import FORMS, TEXT_HEADS, VARIANTS, text_config, text_inputs
+from small_models import ALL_VARIANTS, FORMS, TEXT_HEADS, text_config, text_inputs
 from text_models import build, differentiable_sum, inputs_for, labels_for, left_padded
 
 import lion_hf
@@ -15,7 +15,7 @@ from lion_hf.models import modeling_lion as modeling_lion
 
 
 @pytest.mark.parametrize("length", [1, 11, 16])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_forms_agree_in_outputs_and_every_gradient(mask_type, length):
     model = build(lion_hf.LionForMaskedLM, mask_type, torch.float64, hidden_act="gelu_new")
     inputs = text_inputs(3, length)
@@ -35,7 +35,7 @@ def test_forms_agree_in_outputs_and_every_gradient(mask_type, length):
 
 
 @pytest.mark.parametrize("head", TEXT_HEADS, ids=lambda x: x.__name__)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_every_head_agrees_over_the_forms(head, mask_type):
     model, inputs = build(head, mask_type, torch.float64), inputs_for(head)
     expected = model(**inputs)
@@ -69,7 +69,7 @@ def test_chunk_size_changes_nothing(chunk_size):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_right_padding_changes_no_real_token(mask_type, form):
     model = build(lion_hf.LionModel, mask_type, torch.float64, format=form)
     inputs = text_inputs()
@@ -84,7 +84,7 @@ def test_right_padding_changes_no_real_token(mask_type, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_left_padding_changes_no_real_token_and_the_pooler_takes_the_first(mask_type, form):
     model = build(lion_hf.LionModel, mask_type, torch.float64, format=form)
     inputs = text_inputs()
@@ -115,7 +115,7 @@ def test_padding_reaches_no_head(head):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_a_row_alone_equals_the_row_in_a_batch(mask_type, form):
     model = build(lion_hf.LionForMaskedLM, mask_type, torch.float64, format=form)
     inputs = text_inputs(4)
@@ -187,7 +187,7 @@ def test_other_masks_are_refused_and_say_what_is_taken(mask, message):
 
 
 @pytest.mark.parametrize("form", ["attention", "auto"])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_attentions_are_the_matrices_that_mix_the_values(mask_type, form):
     model = build(lion_hf.LionModel, mask_type, torch.float64, format=form)
     inputs, values, mixed = text_inputs(), {}, {}
@@ -300,7 +300,7 @@ def decays_of(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_half_precision_load_keeps_decays_in_float32_and_runs_in_every_form(tmp_path, mask_type, dtype):
     model, inputs = build(lion_hf.LionForMaskedLM, mask_type), text_inputs()
     model.save_pretrained(tmp_path)
@@ -321,7 +321,7 @@ def test_half_precision_load_keeps_decays_in_float32_and_runs_in_every_form(tmp_
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_bfloat16_training_gives_finite_gradients_everywhere(tmp_path, mask_type, form):
     build(lion_hf.LionForMaskedLM, mask_type, format=form).save_pretrained(tmp_path)
     model = lion_hf.LionForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
@@ -331,7 +331,7 @@ def test_bfloat16_training_gives_finite_gradients_everywhere(tmp_path, mask_type
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_autocast_runs_and_stays_near_float32(mask_type, form):
     model, inputs = build(lion_hf.LionForMaskedLM, mask_type, format=form), text_inputs()
     expected = model(**inputs).logits

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import FORMS, VARIANTS, text_config, text_inputs, vision_config
+from small_models import ALL_VARIANTS, FORMS, text_config, text_inputs, vision_config
 
 import lion_hf
 from lion_hf.nn import MLP, Block, Encoder, Mixer, SoftmaxMixer
@@ -61,7 +61,7 @@ def test_a_padded_signal_is_encoded_as_it_is_alone():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_an_encoder_with_the_options_of_the_paper_is_the_text_model(variant, form):
     config = text_config(variant, unpad=False, softmax_layers=[1], format=form)
     model = lion_hf.LionModel(config, add_pooling_layer=False).double().eval()
@@ -77,7 +77,7 @@ def test_an_encoder_with_the_options_of_the_paper_is_the_text_model(variant, for
 
 
 @pytest.mark.parametrize("order", ["normal", "snake"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_an_encoder_with_the_options_of_the_paper_is_the_image_model(variant, order):
     model = lion_hf.LionVisionModel(vision_config(variant, order=order)).double().eval()
     scans = 2 if order == "snake" else 1

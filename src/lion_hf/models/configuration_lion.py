@@ -280,8 +280,9 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     Args:
         mask_type (`str`, defaults to `"selective"`):
             The variant: `"lit"` (no decay), `"decay"` (one learned decay per head), `"selective"` (a decay per token
-            and head), another one of the package, or the name of one registered with `lion_hf.nn.register_variant`. The authors' spellings are
-            accepted too: `"Lit"`, `"Decay"`, `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"`.
+            and head), another one of the package, such as `"gla"`, or the name of one registered with
+            `lion_hf.nn.register_variant`. The authors' spellings are accepted too: `"Lit"`, `"Decay"`, `"Selective"`,
+            `"lion-lit"`, `"lion-d"`, `"lion-s"`.
         format (`str`, defaults to `"auto"`):
             How the same function is computed: `"attention"` (quadratic), `"chunk"` (linear time), `"rnn"` (linear time,
             constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time.

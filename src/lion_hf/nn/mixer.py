@@ -274,7 +274,7 @@ class Mixer(TokenMixer):
         return "cu_seqlens" in self.variant.masks and not self.prefix_tokens
 
     def weight_names(self) -> list[str]:
-        """Return prefixes of the names, in the mixer's state dict, of the weights that the variant and options added."""
+        """Return prefixes of the names, in the mixer's state dict, of the weights of the variant and of the options."""
         names = [f"mu_{name}" for name in self.shifted_names]
         names += [f"{name}_conv" for name in "qkv" if self.short_conv]
         names += [name for name in ("gate_proj", "out_norm") if getattr(self, name) is not None]
