@@ -56,12 +56,12 @@ def text_inputs(batch=3, length=11, vocab_size=61):
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
-# The linear layers of the variants' decays and input gates.
-GATES = ("decay_proj", "forget_gate", "input_gate", "dt_proj", "decay_down", "decay_up")
+# The linear layers of the variants' decays, input gates and token shifts.
+GATES = ("decay_proj", "forget_gate", "input_gate", "dt_proj", "decay_down", "decay_up", "shift_down")
 
 
 def spread_decays(model):
-    """Set decays that differ between heads and between tokens, as after training."""
+    """Set decays that differ between heads and between tokens, and no weights of 0, as after training."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(gate in name for gate in GATES) and name.endswith("weight"):

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from small_models import ALL_VARIANTS, FORMS, TEXT_HEADS, text_config, text_inputs
+from small_models import ALL_VARIANTS, FORMS, TEXT_HEADS, spread_decays, text_config, text_inputs
 from text_models import build, differentiable_sum, inputs_for, labels_for, left_padded
 
 import lion_hf
 from lion_hf.models import modeling_lion as modeling_lion
+from lion_hf.nn import variant_class
 
 
 # ---------------------------------------------------------------------------------------------------------- forms
@@ -17,7 +18,7 @@ from lion_hf.models import modeling_lion as modeling_lion
 @pytest.mark.parametrize("length", [1, 11, 16])
 @pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_forms_agree_in_outputs_and_every_gradient(mask_type, length):
-    model = build(lion_hf.LionForMaskedLM, mask_type, torch.float64, hidden_act="gelu_new")
+    model = spread_decays(build(lion_hf.LionForMaskedLM, mask_type, torch.float64, hidden_act="gelu_new"))
     inputs = text_inputs(3, length)
     results = {}
     for form in (*FORMS, "auto"):
@@ -189,12 +190,20 @@ def test_other_masks_are_refused_and_say_what_is_taken(mask, message):
 @pytest.mark.parametrize("form", ["attention", "auto"])
 @pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_attentions_are_the_matrices_that_mix_the_values(mask_type, form):
-    model = build(lion_hf.LionModel, mask_type, torch.float64, format=form)
+    model = spread_decays(build(lion_hf.LionModel, mask_type, torch.float64, format=form))
     inputs, values, mixed = text_inputs(), {}, {}
+    real = inputs["attention_mask"].bool()
     for i, layer in enumerate(model.layers):
-        layer.mixer.v_proj.register_forward_hook(lambda m, x, y, i=i: values.__setitem__(i, y))
-        before = layer.mixer.norm if layer.mixer.norm is not None else layer.mixer.o_proj
-        before.register_forward_pre_hook(lambda m, x, i=i: mixed.__setitem__(i, x[0]))
+
+        def keep(mixer, arguments, i=i):
+            values[i] = mixer.recurrences(arguments[0], real)[0].value
+
+        def normed(y, gate, i=i, after=layer.mixer._normed):
+            mixed[i] = y
+            return after(y, gate)
+
+        layer.mixer.register_forward_pre_hook(keep)
+        layer.mixer._normed = normed
     plain = model(**inputs)
     of_operator = dict(mixed)
     outputs = model(**inputs, output_attentions=True)
@@ -202,9 +211,8 @@ def test_attentions_are_the_matrices_that_mix_the_values(mask_type, form):
     torch.testing.assert_close(outputs.last_hidden_state, plain.last_hidden_state, rtol=1e-9, atol=1e-12)
     for i, a in enumerate(outputs.attentions):
         assert a.shape == (3, 3, 11, 11)
-        assert (a.transpose(1, 3)[inputs["attention_mask"] == 0] == 0).all(), "a masked key has an effect"
-        v = values[i].unflatten(-1, (3, 8)).transpose(1, 2)
-        torch.testing.assert_close((a @ v).transpose(1, 2).flatten(2), of_operator[i], rtol=1e-9, atol=1e-12)
+        assert (a.transpose(1, 3)[~real] == 0).all(), "a masked key has an effect"
+        torch.testing.assert_close((a @ values[i]).transpose(1, 2).flatten(2), of_operator[i], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["rnn", "chunk"])
@@ -296,7 +304,8 @@ def test_gradient_checkpointing_changes_no_gradient(form, options):
 
 
 def decays_of(model):
-    return {name for name, _ in model.named_parameters() if "decay_" in name}
+    owns = [f".mixer.{name}" for name in variant_class(model.config.mask_type).float32_weights]
+    return {name for name, _ in model.named_parameters() if any(own in name for own in owns)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -306,7 +315,7 @@ def test_half_precision_load_keeps_decays_in_float32_and_runs_in_every_form(tmp_
     model.save_pretrained(tmp_path)
     low = lion_hf.LionForMaskedLM.from_pretrained(tmp_path, dtype=dtype).eval()
     decays = decays_of(low)
-    assert bool(decays) == (mask_type != "lit")
+    assert bool(decays) == (mask_type not in ("lit", "retnet"))
     for name, p in low.named_parameters():
         assert p.dtype == (torch.float32 if name in decays else dtype), name
         assert name not in decays or torch.equal(p, model.get_parameter(name))

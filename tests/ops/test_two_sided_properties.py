@@ -75,7 +75,7 @@ def test_packed_sequences_are_separate(kind, form):
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_padding_changes_nothing(kind, normalize, form):
     tensors, options = make(case(batch=1, normalize=normalize, **kind))
-    alone = with_gradients(run, {}, {"tensors": tensors, "options": options, "format": form})["output 0"]
+    alone = run(tensors, options, format=form)
     for left, right in ((0, 6), (5, 0), (3, 9)):
         wide = {
             n: torch.nn.functional.pad(x, (0, 0, left, right) if x.dim() == 4 else (left, right), value=-0.3)
@@ -112,30 +112,20 @@ def test_transposition_exchanges_left_and_entered(direction, rank, convention):
 @every_kind
 @every_convention
 def test_reversal_exchanges_the_sides(convention, kind, form):
+    """The flipped row, with the tensors of both sides exchanged, flips the output. The diagonal belongs to neither."""
+    kind = kind | {"diagonal": "token", "backward": ("query", "key", "value"), "backward_weight": "small"}
+    kind |= {"backward_rank": kind["rank"] if kind.get("backward_rank", "same") == "same" else kind["backward_rank"]}
     tensors, options = make(case(convention=convention, normalize=True, **kind))
+    tensors["backward_value"] = tensors["value"]  # the diagonal multiplies the forward value
     options |= {"format": form}
-    mirrored, other = by_token(tensors, lambda x: x.flip(2)), dict(options)
-    for name in ("query", "key", "value", "log_decay", "log_weight"):
-        ahead, back = (x.pop(name, options.get(name)) for x in (mirrored, other)), f"backward_{name}"
-        forward, _ = ahead
-        forward = forward if forward is not None else options.get(name)
-        if back in mirrored or back in options:
-            mirrored[name] = mirrored.pop(back, options.get(back))
-            mirrored[back] = forward
-        else:
-            mirrored[name] = forward
-        other.pop(back, None)
-    if isinstance(tensors.get("diagonal"), torch.Tensor) and tensors["diagonal"].dim() == 3:
-        given = {}
-    else:  # the diagonal reads the forward tensors, so it has to be given
-        factor = tensors.get("diagonal", torch.ones(4, dtype=torch.float64)).unsqueeze(-1)
-        query, key = (tensors[n].repeat_interleave(4 // tensors[n].shape[1], 1) for n in ("query", "key"))
-        weight = tensors["log_weight"].exp() if "log_weight" in tensors else 1
-        given = {"diagonal": factor * (query * key).sum(-1) * weight}
-    other.pop("diagonal", None)
-    tensors, options = tensors | given, {n: x for n, x in options.items() if n != "diagonal" or not given}
-    mirrored |= {n: x.flip(2) for n, x in given.items()}
-    close(run(mirrored, other).flip(2), run(tensors, options))
+    exchanged = {
+        n if n == "diagonal" else n.removeprefix("backward_") if n.startswith("backward_") else f"backward_{n}": x
+        for n, x in by_token(tensors, lambda x: x.flip(2)).items()
+    }
+    names = ("log_decay", "log_weight")
+    missing = {f"backward_{n}": None for n in names if n not in tensors}
+    rest = {n: x for n, x in options.items() if n not in names}
+    close(run(exchanged, rest | missing).flip(2), run(tensors, options))
 
 
 @every_form
@@ -161,14 +151,11 @@ def test_both_directions_are_their_sum_less_one_diagonal(kind, form):
     tensors, options = make(case(mask="random", **kind))
     options |= {"format": form}
     both, forward, backward = (run(tensors, options, direction=x) for x in DIRECTIONS)
-    without = [run(tensors | {"diagonal": torch.zeros(SIZES)}, options | {"diagonal": None}, direction=x) for x in ()]
-    assert not without
-    zero = {n: x for n, x in tensors.items() if n != "diagonal"}
-    rest = {n: x for n, x in options.items() if n != "diagonal"}
-    off = [run(zero, rest, direction=x, diagonal=0.0) for x in DIRECTIONS[1:]]
-    close(both, forward + backward - (forward - off[0]))
-    close(forward - off[0], backward - off[1])
-    close(both, off[0] + off[1] + (forward - off[0]))
+    tensors, options = ({n: x for n, x in d.items() if n != "diagonal"} for d in (tensors, options))
+    off = [run(tensors, options, direction=x, diagonal=0.0) for x in DIRECTIONS]
+    close(off[0], off[1] + off[2])
+    close(forward - off[1], backward - off[2])
+    close(both, forward + backward - (forward - off[1]))
 
 
 @every_form
@@ -224,7 +211,8 @@ def test_log_weights_of_any_size_make_no_nan(normalize, rank, dtype, form):
     query, key = m.uniform(0, 1, 2, *SIZES, 3).to(dtype)
     value = m.uniform(-1, 1, *SIZES, 2).to(dtype)
     decay = m.log_decay(rank, "saturated", *SIZES, 3)
-    query[:, :, ::4] = 0
+    silent = query.clone()
+    silent[:, :, ::4] = 0
     levels = [-math.inf, -1e4, -200, 0, 1e4], [200.0, 1e4], [-1e4, -math.inf], [-math.inf]
     for i, some in enumerate(levels):
         weight = m.one_of(some, *SIZES).to(dtype)
@@ -233,8 +221,8 @@ def test_log_weights_of_any_size_make_no_nan(normalize, rank, dtype, form):
         options = {"normalize": normalize, "format": form, "chunk_size": 8, "diagonal": (None, 0.0)[i % 2]}
         for name, x in with_gradients(two_sided_attention, tensors, options).items():
             assert x.isfinite().all(), f"{name} with log-weights {some}"
-            if name == "output 0":
-                assert not x[:, :, ::4].any(), "a query of 0 reads nothing"
+        y = two_sided_attention(**tensors | {"query": silent}, **options)
+        assert y.isfinite().all() and not y[:, :, ::4].any(), "a query of 0 reads nothing"
 
 
 @every_form
@@ -262,8 +250,9 @@ def test_a_row_that_reads_no_key_is_zero(rank, normalize, form):
 
 @every_form
 @every_kind
-@pytest.mark.parametrize("normalize", NORMALIZE)
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e30])
+@pytest.mark.parametrize(
+    "garbage, normalize", [(math.nan, True), (math.inf, "mask"), (-1e30, "clamp"), (math.nan, False)]
+)
 def test_what_masked_tokens_hold_never_matters(garbage, normalize, kind, form):
     tensors, options = make(case(mask="random", normalize=normalize, **kind))
     options |= {"format": form, "chunk_size": 4}
@@ -383,7 +372,7 @@ def test_no_tokens_and_no_batch(kind, form):
     for sizes in ({"length": 0}, {"batch": 0}):
         for pair in (False, True):
             tensors, options = make(case(normalize=True, pair=pair, **kind) | sizes)
-            results = with_gradients(run, {}, {"tensors": tensors, "options": options, "format": form})
+            results = with_gradients(two_sided_attention, tensors, options | {"format": form})
             assert results["output 0"].shape == tensors["value"].shape
 
 

@@ -50,17 +50,17 @@ def general(
     with without_autocast(forward.value.device):
         mask = None if key_mask is None else key_mask.bool()
         inputs = [(forward, backward)[reverse] for reverse in DIRECTIONS[settings.direction]]
+        weighted = any(x.log_weight is not None for x in (forward, *inputs))
         sides = [
-            make_side(x.log_decay, x.value, settings.convention, reverse, dtype)
+            make_side(x.log_decay, x.value, settings.convention, reverse, dtype, weighted)
             for x, reverse in zip(inputs, DIRECTIONS[settings.direction], strict=True)
         ]
         weight, maximum = None, None
-        if any(x.log_weight is not None for x in (forward, *inputs)):
+        if weighted:
             weight = torch.zeros_like(forward.value[..., 0]) if forward.log_weight is None else forward.log_weight
-            own = (
-                [weight, torch.zeros_like(weight)] if isinstance(diagonal, Tensor) and diagonal.dim() == 3 else [weight]
-            )
-            sides, maximum = stabilise(sides, [x.log_weight for x in inputs], own, mask)
+            weight = weight if mask is None else torch.where(mask[:, None], weight, 0)
+            own = _own_exponents(diagonal, weight, settings.normalize == "mask")
+            sides, maximum = stabilise(sides, [x.log_weight for x in inputs], own, mask, dtype)
         own = _own(diagonal, weight, maximum, forward.value, mask, dtype)
         n, c = _sums(forward, inputs, sides, own, mask, dtype, settings)
         n, c = _finished(n, c, maximum, dtype, settings)
@@ -73,6 +73,17 @@ class Own(NamedTuple):
     factor: Tensor  # of its score, or of its value if the diagonal is given
     given: bool
     mask: Tensor  # the entry of the mask, for normalize="mask"
+
+
+def _own_exponents(diagonal: Tensor | float | None, weight: Tensor, by_mask: bool) -> list[Tensor]:
+    """Return the exponents of what tokens read from themselves. A diagonal of 0 reads nothing."""
+    if isinstance(diagonal, Tensor) and diagonal.dim() == 3:
+        given = torch.zeros_like(weight)
+        return [given, weight] if by_mask else [given]
+    if by_mask or diagonal is None:
+        return [weight]
+    factor = diagonal.unsqueeze(-1) if isinstance(diagonal, Tensor) else weight.new_full((1,), diagonal)
+    return [torch.where(factor == 0, -math.inf, weight)]
 
 
 def _own(diagonal, weight: Tensor | None, maximum: Tensor | None, value: Tensor, mask: Tensor | None, dtype) -> Own:
@@ -191,7 +202,9 @@ def _finished(n: Tensor, c: Tensor | None, maximum: Tensor | None, dtype: torch.
     """Divide as `normalize` says, and leave the units of the maximum."""
     if s.normalize and not s.return_denominator:
         one = 1.0 if maximum is None else torch.exp(-maximum).to(dtype)
-        below = c.abs().clamp(min=one) if s.normalize == "clamp" else c + s.eps * one
+        below = c.abs().clamp(min=one) if s.normalize == "clamp" else c + s.eps * one if s.eps else c
+        if maximum is not None:  # if all scores of a row are 0 and `one` underflows, the result is 0
+            below = torch.where(below == 0, 1, below)
         return n / below.unsqueeze(-1), c
     if maximum is None:
         return n, c

@@ -55,8 +55,9 @@ class Sums(NamedTuple):
         last = chunks[-1]
         short = size - next(x for x in last if x is not None).shape[-1]
         if short:
-            padded = (x if x is None or x.shape[-1] == 1 < size else F.pad(x, (0, short)) for x in last)
-            chunks = [*chunks[:-1], Sums(*padded)]
+            kept = ("cross_right", "cross_left")
+            padded = {k: x if x is None or k in kept else F.pad(x, (0, short)) for k, x in last._asdict().items()}
+            chunks = [*chunks[:-1], Sums(**padded)]
         return Sums(*(None if parts[0] is None else torch.cat(parts, 2) for parts in zip(*chunks, strict=True)))
 
 

@@ -74,8 +74,8 @@ def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
             right = next_state(right, w.cross_left, k * w.write_left, v)
         if dleft is not None:
             dleft = next_state(dleft, w.cross_right, q * w.read_left, dyc)
-    exponents = mask.gradients(Sums.joined(found[::-1], mask.size))
-    return *grads, *(t.flatten(2)[..., :length] for t in (t[0] if mask.shared else t for t in exponents))
+    exponents = [t.flatten(2)[..., :length] for t in mask.gradients(Sums.joined(found[::-1], mask.size))]
+    return *grads, *(t[0] if mask.shared else t for t in exponents)
 
 
 def _chunk(x: Tokens, part: slice) -> tuple[Tensor, Tensor, Tensor]:
