@@ -175,9 +175,10 @@ def test_mamba2_is_that_of_transformers(heads, groups, state, width):
     mask[1, 50:] = False  # Transformers lets padding inside a row decay as a token of zeros does
     for key_mask in (None, mask):
         expected = theirs(x, attention_mask=key_mask)
-        actual = ours(x, key_mask)
         real = slice(None) if key_mask is None else key_mask
-        torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-5)
+        for form in FORMS:
+            actual = ours(x, key_mask, format=form, chunk_size=16)
+            torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("eps, tolerance", [(0.0, 1e-9), (1e-6, 1e-4)])
@@ -202,7 +203,10 @@ def test_mlstm_is_the_xlstm_of_transformers(eps, tolerance):
     }  # fmt: skip
     load(ours, {f"{names[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": weight for n, weight in state.items()})
     x = torch.randn(2, LENGTH, dim, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x)[0], rtol=tolerance, atol=tolerance)
+    expected = theirs(x)[0]
+    for form in FORMS:
+        actual = ours(x, format=form, chunk_size=16)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_fixed_decay_per_head_is_the_lightning_attention_of_minimax():
