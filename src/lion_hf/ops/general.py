@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .autograd import Options, lion
 from .checks import makes_graph
-from .dense import dense_scores
+from .decays import differentiable_exp
+from .diagonal import diagonal_scan
 from .sides import DIRECTIONS, Side, make_side, stabilise
 from .tokens import accumulation_dtype, over_heads, walks_chunks, without_autocast
 
@@ -51,10 +53,10 @@ def general(
         mask = None if key_mask is None else key_mask.bool()
         inputs = [(forward, backward)[reverse] for reverse in DIRECTIONS[settings.direction]]
         weighted = any(x.log_weight is not None for x in (forward, *inputs))
-        sides = [
-            make_side(x.log_decay, x.value, settings.convention, reverse, dtype, weighted)
-            for x, reverse in zip(inputs, DIRECTIONS[settings.direction], strict=True)
-        ]
+        kind = settings.convention, dtype, weighted
+        sides = [make_side(x.log_decay, x.value, x is not forward, *kind) for x in inputs]
+        if len(inputs) == 2 and forward.log_decay is backward.log_decay:
+            sides[1] = sides[0]._replace(reverse=True)
         weight, maximum = None, None
         if weighted:
             weight = torch.zeros_like(forward.value[..., 0]) if forward.log_weight is None else forward.log_weight
@@ -164,10 +166,22 @@ def _read(x: Inputs, sides: list[Side], own: Tensor | None, mask, dtype, divided
 
 def _read_channels(x: Inputs, sides: list[Side], mask, dtype, divided: bool, s: Settings):
     """Return s n and s c of sides with a decay per channel."""
-    q, k, v = _tensors(x, mask, dtype)
-    v = torch.nn.functional.pad(v, (0, 1), value=1.0) if divided else v
-    n = s.scale * sum_of(torch.matmul(dense_scores(q, k, side), v) for side in sides)
+    query, key, value = _tensors(x, mask, dtype)
+    value = F.pad(value, (0, 1), value=1.0) if divided else value
+    once = len(sides) == 2 and all(a is b for a, b in zip(sides[0][:3], sides[1][:3], strict=True))
+
+    def scan(side: Side, reverse: bool | None) -> Tensor:
+        q, k = (_times(t, exponent) for t, exponent in ((query, side.read), (key, side.write)))
+        gates = side.gates.to(dtype)
+        return diagonal_scan(q, k, value, gates, reverse=reverse, form=s.form, chunk_size=s.chunk_size)
+
+    n = s.scale * (scan(sides[0], None) if once else sum_of(scan(side, side.reverse) for side in sides))
     return (n[..., :-1], n[..., -1]) if divided else (n, None)
+
+
+def _times(x: Tensor, exponent: Tensor | None) -> Tensor:
+    """Return x times the exponential of an exponent <= 0; None is 0."""
+    return x if exponent is None else x * differentiable_exp(exponent.to(x.dtype))
 
 
 def _tensors(x: Inputs, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ class Side(NamedTuple):
 
 
 def make_side(
-    log_decay: Tensor | None, like: Tensor, convention: str, reverse: bool, dtype: torch.dtype, weighted: bool = False
+    log_decay: Tensor | None, like: Tensor, reverse: bool, convention: str, dtype: torch.dtype, weighted: bool = False
 ) -> Side:
     """Return the exponents of a side for queries `like` (batch, heads, length, head_dim) and any log-decay.
 
