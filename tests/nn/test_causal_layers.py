@@ -7,6 +7,7 @@ from small_models import FORMS
 from torch import nn
 
 from lion_hf.nn import Mixer
+from lion_hf.ops.scans import snake_orders
 
 
 OWN_LAYER = ("retnet", "gla", "grfa", "lstm", "hgrn2", "rwkv6", "mamba2", "decay-channel", "selective-channel")
@@ -174,9 +175,10 @@ def test_mamba2_is_that_of_transformers(heads, groups, state, width):
     mask[1, 50:] = False  # Transformers lets padding inside a row decay as a token of zeros does
     for key_mask in (None, mask):
         expected = theirs(x, attention_mask=key_mask)
-        actual = ours(x, key_mask)
         real = slice(None) if key_mask is None else key_mask
-        torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-5)
+        for form in FORMS:
+            actual = ours(x, key_mask, format=form, chunk_size=16)
+            torch.testing.assert_close(actual[real], expected[real], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("eps, tolerance", [(0.0, 1e-9), (1e-6, 1e-4)])
@@ -201,7 +203,10 @@ def test_mlstm_is_the_xlstm_of_transformers(eps, tolerance):
     }  # fmt: skip
     load(ours, {f"{names[n.rpartition('.')[0]]}.{n.rpartition('.')[2]}": weight for n, weight in state.items()})
     x = torch.randn(2, LENGTH, dim, dtype=torch.float64)
-    torch.testing.assert_close(ours(x), theirs(x)[0], rtol=tolerance, atol=tolerance)
+    expected = theirs(x)[0]
+    for form in FORMS:
+        actual = ours(x, format=form, chunk_size=16)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_fixed_decay_per_head_is_the_lightning_attention_of_minimax():
@@ -270,6 +275,26 @@ def test_both_directions_count_the_token_itself_once(variant):
     alone = both(x.reshape(-1, 1, 12)).view_as(x)
     for form in FORMS:
         torch.testing.assert_close(both(x, format=form) + alone, sides[0] + sides[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("variant", SIGNED)
+def test_two_scans_are_the_mean_of_two_layers(variant):
+    """Without a norm, the second layer having the weights of the second scan; both count the token itself."""
+    options = {"dim": 12, "heads": 2, "output_norm": "none", "short_conv": 0, "token_shift": False}
+    mixer = make(variant, "both", scans=2, prefix_tokens=1, **options)
+    paths = snake_orders(3, 4)
+    x = torch.randn(2, 13, 12, dtype=torch.float64)
+    expected = 0
+    for scan, (order, inverse) in enumerate(paths[: mixer.scans], 1):
+        single = make(variant, "both", prefix_tokens=1, **options)
+        state = mixer.state_dict()
+        own = {name: mixer.variant.weight_name(name.split(".")[0], scan - 1) for name in single.state_dict()}
+        names = {name: ".".join([first, *name.split(".")[1:]]) for name, first in own.items()}
+        single.load_state_dict({name: state.get(names[name], state[name]) for name in names})
+        expected = expected + single(x[:, order], format="attention")[:, inverse] / mixer.scans
+    for form in FORMS:
+        actual = mixer(x, paths=paths, format=form, chunk_size=4)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -15,7 +15,7 @@ DIRECTIONS = ("both", "forward", "backward")
 # Activations of the output gate of a mixer.
 OUTPUT_GATES = ("none", "silu", "sigmoid")
 # Norms of the output of a mixer, see norms.py.
-OUTPUT_NORMS = ("none", "rms", "group_rms", "head_rms", "head_layer")
+OUTPUT_NORMS = ("none", "rms", "head_rms", "head_layer", "group_rms")
 # Options of a mixer that a variant can turn on, with the values that turn them off. None is the value of the heads.
 # Mixers, encoders and configurations read this table; None there means what the variant says.
 MIXER_OPTIONS = {
