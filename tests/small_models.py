@@ -1,8 +1,11 @@
 """Small models of every kind, shared by the tests."""
 
+import re
+
 import torch
 
 import lion_hf
+from lion_hf.nn import variant_class
 from lion_hf.nn.variants import VARIANTS as REGISTRY
 
 
@@ -67,3 +70,25 @@ def spread_decays(model):
             if any(gate in name for gate in GATES) and name.endswith("weight"):
                 parameter.normal_(std=0.5)
     return model
+
+
+def decays_of(model):
+    """Return the names of the parameters that stay float32."""
+    owns = variant_class(model.config.mask_type).float32_weights
+    pattern = re.compile(rf"\.mixer\.({'|'.join(owns)})(_2)?(\.|$)")
+    return {name for name, _ in model.named_parameters() if owns and pattern.search(name)}
+
+
+def record_mixing(model, values, mixed, key_mask=None):
+    """Write what each layer of an encoder mixes, and the result before its norms and gates, to two dicts."""
+    for i, layer in enumerate(model.layers):
+
+        def keep(mixer, arguments, i=i):
+            values[i] = mixer.recurrences(arguments[0], key_mask)[0].value
+
+        def normed(y, gate, i=i, after=layer.mixer._normed):
+            mixed[i] = y
+            return after(y, gate)
+
+        layer.mixer.register_forward_pre_hook(keep)
+        layer.mixer._normed = normed

@@ -4,12 +4,20 @@ import math
 
 import pytest
 import torch
-from small_models import ALL_VARIANTS, FORMS, TEXT_HEADS, spread_decays, text_config, text_inputs
+from small_models import (
+    ALL_VARIANTS,
+    FORMS,
+    TEXT_HEADS,
+    decays_of,
+    record_mixing,
+    spread_decays,
+    text_config,
+    text_inputs,
+)
 from text_models import build, differentiable_sum, inputs_for, labels_for, left_padded
 
 import lion_hf
 from lion_hf.models import modeling_lion as modeling_lion
-from lion_hf.nn import variant_class
 
 
 # ---------------------------------------------------------------------------------------------------------- forms
@@ -193,17 +201,7 @@ def test_attentions_are_the_matrices_that_mix_the_values(mask_type, form):
     model = spread_decays(build(lion_hf.LionModel, mask_type, torch.float64, format=form))
     inputs, values, mixed = text_inputs(), {}, {}
     real = inputs["attention_mask"].bool()
-    for i, layer in enumerate(model.layers):
-
-        def keep(mixer, arguments, i=i):
-            values[i] = mixer.recurrences(arguments[0], real)[0].value
-
-        def normed(y, gate, i=i, after=layer.mixer._normed):
-            mixed[i] = y
-            return after(y, gate)
-
-        layer.mixer.register_forward_pre_hook(keep)
-        layer.mixer._normed = normed
+    record_mixing(model, values, mixed, real)
     plain = model(**inputs)
     of_operator = dict(mixed)
     outputs = model(**inputs, output_attentions=True)
@@ -301,11 +299,6 @@ def test_gradient_checkpointing_changes_no_gradient(form, options):
         torch.testing.assert_close(gradients[1][name], expected, msg=lambda m, name=name: f"{name}: {m}")
     model.gradient_checkpointing_disable()
     assert not model.is_gradient_checkpointing
-
-
-def decays_of(model):
-    owns = [f".mixer.{name}" for name in variant_class(model.config.mask_type).float32_weights]
-    return {name for name, _ in model.named_parameters() if any(own in name for own in owns)}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
