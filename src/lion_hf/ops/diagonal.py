@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .autograd import _fold, _partial, _pushed, _unfold, call_function
+from .autograd import _fold, _no_view, _partial, _pushed, _unfold, call_function
 from .checks import is_abstract, is_exporting, values_can_be_read
 from .chunk import propagate
 from .decays import CUT, FLOOR, Flow, cumulative_sums, differentiable_exp, flow, sum_dtype
@@ -456,7 +456,7 @@ class DiagonalFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):
-        return _forward(*arguments)
+        return _no_view(_forward(*arguments))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
