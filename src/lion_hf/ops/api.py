@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from .attention import differentiable_weights
-from .autograd import lion
-from .backend import fused_kernels, warn_once
+from .autograd import Options, lion
+from .backend import fused_kernels, state_no_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, check_two_sided, is_exporting, makes_graph
 from .general import Inputs, Settings, general
 from .packing import map_sequences
@@ -45,8 +45,8 @@ from .tokens import accumulation_dtype, walks_chunks, without_autocast
 # model 2, AVX512) with `python benchmarks/bench_ops.py --crossover`. The accelerator values apply where the fused
 # kernels do not run, and were measured on an H100 with `python benchmarks/bench_gpu.py autotune`.
 CROSSOVER = {
-    "cpu": {"none": 96, "head": 272, "token": 248},
-    "accelerator": {"none": 0, "head": 512, "token": 256},
+    "cpu": {"none": 96, "head": 272, "token": 248, "channel": 64},
+    "accelerator": {"none": 0, "head": 512, "token": 256, "channel": 64},
 }
 
 
@@ -138,15 +138,24 @@ def two_sided_attention(
             anywhere or `key_mask` holds anything but 0 and 1; and if LION_BACKEND is unknown, or is "triton" and the
             fused kernels do not support the inputs.
     """
-    own_backward = backward_query is not None or backward_key is not None or backward_value is not None
-    same_decay, same_weight = (isinstance(x, str) for x in (backward_log_decay, backward_log_weight))
+    same = all(isinstance(x, str) and x == "same" for x in (backward_log_decay, backward_log_weight))
+    own = diagonal, log_weight, backward_query, backward_key, backward_value
+    if same and direction == "both" and all(x is None for x in own) and normalize in (False, True):
+        constant = log_decay is None or log_decay.dim() == 1  # it does not matter which token a decay belongs to
+        if _fits_lion(query, value, log_decay) and (
+            convention == "left" or (constant and convention in ("entered", "edge"))
+        ):
+            result = "both" if return_denominator else "normalized" if normalize else "numerator"
+            form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
+            return _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result)
+
     forward = Inputs(query, key, value, log_decay, log_weight)
     backward = Inputs(
         query if backward_query is None else backward_query,
         key if backward_key is None else backward_key,
         value if backward_value is None else backward_value,
-        log_decay if same_decay else backward_log_decay,
-        log_weight if same_weight else backward_log_weight,
+        log_decay if isinstance(backward_log_decay, str) else backward_log_decay,
+        log_weight if isinstance(backward_log_weight, str) else backward_log_weight,
     )
     form = check_two_sided(
         forward, backward, (backward_log_decay, backward_log_weight), diagonal, convention, direction, normalize,
@@ -154,29 +163,16 @@ def two_sided_attention(
     )  # fmt: skip
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
+    state_no_kernels(value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    chunk_size = int(chunk_size)  # the check accepts numpy's integers
-    like_lion = (
-        not own_backward
-        and direction == "both"
-        and diagonal is None
-        and forward.log_weight is None
-        and backward.log_weight is None
-        and backward.log_decay is log_decay
-        and (convention == "left" or (convention != "between" and _constant(log_decay)))
-        and (log_decay is None or log_decay.dim() in (1, 3))
-        and normalize in (True, False)
-        and query.shape[1] == value.shape[1]
-    )
-    if like_lion:
-        result = "both" if return_denominator else "normalized" if normalize else "numerator"
-        return _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result)
-
-    settings = Settings(convention, direction, normalize, return_denominator, scale, eps, form, chunk_size)
+    settings = Settings(convention, direction, normalize, return_denominator, scale, eps, form, int(chunk_size))
 
     def run(*tensors, key_mask):
-        ahead, back, given = tensors[:5], tensors[5:10], tensors[10]
-        return general(Inputs(*ahead), Inputs(*back), given, key_mask, settings)
+        ahead, back, given = Inputs(*tensors[:5]), Inputs(*tensors[5:10]), tensors[10]
+        decays = [x for x in (ahead.log_decay, back.log_decay) if x is not None]
+        by_channel = next((x for x in decays if x.dim() in (2, 4)), decays[0] if decays else None)
+        chosen = resolve_format(form, ahead.value.shape[2], value.device, by_channel)
+        return general(ahead, back, given, key_mask, settings._replace(form=chosen))
 
     if cu_seqlens is None:
         return run(*forward, *backward, diagonal, key_mask=key_mask)
@@ -186,13 +182,16 @@ def two_sided_attention(
     return map_sequences(run, cu_seqlens, key_mask, *forward, *backward, diagonal)
 
 
-def _constant(log_decay: Tensor | None) -> bool:
-    """Whether all tokens have the same decay, so that it does not matter to which of them it belongs."""
-    return log_decay is None or log_decay.dim() == 1
+def _fits_lion(query: Tensor, value: Tensor, log_decay: Tensor | None) -> bool:
+    return (log_decay is None or log_decay.dim() in (1, 3)) and query.shape[1:2] == value.shape[1:2]
 
 
 def _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result):
     """Compute LION's own operator, with the fused kernels where they support the inputs."""
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    chunk_size = int(chunk_size)  # the check accepts numpy's integers
     kernels = fused_kernels(form, query, key, value, log_decay)
     if kernels is not None:
         with without_autocast(query.device):
@@ -270,11 +269,12 @@ def bidirectional_linear_attention(
             `check_values`, if `log_decay` is positive or NaN anywhere or `key_mask` holds anything but 0 and 1; and if
             LION_BACKEND is unknown, or is "triton" and the fused kernels do not support the inputs.
     """
-    form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
+    if not _fits_lion(query, value, log_decay):  # raises an error
+        check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
     return two_sided_attention(
         query, key, value, log_decay, normalize=bool(normalize), return_denominator=return_denominator,
-        key_mask=key_mask, cu_seqlens=cu_seqlens, scale=scale, eps=eps, format=form, chunk_size=chunk_size,
-        check_values=False,
+        key_mask=key_mask, cu_seqlens=cu_seqlens, scale=scale, eps=eps, format=format, chunk_size=chunk_size,
+        check_values=check_values,
     )  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def _run_form(
         form = "rnn"
     decays = () if log_decay is None else (log_decay,)
     with without_autocast(query.device):
-        output = lion(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
+        output = lion(query, key, value, key_mask, Options(form, chunk_size, scale, result, eps), *decays)
         return output if result == "both" else output.to(value.dtype)
 
 
@@ -310,7 +310,7 @@ def resolve_format(format: str, length: int, device: torch.device, log_decay: Te
         format: "attention", "rnn", "chunk" or "auto", in lower case.
         length: number of tokens.
         device: device of the inputs.
-        log_decay: None, (heads,) or (batch, heads, length); only its number of dimensions matters.
+        log_decay: None or any log-decay of `two_sided_attention`; only its number of dimensions matters.
 
     Returns:
         "attention" or "chunk" for "auto", otherwise `format`.
@@ -323,7 +323,7 @@ def resolve_format(format: str, length: int, device: torch.device, log_decay: Te
             "export for linear time at one fixed length."
         )
         return "attention"
-    kind = "none" if log_decay is None else "head" if log_decay.dim() == 1 else "token"
+    kind = "none" if log_decay is None else ("head", "channel", "token", "channel")[log_decay.dim() - 1]
     return "attention" if length <= CROSSOVER["cpu" if device.type == "cpu" else "accelerator"][kind] else "chunk"
 
 
