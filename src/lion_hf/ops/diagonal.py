@@ -14,53 +14,79 @@ and 2 log2(K) + 4 multiplications by decays for each token and channel of query 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .autograd import _fold, _no_view, _partial, _pushed, _unfold, call_function
-from .checks import is_abstract, is_exporting, values_can_be_read
+from .checks import is_abstract, is_exporting
 from .chunk import propagate
 from .decays import CUT, FLOOR, Flow, cumulative_sums, differentiable_exp, flow, sum_dtype
-from .diagonal_walk import Inputs, add_state, copied, directions, joined_chunks, strongest, walk_backward, walk_forward
+from .diagonal_walk import Inputs, add_state, copied, joined_chunks, strongest, walk_backward, walk_forward
 from .halving import (
     FACTOR_CUT,
     Blocks,
     Gradients,
-    channel_decays,
-    closed,
+    Rules,
+    decays_and_products,
     inner_gradients,
     inner_output,
-    ones,
     small_masks,
 )
-from .tokens import ALL, without_autocast
+from .tokens import without_autocast
 
 
 SIDES = {False: (False,), True: (True,), None: (False, True)}
 
 
-def diagonal_scan(
-    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, *, reverse: bool | None, form: str, chunk_size: int
-) -> Tensor:
-    """Return n_i = sum_j sum_c q_ic k_jc exp(sum of the gates of channel c of the tokens strictly between i and j) v_j.
+class Options(NamedTuple):
+    """The arguments of `diagonal_scan` that are not tensors."""
 
-    The sum is over all j < i; over all j > i if `reverse`; over all j != i if it is None.
+    reverse: bool | None
+    form: str
+    chunk_size: int
+    shares: tuple[float, float]
+    scale: float
+
+
+def diagonal_scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gates: Tensor,
+    own: Tensor | None = None,
+    *,
+    reverse: bool | None,
+    form: str,
+    chunk_size: int,
+    shares: tuple[float, float] = (0.0, 0.0),
+    scale: float = 1.0,
+) -> Tensor:
+    """Return n_i = s sum_j sum_c q_ic k_jc w_ijc v_j, plus s own_i sum_c q_ic k_ic v_i if `own` is given.
+
+    w_ijc is the exponential of the sum of the gates of channel c of the tokens strictly between i and j, of a share of
+    the gate of i, and of a share of the gate of j. The sum is over all j < i; over all j > i if `reverse`; over all
+    j != i if it is None.
 
     Args:
         query: (batch, heads, length, head_dim), in the accumulation dtype, float32 or float64.
         key: the same.
         value: (batch, heads, length, value_dim), in the same dtype.
         gates: (batch or 1, heads, length, head_dim), <= 0, -inf is allowed. They may be expanded over the tokens.
+        own: (batch or 1, heads, length), in the same dtype, the weight with which a token reads itself.
         reverse: which side is read.
         form: "attention", "chunk" or "rnn". In graphs all of them are the chunk form.
         chunk_size: maximum number of tokens per chunk; chunks have the largest power of two below it.
+        shares: the shares of i, which reads, and of j, which writes: (0, 0), (0, 1), (1, 0), (1, 1) or (0.5, 0.5).
+        scale: s.
 
     Returns:
         (batch, heads, length, value_dim), in the dtype of `value`.
     """
-    functions = _forward, DiagonalFunction, _TransformableFunction
-    return call_function(*functions, query, key, value, gates, (reverse, form, chunk_size))
+    functions, tensors = (_forward, DiagonalFunction, _TransformableFunction), (query, key, value, gates)
+    tensors = tensors if own is None else (*tensors, own)
+    return call_function(*functions, *tensors, Options(reverse, form, chunk_size, shares, scale))
 
 
 def chunk_tokens(form: str, length: int | None, chunk_size: int, backward: bool = False) -> int:
@@ -74,31 +100,41 @@ def chunk_tokens(form: str, length: int | None, chunk_size: int, backward: bool 
     return enough if form == "attention" else min(size, enough)
 
 
-def _forward(query, key, value, gates, options):
-    reverse, form, chunk_size = options
-    x, sides = Inputs(query, key, value, gates), SIDES[reverse]
-    with without_autocast(query.device):
-        if not is_abstract(query) and (query.numel() == 0 or value.numel() == 0):
-            return torch.zeros_like(value)
-        size = chunk_tokens(form, _length(query), chunk_size)
-        return walk_forward(x, sides, size) if _walks(query, form) else _forward_at_once(x, sides, size)
+def _forward(*arguments):
+    *tensors, options = arguments
+    x = Inputs.of(*tensors)
+    with without_autocast(x.query.device):
+        if _is_empty(x):
+            return torch.zeros_like(x.value)
+        size = chunk_tokens(options.form, _length(x.query), options.chunk_size)
+        run = walk_forward if _walks(x.query, options.form) else _forward_at_once
+        return run(x, _rules(x, options, size), size, options.scale)
 
 
-def _gradients(query, key, value, gates, dy, options):
-    """Return the gradients of query, key, value and gates."""
-    reverse, form, chunk_size = options
-    x, sides = Inputs(query, key, value, gates, dy.to(value.dtype)), SIDES[reverse]
-    with without_autocast(query.device):
-        if not is_abstract(query) and (query.numel() == 0 or value.numel() == 0):
-            return tuple(torch.zeros_like(t) for t in x[:4])
-        size = chunk_tokens(form, _length(query), chunk_size, backward=True)
-        *grads, dgates = (walk_backward if _walks(query, form) else _gradients_at_once)(x, sides, size)
-        if gates.shape[0] < query.shape[0]:
-            dgates = dgates.sum(0, keepdim=True)
-        dgates = dgates.to(gates.dtype)
-        if not (values_can_be_read(gates) and bool(gates.amin() > FACTOR_CUT[query.dtype] + 1)):  # none is closed
-            dgates = torch.where(closed(gates, query.dtype), 0, dgates)
-    return *grads, dgates
+def _gradients(*arguments):
+    """Return the gradients of query, key, value, gates and, if they are given, of `own`."""
+    *tensors, dy, options = arguments
+    x = Inputs.of(*tensors)._replace(dy=dy.to(tensors[2].dtype))
+    with without_autocast(x.query.device):
+        if _is_empty(x):
+            return tuple(torch.zeros_like(t) for t in tensors)
+        size = chunk_tokens(options.form, _length(x.query), options.chunk_size, backward=True)
+        run = walk_backward if _walks(x.query, options.form) else _gradients_at_once
+        grads = list(run(x, _rules(x, options, size), size, options.scale))
+    if len(tensors) > 4:
+        grads[4] = grads[4].squeeze(-1)
+    for i, t in enumerate(tensors[3:], 3):
+        grads[i] = (grads[i].sum(0, keepdim=True) if t.shape[0] < x.query.shape[0] else grads[i]).to(t.dtype)
+    return tuple(grads)
+
+
+def _is_empty(x: Inputs) -> bool:
+    return not is_abstract(x.query) and (x.query.numel() == 0 or x.value.numel() == 0)
+
+
+def _rules(x: Inputs, options: Options, size: int) -> Rules:
+    sides = SIDES[options.reverse]
+    return Rules(sides, options.shares, small_masks(size, sides, x.query))
 
 
 def _length(query: Tensor) -> int | None:
@@ -149,33 +185,39 @@ def _propagated(update: Tensor, sums: Tensor, reverse: bool) -> Tensor:
 # ------------------------------------------------------------------------------------------------ all chunks at once
 
 
-def _forward_at_once(x: Inputs, sides, size: int) -> Tensor:
+def _blocks(x: Tensor | None) -> Blocks | None:
+    return None if x is None else Blocks(x)
+
+
+def _forward_at_once(x: Inputs, rules: Rules, size: int, scale: float) -> Tensor:
     """Compute all chunks at once, from operators of which autograd knows derivatives of any order."""
     shape, length = x.query.shape[:2], x.query.shape[2]
-    q, k, v, gates, _ = x.chunks(ALL, size)
-    decays, masks = channel_decays(gates, q.dtype), small_masks(size, sides, q)
-    y, level = inner_output(Blocks(q), Blocks(k), Blocks(v), decays, masks, sides)
+    q, k, v, gates, own, _ = x.chunks(size)
+    decays, products = decays_and_products(gates, q.dtype, rules)
+    y, level = inner_output(*map(Blocks, (q, k, v)), decays, _blocks(own), rules, products, in_place=False)
     if is_abstract(q) or length > size:
-        for reverse in sides:
-            write, read = directions(level, reverse)
+        for reverse in rules.sides:
+            write, read = level.directions(reverse, rules.shares)
             state, _ = _at_once(write, k, v, level.total, gates, shape, reverse)
             y = y + torch.bmm(q * read, state)
-    return joined_chunks(y, x.value)
+    return joined_chunks(y if scale == 1 else y * scale, x.value)
 
 
-def _gradients_at_once(x: Inputs, sides, size: int) -> tuple[Tensor, ...]:
+def _gradients_at_once(x: Inputs, rules: Rules, size: int, scale: float) -> tuple[Tensor, ...]:
     shape, length = x.query.shape[:2], x.query.shape[2]
-    part = x.chunks(ALL, size)
-    q, k, v, gates, dy = part
-    sums, decays, masks = Gradients(q, k, v), channel_decays(gates, q.dtype), small_masks(size, sides, q)
-    level = inner_gradients(*map(Blocks, (q, k, v, dy)), decays, masks, sides, ones(q), sums)
+    part = x.chunks(size)
+    part = part if scale == 1 else part._replace(dy=part.dy * scale)
+    q, k, v, gates, own, dy = part
+    decays, products = decays_and_products(gates, q.dtype, rules)
+    sums = Gradients(q, k, v)
+    level = inner_gradients(*map(Blocks, (q, k, v, dy)), decays, _blocks(own), rules, products, sums)
     if is_abstract(q) or length > size:
-        for reverse in sides:
-            write, read = directions(level, reverse)
+        for reverse in rules.sides:
+            directions = write, read = level.directions(reverse, rules.shares)
             state, crossing = _at_once(write, k, v, level.total, gates, shape, reverse)
             dstate, _ = _at_once(read, q, dy, level.total, gates, shape, not reverse)
-            add_state(sums, part, level, state, dstate, crossing, reverse)
-    return tuple(joined_chunks(t, x.query) for t in sums.results(q, k))
+            add_state(sums, part, directions, state, dstate, crossing, reverse)
+    return tuple(joined_chunks(t, x.query) for t in sums.results(q, k, rules, decays.x == 0))
 
 
 # ------------------------------------------------------------------------------------------------ autograd
@@ -239,32 +281,40 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        grads = _Gradient.apply(*_folded(info.batch_size, in_dims, inputs))
-        *grads, dgates = (_unfold(x, info.batch_size) for x in grads)
-        shared = inputs[3].movedim(in_dims[3] or 0, 0).shape[0 if in_dims[3] is None else 1] < dgates.shape[1]
-        return (*grads, dgates.sum(1, keepdim=True) if shared else dgates), (0, 0, 0, 0)
+        grads = [_unfold(x, info.batch_size) for x in _Gradient.apply(*_folded(info.batch_size, in_dims, inputs))]
+        batch = grads[0].shape[1]
+        for i in range(3, len(grads)):  # `_folded` expands what is shared by the rows of the batch
+            if _rows(inputs[i], in_dims[i]) < batch:
+                grads[i] = grads[i].sum(1, keepdim=True)
+        return tuple(grads), (0,) * len(grads)
+
+
+def _rows(x: Tensor, dim: int | None) -> int:
+    """Return the size of the batch of a tensor, of which torch.vmap maps over the dimension `dim`."""
+    return x.shape[0] if dim is None else x.movedim(dim, 0).shape[1]
 
 
 def _folded(size: int, dims, inputs) -> list:
-    """Return the inputs with the dimensions that torch.vmap maps over in the batch, which gates get too."""
-    query, key, value, gates, *dy, options = inputs
-    batch = query.shape[0] if dims[0] is None else query.movedim(dims[0], 0).shape[1]
-    if dims[3] is None:
-        gates, place = gates.expand(batch, -1, -1, -1), None
-    else:
-        gates, place = gates.movedim(dims[3], 0).expand(-1, batch, -1, -1, -1), 0
-    tensors, places = (query, key, value, gates, *dy), (*dims[:3], place, *dims[4:-1])
-    return [*(_fold(x, dim, size) for x, dim in zip(tensors, places, strict=True)), options]
+    """Return the inputs with the dimensions that torch.vmap maps over in the batch."""
+    *tensors, options = inputs
+    batch = _rows(tensors[0], dims[0])
+    folded = []
+    for x, dim in zip(tensors, dims[:-1], strict=True):
+        x = x if dim is None else x.movedim(dim, 0)
+        x = x.expand(*(() if dim is None else (-1,)), batch, *(-1,) * (x.dim() - (1 if dim is None else 2)))
+        folded.append(_fold(x, None if dim is None else 0, size))
+    return [*folded, options]
 
 
-def _composed(query, key, value, gates, options) -> Tensor:
-    reverse, _, chunk_size = options
-    with without_autocast(query.device):
-        size = chunk_tokens("chunk", _length(query), chunk_size)
-        return _forward_at_once(Inputs(query, key, value, gates), SIDES[reverse], size)
+def _composed(*arguments) -> Tensor:
+    *tensors, options = arguments
+    x = Inputs.of(*tensors)
+    with without_autocast(x.query.device):
+        size = chunk_tokens("chunk", _length(x.query), options.chunk_size)
+        return _forward_at_once(x, _rules(x, options, size), size, options.scale)
 
 
-def _composed_gradients(query, key, value, gates, dy, options):
-    arguments = query, key, value, gates, options
-    _, pull = torch.func.vjp(*_partial(_composed, arguments, range(4)))
+def _composed_gradients(*arguments):
+    *tensors, dy, options = arguments
+    _, pull = torch.func.vjp(*_partial(_composed, (*tensors, options), range(len(tensors))))
     return pull(dy)

@@ -80,6 +80,19 @@ def joined(left: Tensor, right: Tensor, tokens: int) -> Tensor:
     return torch.stack((left, right), 1).reshape(-1, tokens, left.shape[-1])
 
 
+class Rules(NamedTuple):
+    """What is the same in all chunks of a call."""
+
+    sides: tuple[bool, ...]  # False if queries read keys on their left, True if they read keys on their right
+    shares: tuple[float, float]  # the powers, 0, 1/2 or 1, of its own decay with which a token reads, and writes
+    masks: list[Tensor]  # `small_masks`
+
+    @property
+    def halved(self) -> bool:
+        """Whether a token reads and writes with the root of its own decay. It is then a factor of all products."""
+        return self.shares == (0.5, 0.5)
+
+
 class Level(NamedTuple):
     """The products of decays in blocks of h tokens."""
 
@@ -87,21 +100,36 @@ class Level(NamedTuple):
     before: Blocks  # (N, K, D), the decays from the first token of its block up to, but not including, a token
     after: Blocks  # (N, K, D), the decays from the token after it to the last token of its block
     total: Tensor  # (N K / h, D), all decays of a block
+    decays: Blocks  # (N, K, D)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Return the factors of the left and of the right halves of blocks of 2h tokens."""
-        return self.after.halves(self.size)[0], self.before.halves(self.size)[1]
+    def factor(self, half: int, share: float) -> Tensor:
+        """Return the factors of the left (0) or right (1) halves of blocks of 2h tokens, with a share of each token."""
+        x = (self.after, self.before)[half].halves(self.size)[half]
+        return cut(x * self.decays.halves(self.size)[half]) if share == 1 else x
+
+    def small_factor(self, block: int, share: float) -> Tensor | None:
+        """Return the factors of both halves, joined to small blocks. None is 1."""
+        if self.size == 1 and share != 0.5:
+            return self.decays.of(block) if share == 1 else None
+        x = joined(self.after.halves(self.size)[0], self.before.halves(self.size)[1], block)
+        return cut(x * self.decays.of(block)) if share == 1 else x
+
+    def directions(self, reverse: bool, shares: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """Return the factors with which keys are written to the state of a side, and with which queries read it."""
+        write, read = (self.before, self.after) if reverse else (self.after, self.before)
+        factors = zip((write, read), reversed(shares), strict=True)
+        return tuple(cut(x.x * self.decays.x) if share == 1 else x.x for x, share in factors)
 
 
-def levels(decays: Tensor, before: Blocks, after: Blocks, in_place: bool) -> Iterator[Level]:
+def levels(decays: Blocks, before: Blocks, after: Blocks, in_place: bool) -> Iterator[Level]:
     """Yield the levels of h = 1, 2, 4, ..., K tokens of chunks with decays (N, K, D).
 
-    `before` and `after` are filled with 1. With `in_place` they are overwritten, level by level.
+    `before` and `after` are `products` at first. With `in_place` they are overwritten, level by level.
     """
-    tokens, width, size = *decays.shape[-2:], 1
-    total = decays.reshape(-1, width)
+    tokens, width, size = *decays.x.shape[-2:], 1
+    total = decays.x.reshape(-1, width)
     while True:
-        yield Level(size, before, after, total)
+        yield Level(size, before, after, total, decays)
         if size == tokens:
             return
         left, right = total.reshape(-1, 2, 1, width).unbind(1)
@@ -117,14 +145,17 @@ def levels(decays: Tensor, before: Blocks, after: Blocks, in_place: bool) -> Ite
         size *= 2
 
 
-def ones(like: Tensor) -> tuple[Blocks, Blocks]:
-    return Blocks(torch.ones_like(like)), Blocks(torch.ones_like(like))
+def decays_and_products(gates: Tensor, dtype: torch.dtype, rules: Rules) -> tuple[Blocks, tuple[Blocks, Blocks]]:
+    """Return the decays of gates (N, K, D), and the products `before` and `after` of blocks of one token."""
+    decays = channel_decays(gates, dtype)
+    single = channel_decays(gates / 2, dtype) if rules.halved else torch.ones_like(decays)
+    return Blocks(decays), (Blocks(single), Blocks(single.clone()))
 
 
 def small_masks(tokens: int, sides: tuple[bool, ...], like: Tensor) -> list[Tensor]:
     """Return which pairs (query, key) of a small block meet at the levels below its size, as matrices of 0 and 1.
 
-    `sides` has False if queries read keys on their left, True if they read keys on their right.
+    The last one is the identity matrix, of the pairs of a token and itself.
     """
     block, masks, size = min(SMALL, tokens), [], 1
     while size < block:
@@ -134,42 +165,58 @@ def small_masks(tokens: int, sides: tuple[bool, ...], like: Tensor) -> list[Tens
         right_reads = near * odd.unsqueeze(-1) * even
         masks.append(sum(right_reads.T if reverse else right_reads for reverse in sides))
         size *= 2
-    return masks
+    return [*masks, torch.eye(block, dtype=like.dtype, device=like.device)]
 
 
-def _small_operands(q: Blocks, k: Blocks, level: Level, block: int) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Return the factors of a level in small blocks, None for 1, and small blocks of q and k times them."""
-    if level.size == 1:
-        return None, q.of(block), k.of(block)
-    factor = joined(*level.factors(), block)
-    return factor, q.of(block) * factor, k.of(block) * factor
+class _Small(NamedTuple):
+    """The queries and keys of a level in small blocks, times their factors; a factor of None is 1."""
+
+    factors: tuple[Tensor | None, Tensor | None]
+    query: Tensor
+    key: Tensor
+
+    @classmethod
+    def make(cls, q: Blocks, k: Blocks, level: Level, block: int, shares: tuple[float, float]) -> "_Small":
+        read = level.small_factor(block, shares[0])
+        write = read if shares[0] == shares[1] else level.small_factor(block, shares[1])
+        q, k = (x.of(block) if f is None else x.of(block) * f for x, f in ((q, read), (k, write)))
+        return cls((read, write), q, k)
+
+    def scores(self) -> Tensor:
+        return torch.bmm(self.query, self.key.transpose(1, 2))
 
 
 def inner_output(
-    q: Blocks, k: Blocks, v: Blocks, decays: Tensor, masks: list[Tensor], sides, products=None
+    q: Blocks, k: Blocks, v: Blocks, decays: Blocks, own: Blocks | None, rules: Rules, products, in_place: bool
 ) -> tuple[Tensor, Level]:
     """Return what the tokens of chunks read inside their chunk, (N, K, V), and the level of whole chunks.
 
-    q and k are (N, K, D), v is (N, K, V), decays are (N, K, D). `products` are two tensors of 1 like them that may be
-    changed. Without them nothing changes in place, as autograd needs it.
+    q and k are (N, K, D), v is (N, K, V), decays are (N, K, D). `own` (N, K, 1) are the weights with which tokens read
+    themselves. `products` are those of blocks of one token. They change if `in_place`. Otherwise nothing changes in
+    place, as autograd needs it.
     """
-    tokens, width, in_place = *v.x.shape[1:], products is not None
+    tokens, width = v.x.shape[1:]
     block, scores, y = min(SMALL, tokens), None, None
-    for level in levels(decays, *(products or ones(decays)), in_place):
+    if own is not None:
+        itself = torch.bmm(q.of(block), k.of(block).transpose(1, 2))
+        scores = itself * (own.of(block) * rules.masks[-1])
+    for level in levels(decays, *products, in_place):
         size = level.size
+        if size >= block and y is None and scores is not None:
+            y = Blocks(torch.bmm(scores, v.of(block)).reshape(-1, tokens, width))
         if size == tokens:
             break
         if size < block:
-            _, a, b = _small_operands(q, k, level, block)
-            small = torch.bmm(a, b.transpose(1, 2)) * masks[size.bit_length() - 1]
+            part = _Small.make(q, k, level, block, rules.shares)
+            plain = own is not None and part.factors == (None, None)
+            small = (itself if plain else part.scores()) * rules.masks[size.bit_length() - 1]
             scores = small if scores is None else scores + small
-            if 2 * size == block:
-                y = Blocks(torch.bmm(scores, v.of(block)).reshape(-1, tokens, width))
             continue
-        factors, read = level.factors(), [None, None]
-        for reverse in sides:
+        read = [None, None]
+        for reverse in rules.sides:
             here, there = (0, 1) if reverse else (1, 0)
-            a, b = q.halves(size)[here] * factors[here], k.halves(size)[there] * factors[there]
+            a = q.halves(size)[here] * level.factor(here, rules.shares[0])
+            b = k.halves(size)[there] * level.factor(there, rules.shares[1])
             read[here] = torch.bmm(torch.bmm(a, b.transpose(1, 2)), v.halves(size)[there])
             if in_place:
                 y.halves(size)[here].add_(read[here])
@@ -192,6 +239,7 @@ class Gradients:
         self.dk = [Blocks(torch.zeros_like(k)), Blocks(torch.zeros_like(k))]
         self.dv = Blocks(torch.zeros_like(v))
         self.dtotal = 0  # (N, 1, D)
+        self.itself = None  # of what tokens read from themselves: of their weight, and of their score, (N, K, 1)
         tokens = q.shape[1]
         self.later = torch.ones(tokens, tokens, dtype=q.dtype, device=q.device).triu_(1)
 
@@ -200,49 +248,90 @@ class Gradients:
             x.x.zero_()
         self.dtotal = 0
 
-    def results(self, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of q, k, v and the gates. The sums are lost."""
-        # Gate t is a summand of e_i (exclusive sum) for i > t and of f_i (inclusive sum) for i >= t.
+    def results(self, q: Tensor, k: Tensor, rules: Rules, closed: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the gradients of q, k, v, the gates and, if there are any, the weights `own`. The sums are lost.
+
+        `closed` says which decays were set to 0.
+        """
+        # Gate t is a summand of e_i (exclusive sum) for i > t and of f_i (inclusive sum) for i >= t. The exponent of
+        # `before` is e_i, or f_i with the gate of the token itself. That of `after` is - f_i, or - e_i with this gate.
         (dq_after, dq_before), (dk_after, dk_before) = ([x.x for x in pair] for pair in (self.dq, self.dk))
-        df = (q * dq_after).addcmul_(k, dk_after).neg_()
-        both = (q * dq_before).addcmul_(k, dk_before).add_(df)
-        dgates = torch.matmul(self.later, both).add_(df).add_(self.dtotal)
-        return dq_after.add_(dq_before), dk_after.add_(dk_before), self.dv.x, dgates
+        inclusive, exclusive = [], []
+        for x, after, before, share in zip(
+            (q, k), (dq_after, dk_after), (dq_before, dk_before), rules.shares, strict=True
+        ):
+            terms = (x, after, -1), (x, before, 1)
+            inclusive.append(terms[share == 1])
+            exclusive.append(terms[share != 1])
+        df = _signed(*inclusive)
+        both = _signed(*exclusive).add_(df)
+        dgates = torch.matmul(self.later, both).add_(self.dtotal)
+        if rules.halved:  # half of the gate of the token itself is in every exponent
+            dgates.add_(both, alpha=0.5)
+            if closed is not None:  # it may be read by itself where the decay is 0, but not its root
+                dgates = torch.where(closed, (both / 2).sub_(df), dgates)
+        else:
+            dgates = dgates.add_(df) if closed is None else torch.where(closed, 0, dgates.add_(df))
+        dq, dk = dq_after.add_(dq_before), dk_after.add_(dk_before)
+        if self.itself is None:
+            return dq, dk, self.dv.x, dgates
+        down, dscore = self.itself
+        return dq.addcmul_(k, dscore), dk.addcmul_(q, dscore), self.dv.x, dgates, down
+
+
+def _signed(first, second) -> Tensor:
+    """Return the sum of two products, (factor, factor, sign) each."""
+    (a, b, sign), (c, d, other) = first, second
+    y = a * b
+    return (y.neg_() if sign < 0 else y).addcmul_(c, d, value=other)
 
 
 def inner_gradients(
-    q: Blocks, k: Blocks, v: Blocks, dy: Blocks, decays: Tensor, masks: list[Tensor], sides, products, sums: Gradients
+    q: Blocks,
+    k: Blocks,
+    v: Blocks,
+    dy: Blocks,
+    decays: Blocks,
+    own: Blocks | None,
+    rules: Rules,
+    products,
+    sums: Gradients,
 ) -> Level:
     """Add the gradients of `inner_output` to sums that are 0, and return the level of whole chunks."""
-    tokens, scores = q.x.shape[1], None
+    tokens, scores, itself = q.x.shape[1], None, None
     block = min(SMALL, tokens)
-    dpairs = torch.bmm(dy.of(block), v.of(block).transpose(1, 2)) if tokens > 1 else None
+    dpairs = torch.bmm(dy.of(block), v.of(block).transpose(1, 2)) if tokens > 1 or own is not None else None
+    if own is not None:
+        itself = torch.bmm(q.of(block), k.of(block).transpose(1, 2))
+        scores = itself * (own.of(block) * rules.masks[-1])
+        dscore, score = (x.diagonal(dim1=1, dim2=2).reshape(-1, tokens, 1) for x in (dpairs, itself))
+        sums.itself = dscore * score, dscore * own.x
     for level in levels(decays, *products, in_place=True):
         size = level.size
+        if size == block and scores is not None:
+            sums.dv.of(block).add_(torch.bmm(scores.transpose(1, 2), dy.of(block)))
         if size == tokens:
             break
         if size < block:
-            factor, a, b = _small_operands(q, k, level, block)
-            mask = masks[size.bit_length() - 1]
-            small = torch.bmm(a, b.transpose(1, 2)).mul_(mask)
+            part = _Small.make(q, k, level, block, rules.shares)
+            mask = rules.masks[size.bit_length() - 1]
+            small = (part.scores() if itself is None or part.factors != (None, None) else itself) * mask
             scores = small if scores is None else scores.add_(small)
             dscores = dpairs * mask
-            da, db = torch.bmm(dscores, b), torch.bmm(dscores.transpose(1, 2), a)
-            da, db = (Blocks(x if factor is None else x.mul_(factor)) for x in (da, db))
+            da, db = torch.bmm(dscores, part.key), torch.bmm(dscores.transpose(1, 2), part.query)
+            da, db = (Blocks(x if f is None else x.mul_(f)) for x, f in zip((da, db), part.factors, strict=True))
             for half in (0, 1):
                 sums.dq[half].halves(size)[half].add_(da.halves(size)[half])
                 sums.dk[half].halves(size)[half].add_(db.halves(size)[half])
-            if 2 * size == block:
-                sums.dv.of(block).add_(torch.bmm(scores.transpose(1, 2), dy.of(block)))
             continue
-        factors = level.factors()
-        for reverse in sides:
+        for reverse in rules.sides:
             here, there = (0, 1) if reverse else (1, 0)
-            a, b = q.halves(size)[here] * factors[here], k.halves(size)[there] * factors[there]
+            read, write = level.factor(here, rules.shares[0]), level.factor(there, rules.shares[1])
+            a, b = q.halves(size)[here] * read, k.halves(size)[there] * write
             above = dy.halves(size)[here]
-            scores = torch.bmm(a, b.transpose(1, 2))
+            inside = torch.bmm(a, b.transpose(1, 2))
             dscores = torch.bmm(above, v.halves(size)[there].transpose(1, 2))
-            sums.dv.halves(size)[there].add_(torch.bmm(scores.transpose(1, 2), above))
-            sums.dq[here].halves(size)[here].addcmul_(torch.bmm(dscores, b), factors[here])
-            sums.dk[there].halves(size)[there].addcmul_(torch.bmm(dscores.transpose(1, 2), a), factors[there])
+            sums.dv.halves(size)[there].add_(torch.bmm(inside.transpose(1, 2), above))
+            sums.dq[here].halves(size)[here].addcmul_(torch.bmm(dscores, b), read)
+            sums.dk[there].halves(size)[there].addcmul_(torch.bmm(dscores.transpose(1, 2), a), write)
     return level
