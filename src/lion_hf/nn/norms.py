@@ -31,8 +31,10 @@ class OutputNorm(nn.Module):
         y = at_least_float32(x)
         if self.parts > 1:
             y = y.unflatten(-1, (self.parts, -1))
-        norm = F.layer_norm if self.kind == "head_layer" else F.rms_norm
-        y = norm(y, y.shape[-1:], eps=self.eps)
+        if self.kind == "head_layer":
+            y = F.layer_norm(y, y.shape[-1:], eps=self.eps)
+        else:  # not F.rms_norm, which has no form in ONNX before opset 23
+            y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return (y.flatten(2) if self.parts > 1 else y).mul(self.weight).to(x.dtype)
 
     def extra_repr(self) -> str:
