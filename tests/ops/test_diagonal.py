@@ -24,12 +24,21 @@ SIDES = {False: (False,), True: (True,), None: (False, True)}
 HEADS, WIDTH, VALUES = 2, 3, 4
 
 
-def defined(query, key, value, gates, reverse):
+SHARES = ((0.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 1.0), (0.5, 0.5))
+
+
+def defined(query, key, value, gates, own=None, *, reverse, shares=(0.0, 0.0), scale=1.0):
     """Compute the operator from the weights of all pairs and channels."""
     gates = gates.clamp(min=-746.0)
-    zero = torch.zeros_like(gates)
-    sides = [Side(gates, zero, zero, side) for side in SIDES[reverse]]
-    return sum(torch.matmul(dense_scores(query, key, side), value) for side in sides)
+    sides = [Side(gates, shares[0] * gates, shares[1] * gates, side) for side in SIDES[reverse]]
+    y = sum(torch.matmul(dense_scores(query, key, side), value) for side in sides)
+    return scale * (y if own is None else y + (own * (query * key).sum(-1)).unsqueeze(-1) * value)
+
+
+def weights(batch, length, dtype=torch.float64):
+    """Return weights with which tokens read themselves, some of them 0."""
+    own = torch.randn(batch, HEADS, length, generator=torch.Generator().manual_seed(length), dtype=dtype)
+    return own.masked_fill(own < -1, 0).requires_grad_()
 
 
 def operands(seed, batch, length, shared=False, constant=False, dtype=torch.float64, width=WIDTH, values=VALUES):
@@ -67,21 +76,24 @@ def problems(draw):
     return (
         draw(st.integers(0, 1000)), draw(st.integers(1, 3)), length, draw(st.booleans()), draw(st.booleans()),
         chunk_size, draw(st.sampled_from(FORMS)), draw(st.sampled_from((False, True, None))), draw(st.booleans()),
+        draw(st.sampled_from(SHARES)), draw(st.sampled_from((None, 1, 0))), draw(st.sampled_from((1.0, 0.3))),
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(problems())
 def test_forms_equal_the_definition_with_every_gradient(problem):
-    seed, batch, length, shared, constant, chunk_size, form, reverse, one_by_one = problem
+    seed, batch, length, shared, constant, chunk_size, form, reverse, one_by_one, shares, rows, scale = problem
     tensors, d_out = operands(seed, batch, length, shared, constant)
+    tensors += [] if rows is None else [weights(rows or batch, length)]
+    options = {"reverse": reverse, "shares": shares, "scale": scale}
 
-    def run(query, key, value, gates):
+    def run(query, key, value, gates, *own):
         gates = gates.expand(-1, -1, length, -1)
-        return diagonal_scan(query, key, value, gates, reverse=reverse, form=form, chunk_size=chunk_size)
+        return diagonal_scan(query, key, value, gates, *own, form=form, chunk_size=chunk_size, **options)
 
-    def define(query, key, value, gates):
-        return defined(query, key, value, gates.expand(-1, -1, length, -1), reverse)
+    def define(query, key, value, gates, *own):
+        return defined(query, key, value, gates.expand(-1, -1, length, -1), *own, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         if one_by_one:  # a chunk of one row of the batch at a time
@@ -95,25 +107,31 @@ def test_forms_equal_the_definition_with_every_gradient(problem):
 def test_all_chunks_at_once_equal_the_definition(monkeypatch, length, chunk_size, reverse):
     """As on accelerators and in graphs."""
     monkeypatch.setattr(diagonal, "_walks", lambda query, form: False)
-    for shared in (False, True):
+    for shared, shares in itertools.product((False, True), SHARES):
         tensors, d_out = operands(length, 2, length, shared)
+        tensors += [weights(1 if shared else 2, length)] if shares[0] else []
+        options = {"reverse": reverse, "shares": shares, "scale": 2.0}
 
-        def run(*tensors):
-            return diagonal_scan(*tensors, reverse=reverse, form="chunk", chunk_size=chunk_size)
+        def run(*tensors, options=options):
+            return diagonal_scan(*tensors, form="chunk", chunk_size=chunk_size, **options)
 
-        expected = results(lambda *tensors: defined(*tensors, reverse), tensors, d_out)
-        assert_close(results(run, tensors, d_out), expected)
+        def define(*tensors, options=options):
+            return defined(*tensors, **options)
+
+        assert_close(results(run, tensors, d_out), results(define, tensors, d_out))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_single_precision_is_close_to_double(form):
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
+def test_single_precision_is_close_to_double(form, shares):
     tensors, d_out = operands(0, 1, 150, width=16)
     with torch.no_grad():
         tensors[3].clamp_(min=-5)
+    tensors.append(weights(1, 150))
     single = [x.detach().float().requires_grad_() for x in tensors]
 
     def run(*tensors):
-        return diagonal_scan(*tensors, reverse=None, form=form, chunk_size=16)
+        return diagonal_scan(*tensors, reverse=None, form=form, chunk_size=16, shares=shares)
 
     actual, expected = results(run, single, d_out.float()), results(run, tensors, d_out)
     for a, b in zip(actual, expected, strict=True):
@@ -222,7 +240,8 @@ def test_nothing_that_is_computed_is_denormal(form, at_once, monkeypatch):
     if at_once:
         monkeypatch.setattr(diagonal, "_walks", lambda query, form: False)
     length = 101
-    for small, keys, rows in itertools.product((False, True), ("all", "some", "first"), ("all", "first")):
+    kinds = itertools.product((False, True), ("all", "some", "first"), ("all", "first"))
+    for (small, keys, rows), shares in zip(kinds, itertools.cycle(SHARES), strict=False):
         generator = torch.Generator().manual_seed(0)
         shape = 1, 4, length, 8
         query, key, value, d_out = (sizes(generator, *shape, small=small) for _ in range(4))
@@ -233,10 +252,30 @@ def test_nothing_that_is_computed_is_denormal(form, at_once, monkeypatch):
         value[:, :, list(masked)] = 0
         if rows == "first":
             d_out[:, :, 1:] = 0
-        tensors = [x.requires_grad_() for x in (query, key, value, gates)]
+        own = torch.ones(1, 4, length)
+        tensors = [x.requires_grad_() for x in (query, key, value, gates, own)]
         with Results() as seen:
-            diagonal_scan(*tensors, reverse=None, form=form, chunk_size=8).backward(d_out)
-        assert not seen.denormal, (small, keys, rows)
+            diagonal_scan(*tensors, reverse=None, form=form, chunk_size=8, shares=shares).backward(d_out)
+        assert not seen.denormal, (small, keys, rows, shares)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_root_is_read_where_the_decay_itself_is_cut(form):
+    """A token reads its neighbour with the root of its decay, and the gate of it has a gradient."""
+    tensors, d_out = ([x.float().requires_grad_() for x in y] for y in operands(5, 1, 6))
+    d_out = d_out[0].detach().expand(1, -1, -1, -1)
+    with torch.no_grad():
+        tensors[3].fill_(0)[:, :, 3] = 1.2 * FACTOR_CUT[torch.float32]
+
+    def run(*tensors):
+        return diagonal_scan(*tensors, reverse=False, form=form, chunk_size=4, shares=(0.5, 0.5))
+
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    expected = results(lambda *x: defined(*x, reverse=False, shares=(0.5, 0.5)), wide, d_out.double())
+    actual = results(run, tensors, d_out)
+    for a, b in ((actual[0][:, :, 3], expected[0][:, :, 3]), (actual[4][:, :, 3], expected[4][:, :, 3])):
+        assert (b != 0).all()
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -254,8 +293,8 @@ def test_a_key_is_read_until_its_factors_are_cut(form):
 
 
 def transforms(function, tensors, tangents):
-    """Yield derivatives of a function of four tensors by torch.func, forward mode and twice by autograd."""
-    places, many = (0, 1, 2, 3), [torch.stack([x, x / 2]) for x in tensors]
+    """Yield derivatives of a function of four or five tensors by torch.func, forward mode and twice by autograd."""
+    places, many = tuple(range(len(tensors))), [torch.stack([x, x / 2]) for x in tensors]
 
     def loss(*tensors):
         return function(*tensors).sin().sum()
@@ -264,25 +303,29 @@ def transforms(function, tensors, tangents):
     yield vmap(function)(*many)
     yield grad(loss, places)(*tensors)
     yield vmap(grad(loss, places))(*many)
-    yield vmap(grad(loss, places), (0, 0, 0, None))(*many[:3], tensors[3])
-    moved = many[0], tensors[1], many[2].movedim(0, 1), many[3].movedim(0, 3)
-    yield vmap(grad(loss, places), (0, None, 1, 3))(*moved)
+    yield vmap(grad(loss, places), (0, 0, 0, *(None,) * len(tensors[3:])))(*many[:3], *tensors[3:])
+    moved = many[0], tensors[1], many[2].movedim(0, 1), many[3].movedim(0, 3), *(x.movedim(0, 2) for x in many[4:])
+    yield vmap(grad(loss, places), (0, None, 1, 3, 2)[: len(tensors)])(*moved)
     yield jvp(grad(loss, places), tuple(tensors), tangents)
     leaves = [x.clone().requires_grad_() for x in tensors]
     first = torch.autograd.grad(loss(*leaves), leaves, create_graph=True)
     yield torch.autograd.grad(sum((g * t).sum() for g, t in zip(first, tangents, strict=True)), leaves)
 
 
+@pytest.mark.parametrize("shares, own", [((0.0, 0.0), False), ((0.0, 1.0), True), ((0.5, 0.5), True)])
 @pytest.mark.parametrize("shared", [False, True])
-def test_transforms_agree_with_those_of_the_definition(shared):
+def test_transforms_agree_with_those_of_the_definition(shared, shares, own):
+    options = {"reverse": None, "shares": shares, "scale": 2.0 if own else 1.0}
+
     def run(*tensors):
-        return diagonal_scan(*tensors, reverse=None, form="chunk", chunk_size=4)
+        return diagonal_scan(*tensors, form="chunk", chunk_size=4, **options)
 
     def define(*tensors):
-        return defined(*tensors, None)
+        return defined(*tensors, **options)
 
     for closed in (False, True):
         tensors = [x.detach() for x in operands(4, 2, 9, shared)[0]]
+        tensors += [weights(1 if shared else 2, 9).detach()] if own else []
         tensors[3] = tensors[3].clamp(min=-2) - 0.1
         if closed:
             tensors[3][:, 0, 5] = -math.inf
@@ -308,11 +351,12 @@ def test_many_lengths_make_few_graphs(training, lengths, graphs):
     counter = CompileCounterWithBackend("eager")
 
     def run(*tensors):
-        return diagonal_scan(*tensors, reverse=None, form="chunk", chunk_size=4)
+        return diagonal_scan(*tensors, reverse=None, form="chunk", chunk_size=4, shares=(0.0, 1.0))
 
     compiled = torch.compile(run, fullgraph=True, backend=counter)
     for length in lengths:
         tensors, d_out = operands(length, 2, length)
+        tensors.append(weights(1, length))
         if training:
             assert_close(results(compiled, tensors, d_out), results(run, tensors, d_out))
         else:
@@ -324,11 +368,13 @@ def test_many_lengths_make_few_graphs(training, lengths, graphs):
 
 def test_traces_serve_every_length():
     def run(*tensors):
-        return diagonal_scan(*tensors, reverse=None, form="chunk", chunk_size=4)
+        return diagonal_scan(*tensors, reverse=None, form="chunk", chunk_size=4, shares=(0.0, 1.0))
 
-    traced = torch.jit.trace(run, [x.detach() for x in operands(0, 2, 9)[0]], check_trace=False)
+    example = [x.detach() for x in (*operands(0, 2, 9)[0], weights(2, 9))]
+    traced = torch.jit.trace(run, example, check_trace=False)
     for length in (9, 1, 4, 23):
         tensors, d_out = operands(length, 2, length)
+        tensors.append(weights(2, length))
         assert_close(results(traced, tensors, d_out), results(run, tensors, d_out))
 
 
