@@ -6,6 +6,7 @@
     python examples/run_evidence.py pooling --data DATA         # sentiment from scratch, by what the classifier pools
     python examples/run_evidence.py warm_start --data DATA      # sentiment from the weights of a BERT and from scratch
     python examples/run_evidence.py warm_start_mlm --data DATA  # masked tokens from a BERT's weights and from scratch
+    python examples/run_evidence.py diagonal --data DATA        # how often a token counts its score with itself
     python examples/run_evidence.py text --draw                 # the table and plot again, from the stored results
 
 DATA is a folder with wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet,
@@ -18,6 +19,7 @@ The results go to examples/results: a JSON file, a Markdown table and a plot.
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -33,6 +35,7 @@ if __name__ == "__main__":
 
 import matplotlib
 import pandas
+from safetensors import safe_open
 
 
 matplotlib.use("Agg")
@@ -94,6 +97,25 @@ ADAPTATION_RECIPE = (
     "--max_length 64 --per_device_train_batch_size 8 --max_steps 300 --learning_rate 5e-4 --max_eval_samples 60 "
     "--eval_strategy steps --eval_steps 25 --logging_steps 25 --save_strategy no --disable_tqdm true --use_cpu true"
 )
+# LION-S with its diagonal counted 0 times, once as in LION, twice, or as often as each head learns. Half a run of text,
+# and half a run of images; learning rates are compared on rows of the training file.
+DIAGONALS = {
+    "0": "selective-diagonal-0",
+    "1": "selective",
+    "2": "selective-diagonal-2",
+    "free": "selective-diagonal-free",
+}
+DIAGONAL_MODULE = "examples.diagonal_variants"
+DIAGONAL_TASKS = {
+    "text": ("run_mlm.py", "0.1", (1e-3, 2e-3), TEXT_RECIPE.replace("--max_steps 1200", "--max_steps 500")),
+    "images": (
+        "run_image_classification.py",
+        "0.15",
+        (2e-3, 4e-3),
+        "--order normal --pos_emb true "
+        + IMAGE_RECIPE.replace("--learning_rate 2e-3 ", "").replace("--num_train_epochs 2", "--num_train_epochs 1"),
+    ),
+}
 
 
 def warm_models(encoder: Path) -> dict[str, str]:
@@ -114,19 +136,36 @@ def warm_models(encoder: Path) -> dict[str, str]:
     }
 
 
-def run(script: str, flags: str, folder: Path) -> dict[str, float]:
-    """Run a training script and return its metrics; the metrics of a finished run are read from its folder."""
-    command = ["python", f"examples/{script}", "--output_dir", str(folder), *shlex.split(flags)]
-    record = folder / "command.txt"
+def program(script: str, module: str | None) -> str:
+    """Return the beginning of a command: the script, with the variants of a module if one is given."""
+    return f"python -m lion_hf --import {module} examples/{script}" if module else f"python examples/{script}"
+
+
+def run(script: str, flags: str, folder: Path, module: str | None = None) -> dict[str, float]:
+    """Run a training script and return its metrics; the metrics of a finished run are read from its folder.
+
+    The metrics contain the seconds of CPU time of the whole command, `cpu_seconds`, if they were stored.
+    """
+    command = [*shlex.split(program(script, module)), "--output_dir", str(folder), *shlex.split(flags)]
+    record, seconds = folder / "command.txt", folder / "cpu_seconds.json"
     if not (record.is_file() and record.read_text() == shlex.join(command)):
         print(shlex.join(command), flush=True)
         folder.mkdir(parents=True, exist_ok=True)
+        before = cpu_time_of_children()
         with open(folder / "log.txt", "w") as log:
             subprocess.run(
                 [sys.executable, *command[1:]], cwd=EXAMPLES.parent, check=True, stdout=log, stderr=subprocess.STDOUT
             )
+        seconds.write_text(json.dumps({"cpu_seconds": cpu_time_of_children() - before}))
         record.write_text(shlex.join(command))
-    return json.loads((folder / "all_results.json").read_text())
+    known = json.loads(seconds.read_text()) if seconds.is_file() else {}
+    return json.loads((folder / "all_results.json").read_text()) | known
+
+
+def cpu_time_of_children() -> float:
+    """Return the seconds of CPU time of all commands that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def summary(values: list[float], factor: float = 1, digits: int = 2) -> str:
@@ -142,6 +181,7 @@ def at_best_rate(
     folder: str,
     starts: dict[int, str] | None = None,
     sweep_flags: str | None = None,
+    module: str | None = None,
 ) -> tuple[dict, list[dict], list[str]]:
     """Train with each learning rate and the first seed, then at the best rate with all seeds.
 
@@ -153,6 +193,7 @@ def at_best_rate(
         starts: further flags for each seed, if any.
         sweep_flags: flags of the runs that compare learning rates, if not `flags`: to compare them on other rows than
             those that are reported.
+        module: a module with variants that the script needs, if any.
 
     Returns:
         Part of a row of the table, the metrics of each seed, and the folder of each seed.
@@ -163,19 +204,21 @@ def at_best_rate(
 
     def train(rate: float, seed: int) -> dict[str, float]:
         start = f"{starts[seed]} " if starts else ""
-        return run(script, f"{start}{flags} --learning_rate {rate:g} --seed {seed}", Path(place(rate, seed)))
+        return run(script, f"{start}{flags} --learning_rate {rate:g} --seed {seed}", Path(place(rate, seed)), module)
 
     if sweep_flags is None:
         sweep = {rate: train(rate, SEEDS[0]) for rate in rates}
     else:
         sweep = {
-            rate: run(script, f"{sweep_flags} --learning_rate {rate:g} --seed {SEEDS[0]}", Path(f"{folder}-{rate:g}"))
+            rate: run(
+                script, f"{sweep_flags} --learning_rate {rate:g} --seed {SEEDS[0]}", Path(f"{folder}-{rate:g}"), module
+            )
             for rate in rates
         }
     best = min(rates, key=lambda rate: sweep[rate]["eval_loss"])
     runs = [train(best, seed) for seed in SEEDS]
     row = {
-        "command": f"python examples/{script} {flags} --learning_rate {best:g}",
+        "command": f"{program(script, module)} {flags} --learning_rate {best:g}",
         "learning_rate": best,
         "sweep": {f"{rate:g}": metrics["eval_loss"] for rate, metrics in sweep.items()},
         "swept_on": "rows that are reported" if sweep_flags is None else "held-out rows of the training file",
@@ -276,6 +319,34 @@ def warm_start_mlm(data: Path, work: Path, results: Path) -> dict:
             "curve": [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry],
         }
     return rows
+
+
+def diagonal(data: Path, work: Path, results: Path) -> dict:
+    rows = {}
+    for task, (script, share, rates, recipe) in DIAGONAL_TASKS.items():
+        train, validation = (data / name for name in NEEDED[task])
+        for name, variant in DIAGONALS.items():
+            model = f"--mask_type {variant} {recipe}"
+            flags = f"--train_file {train} --validation_file {validation} {model}"
+            held_out = f"--train_file {train} --validation_share {share} {model}"
+            place = f"{work}/diagonal/{task}-{name}"
+            row, runs, folders = at_best_rate(script, flags, rates, place, sweep_flags=held_out, module=DIAGONAL_MODULE)
+            accuracy = "eval_masked_accuracy" if task == "text" else "eval_accuracy"
+            rows[f"{task}, diagonal {name}"] = row | {
+                "accuracy": [r[accuracy] for r in runs],
+                "cpu_seconds": [r["cpu_seconds"] for r in runs],
+            }
+            if name == "free":
+                rows[f"{task}, diagonal {name}"]["learned"] = [learned_factors(Path(folder)) for folder in folders]
+    return rows
+
+
+def learned_factors(folder: Path) -> list[list[float]]:
+    """Return the learned factors of the diagonal of a trained model: for each layer, one number per head."""
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        names = [name for name in weights.keys() if name.endswith("mixer.diagonal")]  # noqa: SIM118
+        names.sort(key=lambda name: int(re.search(r"\d+", name).group()))
+        return [[round(value, 3) for value in weights.get_tensor(name).tolist()] for name in names]
 
 
 def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
@@ -394,16 +465,19 @@ KINDS = {
     "pooling": pooling,
     "warm_start": warm_start,
     "warm_start_mlm": warm_start_mlm,
+    "diagonal": diagonal,
 }
 REVIEWS = ("reviews/train.csv", "reviews/validation.csv")
 WIKI = ("wiki/train.txt", "wiki/validation.txt")
+FASHION = ("fashion-mnist/train-00000-of-00001.parquet", "fashion-mnist/test-00000-of-00001.parquet")
 NEEDED = {
     "text": WIKI,
-    "images": ("fashion-mnist/train-00000-of-00001.parquet", "fashion-mnist/test-00000-of-00001.parquet"),
+    "images": FASHION,
     "sentiment": REVIEWS,
     "pooling": REVIEWS,
     "warm_start": (*REVIEWS, "minilm/config.json"),
     "warm_start_mlm": (*WIKI, "minilm/config.json"),
+    "diagonal": (*WIKI, *FASHION),
 }
 TITLES = {
     "text": "Masked tokens of encyclopedia text",
@@ -412,6 +486,7 @@ TITLES = {
     "pooling": "Sentiment of review sentences",
     "warm_start": "Sentiment of review sentences",
     "warm_start_mlm": "Masked tokens of encyclopedia text",
+    "diagonal": "The diagonal of LION-S",
 }
 
 
