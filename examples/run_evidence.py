@@ -19,7 +19,6 @@ The results go to examples/results: a JSON file, a Markdown table and a plot.
 import argparse
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -35,10 +34,10 @@ if __name__ == "__main__":
 
 import matplotlib
 import pandas
-from safetensors import safe_open
 
 
 matplotlib.use("Agg")
+from diagonal_results import comparison, draw_differences, learned_factors
 from matplotlib import pyplot as plt
 
 
@@ -97,8 +96,8 @@ ADAPTATION_RECIPE = (
     "--max_length 64 --per_device_train_batch_size 8 --max_steps 300 --learning_rate 5e-4 --max_eval_samples 60 "
     "--eval_strategy steps --eval_steps 25 --logging_steps 25 --save_strategy no --disable_tqdm true --use_cpu true"
 )
-# LION-S with its diagonal counted 0 times, once as in LION, twice, or as often as each head learns. Half a run of text,
-# and half a run of images; learning rates are compared on rows of the training file.
+# LION-S with its diagonal counted 0 times, once as in LION, twice, or as often as each head of each layer learns.
+# Learning rates are compared on rows of the training file, of the share that stands first.
 DIAGONALS = {
     "0": "selective-diagonal-0",
     "1": "selective",
@@ -107,13 +106,23 @@ DIAGONALS = {
 }
 DIAGONAL_MODULE = "examples.diagonal_variants"
 DIAGONAL_TASKS = {
-    "text": ("run_mlm.py", "0.1", (1e-3, 2e-3), TEXT_RECIPE.replace("--max_steps 1200", "--max_steps 500")),
+    "text": (
+        "run_mlm.py",
+        "0.1",
+        (1e-3, 2e-3),
+        "--max_length 64 --vocab_size 2048 --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 2 "
+        "--hidden_dropout_prob 0 --per_device_train_batch_size 16 --max_steps 600 --lr_floor 0.02 "
+        "--max_eval_samples 2000 --logging_steps 50 --eval_strategy no --save_strategy no --disable_tqdm true "
+        "--use_cpu true",
+    ),
     "images": (
         "run_image_classification.py",
         "0.15",
         (2e-3, 4e-3),
-        "--order normal --pos_emb true "
-        + IMAGE_RECIPE.replace("--learning_rate 2e-3 ", "").replace("--num_train_epochs 2", "--num_train_epochs 1"),
+        "--order normal --pos_emb true --hidden_size 64 --num_hidden_layers 4 --num_attention_heads 4 "
+        "--image_size 28 --patch_size 4 --augment shift+flip --initializer_range 0.1 --max_train_samples 30000 "
+        "--num_train_epochs 1 --eval_strategy no --per_device_train_batch_size 64 --save_strategy no "
+        "--disable_tqdm true --use_cpu true",
     ),
 }
 
@@ -331,22 +340,14 @@ def diagonal(data: Path, work: Path, results: Path) -> dict:
             held_out = f"--train_file {train} --validation_share {share} {model}"
             place = f"{work}/diagonal/{task}-{name}"
             row, runs, folders = at_best_rate(script, flags, rates, place, sweep_flags=held_out, module=DIAGONAL_MODULE)
-            accuracy = "eval_masked_accuracy" if task == "text" else "eval_accuracy"
-            rows[f"{task}, diagonal {name}"] = row | {
-                "accuracy": [r[accuracy] for r in runs],
-                "cpu_seconds": [r["cpu_seconds"] for r in runs],
-            }
+            row |= {"cpu_seconds": [r["cpu_seconds"] for r in runs]}
+            if task == "text":
+                row |= {"unigram_entropy": runs[0]["eval_unigram_entropy"]}
             if name == "free":
-                rows[f"{task}, diagonal {name}"]["learned"] = [learned_factors(Path(folder)) for folder in folders]
+                row |= {"learned": [learned_factors(Path(folder)) for folder in folders]}
+            measure = "eval_masked_accuracy" if task == "text" else "eval_accuracy"
+            rows[f"{task}, diagonal {name}"] = row | {"accuracy": [r[measure] for r in runs]}
     return rows
-
-
-def learned_factors(folder: Path) -> list[list[float]]:
-    """Return the learned factors of the diagonal of a trained model: for each layer, one number per head."""
-    with safe_open(folder / "model.safetensors", "pt") as weights:
-        names = [name for name in weights.keys() if name.endswith("mixer.diagonal")]  # noqa: SIM118
-        names.sort(key=lambda name: int(re.search(r"\d+", name).group()))
-        return [[round(value, 3) for value in weights.get_tensor(name).tolist()] for name in names]
 
 
 def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
@@ -361,29 +362,24 @@ def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
 
 def write_table(kind: str, rows: dict, folder: Path) -> None:
     """Write the results as a Markdown table with the commands."""
+    first = next(iter(rows.values()))
+    measured, time = ("cpu_seconds", "minutes of CPU time") if "cpu_seconds" in first else ("train_runtime", "minutes")
     lines = [
-        "| model | accuracy (%) | loss (nats) | seeds | learning rate | minutes per run |",
+        f"| model | accuracy (%) | loss (nats) | seeds | learning rate | {time} per run |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        minutes = [seconds / 60 for seconds in row["train_runtime"]]
+        minutes = [seconds / 60 for seconds in row[measured]]
         rate = f"{row['learning_rate']:g}" if "learning_rate" in row else "as in the command"
         lines.append(
             f"| {name} | {summary(row['accuracy'], 100)} | {summary(row['loss'], 1, 3)} | "
             f"{len(row['seeds'])} | {rate} | {mean(minutes):.1f} |"
         )
-    first = next(iter(rows.values()))
     if "unigram_entropy" in first:
         entropy = f"{first['unigram_entropy']:.3f} nats"
         lines += ["", f"The unigram entropy of the masked tokens, the loss of token frequencies alone, is {entropy}."]
-    sweeps = {name: row["sweep"] for name, row in rows.items() if "sweep" in row}
-    if sweeps:
-        rates = next(iter(sweeps.values()))
-        where = first.get("swept_on", "rows that are reported")
-        loss = "evaluation loss" if where == "rows that are reported" else f"loss on {where}"
-        lines += ["", f"| {loss} by learning rate, seed {first['seeds'][0]} | " + " | ".join(rates) + " |"]
-        lines += ["|---" * (len(rates) + 1) + "|"]
-        lines += [f"| {n} | " + " | ".join(f"{v:.3f}" for v in sweep.values()) + " |" for n, sweep in sweeps.items()]
+    lines += comparison(rows) if kind == "diagonal" else []
+    lines += sweep_tables(rows)
     if len(first["seeds"]) > 1:
         lines += ["", f"Mean and standard deviation over the seeds {', '.join(map(str, first['seeds']))}."]
     commands = "The commands" if "--seed" in first["command"] else "The commands, without `--seed`"
@@ -392,12 +388,32 @@ def write_table(kind: str, rows: dict, folder: Path) -> None:
     (folder / f"{kind}.md").write_text("\n".join(lines) + "\n")
 
 
+def sweep_tables(rows: dict) -> list[str]:
+    """Return the lines of the tables of losses by learning rate, one table for each list of learning rates."""
+    first, sweeps = next(iter(rows.values())), {name: row["sweep"] for name, row in rows.items() if "sweep" in row}
+    where = first.get("swept_on", "rows that are reported")
+    loss = "evaluation loss" if where == "rows that are reported" else f"loss on {where}"
+    lines = []
+    for rates in dict.fromkeys(tuple(sweep) for sweep in sweeps.values()):
+        lines += ["", f"| {loss} by learning rate, seed {first['seeds'][0]} | " + " | ".join(rates) + " |"]
+        lines += ["|---" * (len(rates) + 1) + "|"]
+        lines += [
+            f"| {name} | " + " | ".join(f"{value:.3f}" for value in sweep.values()) + " |"
+            for name, sweep in sweeps.items()
+            if tuple(sweep) == rates
+        ]
+    return lines
+
+
 def draw(kind: str, rows: dict, folder: Path) -> None:
-    """Draw the plot of a comparison; its axes begin at 0.
+    """Draw the plot of a comparison; its axes contain 0.
 
     It shows losses by step, or losses beside that of token frequencies, or accuracies beside that of the most frequent
-    class.
+    class, or differences.
     """
+    if kind == "diagonal":
+        draw_differences(rows, folder / f"{kind}.png", TITLES[kind])
+        return
     first = next(iter(rows.values()))
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     if "curve" in first:
@@ -486,7 +502,7 @@ TITLES = {
     "pooling": "Sentiment of review sentences",
     "warm_start": "Sentiment of review sentences",
     "warm_start_mlm": "Masked tokens of encyclopedia text",
-    "diagonal": "The diagonal of LION-S",
+    "diagonal": "LION-S with another diagonal, by seed",
 }
 
 
