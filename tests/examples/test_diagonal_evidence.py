@@ -133,17 +133,44 @@ def test_every_diagonal_has_the_same_runs_and_no_rate_is_chosen_on_reported_rows
         assert all(own == alike[0] for own in alike)
 
 
-def test_a_run_trains_with_the_variant_and_is_not_repeated(tmp_path, monkeypatch):
-    from run_evidence import DIAGONAL_MODULE, learned_factors, run
+@pytest.mark.usefixtures("without_curves")
+def test_the_factors_of_a_trained_model_are_read_by_layer(variants, tmp_path, monkeypatch):
+    from diagonal_results import learned_factors
+    from run_mlm import main
 
-    flags = "--smoke --mask_type selective-diagonal-free --max_steps 2"
-    metrics = run("run_mlm.py", flags, tmp_path / "free", DIAGONAL_MODULE)
-    assert metrics["cpu_seconds"] > 0 and metrics["eval_loss"] > 0
-    assert json.loads((tmp_path / "free" / "config.json").read_text())["mask_type"] == "selective-diagonal-free"
-    factors = learned_factors(tmp_path / "free")
-    assert [len(layer) for layer in factors] == [2, 2] and factors != [[1, 1], [1, 1]], "they are trained"
-    monkeypatch.setattr("subprocess.run", None)
-    assert run("run_mlm.py", flags, tmp_path / "free", DIAGONAL_MODULE) == metrics
+    monkeypatch.chdir(tmp_path)
+    Path("corpus.txt").write_text("a red cat saw the old dog\nthe sad dog saw a new cat\n" * 20)
+    flags = (
+        "--output_dir out --train_file corpus.txt --mask_type selective-diagonal-free --hidden_size 16 "
+        "--num_hidden_layers 2 --num_attention_heads 2 --vocab_size 60 --max_length 16 --max_steps 2 "
+        "--learning_rate 0.05 --eval_strategy no --save_strategy no --use_cpu true --disable_tqdm true"
+    )
+    main(flags.split())
+    model = lion_hf.LionForMaskedLM.from_pretrained("out")
+    expected = [layer.mixer.diagonal.tolist() for layer in model.lion.layers]
+    assert learned_factors(tmp_path / "out") == [[pytest.approx(x, abs=1e-3) for x in layer] for layer in expected]
+    assert min(abs(x - 1) for layer in expected for x in layer) > 1e-3, "they are trained"
+
+
+def test_a_finished_run_is_not_repeated_and_keeps_its_time(tmp_path, monkeypatch):
+    import run_evidence
+
+    started = []
+
+    def train(command, **options):
+        started.append(command)
+        Path(command[command.index("--output_dir") + 1], "all_results.json").write_text('{"eval_loss": 1.5}')
+
+    monkeypatch.setattr(run_evidence.subprocess, "run", train)
+    once, twice = (
+        run_evidence.run("run_mlm.py", "--seed 1", tmp_path / "out", run_evidence.DIAGONAL_MODULE) for _ in range(2)
+    )
+    assert once == twice and once["eval_loss"] == 1.5 and once["cpu_seconds"] >= 0
+    assert len(started) == 1 and started[0][1:4] == ["-m", "lion_hf", "--import"]
+    module = Path(*started[0][4].split("."))
+    assert (STORED.parents[1] / module).with_suffix(".py").is_file(), "it is imported from the root of the repository"
+    run_evidence.run("run_mlm.py", "--seed 2", tmp_path / "out")
+    assert len(started) == 2 and started[1][1] == "examples/run_mlm.py", "other flags, without a module"
 
 
 # -------------------------------------------------------------------------------------------------------- the results
