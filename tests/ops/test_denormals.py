@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lion_hf.ops import averaged_scans, bidirectional_linear_attention, chunk, snake_orders
+from lion_hf.ops import averaged_scans, bidirectional_linear_attention, chunk, masks, snake_orders
 from lion_hf.ops.decays import CUT
 
 
@@ -150,13 +150,13 @@ def test_a_key_is_read_up_to_the_documented_distance(form, chunk_size, normalize
 def test_factors_are_made_where_chunks_exchange_states_and_of_each_row_only_where_they_differ(
     monkeypatch, length, calls, shape
 ):
-    made, make = [], chunk.decay_factors
+    made, make = [], masks.decay_factors
 
     def recorded(*args, **kwargs):
         made.append(make(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(chunk, "decay_factors", recorded)
+    monkeypatch.setattr(masks, "decay_factors", recorded)
     query, key, value = (torch.rand(3, 2, length, 4, requires_grad=True) for _ in range(3))
     log_decay = -torch.rand([length if n is None else n for n in shape])
     y = bidirectional_linear_attention(query, key, value, log_decay, format="chunk", chunk_size=9)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .attention import differentiable_weights
-from .autograd import lion
+from .autograd import Options, lion
 from .backend import fused_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, check_two_sided, is_exporting, makes_graph
 from .general import Inputs, Settings, general
@@ -45,8 +45,8 @@ from .tokens import accumulation_dtype, walks_chunks, without_autocast
 # model 2, AVX512) with `python benchmarks/bench_ops.py --crossover`. The accelerator values apply where the fused
 # kernels do not run, and were measured on an H100 with `python benchmarks/bench_gpu.py autotune`.
 CROSSOVER = {
-    "cpu": {"none": 96, "head": 272, "token": 248},
-    "accelerator": {"none": 0, "head": 512, "token": 256},
+    "cpu": {"none": 96, "head": 272, "token": 248, "channel": 64},
+    "accelerator": {"none": 0, "head": 512, "token": 256, "channel": 64},
 }
 
 
@@ -175,8 +175,10 @@ def two_sided_attention(
     settings = Settings(convention, direction, normalize, return_denominator, scale, eps, form, chunk_size)
 
     def run(*tensors, key_mask):
-        ahead, back, given = tensors[:5], tensors[5:10], tensors[10]
-        return general(Inputs(*ahead), Inputs(*back), given, key_mask, settings)
+        ahead, back, given = Inputs(*tensors[:5]), Inputs(*tensors[5:10]), tensors[10]
+        widest = max((ahead.log_decay, back.log_decay), key=lambda x: 0 if x is None else x.dim())
+        chosen = resolve_format(form, ahead.value.shape[2], value.device, widest)
+        return general(ahead, back, given, key_mask, settings._replace(form=chosen))
 
     if cu_seqlens is None:
         return run(*forward, *backward, diagonal, key_mask=key_mask)
@@ -294,7 +296,7 @@ def _run_form(
         form = "rnn"
     decays = () if log_decay is None else (log_decay,)
     with without_autocast(query.device):
-        output = lion(query, key, value, key_mask, (form, chunk_size, scale, result, eps, None), *decays)
+        output = lion(query, key, value, key_mask, Options(form, chunk_size, scale, result, eps), *decays)
         return output if result == "both" else output.to(value.dtype)
 
 
@@ -310,7 +312,7 @@ def resolve_format(format: str, length: int, device: torch.device, log_decay: Te
         format: "attention", "rnn", "chunk" or "auto", in lower case.
         length: number of tokens.
         device: device of the inputs.
-        log_decay: None, (heads,) or (batch, heads, length); only its number of dimensions matters.
+        log_decay: None or any log-decay of `two_sided_attention`; only its number of dimensions matters.
 
     Returns:
         "attention" or "chunk" for "auto", otherwise `format`.
@@ -323,7 +325,7 @@ def resolve_format(format: str, length: int, device: torch.device, log_decay: Te
             "export for linear time at one fixed length."
         )
         return "attention"
-    kind = "none" if log_decay is None else "head" if log_decay.dim() == 1 else "token"
+    kind = "none" if log_decay is None else ("head", "channel", "token", "channel")[log_decay.dim() - 1]
     return "attention" if length <= CROSSOVER["cpu" if device.type == "cpu" else "accelerator"][kind] else "chunk"
 
 

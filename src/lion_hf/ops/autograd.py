@@ -1,36 +1,51 @@
 """One autograd Function for all forms. It supports graphs, torch.func and forward mode."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention import attention_backward, attention_forward
+from .attention import LionScan, SidedScan, attention_backward, attention_forward
 from .chunk import chunk_backward, chunk_forward
 from .composed import composed
 from .decays import unclamped_gradient
 from .global_state import global_backward, global_forward
+from .masks import Layout, LionMask, SidedMask
 from .recurrent import rnn_backward, rnn_forward
-from .tokens import Tokens, accumulation_dtype, without_autocast
+from .tokens import Tokens, accumulation_dtype, summed_over_groups, without_autocast
 
 
-_FORMS = {
-    "attention": (attention_forward, attention_backward),
-    "chunk": (chunk_forward, chunk_backward),
-    "rnn": (rnn_forward, rnn_backward),
-    "global": (global_forward, global_backward),
-}
+_FORMS = {"chunk": (chunk_forward, chunk_backward), "rnn": (rnn_forward, rnn_backward)}
+
+
+class Options(NamedTuple):
+    """The arguments of the operator that are not tensors.
+
+    Args:
+        form: "attention", "chunk", "rnn", or "global" without decay.
+        chunk_size: maximum number of tokens per chunk.
+        scale: the factor of all scores.
+        result: what is returned: "numerator" (n), "normalized" (y) or "both" (n, c).
+        eps: added to c before the division.
+        orders: orders of the tokens, one per log-decay, for the mean of several scans in the attention form.
+        layout: None for log-decays of LION's operator. Otherwise the tensors are those of `masks.SidedMask`.
+    """
+
+    form: str
+    chunk_size: int | None
+    scale: float
+    result: str
+    eps: float = 0.0
+    orders: Sequence | None = None
+    layout: Layout | None = None
 
 
 def lion(query, key, value, key_mask, options, *log_decays) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute the operator differentiably.
-
-    `options` is (form, chunk_size, scale, result, eps, orders). `result` selects what is returned: "numerator" (n),
-    "normalized" (y) or "both" (n, c).
-    """
+    """Compute the operator differentiably, see `Options`."""
     functions = _forward, LionFunction, _TransformableFunction
     outputs = call_function(*functions, query, key, value, key_mask, options, *log_decays)
-    return outputs[0] if options[3] == "normalized" else outputs
+    return outputs[0] if options.result == "normalized" else outputs
 
 
 def call_function(forward: Callable, function: type, transformable: type, *arguments):
@@ -47,14 +62,14 @@ def call_function(forward: Callable, function: type, transformable: type, *argum
 
 def _forward(query, key, value, key_mask, options, *log_decays):
     """Return n, (n, c), or (y, c + eps) for a normalised result."""
-    form, chunk_size, scale, result, eps, orders = options
+    result = options.result
     if torch.jit.is_tracing():  # ONNX would store decays per head with a fixed length
         row = torch.zeros_like(query[:1, :, :, 0], dtype=torch.float32)
         log_decays = [x.unsqueeze(-1) + row if x.dim() == 1 else x for x in log_decays]
     x = _tokens(query, key, value, key_mask, result)
-    out, row_sums = _FORMS[form][0](x, _decays(form, log_decays, orders), scale, chunk_size)
+    out, row_sums = _run(x, options, log_decays)
     if result == "normalized":
-        row_sums.add_(eps)
+        row_sums.add_(options.eps)
         out.div_(row_sums.unsqueeze(-1))
     return out if result == "numerator" else (out, row_sums)
 
@@ -64,21 +79,24 @@ def _gradients(query, key, value, key_mask, out, row_sums, dy, dc, options, *log
 
     `out` and `row_sums` are given for the result "normalized" only, `dc` for "both" only.
     """
-    form, chunk_size, scale, result, _, orders = options
+    result = options.result
     x = _tokens(query, key, value, key_mask, result)
     with without_autocast(query.device):
         dy = dy.to(x.dtype)
         if result == "normalized":  # y = n / m, m = c + eps
             dy = dy / row_sums.unsqueeze(-1)
             dc = (dy * out).sum(-1).neg_()
-        decays = _decays(form, log_decays, orders)
-        dq, dk, dv, *dgates = _FORMS[form][1](x, decays, dy, dc, scale, chunk_size)
+        dq, dk, dv, *dgates = _run(x, options, log_decays, dy, dc)
     if dv.shape[-1] > value.shape[-1]:  # drop the column of ones
         dv = dv[..., :-1]
     if key_mask is not None:
         keep = key_mask[:, None, :, None].bool()
         dk, dv = torch.where(keep, dk, 0), torch.where(keep, dv, 0)
-    dgates = (unclamped_gradient(gradient, g, x.dtype) for gradient, g in zip(dgates, log_decays, strict=True))
+    if options.layout is None:
+        dgates = (unclamped_gradient(gradient, g, x.dtype) for gradient, g in zip(dgates, log_decays, strict=True))
+    else:
+        dgates = (gradient.to(g.dtype) for gradient, g in zip(dgates, log_decays, strict=True))
+    dq, dk = summed_over_groups(dq, query.shape[1]), summed_over_groups(dk, key.shape[1])
     return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), *dgates
 
 
@@ -94,7 +112,7 @@ class LionFunction(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         query, key, value, key_mask, ctx.options, *log_decays = inputs
         normalized = None, None
-        if ctx.options[3] == "normalized":
+        if ctx.options.result == "normalized":
             normalized = output
             ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(query, key, value, key_mask, *normalized, *log_decays)
@@ -102,7 +120,7 @@ class LionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dc=None):
         query, key, value, key_mask, out, row_sums, *log_decays = ctx.saved_tensors
-        dc = dc if ctx.options[3] == "both" else None
+        dc = dc if ctx.options.result == "both" else None
         gradient = _gradients if torch.compiler.is_compiling() else LionGradient.apply
         dq, dk, dv, *dgates = gradient(query, key, value, key_mask, out, row_sums, dy, dc, ctx.options, *log_decays)
         return dq, dk, dv, None, None, *dgates
@@ -122,7 +140,7 @@ class _TransformableFunction(LionFunction):
         query, key, value, key_mask, *log_decays = ctx.saved_tensors
         arguments = query, key, value, key_mask, ctx.options, *log_decays
         out = _pushed(composed, arguments, tangents)
-        return (out, None) if ctx.options[3] == "normalized" else out
+        return (out, None) if ctx.options.result == "normalized" else out
 
     @staticmethod
     def vmap(info, in_dims, query, key, value, key_mask, options, *log_decays):
@@ -185,11 +203,25 @@ def _no_view(x: Tensor) -> Tensor:
     return torch.unsafe_split(x, x.shape[1], 1)[0]  # a single part, which PyTorch does not mark as a view
 
 
-def _decays(form: str, log_decays: Sequence[Tensor], orders: Sequence | None):
-    """Return the decays as a form expects them: pairs (log_decay, order) for attention, else one log-decay or None."""
+def _run(x: Tokens, options: Options, tensors: Sequence[Tensor], *gradients):
+    """Run the forward pass of a form or, given the gradients dy and dc, its backward pass."""
+    form, chunk_size, scale, _, _, orders, layout = options
+    backward = bool(gradients)
+    if form == "global":
+        return (global_forward, global_backward)[backward](x, *gradients, scale, chunk_size)
     if form == "attention":
-        return list(zip(log_decays, orders or [None] * len(log_decays), strict=True))
-    return log_decays[0] if log_decays else None
+        if layout is not None:
+            scans = [SidedScan(tensors, layout)]
+        else:
+            scans = list(map(LionScan, tensors, orders or [None] * len(tensors)))
+        return (attention_forward, attention_backward)[backward](x, scans, *gradients, scale)
+
+    def make_mask(x: Tokens, chunks: int, size: int):
+        if layout is None:
+            return LionMask(x, tensors[0], chunks, size, scale)
+        return SidedMask(x, tensors, layout, chunks, size, scale)
+
+    return _FORMS[form][backward](x, make_mask, *gradients, chunk_size)
 
 
 def _tokens(query, key, value, key_mask, result) -> Tokens:
@@ -254,4 +286,4 @@ def _composed_gradients(query, key, value, key_mask, out, row_sums, dy, dc, opti
     """Compute `LionGradient` from PyTorch's own operators."""
     arguments = query, key, value, key_mask, options, *log_decays
     _, pull = torch.func.vjp(*_partial(composed, arguments, (0, 1, 2, *range(5, len(arguments)))))
-    return pull((dy, dc) if options[3] == "both" else dy)
+    return pull((dy, dc) if options.result == "both" else dy)

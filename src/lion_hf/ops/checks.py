@@ -82,7 +82,8 @@ def _check_side(prefix: str, side, like: Tensor, check_values: bool) -> None:
         raise ValueError(
             f"the shapes of {prefix}query {tuple(query.shape)}, {prefix}key {tuple(key.shape)} and {prefix}value "
             f"{tuple(value.shape)} do not match: query and key must have the same shape, and value may differ "
-            f"from them in the heads and the last dimension only. Values of both sides have the same shape, {tuple(like.shape)}."
+            f"from them in the heads and the last dimension only. Values of both sides have the same shape, "
+            f"{tuple(like.shape)}."
         )
     if groups == 0 or heads % groups:
         raise ValueError(

@@ -1,24 +1,15 @@
 """The chunk form: all chunks at once, O(L) time. Chunks exchange states of shape D x V."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import is_exporting, makes_graph, values_can_be_read
-from .decays import (
-    Factors,
-    Flow,
-    Flows,
-    clamped_gates,
-    cumulative_sums,
-    cut_exp,
-    decay_factors,
-    gate_gradient,
-    split_sums,
-    tile_weights,
-)
+from .checks import makes_graph
+from .decays import Factors, Flow, cumulative_sums, cut_exp
+from .masks import Sums
 from .tokens import Tokens
 
 
@@ -32,38 +23,6 @@ def _split(x: Tensor, chunks: int, size: int) -> Tensor:
     padding = chunks * size - x.shape[2]
     x = F.pad(x, (0, 0, 0, padding)) if makes_graph() or padding else x
     return x.reshape(*x.shape[:2], chunks, size, x.shape[-1])
-
-
-def chunk_gates(log_decay: Tensor, length: int, chunks: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Return the gates of chunks, (b, H, n, K): (1, H, 1, K) for LION-D, (B, H, chunks, size) for LION-S.
-
-    Gates after the last token of LION-S are 0.
-    """
-    if log_decay.dim() == 1:
-        return clamped_gates(log_decay, size, dtype).unsqueeze(2)
-    gates = F.pad(clamped_gates(log_decay, length, dtype), (0, chunks * size - length))
-    return gates.view(*gates.shape[:2], chunks, size)
-
-
-def chunk_factors(
-    x: Tokens, gates: Tensor, chunks: int, scale: float, dy: Tensor | None = None
-) -> tuple[Factors, Flows]:
-    """Return the factors of chunks with gates (b, H, n, K). The backward pass gives `dy` (B, H, L, V) as well."""
-
-    def split(alive: Tensor) -> Tensor:
-        size = gates.shape[-1]
-        return F.pad(alive, (0, chunks * size - alive.shape[-1])).unflatten(-1, (chunks, size))
-
-    # Runtimes of exported graphs treat denormal numbers in their own way, and lack the operators that avoid them.
-    if torch.jit.is_tracing() or is_exporting():
-        return decay_factors(gates, None, None, scale, x.dtype, all_large=True)
-    keys = None if x.key_mask is None else split(x.key_mask[:, None].bool())
-    queries = None
-    if dy is not None:
-        queries = dy.abs().amax(-1) != 0
-        every = values_can_be_read(dy) and bool(queries.all())  # the usual case; LION-D then shares factors across rows
-        queries = queries.new_ones(1, 1, 1, 1) if every else split(queries)
-    return decay_factors(gates, keys, queries, scale, x.dtype)
 
 
 def equal_chunks(length: int, chunk_size: int) -> tuple[int, int]:
@@ -112,81 +71,92 @@ def propagate(update: Tensor, total: Tensor, flow: Flow, reverse: bool) -> Tenso
     return state.flatten(2, 3).narrow(2, 0, chunks).unflatten(-1, state_shape)
 
 
-def chunk_forward(x: Tokens, log_decay, scale, chunk_size):
+def chunk_forward(x: Tokens, make_mask: Callable, chunk_size: int):
+    """Return n and c. `make_mask(x, chunks, size)` returns the mask of chunks (masks.py)."""
     length = x.query.shape[2]
     chunks, size = equal_chunks(length, chunk_size)
     q, k, v = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values()))
-    gates = chunk_gates(log_decay, length, chunks, size, q.dtype)
-    y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(tile_weights(gates, scale, q.dtype)), v)
+    mask = make_mask(x, chunks, size)
+    y = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(mask.tiles()), v)
     if torch.jit.is_tracing() or chunks > 1:
-        (w, flows), total = chunk_factors(x, gates, chunks, scale), gates.sum(-1)
-        left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
-        y = _add_product(y, q * w.read_left, left)
-        right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
-        y = _add_product(y, q * w.read_right, right)
+        w, flows = mask.factors()
+        to_right, to_left = mask.totals()
+        if w.read_left is not None:
+            left = propagate(_written(k, w.write_right, v), to_right, flows.left, reverse=False)
+            y = _add_product(y, q * w.read_left, left)
+        if w.read_right is not None:
+            right = propagate(_written(k, w.write_left, v), to_left, flows.right, reverse=True)
+            y = _add_product(y, q * w.read_right, right)
     return x.split(y.flatten(2, 3).narrow(2, 0, length))
 
 
-def chunk_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
+def _written(keys: Tensor, factor: Tensor, values: Tensor) -> Tensor:
+    """Return the state that the tokens of each chunk write, (B, H, n, D, V)."""
+    return torch.matmul((keys * factor).transpose(-1, -2), values)
+
+
+def chunk_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
     length = x.query.shape[2]
     chunks, size = equal_chunks(length, chunk_size)
     dy = x.join(dy, dc)
-    gates = chunk_gates(log_decay, length, chunks, size, dy.dtype)
-    whole = dy
+    mask, whole = make_mask(x, chunks, size), dy
     q, k, v, dy = (_split(part, chunks, size) for part in (x.queries(), x.keys(), x.values(), dy))
-    tile = tile_weights(gates, scale, q.dtype)
+    tile = mask.tiles()
     w = left = right = dleft = dright = None
     if torch.jit.is_tracing() or chunks > 1:
-        (w, flows), total = chunk_factors(x, gates, chunks, scale, whole), gates.sum(-1)
-        left = propagate(torch.matmul((k * w.write_right).transpose(-1, -2), v), total, flows.left, reverse=False)
-        right = propagate(torch.matmul((k * w.write_left).transpose(-1, -2), v), total, flows.right, reverse=True)
+        w, flows = mask.factors(whole)
+        to_right, to_left = mask.totals()
         # With the transposed mask: the gradient of what a query reads from the left goes to the keys on its left.
-        dleft = propagate(torch.matmul((q * w.read_left).transpose(-1, -2), dy), total, flows.dleft, reverse=True)
-        dright = propagate(torch.matmul((q * w.read_right).transpose(-1, -2), dy), total, flows.dright, reverse=False)
-    shared = log_decay.dim() == 1
-    dq, dk, dv, dgates = chunk_gradients(q, k, v, dy, w, tile, shared, left, right, dleft, dright)
+        if w.read_left is not None:
+            left = propagate(_written(k, w.write_right, v), to_right, flows.left, reverse=False)
+            dleft = propagate(_written(q, w.read_left, dy), to_right, flows.dleft, reverse=True)
+        if w.read_right is not None:
+            right = propagate(_written(k, w.write_left, v), to_left, flows.right, reverse=True)
+            dright = propagate(_written(q, w.read_right, dy), to_left, flows.dright, reverse=False)
+    dq, dk, dv, sums = chunk_gradients(q, k, v, dy, w, tile, mask, left, right, dleft, dright)
+    exponents = mask.gradients(sums)
     dq, dk, dv = (gradient.flatten(2, 3).narrow(2, 0, length) for gradient in (dq, dk, dv))
-    if shared:
-        return dq, dk, dv, dgates[0, :, 0]
+    if mask.shared:
+        return dq, dk, dv, *(x[0, :, 0] for x in exponents)
     # F.pad cuts by a copy. A view would be contiguous at some lengths only, which costs a second graph.
-    return dq, dk, dv, F.pad(dgates.flatten(2, 3), (0, length - chunks * size))
+    return dq, dk, dv, *(F.pad(x.flatten(2, 3), (0, length - chunks * size)) for x in exponents)
 
 
-def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, shared: bool, left, right, dleft, dright):
-    """Return the gradients of q, k, v and the gates of chunks.
+def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, mask, left, right, dleft, dright):
+    """Return the gradients of q, k and v, and the sums from which follow those of the mask (`mask.gradients`).
 
     `left` and `right` are the states that reach the chunks, `dleft` and `dright` the gradients of the states that they
-    send to the right and to the left. All are (B, H, n, D, V), or None like `w` for a single chunk. The gradient of the
-    gates is (B, H, n, K), or (1, H, 1, K), summed over batch and chunks, if `shared` (LION-D).
+    send to the right and to the left. All are (B, H, n, D, V), or None if nothing is read from there.
     """
-
-    def reduce(x: Tensor) -> Tensor:
-        return x.sum((0, 2), keepdim=True) if shared else x
-
-    scores = torch.matmul(q, k.transpose(-1, -2)).mul_(tile)
+    scores = torch.matmul(q, k.transpose(-1, -2))
     dscores = torch.matmul(dy, v.transpose(-1, -2))
+    own = mask.own_weights(scores, dscores)  # None if the diagonal is 1
+    scores.mul_(tile)
     dv = torch.matmul(scores.transpose(-1, -2), dy)
-    de, df = split_sums(reduce(scores.mul_(dscores)))
+    pairs = scores.mul_(dscores)
     dscores.mul_(tile)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
-
-    dtotal = 0
+    to_right = to_left = (None, None, None)
     if left is not None:
-        crossing = (left * w.cross_right).mul_(dleft).sum((-1, -2)) + (right * w.cross_left).mul_(dright).sum((-1, -2))
-        crossing = crossing.unsqueeze(-1)
-        read_left = torch.matmul(dy, left.transpose(-1, -2)).mul_(w.read_left)
-        read_right = torch.matmul(dy, right.transpose(-1, -2)).mul_(w.read_right)
-        write_right = torch.matmul(v, dleft.transpose(-1, -2)).mul_(w.write_right)
-        write_left = torch.matmul(v, dright.transpose(-1, -2)).mul_(w.write_left)
-        dv = _add_product(dv, k * w.write_right, dleft)
-        dv = _add_product(dv, k * w.write_left, dright)
-        to_right, to_left = reduce((write_right * k).sum(-1)), reduce((write_left * k).sum(-1))
-        from_left, from_right = reduce((read_left * q).sum(-1)), reduce((read_right * q).sum(-1))
-        dq += read_left.add_(read_right)
-        dk += write_right.add_(write_left)
-        de, df = de + from_left - to_right, df + to_left - from_right
-        dtotal = reduce(crossing) + to_right.sum(-1, keepdim=True) + from_right.sum(-1, keepdim=True)
-    return dq, dk, dv, gate_gradient(de, df, dtotal)
+        to_right = _cross(q, k, v, dy, w.read_left, w.write_right, w.cross_right, left, dleft, dq, dk, dv)
+    if right is not None:
+        to_left = _cross(q, k, v, dy, w.read_right, w.write_left, w.cross_left, right, dright, dq, dk, dv)
+    crossings = *to_right, *to_left
+    return dq, dk, dv, Sums(*mask.pair_sums(pairs), own, *map(mask.reduced, crossings))
+
+
+def _cross(q, k, v, dy, read, write, cross, state, dstate, dq, dk, dv) -> tuple[Tensor, Tensor, Tensor]:
+    """Add the gradients of what goes through the states of one direction to dq, dk and dv.
+
+    Returns the gradients of the exponents of reads and writes (B, H, n, K), and of the totals (B, H, n, 1).
+    """
+    through = (state * cross).mul_(dstate).sum((-1, -2)).unsqueeze(-1)
+    reading = torch.matmul(dy, state.transpose(-1, -2)).mul_(read)
+    writing = torch.matmul(v, dstate.transpose(-1, -2)).mul_(write)
+    _add_product(dv, k * write, dstate)
+    dq += reading
+    dk += writing
+    return reading.mul_(q).sum(-1), writing.mul_(k).sum(-1), through
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor) -> Tensor:

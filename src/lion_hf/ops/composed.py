@@ -4,24 +4,34 @@ import torch
 from torch import Tensor
 
 from .attention import differentiable_weights
-from .tokens import accumulation_dtype, without_autocast
+from .dense import dense_weights
+from .masks import unpacked
+from .sides import Side
+from .tokens import accumulation_dtype, over_heads, without_autocast
 
 
 def composed(query, key, value, key_mask, options, *log_decays) -> Tensor | tuple[Tensor, Tensor]:
     """Return n, y or (n, c) in the accumulation dtype. Arguments are those of `autograd.lion`."""
-    _, _, scale, result, eps, orders = options
+    scale, result = options.scale, options.result
     dtype = accumulation_dtype(query, key, value)
     with without_autocast(query.device):
-        query, key, value = (x.to(dtype) for x in (query, key, value))
+        query, key, value = (over_heads(x.to(dtype), value.shape[1]) for x in (query, key, value))
         if key_mask is not None:
             keep = key_mask[:, None, :, None].bool()
             key, value = torch.where(keep, key, 0), torch.where(keep, value, 0)
-        weights, scale = scale, scale / max(1, len(log_decays))
-        if log_decays:
-            scans = zip(log_decays, orders or [None] * len(log_decays), strict=True)
-            weights = sum(differentiable_weights(*scan, query.shape[2], scale, dtype) for scan in scans)
+        weights = scale * _weights(options, log_decays, query.shape[2], dtype)
         scores = torch.matmul(query, key.transpose(-1, -2)) * weights
         numerator, denominator = torch.matmul(scores, value), scores.sum(-1)
         if result == "normalized":
-            return numerator / (denominator.unsqueeze(-1) + eps)
+            return numerator / (denominator.unsqueeze(-1) + options.eps)
         return numerator if result == "numerator" else (numerator, denominator)
+
+
+def _weights(options, tensors, length: int, dtype: torch.dtype) -> Tensor | float:
+    """Return the mask, of the mean of all scans; 1 without decay."""
+    if options.layout is not None:
+        left, right, own = unpacked(tensors, options.layout)
+        sides = [dense_weights(Side(*side, reverse), dtype) for side, reverse in ((left, False), (right, True)) if side]
+        return sum(sides) if own is None else sum(sides) + torch.diag_embed(own.to(dtype))
+    scans = list(zip(tensors, options.orders or [None] * len(tensors), strict=True))
+    return sum(differentiable_weights(*scan, length, 1.0, dtype) for scan in scans) / len(scans) if scans else 1.0

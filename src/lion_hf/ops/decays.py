@@ -49,7 +49,8 @@ def pair_weights(exclusive: Tensor, inclusive: Tensor, dtype: torch.dtype, rank:
     M_ij has two candidate exponents; the correct one is <= 0 and therefore the smaller. Both can be 0. Autograd has to
     select the correct one even then, so it is given `rank`, the position of each token in the order of the sums.
     """
-    left, right = differences(exclusive, dtype), differences(-inclusive, dtype)
+    backwards = -inclusive
+    left, right = differences(exclusive, exclusive, dtype), differences(backwards, backwards, dtype)
     if rank is None:
         return exp_(left.clamp_(max=right))
     return differentiable_exp(torch.where(rank.unsqueeze(-1) > rank, left, right))
@@ -87,16 +88,18 @@ def cut_exp(exponent: Tensor, beyond: Tensor | None, dtype: torch.dtype) -> Tens
     return torch.where(y <= least, 0, y)
 
 
-def differences(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return sums_i - sums_j (..., K, K), with the rounding error of the difference rather than of the sums.
+def differences(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows_i - columns_j (..., K, K), with the rounding error of the difference rather than of the sums.
 
     Float64 sums are split into two float32 parts, which avoids a K x K tensor in float64.
     """
-    high = sums.to(dtype)
-    difference = high.unsqueeze(-1) - high.unsqueeze(-2)
-    if dtype != sums.dtype:
-        low = (sums - high).to(dtype)
-        difference.add_(low.unsqueeze(-1)).sub_(low.unsqueeze(-2))
+    high = rows.to(dtype)
+    high_columns = high if columns is rows else columns.to(dtype)
+    difference = high.unsqueeze(-1) - high_columns.unsqueeze(-2)
+    if dtype != rows.dtype:
+        low = (rows - high).to(dtype)
+        low_columns = low if columns is rows else (columns - high_columns).to(dtype)
+        difference.add_(low.unsqueeze(-1)).sub_(low_columns.unsqueeze(-2))
     return difference
 
 
@@ -127,28 +130,43 @@ def flow(exponents: Tensor, total: Tensor, reverse: bool) -> Flow:
 class Flows(NamedTuple):
     """The flows of all chunks: of the states, which keys write, and of their gradients, which queries write."""
 
-    left: Flow  # states that come from the left
-    right: Flow  # states that come from the right
+    left: Flow | None  # states that come from the left. None, like `right`, if nothing is read from there
+    right: Flow | None  # states that come from the right
     dleft: Flow | None  # gradients of the states from the left; they come from the right. None: treated as large
     dright: Flow | None  # gradients of the states from the right; they come from the left. None: treated as large
 
 
-class Factors(NamedTuple):
-    """The factors of chunks with K tokens, from the local sums e (exclusive), f (inclusive) and G (total) of gates."""
+class Exponents(NamedTuple):
+    """Logarithms of the factors of chunks with K tokens in one direction, (b, H, n, K) and (b, H, n, 1)."""
 
-    read_left: Tensor  # (b, H, n, K, 1)  s exp(e)      a query reads the state that comes from the left
-    write_right: Tensor  # (b, H, n, K, 1)  exp(G - e)    a key enters the state that leaves to the right
-    read_right: Tensor  # (b, H, n, K, 1)  s exp(G - f)  a query reads the state that comes from the right
-    write_left: Tensor  # (b, H, n, K, 1)  exp(f)        a key enters the state that leaves to the left
-    cross_right: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the right
-    cross_left: Tensor  # (b, H, n, 1, 1)  exp(G)        a state crosses the chunk to the left
+    read: Tensor  # a query reads the state that enters the chunk
+    write: Tensor  # a key enters the state that leaves the chunk
+    total: Tensor  # a state crosses the chunk
+
+
+class Factors(NamedTuple):
+    """The factors of chunks with K tokens; None for a direction from which nothing is read."""
+
+    read_left: Tensor | None  # (b, H, n, K, 1)  a query reads the state that comes from the left, with the scale
+    write_right: Tensor | None  # (b, H, n, K, 1)  a key enters the state that leaves to the right
+    cross_right: Tensor | None  # (b, H, n, 1, 1)  a state crosses the chunk to the right
+    read_right: Tensor | None  # (b, H, n, K, 1)  a query reads the state that comes from the right, with the scale
+    write_left: Tensor | None  # (b, H, n, K, 1)  a key enters the state that leaves to the left
+    cross_left: Tensor | None  # (b, H, n, 1, 1)  a state crosses the chunk to the left
 
     def of_chunk(self, i: int, tokens: int) -> "Factors":
-        return Factors(*((t if t.shape[2] == 1 else t[:, :, i : i + 1])[:, :, :, :tokens] for t in self))
+        return Factors(*(_of_chunk(x, i, tokens) for x in self))
+
+
+def _of_chunk(x: Tensor | None, i: int, tokens: int) -> Tensor | None:
+    if x is None:
+        return None
+    return (x if x.shape[2] == 1 else x[:, :, i : i + 1])[:, :, :, :tokens]
 
 
 def decay_factors(
-    gates: Tensor,
+    to_right: Exponents | None,
+    to_left: Exponents | None,
     keys: Tensor | None,
     queries: Tensor | None,
     scale: float,
@@ -157,31 +175,30 @@ def decay_factors(
 ) -> tuple[Factors, Flows]:
     """Return the factors of chunks and the flows between them.
 
-    gates are (b, H, n, K), with b = n = 1 for LION-D. keys and queries, (B, H or 1, n, K) or None, mark the keys that
-    are not masked and the outputs whose gradient is not 0. With `all_large`, no state is checked for being too small.
+    keys and queries, (B, H or 1, n, K) or None, mark the keys that are not masked and the outputs whose gradient is not
+    0. With `all_large`, no state is checked for being too small.
     """
-    e, f = cumulative_sums(gates)
-    total = f[..., -1:]
-    to_right, from_right = total - e, total - f
-    if all_large:
-        left = right = dleft = dright = Flow(*[gates.new_zeros(1, 1, 1)] * 2)
-    else:
-        left, dleft = _there_and_back(to_right, e, keys, queries, total, False, CUT[dtype])
-        right, dright = _there_and_back(f, from_right, keys, queries, total, True, CUT[dtype])
+    sides, flows = [], []
+    for x, reverse in ((to_right, False), (to_left, True)):
+        if x is None:
+            sides += [None, None, None]
+            flows += [None, None]
+            continue
+        if all_large:
+            there = back = Flow(*[x.total.new_zeros(1, 1, 1)] * 2)
+        else:
+            there, back = _there_and_back(x.write, x.read, keys, queries, x.total, reverse, CUT[dtype])
+        sides.append(_factor(x.read, dtype, there).mul_(scale))
+        sides.append(_factor(x.write, dtype, back))
+        sides.append(_factor(x.total, dtype, there, back))
+        flows += [there, back]
+    left, dleft, right, dright = flows
+    return Factors(*sides), Flows(left, right, dleft, dright)
 
-    def factor(exponent: Tensor, *flows: Flow | None) -> Tensor:
-        beyond = [x.arriving.unsqueeze(-1) for x in flows if x is not None]
-        return cut_exp(exponent, sum(beyond) if beyond else None, dtype).unsqueeze(-1)
 
-    factors = Factors(
-        read_left=factor(e, left).mul_(scale),
-        write_right=factor(to_right, dleft),
-        read_right=factor(from_right, right).mul_(scale),
-        write_left=factor(f, dright),
-        cross_right=factor(total, left, dleft),
-        cross_left=factor(total, right, dright),
-    )
-    return factors, Flows(left, right, dleft, dright)
+def _factor(exponent: Tensor, dtype: torch.dtype, *flows: Flow | None) -> Tensor:
+    beyond = [x.arriving.unsqueeze(-1) for x in flows if x is not None]
+    return cut_exp(exponent, sum(beyond) if beyond else None, dtype).unsqueeze(-1)
 
 
 def _there_and_back(write, read, keys, queries, total, reverse: bool, cut: float) -> tuple[Flow, Flow | None]:

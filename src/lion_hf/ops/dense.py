@@ -15,7 +15,7 @@ from .sides import Side
 def dense_weights(side: Side, dtype: torch.dtype) -> Tensor:
     """Return the weights of all pairs, (b, heads, length, length) or (b, heads, length, length, head_dim)."""
     token = 2 if side.by_channel else -1
-    gates, read, write = (x.movedim(token, -1) for x in side[:3])
+    gates, read, write = (x.movedim(token, -1) for x in side.exponents())
     exclusive, inclusive = cumulative_sums(gates.to(torch.promote_types(gates.dtype, dtype)))
     if side.reverse:
         exponent = (exclusive + write).unsqueeze(-2) - (inclusive - read).unsqueeze(-1)

@@ -4,15 +4,21 @@ It covers the linear transformers of arXiv 2502.16249, appendix B.6, in both dir
 calls it for everything that is not LION's own operator.
 """
 
+import functools
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .dense import dense_scores
+from .autograd import Options, lion
+from .checks import makes_graph
+from .decays import differentiable_exp
+from .diagonal import diagonal_scan
 from .sides import DIRECTIONS, Side, make_side, stabilise
-from .tokens import accumulation_dtype, without_autocast
+from .tokens import accumulation_dtype, over_heads, walks_chunks, without_autocast
 
 
 class Inputs(NamedTuple):
@@ -46,17 +52,17 @@ def general(
     with without_autocast(forward.value.device):
         mask = None if key_mask is None else key_mask.bool()
         inputs = [(forward, backward)[reverse] for reverse in DIRECTIONS[settings.direction]]
-        sides = [
-            make_side(x.log_decay, x.value, settings.convention, reverse, dtype)
-            for x, reverse in zip(inputs, DIRECTIONS[settings.direction], strict=True)
-        ]
+        weighted = any(x.log_weight is not None for x in (forward, *inputs))
+        kind = settings.convention, dtype, weighted
+        sides = [make_side(x.log_decay, x.value, x is not forward, *kind) for x in inputs]
+        if len(inputs) == 2 and forward.log_decay is backward.log_decay:
+            sides[1] = sides[0]._replace(reverse=True)
         weight, maximum = None, None
-        if any(x.log_weight is not None for x in (forward, *inputs)):
+        if weighted:
             weight = torch.zeros_like(forward.value[..., 0]) if forward.log_weight is None else forward.log_weight
-            own = (
-                [weight, torch.zeros_like(weight)] if isinstance(diagonal, Tensor) and diagonal.dim() == 3 else [weight]
-            )
-            sides, maximum = stabilise(sides, [x.log_weight for x in inputs], own, mask)
+            weight = weight if mask is None else torch.where(mask[:, None], weight, 0)
+            own = _own_exponents(diagonal, weight, settings.normalize == "mask")
+            sides, maximum = stabilise(sides, [x.log_weight for x in inputs], own, mask, dtype)
         own = _own(diagonal, weight, maximum, forward.value, mask, dtype)
         n, c = _sums(forward, inputs, sides, own, mask, dtype, settings)
         n, c = _finished(n, c, maximum, dtype, settings)
@@ -69,6 +75,17 @@ class Own(NamedTuple):
     factor: Tensor  # of its score, or of its value if the diagonal is given
     given: bool
     mask: Tensor  # the entry of the mask, for normalize="mask"
+
+
+def _own_exponents(diagonal: Tensor | float | None, weight: Tensor, by_mask: bool) -> list[Tensor]:
+    """Return the exponents of what tokens read from themselves. A diagonal of 0 reads nothing."""
+    if isinstance(diagonal, Tensor) and diagonal.dim() == 3:
+        given = torch.zeros_like(weight)
+        return [given, weight] if by_mask else [given]
+    if by_mask or diagonal is None:
+        return [weight]
+    factor = diagonal.unsqueeze(-1) if isinstance(diagonal, Tensor) else weight.new_full((1,), diagonal)
+    return [torch.where(factor == 0, -math.inf, weight)]
 
 
 def _own(diagonal, weight: Tensor | None, maximum: Tensor | None, value: Tensor, mask: Tensor | None, dtype) -> Own:
@@ -90,48 +107,118 @@ def _own(diagonal, weight: Tensor | None, maximum: Tensor | None, value: Tensor,
 
 
 def _sums(forward: Inputs, inputs: list[Inputs], sides: list[Side], own: Own, mask, dtype, s: Settings):
-    """Return n and c, without c if nothing divides by it."""
-    heads = forward.value.shape[1]
-
-    def tensors(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _grouped(x.query.to(dtype), heads), _grouped(x.key.to(dtype), heads), x.value.to(dtype)
-        return q, _kept(k, mask), _kept(v, mask)
-
+    """Return s n and s c, or the sum of the mask in place of s c; None in its place if nothing divides by it."""
     by_mask = s.normalize == "mask"
-    divided = not by_mask and (s.normalize or s.return_denominator)
-    q, k, v = tensors(forward)
-    score = own.factor if own.given else own.factor * (q * k).sum(-1)
-    n, c = score.unsqueeze(-1) * v, own.mask if by_mask else score if divided else None
-    for x, side in zip(inputs, sides, strict=True):
-        q, k, v = tensors(x)
-        scores = dense_scores(q, k, side)
-        n = n + torch.matmul(scores, v)
-        if by_mask:
-            width = q.shape[-1] if side.by_channel else 1
-            ones = torch.ones_like(q[..., :width])
-            scores = dense_scores(ones / width, _kept(ones, mask), side)
-        c = None if c is None else c + scores.sum(-1)
-    return n, c if c is None else c.expand(n.shape[:3])
+    divided = not by_mask and (bool(s.normalize) or s.return_denominator)
+    parts, rest = [], own
+    groups = _groups(inputs, sides)
+    if len(groups) == 2:  # half of each tile is not read, so smaller tiles cost less
+        s = s._replace(chunk_size=max(1, s.chunk_size // 2))
+    for x, together in groups:
+        takes_own = rest is not None and not own.given and not together[0].by_channel and _same(x, forward)
+        parts.append(_read(x, together, own.factor if takes_own else None, mask, dtype, divided, s))
+        rest = None if takes_own else rest
+    if rest is not None:
+        parts.append(_read_itself(forward, own, mask, dtype, s.scale))
+    n = sum_of(n for n, _ in parts)
+    if by_mask:
+        return n, _mask_sums(forward, sides, own, mask, dtype, s)
+    return n, sum_of(c for _, c in parts) if divided else None
 
 
-def _grouped(x: Tensor, heads: int) -> Tensor:
-    """Repeat the heads of x (batch, groups, length, width) to `heads`, each for a block of consecutive heads."""
-    if x.shape[1] == heads:
-        return x
-    return x.unsqueeze(2).expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
-def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else torch.where(mask[:, None, :, None], x, 0)
+def _groups(inputs: list[Inputs], sides: list[Side]) -> list[tuple[Inputs, list[Side]]]:
+    """Return the sides that are computed together, because they have the same tensors and kind of decay."""
+    if len(sides) == 2 and _same(*inputs) and sides[0].by_channel == sides[1].by_channel:
+        return [(inputs[0], sides)]
+    return [(x, [side]) for x, side in zip(inputs, sides, strict=True)]
+
+
+def _same(a: Inputs, b: Inputs) -> bool:
+    return a.query is b.query and a.key is b.key and a.value is b.value
+
+
+def _read(x: Inputs, sides: list[Side], own: Tensor | None, mask, dtype, divided: bool, s: Settings):
+    """Return s n and s c of one or two sides with the same tensors, and of the diagonal if it is given."""
+    if sides[0].by_channel:
+        return _read_channels(x, sides, mask, dtype, divided, s)
+    batch, _, length, _ = x.value.shape
+    left = next((side for side in sides if not side.reverse), None)
+    right = next((side for side in sides if side.reverse), None)
+    tensors = [t.expand(batch, -1, -1) for side in (left, right) if side is not None for t in side.exponents()]
+    if own is not None:
+        tensors.append(own.expand(batch, -1, -1))
+    form = s.form
+    if form == "rnn" and makes_graph():
+        form = "chunk"  # a graph cannot contain a loop over a variable number of chunks
+    elif not torch.jit.is_tracing() and length == 0:
+        form = "attention"
+    elif form == "chunk" and walks_chunks(x.value):
+        form = "rnn"
+    layout = left is not None, right is not None, own is not None
+    options = Options(form, s.chunk_size, s.scale, "both" if divided else "numerator", layout=layout)
+    result = lion(x.query, x.key, x.value, mask, options, *tensors)
+    return result if divided else (result, None)
+
+
+def _read_channels(x: Inputs, sides: list[Side], mask, dtype, divided: bool, s: Settings):
+    """Return s n and s c of sides with a decay per channel."""
+    query, key, value = _tensors(x, mask, dtype)
+    value = F.pad(value, (0, 1), value=1.0) if divided else value
+    once = len(sides) == 2 and all(a is b for a, b in zip(sides[0][:3], sides[1][:3], strict=True))
+
+    def scan(side: Side, reverse: bool | None) -> Tensor:
+        q, k = (_times(t, exponent) for t, exponent in ((query, side.read), (key, side.write)))
+        gates = side.gates.to(dtype)
+        return diagonal_scan(q, k, value, gates, reverse=reverse, form=s.form, chunk_size=s.chunk_size)
+
+    n = s.scale * (scan(sides[0], None) if once else sum_of(scan(side, side.reverse) for side in sides))
+    return (n[..., :-1], n[..., -1]) if divided else (n, None)
+
+
+def _times(x: Tensor, exponent: Tensor | None) -> Tensor:
+    """Return x times the exponential of an exponent <= 0; None is 0."""
+    return x if exponent is None else x * differentiable_exp(exponent.to(x.dtype))
+
+
+def _tensors(x: Inputs, mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    heads = x.value.shape[1]
+    q, k, v = over_heads(x.query.to(dtype), heads), over_heads(x.key.to(dtype), heads), x.value.to(dtype)
+    return (q, k, v) if mask is None else (q, *(torch.where(mask[:, None, :, None], t, 0) for t in (k, v)))
+
+
+def _read_itself(x: Inputs, own: Own, mask: Tensor | None, dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
+    """Return s n and s c of the diagonal alone."""
+    q, k, v = _tensors(x, mask, dtype)
+    score = scale * (own.factor if own.given else own.factor * (q * k).sum(-1))
+    return score.unsqueeze(-1) * v, score.expand(v.shape[:3])
+
+
+def _mask_sums(x: Inputs, sides: list[Side], own: Own, mask, dtype: torch.dtype, s: Settings) -> Tensor:
+    """Return the sums of the mask, (batch, heads, length): what is read if all queries, keys and values are 1."""
+    ones = torch.ones_like(x.value[..., :1], dtype=dtype)
+    s = s._replace(scale=1.0)
+    parts = []
+    for by_channel in (False, True):
+        chosen = [side for side in sides if side.by_channel == by_channel]
+        if chosen:
+            width = x.query.shape[-1] if by_channel else 1
+            key = ones.expand(-1, -1, -1, width)
+            inputs = Inputs(key / width, key, ones, None, None)
+            parts.append(_read(inputs, chosen, None, mask, dtype, False, s)[0])
+    return sum_of(parts).squeeze(-1) + own.mask
 
 
 def _finished(n: Tensor, c: Tensor | None, maximum: Tensor | None, dtype: torch.dtype, s: Settings):
-    """Apply the scale, divide as `normalize` says, and leave the units of the maximum."""
-    n = n * s.scale
-    c = c if c is None or s.normalize == "mask" else c * s.scale
+    """Divide as `normalize` says, and leave the units of the maximum."""
     if s.normalize and not s.return_denominator:
         one = 1.0 if maximum is None else torch.exp(-maximum).to(dtype)
-        below = c.abs().clamp(min=one) if s.normalize == "clamp" else c + s.eps * one
+        below = c.abs().clamp(min=one) if s.normalize == "clamp" else c + s.eps * one if s.eps else c
+        if maximum is not None:  # if all scores of a row are 0 and `one` underflows, the result is 0
+            below = torch.where(below == 0, 1, below)
         return n / below.unsqueeze(-1), c
     if maximum is None:
         return n, c

@@ -5,7 +5,7 @@ import torch
 from .tokens import ALL, Tokens, slices
 
 
-def global_forward(x: Tokens, log_decay, scale, block):
+def global_forward(x: Tokens, scale, block):
     parts = _parts(x, block)
     state = _state(x, parts).mul_(scale)
     if len(parts) == 1:
@@ -16,7 +16,7 @@ def global_forward(x: Tokens, log_decay, scale, block):
     return x.split(y)
 
 
-def global_backward(x: Tokens, log_decay, dy, dc, scale, block):
+def global_backward(x: Tokens, dy, dc, scale, block):
     dy = x.join(dy, dc)
     parts = _parts(x, block)
     state = _state(x, parts)

@@ -4,78 +4,103 @@ Beyond the output, the forward pass needs O(D V) memory for the state and a few 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from .chunk import chunk_factors, chunk_gates, chunk_gradients, equal_chunks
-from .decays import Factors, sum_dtype, tile_weights
-from .tokens import Tokens, fitting_cache, slices
+from .chunk import chunk_gradients, equal_chunks
+from .decays import Factors
+from .masks import Sums
+from .tokens import Tokens, fitting_cache, slices, summed_over_groups
 
 
-def rnn_forward(x: Tokens, log_decay, scale, chunk_size):
-    chunks, size = equal_chunks(x.query.shape[2], chunk_size)
-    gates = chunk_gates(log_decay, x.query.shape[2], chunks, size, x.dtype)
-    factors, _ = chunk_factors(x, gates, chunks, scale)
-    y, state = x.empty_output(), x.empty_state()
-    for part, q, k, v, w, tile in _walk(x, gates, factors, scale):  # the chunk itself and all tokens to its left
-        out = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(tile), v)
-        y[:, :, part] = out.add_(torch.matmul(q * w.read_left, state)).squeeze(2)
-        state = next_state(state, w.cross_right, k * w.write_right, v)
-    state = x.empty_state()
-    for part, q, k, v, w, _ in _walk(x, gates, factors, reverse=True):  # all tokens to its right
-        y[:, :, part] += torch.matmul(q * w.read_right, state).squeeze(2)
-        state = next_state(state, w.cross_left, k * w.write_left, v)
+def rnn_forward(x: Tokens, make_mask: Callable, chunk_size: int):
+    """Return n and c. `make_mask(x, chunks, size)` returns the mask of chunks (masks.py)."""
+    mask = make_mask(x, *equal_chunks(x.query.shape[2], chunk_size))
+    factors, _ = mask.factors()
+    y, inside = x.empty_output(), True
+    if factors.read_left is not None:  # the chunk itself and all tokens to its left
+        state, inside = x.empty_state(), False
+        for part, w, tile in _walk(x, mask, factors, tiles=True):
+            q, k, v = _chunk(x, part)
+            out = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).mul_(tile), v)
+            y[:, :, part] = out.add_(torch.matmul(q * w.read_left, state)).squeeze(2)
+            state = next_state(state, w.cross_right, k * w.write_right, v)
+    if factors.read_right is not None:  # all tokens to its right, and the chunk itself if it is still to come
+        state = x.empty_state()
+        for part, w, tile in _walk(x, mask, factors, tiles=inside, reverse=True):
+            q, k, v = _chunk(x, part)
+            out = torch.matmul(q * w.read_right, state)
+            if inside:
+                scores = torch.matmul(q, k.transpose(-1, -2)).mul_(tile)
+                y[:, :, part] = out.add_(torch.matmul(scores, v)).squeeze(2)
+            else:
+                y[:, :, part] += out.squeeze(2)
+            state = next_state(state, w.cross_left, k * w.write_left, v)
     return x.split(y)
 
 
-def rnn_backward(x: Tokens, log_decay, dy, dc, scale, chunk_size):
+def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
     dy = x.join(dy, dc)
-    length, shared = x.query.shape[2], log_decay.dim() == 1
-    chunks, size = equal_chunks(length, max(chunk_size, math.isqrt(length)))
-    gates = chunk_gates(log_decay, length, chunks, size, x.dtype)
-    factors, _ = chunk_factors(x, gates, chunks, scale, dy)
+    length = x.query.shape[2]
+    mask = make_mask(x, *equal_chunks(length, max(chunk_size, math.isqrt(length))))
+    factors, _ = mask.factors(dy)
     grads = [torch.empty_like(t, dtype=x.dtype) for t in (x.query, x.key)] + [x.empty_output()]
-    dgates = log_decay.new_empty(x.query.shape[1 if shared else 0 : 3], dtype=sum_dtype(log_decay.device))
-    left = dright = x.empty_state()
-    stored = []
-    for part, q, k, v, w, _ in _walk(x, gates, factors):
-        stored.append((left, dright))  # two states per chunk of at least sqrt(L) tokens
-        left = next_state(left, w.cross_right, k * w.write_right, v)
-        dright = next_state(dright, w.cross_left, q * w.read_right, dy[:, :, None, part])
-    right = dleft = x.empty_state()
-    for part, q, k, v, w, tile in _walk(x, gates, factors, scale, reverse=True):
+    # None for a direction from which nothing is read.
+    left = dright = right = dleft = None
+    if factors.read_left is not None:
+        left = dleft = x.empty_state()
+    if factors.read_right is not None:
+        right = dright = x.empty_state()
+    stored, found = [], []
+    for part, w, _ in _walk(x, mask, factors):
+        stored.append((left, dright))  # at most two states per chunk of at least sqrt(L) tokens
+        if left is not None:
+            keys, values = x.keys(part).unsqueeze(2), x.values(part).unsqueeze(2)
+            left = next_state(left, w.cross_right, keys * w.write_right, values)
+        if dright is not None:
+            queries = x.queries(part).unsqueeze(2)
+            dright = next_state(dright, w.cross_left, queries * w.read_right, dy[:, :, None, part])
+    for part, w, tile in _walk(x, mask, factors, tiles=True, reverse=True):
         left, dright = stored.pop()
+        q, k, v = _chunk(x, part)
         dyc = dy[:, :, None, part]
-        *steps, dgate = chunk_gradients(q, k, v, dyc, w, tile, shared, left, right, dleft, dright)
+        *steps, sums = chunk_gradients(q, k, v, dyc, w, tile, mask, left, right, dleft, dright)
         for grad, step in zip(grads, steps, strict=True):
-            grad[:, :, part] = step.squeeze(2)
-        dgates[..., part] = dgate[0, :, 0] if shared else dgate.squeeze(2)
-        right = next_state(right, w.cross_left, k * w.write_left, v)
-        dleft = next_state(dleft, w.cross_right, q * w.read_left, dyc)
-    return *grads, dgates
+            grad[:, :, part] = summed_over_groups(step.squeeze(2), grad.shape[1])
+        found.append(sums)
+        if right is not None:
+            right = next_state(right, w.cross_left, k * w.write_left, v)
+        if dleft is not None:
+            dleft = next_state(dleft, w.cross_right, q * w.read_left, dyc)
+    exponents = [t.flatten(2)[..., :length] for t in mask.gradients(Sums.joined(found[::-1], mask.size))]
+    return *grads, *(t[0] if mask.shared else t for t in exponents)
 
 
-def _walk(x: Tokens, gates: Tensor, factors: Factors, scale: float | None = None, reverse: bool = False) -> Iterator:
-    """Yield (part, q, k, v, factors, tile) of one chunk after another; q, k and v are (B, H, 1, K, D).
+def _chunk(x: Tokens, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """Return query, key and value of a chunk, (B, H, 1, K, D)."""
+    return tuple(t.unsqueeze(2) for t in (x.queries(part), x.keys(part), x.values(part)))
 
-    The last chunk may be shorter than the K of the gates, (b, H, n, K). Tiles are built only if a scale is given: once
-    for LION-D, otherwise for as many chunks at a time as fit into the cache.
+
+def _walk(x: Tokens, mask, factors: Factors, tiles: bool = False, reverse: bool = False) -> Iterator:
+    """Yield (part, factors, tile) of one chunk after another.
+
+    The last chunk may be shorter than `mask.size`. Tiles are built on demand: once for LION-D, otherwise for as many
+    chunks at a time as fit into the cache.
     """
-    size, shared = gates.shape[-1], gates.shape[2] == 1
+    size, shared = mask.size, mask.shared
     parts = slices(0, x.query.shape[2], size)
-    most = len(parts) if shared else fitting_cache(gates[:, :, 0].numel() * size)
+    most = len(parts) if shared else fitting_cache(x.value.shape[0] * x.value.shape[1] * size**2)
     groups = [range(len(parts))[group] for group in slices(0, len(parts), most)]
     for group in reversed(groups) if reverse else groups:
-        tiles = None if scale is None else tile_weights(gates[:, :, group.start : group.stop], scale, x.dtype)
+        built = mask.tiles(slice(group.start, group.stop)) if tiles else None
         for i in reversed(group) if reverse else group:
             part = parts[i]
             tokens = part.stop - part.start
-            q, k, v = (t.unsqueeze(2) for t in (x.queries(part), x.keys(part), x.values(part)))
-            tile = tiles if tiles is None or shared else tiles[:, :, i - group.start, None]
+            tile = built if built is None or shared else built[:, :, i - group.start, None]
             tile = tile if tile is None else tile[..., :tokens, :tokens]
-            yield part, q, k, v, factors.of_chunk(i, tokens), tile
+            yield part, factors.of_chunk(i, tokens), tile
 
 
 def next_state(state: Tensor, cross: Tensor, write: Tensor, v: Tensor) -> Tensor:

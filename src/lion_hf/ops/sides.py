@@ -23,6 +23,7 @@ CONVENTIONS = {"left": (0.0, 1.0), "entered": (1.0, 0.0), "between": (0.0, 0.0),
 DIRECTIONS = {"both": (False, True), "forward": (False,), "backward": (True,)}
 
 _LEAST_WEIGHT = -1e30  # replaces a log-weight of -inf, so that differences are numbers
+_LEAST_GATE = -1e7  # replaces a gate of -inf before weights of keys, up to 1e6 in size, are added
 
 
 class Side(NamedTuple):
@@ -32,9 +33,14 @@ class Side(NamedTuple):
     """
 
     gates: Tensor
-    read: Tensor
-    write: Tensor
+    read: Tensor | None  # None is 0
+    write: Tensor | None
     reverse: bool  # whether keys are to the right of the query
+
+    def exponents(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return gates, reads and writes, with zeros in place of None."""
+        zero = self.gates.new_zeros((1,) * self.gates.dim()).expand_as(self.gates)
+        return self.gates, zero if self.read is None else self.read, zero if self.write is None else self.write
 
     @property
     def by_channel(self) -> bool:
@@ -42,14 +48,20 @@ class Side(NamedTuple):
         return self.gates.dim() == 4
 
 
-def make_side(log_decay: Tensor | None, like: Tensor, convention: str, reverse: bool, dtype: torch.dtype) -> Side:
-    """Return the exponents of a side for queries `like` (batch, heads, length, head_dim) and any log-decay."""
+def make_side(
+    log_decay: Tensor | None, like: Tensor, reverse: bool, convention: str, dtype: torch.dtype, weighted: bool = False
+) -> Side:
+    """Return the exponents of a side for queries `like` (batch, heads, length, head_dim) and any log-decay.
+
+    `weighted`: whether log-weights of keys are still to be added (`stabilise`).
+    """
     heads, length = like.shape[1:3]
     if log_decay is None:
         gates = torch.zeros(1, heads, 1, dtype=sum_dtype(like.device), device=like.device).expand(-1, -1, length)
-        return Side(gates, gates, gates, reverse)
+        return Side(gates, None, None, reverse)
     by_channel = log_decay.dim() in (2, 4)
-    gates = log_decay.to(dtype if by_channel else sum_dtype(like.device)).clamp(min=FLOOR[dtype])
+    floor = _LEAST_GATE if weighted else FLOOR[dtype]
+    gates = log_decay.to(dtype if by_channel and not weighted else sum_dtype(like.device)).clamp(min=floor)
     if log_decay.dim() == 1:
         gates = gates[None, :, None].expand(1, heads, length)
     elif log_decay.dim() == 2:
@@ -58,12 +70,12 @@ def make_side(log_decay: Tensor | None, like: Tensor, convention: str, reverse: 
     return Side(gates, _share(gates, read), _share(gates, write), reverse)
 
 
-def _share(gates: Tensor, share: float) -> Tensor:
-    return gates if share == 1 else gates * share if share else torch.zeros_like(gates)
+def _share(gates: Tensor, share: float) -> Tensor | None:
+    return gates if share == 1 else gates * share if share else None
 
 
 def stabilise(
-    sides: list[Side], log_weights: list[Tensor | None], own: list[Tensor], key_mask: Tensor | None
+    sides: list[Side], log_weights: list[Tensor | None], own: list[Tensor], key_mask: Tensor | None, dtype: torch.dtype
 ) -> tuple[list[Side], Tensor]:
     """Multiply keys by exp(log_weight), in units in which no exponent exceeds 0.
 
@@ -75,11 +87,12 @@ def stabilise(
         log_weights: (batch, heads, length) for each side, of any sign; None is 0.
         own: exponents (batch, heads, length) of what tokens read from themselves.
         key_mask: (batch, length), bool; masked keys do not count.
+        dtype: the accumulation dtype.
 
     Returns:
         The sides in units of exp(maximum), and the maximum (batch, heads, length), the largest exponent of a row.
     """
-    walks = [_walk(side, log_weight, key_mask) for side, log_weight in zip(sides, log_weights, strict=True)]
+    walks = [_walk(side, log_weight, key_mask, dtype) for side, log_weight in zip(sides, log_weights, strict=True)]
     rows = [read.amax(-1) if read.dim() == 4 else read for _, read, _ in walks]
     for exponent in own:
         exponent = exponent.to(rows[0].dtype).clamp(min=_LEAST_WEIGHT)
@@ -92,13 +105,10 @@ def stabilise(
     return stable, maximum
 
 
-def _walk(side: Side, log_weight: Tensor | None, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _walk(side: Side, log_weight: Tensor | None, key_mask: Tensor | None, dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gates and writes of a side in units of the running maximum, and what tokens read, with the maximum."""
-    wide, floor = (
-        sum_dtype(side.gates.device),
-        FLOOR[torch.float64 if side.gates.dtype == torch.float64 else torch.float32],
-    )
-    gates, read, write = (x.to(wide) for x in side[:3])
+    wide = sum_dtype(side.gates.device)
+    gates, read, write = (x.to(wide) for x in side.exponents())
     if log_weight is not None:
         weight = log_weight.to(wide).clamp(min=_LEAST_WEIGHT)
         write = write + (weight.unsqueeze(-1) if side.by_channel else weight)
@@ -109,7 +119,7 @@ def _walk(side: Side, log_weight: Tensor | None, key_mask: Tensor | None) -> tup
         flow = (gates.flip(2), write.flip(2)) if side.reverse else (gates, write)
         sums = flow[0].cumsum(2)
         after = sums + (flow[1] - sums).cummax(2).values  # M_{t+1}
-        before = F.pad(after, (0, 0, 1, -1) if side.by_channel else (1, -1), value=_LEAST_WEIGHT)  # M_t
+        before = F.pad(after, (0, 0, 1, 0) if side.by_channel else (1, 0), value=_LEAST_WEIGHT)[:, :, :-1]  # M_t
         if side.reverse:
             after, before = after.flip(2), before.flip(2)
-    return (gates + (before - after)).clamp(min=floor), read + before, write - after
+    return (gates + (before - after)).clamp(min=FLOOR[dtype]), read + before, write - after

@@ -22,6 +22,8 @@ ALL = slice(None)
 class Tokens(NamedTuple):
     """Query, key and value, which the methods return contiguous and in the accumulation dtype.
 
+    Query and key may have fewer heads than value: each then serves a group of consecutive heads.
+
     Keys and values of padding are 0. If a denominator is needed, the values get a column of ones, because c is n for
     v = 1. A form that reads a few tokens at a time copies only those. The attention form reads whole rows of the batch
     instead, and computes c as the sums of its scores.
@@ -35,10 +37,10 @@ class Tokens(NamedTuple):
     dtype: torch.dtype
 
     def queries(self, part: slice = ALL) -> Tensor:
-        return self.query[:, :, part].to(self.dtype).contiguous()
+        return self._heads(self.query[:, :, part].to(self.dtype)).contiguous()
 
     def keys(self, part: slice = ALL) -> Tensor:
-        return self._unmasked(self.key[:, :, part].to(self.dtype), part).contiguous()
+        return self._heads(self._unmasked(self.key[:, :, part].to(self.dtype), part)).contiguous()
 
     def values(self, part: slice = ALL) -> Tensor:
         value = self._unmasked(self.value[:, :, part].to(self.dtype), part)
@@ -48,7 +50,11 @@ class Tokens(NamedTuple):
         """Return query, key and value of some rows of the batch."""
         row = self._replace(key_mask=None if self.key_mask is None else self.key_mask[rows])
         key, value = (row._unmasked(t[rows].to(self.dtype), ALL) for t in (self.key, self.value))
-        return tuple(for_products(t) for t in (self.query[rows].to(self.dtype), key, value))
+        query, key = self._heads(self.query[rows].to(self.dtype)), self._heads(key)
+        return tuple(for_products(t) for t in (query, key, value))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return over_heads(x, self.value.shape[1])
 
     def _unmasked(self, x: Tensor, part: slice) -> Tensor:
         return x if self.key_mask is None else torch.where(self.key_mask[:, None, part, None].bool(), x, 0)
@@ -63,7 +69,7 @@ class Tokens(NamedTuple):
         return self.value.new_empty(batch, length, heads, width, dtype=self.dtype).transpose(1, 2)
 
     def empty_state(self) -> Tensor:
-        shape = *self.query.shape[:2], 1, self.query.shape[-1], self.value.shape[-1] + int(self.denominator)
+        shape = *self.value.shape[:2], 1, self.query.shape[-1], self.value.shape[-1] + int(self.denominator)
         return self.query.new_zeros(shape, dtype=self.dtype)
 
     def split(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -73,6 +79,18 @@ class Tokens(NamedTuple):
     def join(self, dy: Tensor, dc: Tensor | None) -> Tensor:
         """Invert `split`, for gradients."""
         return (torch.cat([dy, dc.unsqueeze(-1)], -1) if self.denominator else dy).contiguous()
+
+
+def over_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeat the heads of x (batch, groups, length, width) to `heads`, each for a group of consecutive heads."""
+    if x.shape[1] == heads:
+        return x
+    return x.unsqueeze(2).expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
+
+
+def summed_over_groups(x: Tensor, groups: int) -> Tensor:
+    """Return the gradient of a tensor with fewer heads, the transpose of `over_heads`."""
+    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
 
 
 def walks_chunks(query: Tensor) -> bool:
