@@ -120,8 +120,8 @@ DIAGONAL_TASKS = {
         "0.15",
         (2e-3, 4e-3),
         "--order normal --pos_emb true --hidden_size 64 --num_hidden_layers 4 --num_attention_heads 4 "
-        "--image_size 28 --patch_size 4 --augment shift+flip --initializer_range 0.1 --max_train_samples 30000 "
-        "--num_train_epochs 1 --eval_strategy no --per_device_train_batch_size 64 --save_strategy no "
+        "--image_size 28 --patch_size 4 --augment shift+flip --initializer_range 0.1 --max_train_samples 20000 "
+        "--num_train_epochs 1 --eval_strategy no --per_device_train_batch_size 32 --save_strategy no "
         "--disable_tqdm true --use_cpu true",
     ),
 }
