@@ -2,17 +2,19 @@
 
     python benchmarks/bench_ops.py                 # time per token, ratios, linearity, peak memory
     python benchmarks/bench_ops.py --crossover     # length at which the chunk form overtakes the attention form
+    python benchmarks/bench_ops.py --options       # options of two_sided_attention over LION-S: time, work, memory
+    python benchmarks/bench_ops.py --options --only token_channel log_weight --lengths 2048 16384
 
 The heads of one layer (12 x 64) in float32, forward and backward unless --inference is given. All candidates of one
 length are timed in turn in one process. Peak memory is measured in a fresh process for every case, and counts what the
-call adds.
+call adds. --options counts the multiply-adds of one call as well, and prints which goals are met.
 """
 
 import argparse
-from pathlib import Path
 
+import op_options
 import torch
-from common import alternate, count, draw_lines, output_folder, peak_memory, print_table, save, token_axis
+from common import added_memory, alternate, count, draw_lines, output_folder, peak_memory, print_table, save, token_axis
 
 from lion_hf import bidirectional_linear_attention
 
@@ -115,18 +117,11 @@ def memory(arguments):
 
 
 def one_case(kind, form, mode, length):
-    """Print the peak memory in MiB that one call adds to the process, as measured by the operating system (Linux)."""
+    """Print the peak memory in MiB that one call adds to the process."""
     for size in (64, int(length)):  # first a short call, which loads lazily imported libraries
         inputs, decays = make(1, size)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = memory_kib("VmRSS")
-        runner(lion(form, decays[kind], 64), inputs, mode == "inference")()
-    print((memory_kib("VmHWM") - before) / 1024)
-
-
-def memory_kib(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1])
+        mib = added_memory(runner(lion(form, decays[kind], 64), inputs, mode == "inference"))
+    print(mib)
 
 
 def crossover(arguments):
@@ -146,7 +141,7 @@ def crossover(arguments):
     return rows
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--lengths", type=count, nargs="+", default=[128, 512, 2048, 8192, 16384], help="tokens in a row"
@@ -158,13 +153,24 @@ def main():
     parser.add_argument("--memory_length", type=count, default=8192, help="tokens in the row whose memory is measured")
     parser.add_argument("--inference", action="store_true", help="time the forward pass only")
     parser.add_argument("--crossover", action="store_true", help="time the attention and the chunk form only")
+    op_options.add_arguments(parser)
     parser.add_argument("--seconds", type=float, default=4.0, help="minimum time for each comparison")
     parser.add_argument("--output", type=output_folder, default="benchmarks/results", help="folder for results")
     parser.add_argument("--one_case", nargs=4, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse_arguments()
     torch.manual_seed(0)
     if arguments.one_case:
         one_case(*arguments.one_case)
+        return
+    if arguments.one_option:
+        op_options.one_option(*arguments.one_option, HEADS, WIDTH)
+        return
+    if arguments.options:
+        op_options.run(arguments, __file__, HEADS, WIDTH)
         return
     if arguments.crossover:
         rows = crossover(arguments)

@@ -1,4 +1,4 @@
-"""Code shared by the benchmarks: alternating timings, peak memory, models and their twins, tables, JSON, pictures."""
+"""Code shared by the benchmarks: alternating timings, counted work, peak memory, models, tables, JSON, pictures."""
 
 import argparse
 import importlib.util
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForMaskedLM, BertModel, ViTConfig, ViTForImageClassification
 
 from lion_hf import LionConfig, LionForImageClassification, LionForMaskedLM, LionModel, LionVisionConfig
@@ -111,6 +112,71 @@ def alternate(
     return {name: statistics.median(values[1:]) if name in remaining else math.nan for name, values in times.items()}
 
 
+def compare(
+    reference: Candidate, candidates: dict[Hashable, Candidate], seconds: float = 4.0, rounds: int = 7
+) -> dict[Hashable, tuple[float, float]]:
+    """Return the median seconds of each candidate, and its median ratio to a neighbouring run of the reference.
+
+    In each round the reference runs next to every candidate, so that a change in the speed of the machine between the
+    first and the last of many candidates does not enter the ratios.
+    """
+    times: dict[Hashable, list[tuple[float, float]]] = {name: [] for name in candidates}
+    for run in (reference, *candidates.values()):
+        run()  # the first run of each warms up
+    start = time.perf_counter()
+    for turn in itertools.count():
+        if turn >= rounds and time.perf_counter() - start >= seconds:
+            break
+        for name, run in candidates.items():
+            # The two take turns in going first, so that the caches favour neither.
+            if turn % 2:
+                own, other = wall_time(run), wall_time(reference)
+            else:
+                other, own = wall_time(reference), wall_time(run)
+            times[name].append((own, own / other))
+    return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in times.items()}
+
+
+class Work(TorchDispatchMode):
+    """Count what PyTorch's operators compute while this context is active, in the backward pass too.
+
+    Attributes:
+        products: multiply-adds of matrix products.
+        elementwise: multiplications and divisions of elements.
+        exponentials: exponentials of elements.
+    """
+
+    # The position of the first matrix among the arguments. Its last dimension is what the product sums over.
+    PRODUCTS = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "baddbmm": 1, "addmv": 1}
+    ELEMENTWISE = ("mul", "div", "addcmul", "addcdiv")
+    EXPONENTIALS = ("exp", "exp2", "expm1")
+    # They contain products, but how many does not follow from the shapes in the same way.
+    UNKNOWN = ("conv", "attention", "matmul", "einsum", "linear", "::addbmm", "vdot")
+
+    def __init__(self):
+        super().__init__()
+        self.products = self.elementwise = self.exponentials = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:  # in inference mode, operators such as matmul arrive whole
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **kwargs)
+        namespace, _, name = func._schema.name.partition("::")
+        name = name.rstrip("_")  # in place
+        if namespace != "aten" or any(word in func._schema.name for word in self.UNKNOWN):
+            raise NotImplementedError(f"the work of {func} is not counted")
+        if name in self.PRODUCTS:
+            self.products += result.numel() * args[self.PRODUCTS[name]].shape[-1]
+        elif name in self.ELEMENTWISE and result.is_floating_point():
+            self.elementwise += result.numel()
+        elif name in self.EXPONENTIALS:
+            self.exponentials += result.numel()
+        return result
+
+
 def failures() -> tuple[type[Exception], ...]:
     """Return the exceptions that end only one candidate on a GPU: no memory, no kernel for this shape or device."""
     try:
@@ -140,6 +206,19 @@ def peak_memory(script: str, *arguments: str) -> float:
     """Return the MiB that `python script arguments` prints on its last line. Each case needs a fresh process."""
     command = [sys.executable, script, *arguments]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()[-1])
+
+
+def added_memory(run: Candidate) -> float:
+    """Return the peak memory in MiB that one run adds to this process, as the operating system measures it (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _memory_kib("VmRSS")
+    run()
+    return (_memory_kib("VmHWM") - before) / 1024
+
+
+def _memory_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
 def device_memory(run: Candidate, device: torch.device) -> float:

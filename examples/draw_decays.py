@@ -34,7 +34,7 @@ from lion_hf.training.models import existing_config
 
 
 def layer_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
-    """Return the decays of each layer that has any.
+    """Return the decays of each layer that has any; of decays per channel, the mean over the channels.
 
     Variants with a decay per head: (layers, scans * heads). Variants with a decay per token: (layers, tokens), the mean
     over heads and scans for one input, without the class token of an image.
@@ -43,7 +43,9 @@ def layer_decays(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor
 
     def keep(mixer: Mixer, arguments: tuple) -> None:
         scans = [recurrence.log_decay.exp() for recurrence in mixer.recurrences(arguments[0])]
-        by_head = mixer.variant.decay == "head"
+        if mixer.variant.decay in ("channel", "token_channel"):
+            scans = [decay.mean(-1) for decay in scans]
+        by_head = mixer.variant.decay in ("head", "channel")
         layers.append(torch.cat(scans) if by_head else torch.cat(scans).mean((0, 1))[mixer.prefix_tokens :])
 
     mixers = [module for module in model.modules() if isinstance(module, Mixer)]
@@ -83,7 +85,7 @@ def draw_decays(folders: list[Path], path: Path, text: str | None = None, image:
         layers = decaying_layers(model)
         if not layers:
             raise UserError(f"{str(folder)!r} has softmax attention in every layer, so it has no decays to draw")
-        if variant.decay == "head":
+        if variant.decay in ("head", "channel"):
             row.suptitle(f"{variant.label}, {kind}: decay of each layer and head", fontsize=10)
             values = layer_decays(model)
             axis = heat_map(row.subplots(), values, layers)

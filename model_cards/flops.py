@@ -16,7 +16,8 @@ def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int 
 
     With N tokens, width C, I features in the MLP and H heads, a layer costs N (4 C^2 + 2 C I) multiply-adds for its
     projections and MLP, N C H for the gate of LION-S, and `operator_multiply_adds` for each head. Snake order runs the
-    gate twice, and the operator too in the chunk form.
+    gate twice, and the operator too in the chunk form. Short convolutions of width W add 3 N C W, output gates N C^2,
+    and queries and keys of other widths than the values count as they are.
 
     Args:
         config: configuration of the model.
@@ -38,12 +39,15 @@ def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int 
     variant = variant_class(config.mask_type)
     scans = variant.scans_taken(2 if getattr(config, "order", "normal") == "s" else 1)
     gated = tokens - config.prefix_tokens  # the class token has no gate
-    head_dim = width // heads
+    head_dim, shape = width // heads, config.structure()
+    keys = shape["key_heads"] * shape["key_dim"]
     # Chunks carry the denominator as one more feature of the value; attention adds up its scores.
     value_dim = head_dim + (config.normalize and form == "chunk")
-    operator = operator_multiply_adds(tokens, head_dim, value_dim, form, variant.decay is not None, config.chunk_size)
+    decays = variant.decay is not None
+    operator = operator_multiply_adds(tokens, shape["key_dim"], value_dim, form, decays, config.chunk_size)
     walks = scans if form == "chunk" else 1
-    layer = tokens * (4 * width**2 + 2 * width * config.intermediate_size)
+    layer = tokens * (2 * width * (width + keys) + 2 * width * config.intermediate_size)
+    layer += tokens * (shape["short_conv"] * (width + 2 * keys) + width**2 * (shape["output_gate"] != "none"))
     layer += scans * gated * variant.multiply_adds(width, heads) + heads * walks * operator
     if is_image:
         outside = patches * config.num_channels * config.patch_size**2 * width + width * config.num_labels

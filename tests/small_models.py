@@ -1,11 +1,17 @@
 """Small models of every kind, shared by the tests."""
 
+import re
+
 import torch
 
 import lion_hf
+from lion_hf.nn import variant_class
+from lion_hf.nn.variants import VARIANTS as REGISTRY
 
 
 VARIANTS = ("lit", "decay", "selective")
+# Every variant of the package, for tests that are cheap enough.
+ALL_VARIANTS = tuple(REGISTRY)
 FORMS = ("attention", "rnn", "chunk")
 TEXT_HEADS = (
     lion_hf.LionModel,
@@ -53,10 +59,36 @@ def text_inputs(batch=3, length=11, vocab_size=61):
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+# The linear layers of the variants' decays, input gates and token shifts.
+GATES = ("decay_proj", "forget_gate", "input_gate", "dt_proj", "decay_down", "decay_up", "shift_down")
+
+
 def spread_decays(model):
-    """Set decays that differ between heads and between tokens, as after training."""
+    """Set decays that differ between heads and between tokens, and no weights of 0, as after training."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "decay_proj" in name and name.endswith("weight"):
+            if any(gate in name for gate in GATES) and name.endswith("weight"):
                 parameter.normal_(std=0.5)
     return model
+
+
+def decays_of(model):
+    """Return the names of the parameters that stay float32."""
+    owns = variant_class(model.config.mask_type).float32_weights
+    pattern = re.compile(rf"\.mixer\.({'|'.join(owns)})(_2)?(\.|$)")
+    return {name for name, _ in model.named_parameters() if owns and pattern.search(name)}
+
+
+def record_mixing(model, values, mixed, key_mask=None):
+    """Write what each layer of an encoder mixes, and the result before its norms and gates, to two dicts."""
+    for i, layer in enumerate(model.layers):
+
+        def keep(mixer, arguments, i=i):
+            values[i] = mixer.recurrences(arguments[0], key_mask)[0].value
+
+        def normed(y, gate, i=i, after=layer.mixer._normed):
+            mixed[i] = y
+            return after(y, gate)
+
+        layer.mixer.register_forward_pre_hook(keep)
+        layer.mixer._normed = normed

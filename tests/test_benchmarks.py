@@ -155,6 +155,8 @@ def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
         ("bench_models", ["--variants", "selectiv"], "invalid choice: 'selectiv'"),
         ("bench_models", ["--lengths", "0"], "must be at least 1"),
         ("bench_models", ["--output", __file__], "not a folder that can be written to"),
+        ("bench_ops", ["--options", "--only", "decay_per_channel"], "invalid choice: 'decay_per_channel'"),
+        ("bench_ops", ["--options", "--longest", "0"], "must be at least 1"),
         ("bench_gates", ["--dim", "24", "--heads", "5"], "[5] must divide --dim 24"),
         ("bench_packing", ["--data", "nowhere"], "nowhere is not a folder with .txt files"),
         ("bench_versions", ["nowhere"], "nowhere does not hold the package lion_hf"),
@@ -173,6 +175,156 @@ def test_crossover_is_timed(monkeypatch, tmp_path):
     rows = run_script(monkeypatch, "bench_ops", tmp_path, "--crossover", "--tokens", "32")
     assert {row["decay"] for row in rows} == {"none", "head", "token"}
     assert all(row["chunk / attention"] > 0 for row in rows)
+
+
+def test_every_option_of_the_operator_is_compared(bench, monkeypatch, tmp_path):
+    import op_options
+
+    monkeypatch.setattr(op_options, "peak_memory", lambda script, option, name, *case: 1.0 + len(name))
+    sizes = "--lengths", "16", "5", "--tokens", "16", "--rounds", "1", "--chunk_size", "8", "--memory_length", "16"
+    rows = run_script(monkeypatch, "bench_ops", tmp_path, "--options", *sizes)
+    names = ["LION-S", *op_options.OPTIONS]
+    timed = {(row["length"], row["option"]): row for row in rows if "length" in row}
+    assert list(timed) == [(length, name) for length in (5, 16) for name in names]
+    assert all(row["us per token"] > 0 and row["time / LION-S"] > 0 for row in timed.values())
+    parts = "multiply-adds, forward", "multiply-adds, with backward"
+    for (length, _), row in timed.items():
+        same = timed[length, "LION-S"]
+        assert all(row[f"{part} / LION-S"] == pytest.approx(row[part] / same[part]) for part in parts)
+        assert 0 < row[parts[0]] < row[parts[1]]
+    for part in parts:
+        assert timed[16, "thin"][part] == timed[16, "LION-S"][part]
+        assert timed[16, "backward_all"][part] >= timed[16, "forward"][part]
+    memory = {row["option"]: row["memory / LION-S"] for row in rows if "mode" in row}
+    assert list(memory) == names and memory["edge"] == 5 / 7
+
+
+def test_every_argument_that_costs_is_an_option_of_the_benchmark(bench):
+    """Each option passes what no other one does, so a new argument of the operator is missing until it is added."""
+    import inspect
+
+    import op_options
+
+    from lion_hf.ops import two_sided_attention
+
+    tensors = op_options.make_tensors(1, 6, 4, 2)
+    changes = {name: make(tensors) for name, make in op_options.OPTIONS.items()}
+    given = set().union(*changes.values())
+    different = {tuple((key, id(value)) for key, value in change.items()) for change in changes.values()}
+    assert len({*different, ()}) == 1 + len(changes), "two options are the same call, or one is LION-S"
+    for name in op_options.OPTIONS:
+        call, leaves = op_options.make_call(name, tensors, "chunk", 4)
+        assert all(gradient is not None for gradient in torch.autograd.grad(call().sum(), leaves)), name
+    free = {"scale", "eps", "format", "chunk_size", "check_values", "value", "return_denominator", "operator"}
+    assert given | free | {"key_mask", "cu_seqlens"} == {*inspect.signature(two_sided_attention).parameters, "operator"}
+
+
+def test_only_linear_options_run_on_long_rows(bench, monkeypatch, tmp_path, capsys):
+    import op_options
+
+    monkeypatch.setattr(op_options, "peak_memory", lambda *case: pytest.fail("ran a long row"))
+    sizes = "--lengths", "8", "40", "--tokens", "8", "--rounds", "1", "--longest", "16", "--memory_length", "40"
+    quadratic = "--form", "attention", "--only", "entered"
+    rows = run_script(monkeypatch, "bench_ops", tmp_path / "a", "--options", *quadratic, *sizes)
+    assert [(row["length"], row["option"]) for row in rows] == [(8, "LION-S"), (8, "entered")]
+    assert "LION-S: the work grows with the square of the length, so it stops at 16 tokens" in capsys.readouterr().out
+    monkeypatch.setattr(op_options, "peak_memory", lambda *case: 1.0)
+    rows = run_script(monkeypatch, "bench_ops", tmp_path / "c", "--options", "--only", "thin", *sizes)
+    assert {row["length"] for row in rows if "length" in row} == {8, 40}
+    with pytest.raises(SystemExit, match="beyond --longest 16"):
+        run_script(monkeypatch, "bench_ops", tmp_path, "--options", *quadratic, *sizes[:1], *sizes[2:])
+
+
+def test_goals_of_the_options(bench):
+    import op_options
+
+    cost = {("channel", 512): 9.0, ("channel", 2048): 2.0, ("channel", 16384): 2.1, ("entered", 2048): 9.0}
+    rows = [{"option": name, "length": length, "time / LION-S": ratio} for (name, length), ratio in cost.items()]
+    growth = [{"option": name, "cost per token at 16384 / 2048": r} for name, r in (("LION-S", 1.3), ("channel", 1.4))]
+    names = ["channel", "log_weight", "entered"]
+    found = {row["goal"]: row["met"] for row in op_options.goals(rows, growth, names, [512, 2048, 16384])}
+    assert found == {
+        "channel / LION-S, 2048": "yes",
+        "channel / LION-S, 16384": "no",
+        "log_weight / LION-S, 2048": "no",
+        "log_weight / LION-S, 16384": "no",
+        "LION-S, cost per token at 16384 / 2048": "yes",
+        "channel, cost per token at 16384 / 2048": "no",
+        "log_weight, cost per token at 16384 / 2048": "no",
+        "entered, cost per token at 16384 / 2048": "no",
+    }
+    assert op_options.goals(rows, [], ["entered"], [512, 2048]) == []
+
+
+def test_cost_per_token_is_compared_between_two_lengths(bench, monkeypatch):
+    """Two rows of 4 tokens against one of 24: at the same time per token, the ratio of the two calls is 3."""
+    import op_options
+
+    monkeypatch.setattr(op_options, "SHORT", 4)
+    monkeypatch.setattr(op_options, "LONG", 24)
+    monkeypatch.setattr(op_options, "compare", lambda short, long, *limits: dict.fromkeys(long, (1.0, 3.6)))
+    arguments = SimpleNamespace(tokens=8, form="chunk", chunk_size=4, inference=False, seconds=0, rounds=1)
+    assert op_options.growth(["edge"], arguments, 2, 4) == [
+        {"option": "edge", "cost per token at 24 / 4": pytest.approx(1.2)}
+    ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not measure peak memory")
+def test_peak_memory_of_one_option_is_printed(bench, capsys):
+    import op_options
+
+    op_options.one_option("edge", "chunk", "16", "inference", "2048", 4, 64)
+    assert float(capsys.readouterr().out) > 4 * 2048 * 4 * 64 / 2**20  # at least the output
+
+
+def test_ratios_are_those_of_neighbouring_runs(bench, monkeypatch):
+    """The machine slows down from run to run, and the ratios stay."""
+    import common
+
+    speed = iter(range(1, 99))
+    monkeypatch.setattr(common, "wall_time", lambda run: run() * (100 + next(speed)))
+    found = common.compare(lambda: 1.0, {"a": lambda: 1.0, "b": lambda: 2.0}, seconds=0, rounds=6)
+    assert found["a"][1] == pytest.approx(1, abs=0.02) and found["b"][1] == pytest.approx(2, abs=0.04)
+    assert found["b"][0] > found["a"][0] > 100
+
+
+def test_counted_work_is_that_of_the_shapes(bench):
+    from common import Work
+
+    a, b, c = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 5, 6), torch.randn(3, 4, 6)
+    for context in (torch.enable_grad, torch.inference_mode):
+        with context(), Work() as work:
+            torch.matmul(a, b)
+            torch.einsum("bij,bjk->bik", a, b)
+            c.clone().baddbmm_(a.detach(), b)
+            torch.addmm(c[0], a[0], b[0]), a[0] @ b[0], a[0] @ b[0, :, 0], b[0, :, 0] @ b[0, :, 1]
+        assert work.products == 3 * 3 * 4 * 5 * 6 + 2 * 4 * 5 * 6 + 4 * 5 + 5
+        assert work.elementwise == work.exponentials == 0
+    with Work() as work:
+        (a @ b).sum().backward()
+        c.clone().mul_(2).exp().addcmul_(c, c).div(c)
+    assert work.products == 2 * 3 * 4 * 5 * 6  # b needs no gradient
+    assert work.elementwise == 3 * c.numel() and work.exponentials == c.numel()
+    with pytest.raises(NotImplementedError, match="conv"), Work():
+        F.conv1d(torch.randn(1, 2, 8), torch.randn(2, 2, 3))
+
+
+def test_counted_work_of_lion_is_that_of_its_documentation(bench):
+    """L^2 (D + V) for the attention form, L (K (D + V) + 4 D V) and the product over the chunks for the chunk form."""
+    from common import Work
+
+    batch, heads, length, width, values, size = 2, 3, 48, 8, 4, 16
+    query, key = torch.rand(2, batch, heads, length, width)
+    value, log_decay = torch.rand(batch, heads, length, values), -torch.rand(batch, heads, length)
+    chunks, pairs = length // size, batch * heads
+    expected = {
+        "attention": length**2 * (width + values),
+        "chunk": length * (size * (width + values) + 4 * width * values) + 2 * chunks**2 * width * values,
+    }
+    for form, products in expected.items():
+        with Work() as work:
+            bidirectional_linear_attention(query, key, value, log_decay, format=form, chunk_size=size)
+        assert work.products == pairs * products
 
 
 @pytest.mark.parametrize("device, label", [("cpu", "CPU"), ("accelerator", "accelerator")])

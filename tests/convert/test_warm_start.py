@@ -360,7 +360,13 @@ def test_the_norm_after_mixing_starts_with_the_size_of_mixed_values(mask_type):
 
 
 # For text and images: a value that the blocks of the source do not have.
-OTHER_BLOCKS = {"mlp_type": ("glu", "glu"), "normalize": (True, False), "feature_map": ("unit_silu", "elu")}
+OTHER_BLOCKS = {
+    "mlp_type": ("glu", "glu"),
+    "normalize": (True, False),
+    "feature_map": ("unit_silu", "elu"),
+    "key_heads": (1, 1),
+    "key_dim": (5, 5),
+}
 
 
 def other_value(name, config):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import FORMS, TEXT_HEADS, VARIANTS, text_config, vision_config
+from small_models import ALL_VARIANTS, FORMS, TEXT_HEADS, text_config, vision_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -27,7 +27,7 @@ def image_arguments(head):
 # Every head, and every pair of variant and form; the two values of an option alternate.
 CASES = [(head, text_config, "selective", "auto", text_arguments) for head in TEXT_HEADS]
 CASES += [(head, vision_config, "decay", "auto", image_arguments) for head in IMAGE_HEADS]
-for variant in VARIANTS:
+for variant in ALL_VARIANTS:
     CASES += [(TEXT_HEADS[0], text_config, variant, form, text_arguments) for form in (*FORMS, "auto")]
     CASES += [(IMAGE_HEADS[0], vision_config, variant, form, image_arguments) for form in (*FORMS, "auto")]
 CASES = [pytest.param(*case, i % 2, id="-".join([case[0].__name__, *case[2:4]])) for i, case in enumerate(CASES)]
@@ -63,7 +63,7 @@ def test_steps_run_on_meta_and_fake_tensors(head, make_config, variant, form, ar
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 @pytest.mark.parametrize(
     "kind, mode",
     [("text", "real"), pytest.param("text", "symbolic", marks=pytest.mark.slow), ("image", "fake")],

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from small_models import VARIANTS, spread_decays, vision_config
+from small_models import ALL_VARIANTS, spread_decays, vision_config
 from transformers import (
     AutoBackbone,
     AutoModel,
@@ -31,7 +31,7 @@ def build(mask_type="selective", **options):
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)], ids=["square", "wide"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_feature_maps_are_the_tokens_of_the_encoder_in_their_places(mask_type, order, size):
     backbone = build(mask_type, order=order, out_features=ALL_STAGES)
     pixels = torch.randn(2, 3, *size)

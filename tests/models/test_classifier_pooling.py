@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import FORMS, TEXT_HEADS, VARIANTS, text_config, text_inputs
+from small_models import ALL_VARIANTS, FORMS, TEXT_HEADS, text_config, text_inputs
 from text_models import build, differentiable_sum, inputs_for, labels_for
 from transformers import AutoModelForSequenceClassification
 
@@ -29,7 +29,7 @@ def by_definition(model, hidden, mask):
 
 @pytest.mark.parametrize("unpad", [False, True], ids=["padded", "unpadded"])
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_the_mean_runs_over_real_tokens(mask_type, name, unpad):
     model = build(lion_hf.LionModel, mask_type, torch.float64, classifier_pooling="mean", unpad=unpad)
     mask = None if MASKS[name] is None else torch.tensor(MASKS[name])
@@ -40,7 +40,7 @@ def test_the_mean_runs_over_real_tokens(mask_type, name, unpad):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "holes"])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_packed_texts_have_a_mean_each_with_the_gradients_of_separate_ones(mask_type, masked):
     model = build(lion_hf.LionModel, mask_type, torch.float64, classifier_pooling="mean")
     ids, lengths = torch.randint(1, 61, (1, 12)), [5, 1, 4, 2]

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from small_models import FORMS, VARIANTS, spread_decays, vision_config
+from small_models import ALL_VARIANTS, FORMS, spread_decays, vision_config
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedImageModeling, Trainer, TrainingArguments
 
@@ -34,7 +34,7 @@ def in_pixels(mask, height, width):
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)], ids=["square", "wide"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_loss_is_the_mean_absolute_error_over_masked_pixels(mask_type, order, size):
     model, (pixels, mask) = build(mask_type, order=order), images(3, *size)
     outputs = model(pixels, bool_masked_pos=mask)
@@ -97,7 +97,7 @@ def test_tuples_hold_the_values_of_the_output_class():
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_forms_agree_in_loss_and_every_gradient(mask_type, order):
     model = build(mask_type, torch.float64, order=order)
     pixels, mask = images(2, 12, 20, torch.float64)

@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from small_models import FORMS, TEXT_HEADS, VARIANTS, text_config, text_inputs
+from small_models import (
+    ALL_VARIANTS,
+    FORMS,
+    TEXT_HEADS,
+    decays_of,
+    record_mixing,
+    spread_decays,
+    text_config,
+    text_inputs,
+)
 from text_models import build, differentiable_sum, inputs_for, labels_for, left_padded
 
 import lion_hf
@@ -15,9 +24,9 @@ from lion_hf.models import modeling_lion as modeling_lion
 
 
 @pytest.mark.parametrize("length", [1, 11, 16])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_forms_agree_in_outputs_and_every_gradient(mask_type, length):
-    model = build(lion_hf.LionForMaskedLM, mask_type, torch.float64, hidden_act="gelu_new")
+    model = spread_decays(build(lion_hf.LionForMaskedLM, mask_type, torch.float64, hidden_act="gelu_new"))
     inputs = text_inputs(3, length)
     results = {}
     for form in (*FORMS, "auto"):
@@ -35,7 +44,7 @@ def test_forms_agree_in_outputs_and_every_gradient(mask_type, length):
 
 
 @pytest.mark.parametrize("head", TEXT_HEADS, ids=lambda x: x.__name__)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_every_head_agrees_over_the_forms(head, mask_type):
     model, inputs = build(head, mask_type, torch.float64), inputs_for(head)
     expected = model(**inputs)
@@ -69,7 +78,7 @@ def test_chunk_size_changes_nothing(chunk_size):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_right_padding_changes_no_real_token(mask_type, form):
     model = build(lion_hf.LionModel, mask_type, torch.float64, format=form)
     inputs = text_inputs()
@@ -84,7 +93,7 @@ def test_right_padding_changes_no_real_token(mask_type, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_left_padding_changes_no_real_token_and_the_pooler_takes_the_first(mask_type, form):
     model = build(lion_hf.LionModel, mask_type, torch.float64, format=form)
     inputs = text_inputs()
@@ -115,7 +124,7 @@ def test_padding_reaches_no_head(head):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_a_row_alone_equals_the_row_in_a_batch(mask_type, form):
     model = build(lion_hf.LionForMaskedLM, mask_type, torch.float64, format=form)
     inputs = text_inputs(4)
@@ -187,14 +196,12 @@ def test_other_masks_are_refused_and_say_what_is_taken(mask, message):
 
 
 @pytest.mark.parametrize("form", ["attention", "auto"])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_attentions_are_the_matrices_that_mix_the_values(mask_type, form):
-    model = build(lion_hf.LionModel, mask_type, torch.float64, format=form)
+    model = spread_decays(build(lion_hf.LionModel, mask_type, torch.float64, format=form))
     inputs, values, mixed = text_inputs(), {}, {}
-    for i, layer in enumerate(model.layers):
-        layer.mixer.v_proj.register_forward_hook(lambda m, x, y, i=i: values.__setitem__(i, y))
-        before = layer.mixer.norm if layer.mixer.norm is not None else layer.mixer.o_proj
-        before.register_forward_pre_hook(lambda m, x, i=i: mixed.__setitem__(i, x[0]))
+    real = inputs["attention_mask"].bool()
+    record_mixing(model, values, mixed, real)
     plain = model(**inputs)
     of_operator = dict(mixed)
     outputs = model(**inputs, output_attentions=True)
@@ -202,9 +209,8 @@ def test_attentions_are_the_matrices_that_mix_the_values(mask_type, form):
     torch.testing.assert_close(outputs.last_hidden_state, plain.last_hidden_state, rtol=1e-9, atol=1e-12)
     for i, a in enumerate(outputs.attentions):
         assert a.shape == (3, 3, 11, 11)
-        assert (a.transpose(1, 3)[inputs["attention_mask"] == 0] == 0).all(), "a masked key has an effect"
-        v = values[i].unflatten(-1, (3, 8)).transpose(1, 2)
-        torch.testing.assert_close((a @ v).transpose(1, 2).flatten(2), of_operator[i], rtol=1e-9, atol=1e-12)
+        assert (a.transpose(1, 3)[~real] == 0).all(), "a masked key has an effect"
+        torch.testing.assert_close((a @ values[i]).transpose(1, 2).flatten(2), of_operator[i], rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", ["rnn", "chunk"])
@@ -295,18 +301,14 @@ def test_gradient_checkpointing_changes_no_gradient(form, options):
     assert not model.is_gradient_checkpointing
 
 
-def decays_of(model):
-    return {name for name, _ in model.named_parameters() if "decay_" in name}
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_half_precision_load_keeps_decays_in_float32_and_runs_in_every_form(tmp_path, mask_type, dtype):
     model, inputs = build(lion_hf.LionForMaskedLM, mask_type), text_inputs()
     model.save_pretrained(tmp_path)
     low = lion_hf.LionForMaskedLM.from_pretrained(tmp_path, dtype=dtype).eval()
     decays = decays_of(low)
-    assert bool(decays) == (mask_type != "lit")
+    assert bool(decays) == (mask_type not in ("lit", "retnet"))
     for name, p in low.named_parameters():
         assert p.dtype == (torch.float32 if name in decays else dtype), name
         assert name not in decays or torch.equal(p, model.get_parameter(name))
@@ -321,7 +323,7 @@ def test_half_precision_load_keeps_decays_in_float32_and_runs_in_every_form(tmp_
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_bfloat16_training_gives_finite_gradients_everywhere(tmp_path, mask_type, form):
     build(lion_hf.LionForMaskedLM, mask_type, format=form).save_pretrained(tmp_path)
     model = lion_hf.LionForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16).train()
@@ -331,7 +333,7 @@ def test_bfloat16_training_gives_finite_gradients_everywhere(tmp_path, mask_type
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_autocast_runs_and_stays_near_float32(mask_type, form):
     model, inputs = build(lion_hf.LionForMaskedLM, mask_type, format=form), text_inputs()
     expected = model(**inputs).logits

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from small_models import FORMS, VARIANTS, spread_decays, text_config
+from small_models import ALL_VARIANTS, FORMS, spread_decays, text_config
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 import lion_hf
@@ -180,7 +180,7 @@ def gradients(model, loss):
 @pytest.mark.parametrize("told", TOLD)
 @pytest.mark.parametrize("layers", [[], [0]], ids=["lion", "hybrid"])
 @pytest.mark.parametrize("pos_emb", [False, True], ids=["no-table", "table"])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_a_flattened_batch_equals_its_sequences_in_outputs_and_every_gradient(mask_type, pos_emb, layers, told):
     model, sequences = build(mask_type=mask_type, pos_emb=pos_emb, softmax_layers=layers), texts((5, 2, 9, 4))
     if told != "position_ids":
@@ -374,7 +374,7 @@ def padded_batch(name, batch=3):
 
 
 @pytest.mark.parametrize("layers", [[], [1]], ids=["lion", "hybrid"])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 @pytest.mark.parametrize("name", MASKS)
 def test_without_padding_real_tokens_and_their_gradients_are_the_same(name, mask_type, layers):
     model, inputs = build(mask_type=mask_type, softmax_layers=layers).train(), padded_batch(name)
@@ -391,7 +391,7 @@ def test_without_padding_real_tokens_and_their_gradients_are_the_same(name, mask
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("layers", [[], [1]], ids=["lion", "hybrid"])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_every_row_is_pooled_alike_with_its_padding_and_without(mask_type, layers, training, monkeypatch):
     monkeypatch.setattr(encoder, "LEAST_PADDING", 0)
     model = build(mask_type=mask_type, softmax_layers=layers).train(training)
@@ -450,7 +450,7 @@ def recorded_shapes(model, inputs, **options):
     return set(shapes), outputs
 
 
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_by_default_evaluation_computes_every_position(mask_type, monkeypatch):
     monkeypatch.setattr(encoder, "LEAST_PADDING", 0)
     model, inputs = build(mask_type=mask_type), padded_batch("right")

@@ -94,7 +94,7 @@ def outputs_and_gradients(model, inputs):
     return [*outputs, *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("mask_type", ["lit", "decay", "selective"])
+@pytest.mark.parametrize("mask_type", ["lit", "decay", "selective", "grfa", "mamba2", "rwkv6"])
 @pytest.mark.parametrize("head", [*TEXT_HEADS, *IMAGE_HEADS], ids=lambda head: head.__name__)
 def test_every_layer_may_hide_in_a_wrapper(head, mask_type):
     """Outputs and gradients are unchanged if every linear layer, convolution, embedding and norm is wrapped."""

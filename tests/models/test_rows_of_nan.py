@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from small_models import FORMS, VARIANTS, spread_decays, text_config, vision_config
+from small_models import ALL_VARIANTS, FORMS, spread_decays, text_config, vision_config
 
 import lion_hf
 
 
-ORDERED = [(variant, order) for variant in VARIANTS for order in ("normal", "s")]
+ORDERED = [(variant, order) for variant in ALL_VARIANTS for order in ("normal", "s")]
 
 
 def assert_only_one_row_is_lost(run, clean, bad, row=1):
@@ -54,7 +54,7 @@ def test_an_image_that_overflows_in_float16_costs_its_own_row_only(variant, orde
 
 @pytest.mark.parametrize("unpad", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_text_of_nan_costs_its_own_row_only(value, variant, form, unpad):
     model = spread_decays(lion_hf.LionForSequenceClassification(text_config(variant, format=form, unpad=unpad))).eval()

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from small_models import FORMS, VARIANTS, spread_decays, text_config, text_inputs, vision_config
+from small_models import ALL_VARIANTS, FORMS, VARIANTS, spread_decays, text_config, text_inputs, vision_config
 
 import lion_hf
 
@@ -30,7 +30,7 @@ every_model = pytest.mark.parametrize("build", [text, image], ids=lambda x: x.__
 
 
 @pytest.mark.parametrize("form", (*FORMS, "auto"))
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 @every_model
 def test_a_trace_is_right_at_other_batches_lengths_and_paddings(build, mask_type, form):
     model, example, others = build(mask_type, form)
@@ -86,7 +86,7 @@ class FirstOutput(torch.nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", (*VARIANTS, "retnet"))
 @every_model
 def test_onnx_through_torchscript_is_right_at_other_sizes(build, mask_type, form):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import VARIANTS, text_config
+from small_models import ALL_VARIANTS, text_config
 from text_models import build
 from torch import nn
 
@@ -38,7 +38,7 @@ def gradient_norm(model, loss):
 
 @pytest.mark.parametrize("norm_position", ["post", "pre"])
 @pytest.mark.parametrize("head", [lion_hf.LionForMaskedLM, lion_hf.LionForTokenClassification])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_labels_left_on_padding_are_harmless(mask_type, head, norm_position):
     """The biases of a new model are 0; a head's LayerNorm over zeros would have a gradient of 1 / sqrt(eps)."""
     model = head(text_config(mask_type, norm_position=norm_position)).train()
@@ -51,7 +51,7 @@ def test_labels_left_on_padding_are_harmless(mask_type, head, norm_position):
 
 
 @pytest.mark.parametrize("taken_out", [True, None], ids=str)
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_the_loss_is_the_same_up_to_the_share_of_padding(mask_type, taken_out):
     model, (ids, mask) = build(lion_hf.LionForMaskedLM, mask_type, torch.float64).train(), batch(expanded=True)
     read, results = ids != 0, []
@@ -68,7 +68,7 @@ def test_the_loss_is_the_same_up_to_the_share_of_padding(mask_type, taken_out):
 
 @pytest.mark.parametrize("taken_out", [None, True, False], ids=str)
 @pytest.mark.parametrize("embedded", [False, True], ids=["ids", "embeddings"])
-@pytest.mark.parametrize("mask_type", VARIANTS)
+@pytest.mark.parametrize("mask_type", ALL_VARIANTS)
 def test_tokens_that_expand_a_query_are_alike_in_training_and_evaluation(mask_type, embedded, taken_out):
     """These tokens are masked, so that no other token reads them, but the loss reads their outputs."""
     model = build(lion_hf.LionModel, mask_type, torch.float64, unpad=taken_out)

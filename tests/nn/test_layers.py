@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import FORMS, VARIANTS, text_config, text_inputs, vision_config
+from small_models import ALL_VARIANTS, FORMS, text_config, text_inputs, vision_config
 
 import lion_hf
 from lion_hf.nn import MLP, Block, Encoder, Mixer, SoftmaxMixer
@@ -61,13 +61,13 @@ def test_a_padded_signal_is_encoded_as_it_is_alone():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_an_encoder_with_the_options_of_the_paper_is_the_text_model(variant, form):
     config = text_config(variant, unpad=False, softmax_layers=[1], format=form)
     model = lion_hf.LionModel(config, add_pooling_layer=False).double().eval()
     encoder = Encoder(
-        24, 2, 3, variant, hidden=40, norm_position="post", norm_eps=1e-12, normalize=False, norm=variant == "lit",
-        gate_eps=1e-7, softmax_layers=[1],
+        24, 2, 3, variant, hidden=40, norm_position="post", norm_eps=1e-12, normalize=variant == "grfa",
+        norm=variant == "lit", gate_eps=1e-7, softmax_layers=[1],
     ).double().eval()  # fmt: skip
     encoder.load_state_dict({name: x for name, x in model.state_dict().items() if name.startswith("layers.")})
     inputs = text_inputs()
@@ -77,11 +77,12 @@ def test_an_encoder_with_the_options_of_the_paper_is_the_text_model(variant, for
 
 
 @pytest.mark.parametrize("order", ["normal", "snake"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_an_encoder_with_the_options_of_the_paper_is_the_image_model(variant, order):
     model = lion_hf.LionVisionModel(vision_config(variant, order=order)).double().eval()
     scans = 2 if order == "snake" else 1
-    encoder = Encoder(24, 2, 3, variant, hidden=40, norm_eps=1e-6, scans=scans, prefix_tokens=1).double().eval()
+    options = {"norm_eps": 1e-6, "scans": scans, "prefix_tokens": 1, "output_norm": model.config.output_norm}
+    encoder = Encoder(24, 2, 3, variant, hidden=40, **options).double().eval()
     encoder.load_state_dict({k: x for k, x in model.state_dict().items() if k.startswith(("layers.", "norm."))})
     pixels = torch.randn(2, 3, 12, 20, dtype=torch.float64)
     states = encoder(model.embeddings(pixels), paths=snake_orders(3, 5))

@@ -130,14 +130,18 @@ def make(case):
     """Return the tensors (a dict) and the other options (a dict) of a case, in float64."""
     m, batch, heads, length = Maker(case["seed"]), case["batch"], case["heads"], case["length"]
     batch = 1 if case["packed"] else batch
-    # Denominators that vanish are ill-conditioned; positive scores do not have them.
-    low = 0.1 if case["normalize"] in (True, "clamp") else -0.5
+    # Denominators that vanish are ill-conditioned. Positive scores have none, "clamp" with small weights neither.
+    large = "large" in (case["weight"], case["backward_weight"])
+    positive = case["normalize"] is True or (case["normalize"] == "clamp" and large)
+    low = 0.1 if positive else -0.5
     # What is not divided overflows with large weights.
     largest = {"large": "small"} if not case["normalize"] or case["pair"] else {}
     weight, backward_weight = (largest.get(x, x) for x in (case["weight"], case["backward_weight"]))
     shapes = {"query": (case["groups"], case["d"]), "key": (case["groups"], case["d"]), "value": (heads, case["e"])}
     tensors = {n: m.uniform(low, 1, batch, h, length, w) for n, (h, w) in shapes.items()}
-    tensors |= {f"backward_{n}": torch.rand_like(tensors[n]) * 0.9 + low for n in case["backward"]}
+    tensors |= {f"backward_{n}": m.uniform(low, 1, *tensors[n].shape) for n in case["backward"]}
+    if case["normalize"] == "clamp":  # so that many row sums are below -1
+        tensors |= {n: -4 * x for n, x in tensors.items() if n.endswith("query")}
     sizes = batch, heads, length
     options = {
         "log_decay": m.log_decay(case["rank"], case["gates"], *sizes, case["d"]),

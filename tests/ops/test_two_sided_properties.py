@@ -72,7 +72,7 @@ def test_packed_sequences_are_separate(kind, form):
 
 @every_form
 @every_kind
-@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("normalize", [True, "mask"])
 def test_padding_changes_nothing(kind, normalize, form):
     tensors, options = make(case(batch=1, normalize=normalize, **kind))
     alone = run(tensors, options, format=form)
@@ -202,12 +202,11 @@ def test_a_shift_of_log_weights_cancels(shift, dtype, rank, form):
 
 
 @every_form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("rank", [None, 3, 4])
 @pytest.mark.parametrize("normalize", [True, "mask", "clamp"])
-def test_log_weights_of_any_size_make_no_nan(normalize, rank, dtype, form):
+def test_log_weights_of_any_size_make_no_nan(normalize, rank, form):
     """Far apart, all far below, minus infinity; with a query of 0, as a ReLU makes it; and a gate of 0."""
-    m = Maker(0)
+    m, dtype = Maker(0), torch.float32
     query, key = m.uniform(0, 1, 2, *SIZES, 3).to(dtype)
     value = m.uniform(-1, 1, *SIZES, 2).to(dtype)
     decay = m.log_decay(rank, "saturated", *SIZES, 3)
@@ -401,3 +400,14 @@ def test_long_inputs_stay_exact_in_float32(rank, form):
     actual = with_gradients(two_sided_attention, low, options | {"format": form, "chunk_size": 16})
     scale = max(0.05, *(x.abs().max().item() / 4 for x in expected.values()))
     assert_same(actual, expected, 2e-5, form, scale)
+
+
+@every_form
+@every_kind
+def test_nothing_quadratic_is_kept_for_backward(kind, form):
+    tensors, options = make(case(batch=1, length=512, normalize=True, **kind))
+    leaves = {n: x.requires_grad_() for n, x in tensors.items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+        y = two_sided_attention(**leaves, **options, format=form)
+    assert y.requires_grad and kept and max(kept) < 512 * 512

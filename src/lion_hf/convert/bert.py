@@ -40,6 +40,7 @@ from ..models.modeling_lion import (
     LionModel,
 )
 from ..nn.mixer import Mixer, head_windows
+from ..nn.variants import variant_class
 from .names import convert_text_state_dict, without_wrappers
 from .warm_start import (
     SHARED,
@@ -108,8 +109,8 @@ def from_bert(
             over the heads, or one number per head. Default: (16, 512). Ignored for LION-LIT.
         length: typical number of tokens of a text. It sets the scale of the projections.
         config_overrides: further options of `LionConfig` that the weights do not determine, such as `format`,
-            `num_labels` or `layer_norm_after` (default here: True). The default of attention dropout is 0, because
-            only the attention form supports it.
+            `num_labels` or `layer_norm_after` (default here: True, unless the variant has an `output_norm`). The
+            default of attention dropout is 0, because only the attention form supports it.
 
     Returns:
         The model in evaluation mode, with the source's dtype and on its device. Decay parameters are at least float32.
@@ -133,8 +134,9 @@ def from_bert(
     encoder, norm = model.base_model, model.base_model.embeddings.norm
     for layer in encoder.layers:
         if isinstance(layer.mixer, Mixer):
+            if not layer.mixer.short_conv:  # whose activation leaves nothing of an expansion
+                _expand_softmax(layer.mixer, windows, length, norm)
             layer.mixer.set_windows(windows)
-            _expand_softmax(layer.mixer, windows, length, norm)
         norm = layer.mlp_norm
     return model
 
@@ -165,7 +167,9 @@ def config_from_bert(
         ValueError: as in `from_bert`.
     """
     _require_encoder(source)
-    options = config_options(source, _SIZES, _SHARED, {"layer_norm_after": True, **config_overrides})
+    output_norm = config_overrides.get("output_norm") or variant_class(mask_type).option("output_norm")
+    normed = {"layer_norm_after": output_norm == "none"}  # unless the variant has a norm of its own
+    options = config_options(source, _SIZES, _SHARED, {**normed, **config_overrides})
     return new_config(LionConfig, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
 
 
@@ -199,11 +203,12 @@ def _weights(source: PreTrainedModel, config: LionConfig, with_head: bool) -> di
 @torch.no_grad()
 def _expand_softmax(mixer: Mixer, windows: Tensor, length: int, norm_before: nn.LayerNorm) -> None:
     """Change the softmax projections in a text mixer so that its matrix is (1 + beta q.k / sqrt(d)) M / N."""
-    if mixer.norm is not None:
-        mixer.norm.weight.fill_(_MIXED_SHARE * _value_size(mixer.v_proj, norm_before))
+    norm_after = mixer.out_norm if mixer.norm is None else mixer.norm
+    if norm_after is not None:
+        norm_after.weight.fill_(_MIXED_SHARE * _value_size(mixer.v_proj, norm_before))
     heads = (mixer.num_heads, mixer.head_dim)
     size = _row_sums(mixer, windows, length) ** (-1 / 3)
-    if mixer.norm is not None:  # with a norm, only the ratios between heads matter
+    if norm_after is not None:  # with a norm, only the ratios between heads matter
         size = size / size.mean()
     query, key, value = (
         [x.detach().double().cpu().unflatten(0, heads) for x in (proj.weight, proj.bias)]

@@ -37,7 +37,10 @@ logger = logging.get_logger(__name__)
 # Options that the copied weights determine.
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
 # Options of the structure that a warm start sets anew.
-MADE_ANEW = ("mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers", "gate_eps")
+MADE_ANEW = (
+    "mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers", "gate_eps", "short_conv", "token_shift",
+    "output_gate", "output_norm",
+)  # fmt: skip
 # Options that text and image encoders share with their sources and that may be overridden.
 SHARED = ("hidden_act", "hidden_dropout_prob", "initializer_range", "id2label", "label2id", "problem_type")
 
@@ -162,7 +165,8 @@ def new_config(config_class: type, mask_type: str, **options: object) -> LionCon
     they mean, must therefore keep its default, except for those in `MADE_ANEW`."""
     try:
         config = config_class(mask_type=mask_type, **options)
-        defaults = config_class(mask_type=mask_type).structure()
+        sizes = {name: getattr(config, name) for name in ("hidden_size", "num_attention_heads")}
+        defaults = config_class(mask_type=mask_type, **sizes).structure()
     except StrictDataclassError as error:  # the reason is in its cause
         raise ValueError(str(error.__cause__ or error)) from error
     for name, value in config.structure().items():
@@ -195,6 +199,6 @@ def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, T
 
 
 def _made_anew(model: PreTrainedModel) -> list[str]:
-    """Return the prefixes of weights that no source has: those of the variant and of the norm after mixing."""
+    """Return the prefixes of weights that no source has: of the variant, its options and the norm after mixing."""
     mixers = {name: module for name, module in model.named_modules() if isinstance(module, Mixer)}
     return [f"{name}.{own}" for name, mixer in mixers.items() for own in (*mixer.weight_names(), "norm.")]

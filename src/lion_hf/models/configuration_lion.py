@@ -1,7 +1,7 @@
 """Configurations of the LION text encoder (`LionConfig`) and image encoder (`LionVisionConfig`), and named sizes."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -10,10 +10,19 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
 
-from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MLP_TYPES, require_rate, require_size
+from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MIXER_OPTIONS, MLP_TYPES, OUTPUT_GATES, OUTPUT_NORMS
 from ..nn.variants import VARIANTS, variant_class
 from .lion_adapters import register_adapters
-from .lion_options import is_known, misspelt_option, plain, sorted_layers
+from .lion_options import (
+    IMAGE_DERIVED,
+    TEXT_DERIVED,
+    check_shape,
+    is_known,
+    misspelt_option,
+    plain,
+    sorted_layers,
+)
+from .lion_presets import PAPER_PRESETS
 
 
 logger = logging.get_logger(__name__)
@@ -25,21 +34,10 @@ _SPELLINGS = {
     "mlp_type": {name: name for name in MLP_TYPES},
     "feature_map": {name: name for name in FEATURE_MAPS},
     "classifier_pooling": {name: name for name in ("first", "mean")},
+    "output_gate": {name: name for name in OUTPUT_GATES},
+    "output_norm": {name: name for name in OUTPUT_NORMS},
     **{option: {name: name for name in names} for option, names in BLOCK_OPTIONS.items()},
 }
-
-_COUNTS = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "chunk_size",
-    "vocab_size",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "patch_size",
-    "num_channels",
-)
 
 # Options that determine which parameters a model has, or what they mean. They cannot change when a model is loaded or
 # after it was built. A warm start accepts only those of them that it sets itself.
@@ -54,6 +52,7 @@ STRUCTURAL = (
     "feature_map",
     "normalize",
     "gate_eps",
+    *MIXER_OPTIONS,
 )
 
 _KINDS = ("lion", "lion_vision")
@@ -67,8 +66,8 @@ class _LionOptions:
 
     Classes derived from it need the decorator `_in_plain_values` above `strict`."""
 
-    # Options that follow the variant until they are set, with the attribute of `Variant` that gives their value.
-    derived_options: Mapping[str, str] = MappingProxyType({})
+    # Options that follow the variant until they are set, with the function of the variant that gives their value.
+    derived_options: Mapping[str, Callable[[type], Any]] = MappingProxyType({})
     # Number of tokens at the beginning of every row that do not decay.
     prefix_tokens = 0
     # Read by code of Transformers that also handles decoders. They have no effect here.
@@ -106,7 +105,7 @@ class _LionOptions:
         variant count as not set. Unknown names are accepted: another program may have written the file."""
         mask_type = stored.get("mask_type", cls.__dataclass_fields__["mask_type"].default)
         variant = variant_class(_normalised("mask_type", mask_type, cls))
-        derived = {name: getattr(variant, attribute) for name, attribute in cls.derived_options.items()}
+        derived = {name: value_of(variant) for name, value_of in cls.derived_options.items()}
         missing = object()
         return {k: v for k, v in stored.items() if derived.get(k, missing) != v} | {"_stored": True}
 
@@ -175,13 +174,15 @@ class _LionOptions:
 
     def _derived(self, name: str) -> Any:
         """The value that the variant gives to an option that follows it."""
-        return getattr(variant_class(self.mask_type), self.derived_options[name])
+        return self.derived_options[name](variant_class(self.mask_type))
 
     def structure(self) -> dict[str, Any]:
         """Return the options that determine the parameters of a model, by name; see `STRUCTURAL`."""
         options = {name: getattr(self, name) for name in STRUCTURAL if hasattr(self, name)}
         if options["feature_map"] is None:
             options["feature_map"] = variant_class(self.mask_type).feature_map if self.normalize else "identity"
+        heads = options["key_heads"] or self.num_attention_heads
+        options |= {"key_heads": heads, "key_dim": options["key_dim"] or self.hidden_size // self.num_attention_heads}
         return options
 
     @classmethod
@@ -200,44 +201,6 @@ class _LionOptions:
         if key not in known:
             raise ValueError(f"{name!r} is not a preset of {cls.__name__}; allowed are {', '.join(sorted(known))}.")
         return cls(**{**PAPER_PRESETS[key], **overrides})
-
-    def _check_shape(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name, 1) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("layer_norm_eps", "initializer_range", "gate_eps"):
-            require_size(name, getattr(self, name))
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}; "
-                "each head needs the same whole number of features."
-            )
-        if self.softmax_layers and self.softmax_layers[-1] >= self.num_hidden_layers:
-            raise ValueError(
-                f"softmax_layers is {self.softmax_layers}; with num_hidden_layers {self.num_hidden_layers} its numbers "
-                f"must be from 0 to {self.num_hidden_layers - 1}."
-            )
-        activations = _activations()
-        if activations is not None and self.hidden_act not in activations:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}; allowed are {', '.join(sorted(activations))}.")
-        signed = self.structure()["feature_map"] == "identity" != variant_class(self.mask_type).feature_map
-        if self.normalize and signed:
-            raise ValueError(
-                "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Choose "
-                "feature_map='elu' or 'unit_silu', or normalize=False."
-            )
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
-            if getattr(self, name, None) is not None:
-                require_rate(name, getattr(self, name))
-
-
-def _activations() -> Mapping | None:
-    """Transformers' activations by name, or None without torch, which configurations do not need."""
-    try:
-        from transformers.activations import ACT2FN
-    except ImportError:
-        return None
-    return ACT2FN
 
 
 def spellings(option: str) -> dict[str, str]:
@@ -317,8 +280,9 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     Args:
         mask_type (`str`, defaults to `"selective"`):
             The variant: `"lit"` (no decay), `"decay"` (one learned decay per head), `"selective"` (a decay per token
-            and head), or the name of one registered with `lion_hf.nn.register_variant`. The authors' spellings are
-            accepted too: `"Lit"`, `"Decay"`, `"Selective"`, `"lion-lit"`, `"lion-d"`, `"lion-s"`.
+            and head), another one of the package, such as `"gla"`, or the name of one registered with
+            `lion_hf.nn.register_variant`. The authors' spellings are accepted too: `"Lit"`, `"Decay"`, `"Selective"`,
+            `"lion-lit"`, `"lion-d"`, `"lion-s"`.
         format (`str`, defaults to `"auto"`):
             How the same function is computed: `"attention"` (quadratic), `"chunk"` (linear time), `"rnn"` (linear time,
             constant memory) or `"auto"` (attention for short inputs, chunk for long ones). Can be changed at any time.
@@ -354,14 +318,28 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             `"post"` as in BERT, or `"pre"`, which adds a LayerNorm after the last layer.
         mlp_type (`str`, defaults to `"mlp"`):
             `"mlp"`, or `"glu"` for MLPs whose values are multiplied by a gate, a third projection.
-        feature_map (`str`, defaults to `"identity"`):
+        feature_map (`str`, *optional*):
             Function applied to queries and keys: `"identity"`, `"elu"` (elu + 1) or `"unit_silu"` (silu + 1/2, scaled
-            to length 1). `None` selects that of the variant if `normalize` is True, else `"identity"`.
-        normalize (`bool`, defaults to `False`):
-            Divide outputs by their row sums, as in the image models. Requires a feature map other than `"identity"`
-            and no attention dropout.
+            to length 1). By default that of the variant if `normalize` is True, else `"identity"`.
+        normalize (`bool`, *optional*):
+            Divide outputs by their row sums, as in the image models. By default False for the variants of the paper,
+            and True where the variant requires it. Requires positive scores and no attention dropout.
         gate_eps (`float`, defaults to 1e-7):
             Added to the decays of `"selective"` before their logarithm, as in the authors' text models.
+        short_conv (`int`, *optional*):
+            Width of a convolution over neighbouring tokens of queries, keys and values; 0 for none. This and the
+            options below follow the variant until they are set; see `lion_hf.nn.Mixer` for what they compute.
+        token_shift (`bool`, *optional*):
+            Mix the neighbours of each token into what the projections read.
+        output_gate (`str`, *optional*):
+            Multiply outputs by a gate: `"silu"`, `"sigmoid"` or `"none"`.
+        output_norm (`str`, *optional*):
+            Norm of the outputs: `"rms"`, `"group_rms"`, `"head_rms"`, `"head_layer"` or `"none"`. Not with
+            `layer_norm_after`.
+        key_heads (`int`, *optional*):
+            Number of heads of queries and keys, a divisor of `num_attention_heads`, which it is by default.
+        key_dim (`int`, *optional*):
+            Width of each head of queries and keys; by default `hidden_size // num_attention_heads`.
 
     Raises:
         ValueError: for a misspelt option or a value that is not allowed.
@@ -372,7 +350,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
         >>> model = LionForMaskedLM(config)"""
 
     model_type = "lion"
-    derived_options = MappingProxyType({"pos_emb": "pos_emb", "layer_norm_after": "norm"})
+    derived_options = TEXT_DERIVED
 
     vocab_size: int = 30522
     hidden_size: int = 768
@@ -401,9 +379,15 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     unpad: bool | None = None
     norm_position: str = "post"
     mlp_type: str = "mlp"
-    feature_map: str | None = "identity"
-    normalize: bool = False
+    feature_map: str | None = None
+    normalize: bool | None = None
     gate_eps: float | int = 1e-7
+    short_conv: int | None = None
+    token_shift: bool | None = None
+    output_gate: str | None = None
+    output_norm: str | None = None
+    key_heads: int | None = None
+    key_dim: int | None = None
 
     def __post_init__(self, **kwargs):
         order = kwargs.pop("order", None)  # an error unless it has no effect here
@@ -413,7 +397,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
 
     def validate_shape(self):
         """Raise ValueError if sizes do not fit together."""
-        self._check_shape()
+        check_shape(self)
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id is {self.pad_token_id}; it must be None or a token of the vocabulary, 0 to "
@@ -471,12 +455,12 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
             1 + rows * columns, hidden_size), the class token first, as DPT and Depth Anything expect them.
         apply_layernorm (`bool`, defaults to `True`):
             Whether `LionBackbone` applies the final LayerNorm to the feature maps.
-        norm_position, mlp_type, gate_eps:
+        norm_position, mlp_type, feature_map, gate_eps, short_conv, token_shift, output_gate, key_heads, key_dim:
             As in `LionConfig`, but by default norm_position is `"pre"` and gate_eps is 0.0.
-        feature_map (`str`, *optional*):
-            As in `LionConfig`. By default that of the variant.
-        normalize (`bool`, defaults to `True`):
-            Divide outputs by their row sums.
+        normalize (`bool`, *optional*):
+            Divide outputs by their row sums. By default True, unless scores of the variant may be negative.
+        output_norm (`str`, *optional*):
+            As in `LionConfig`. By default `"rms"` if scores of the variant may be negative and it has no other norm.
 
     Example:
         >>> from lion_hf import LionForImageClassification, LionVisionConfig
@@ -484,6 +468,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
         >>> model = LionForImageClassification(config)"""
 
     model_type = "lion_vision"
+    derived_options = IMAGE_DERIVED
     prefix_tokens = 1  # the class token
 
     hidden_size: int = 768
@@ -512,8 +497,14 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     norm_position: str = "pre"
     mlp_type: str = "mlp"
     feature_map: str | None = None
-    normalize: bool = True
+    normalize: bool | None = None
     gate_eps: float | int = 0.0
+    short_conv: int | None = None
+    token_shift: bool | None = None
+    output_gate: str | None = None
+    output_norm: str | None = None
+    key_heads: int | None = None
+    key_dim: int | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -554,7 +545,7 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
 
     def validate_shape(self):
         """Raise ValueError if sizes do not fit together."""
-        self._check_shape()
+        check_shape(self)
         sides = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
         if (not isinstance(self.image_size, int) and len(sides) != 2) or any(
             s < 1 or s % self.patch_size for s in sides
@@ -565,34 +556,6 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
             )
 
 
-def _presets() -> Mapping[str, Mapping[str, Any]]:
-    variants = {"lit": "lit", "d": "decay", "s": "selective"}
-    text = {"base": (768, 12, 12), "large": (1024, 24, 16)}
-    image = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
-    presets = {}
-    for short, mask_type in variants.items():
-        for size, (width, layers, heads) in text.items():
-            presets[f"lion-{short}-{size}"] = {"vocab_size": 30528} | _sizes(mask_type, width, layers, heads)
-        for size, (width, layers, heads) in image.items():
-            for order in ("normal", "s") if short != "lit" else ("normal",):
-                name = f"lion-{short}-{size}-patch16-224" + ("-snake" if order == "s" else "")
-                fixed = {"patch_size": 16, "image_size": 224, "order": order, "num_labels": 1000}
-                presets[name] = fixed | _sizes(mask_type, width, layers, heads)
-    return MappingProxyType({name: MappingProxyType(options) for name, options in presets.items()})
-
-
-def _sizes(mask_type: str, width: int, layers: int, heads: int) -> dict[str, Any]:
-    return {
-        "mask_type": mask_type,
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "intermediate_size": 4 * width,
-    }
-
-
-# Every model of the paper by name: 6 text encoders and 15 image encoders.
-PAPER_PRESETS: Mapping[str, Mapping[str, Any]] = _presets()
 PRESETS = PAPER_PRESETS  # the name in 0.1
 
 __all__ = ["PAPER_PRESETS", "PRESETS", "LionConfig", "LionVisionConfig"]

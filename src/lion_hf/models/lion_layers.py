@@ -14,7 +14,7 @@ from ..nn.block import Block
 from ..nn.encoder import drop_path_rates
 from ..nn.mixer import Mixer, TokenMixer
 from ..nn.mlp import MLP
-from ..nn.names import BLOCK_OPTIONS
+from ..nn.names import BLOCK_OPTIONS, MIXER_OPTIONS
 from ..nn.softmax import SoftmaxMixer
 from ..nn.variants import variant_class
 
@@ -36,6 +36,7 @@ class LionMixer(Mixer):
             qkv_bias=getattr(config, "qkv_bias", True),
             layer_idx=layer_idx,
             num_layers=config.num_hidden_layers,
+            **{name: getattr(config, name) for name in MIXER_OPTIONS},
         )
 
     def reset_parameters(self) -> None:
@@ -230,7 +231,7 @@ class LionPreTrainedMixin:
 
 
 # Options that have no effect on the modules if all layers use softmax attention.
-_MIXER_OPTIONS = ("mask_type", "order", "layer_norm_after", "feature_map", "normalize")
+_MIXER_OPTIONS = ("mask_type", "order", "layer_norm_after", "feature_map", "normalize", *MIXER_OPTIONS)
 
 
 def _built_options(encoder: nn.Module) -> dict[str, object]:

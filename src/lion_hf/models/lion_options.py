@@ -3,11 +3,31 @@
 import difflib
 import functools
 import re
+from collections.abc import Mapping
+from operator import attrgetter, methodcaller
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from transformers import BertConfig, GenerationConfig, ViTConfig
 
+from ..nn.names import MIXER_OPTIONS, require_mixer_option, require_rate, require_size
+from ..nn.variants import variant_class
+
+
+# Options that follow the variant until they are set, with the function of the variant that gives their value.
+_OF_MIXERS = {name: methodcaller("option", name) for name in MIXER_OPTIONS}
+TEXT_DERIVED = MappingProxyType(
+    {
+        "pos_emb": attrgetter("pos_emb"),
+        "layer_norm_after": attrgetter("norm"),
+        "normalize": attrgetter("text_normalize"),
+        **_OF_MIXERS,
+    }
+)
+IMAGE_DERIVED = MappingProxyType(
+    {**_OF_MIXERS, "normalize": methodcaller("normalizes"), "output_norm": methodcaller("image_norm")}
+)
 
 # Names that Transformers stores or stored in configurations, besides the fields of BERT and ViT.
 _FOREIGN_NAMES = re.compile(
@@ -56,3 +76,74 @@ def sorted_layers(value: Any) -> list[int]:
     if len(set(value)) < len(value):
         raise ValueError(f"softmax_layers is {value!r}; it must contain each layer once.")
     return sorted(value)
+
+
+_COUNTS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "chunk_size",
+    "vocab_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "patch_size",
+    "num_channels",
+)
+
+
+def check_shape(config: Any) -> None:
+    """Raise ValueError if an option of a configuration is out of range, or if options contradict each other."""
+    for name in _COUNTS:
+        if getattr(config, name, 1) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    for name in ("layer_norm_eps", "initializer_range", "gate_eps"):
+        require_size(name, getattr(config, name))
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is not divisible by num_attention_heads {config.num_attention_heads}; "
+            "each head needs the same whole number of features."
+        )
+    if config.softmax_layers and config.softmax_layers[-1] >= config.num_hidden_layers:
+        raise ValueError(
+            f"softmax_layers is {config.softmax_layers}; with num_hidden_layers {config.num_hidden_layers} its numbers "
+            f"must be from 0 to {config.num_hidden_layers - 1}."
+        )
+    activations = _activations()
+    if activations is not None and config.hidden_act not in activations:
+        raise ValueError(f"hidden_act is {config.hidden_act!r}; allowed are {', '.join(sorted(activations))}.")
+    _check_mixer(config)
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
+        if getattr(config, name, None) is not None:
+            require_rate(name, getattr(config, name))
+
+
+def _check_mixer(config: Any) -> None:
+    variant = variant_class(config.mask_type)
+    for name in MIXER_OPTIONS:
+        require_mixer_option(name, getattr(config, name), config.num_attention_heads)
+    if config.normalize and variant.signed:
+        raise ValueError(
+            f"mask_type is {config.mask_type!r} with normalize=True, but scores of {variant.label} may be negative, so "
+            "outputs cannot be divided by their sums. Set normalize=False, and output_norm='rms' for outputs of one "
+            "size."
+        )
+    if config.normalize and config.structure()["feature_map"] == "identity" != variant.feature_map:
+        raise ValueError(
+            "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Choose "
+            "feature_map='elu' or 'unit_silu', or normalize=False."
+        )
+    if getattr(config, "layer_norm_after", False) and config.output_norm != "none":
+        raise ValueError(
+            f"layer_norm_after=True with output_norm={config.output_norm!r} would normalise the outputs twice. Set "
+            "layer_norm_after=False or output_norm='none'."
+        )
+
+
+def _activations() -> Mapping | None:
+    """Transformers' activations by name, or None without torch, which configurations do not need."""
+    try:
+        from transformers.activations import ACT2FN
+    except ImportError:
+        return None
+    return ACT2FN

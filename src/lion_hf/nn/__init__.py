@@ -6,7 +6,7 @@ from .gates import GateLinear
 from .mixer import Mixer, TokenMixer
 from .mlp import MLP
 from .softmax import SoftmaxMixer
-from .variants import Recurrence, Variant, register_variant, variant_class
+from .variants import Recurrence, Variant, register_variant, variant_class, without_prefix
 
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "register_variant",
     "run_blocks",
     "variant_class",
+    "without_prefix",
 ]

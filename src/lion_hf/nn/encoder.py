@@ -112,7 +112,7 @@ class Encoder(nn.Module):
         attention_dropout: dropout rate of the attention matrix in training, in [0, 1), see `Mixer.forward`.
         softmax_layers: indices of blocks, counted from 0, that use softmax attention.
         unpad: whether to remove padding from batches, see `unpadding` of `run_blocks`.
-        options: further options of `Block`, and of `Mixer` such as `normalize` or `prefix_tokens`.
+        options: further options of `Block`, and of `Mixer` such as `normalize`, `prefix_tokens` or `output_gate`.
 
     Raises:
         ValueError: if a name is unknown, a number is out of range, `dim` is not a multiple of `heads`, or
@@ -144,6 +144,8 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"softmax_layers is {softmax_layers!r}; with depth {depth}, its numbers must be from 0 to {depth - 1}."
             )
+        if len(softmax_layers) and options.get("direction", "both") != "both":
+            raise ValueError(f"direction is {options['direction']!r}, but softmax_layers read both directions.")
         require_rate("attention_dropout", attention_dropout)
         self.attention_dropout, self.unpad = attention_dropout, unpad
         block_options = {"norm_position": norm_position, "norm_eps": norm_eps, "dropout": dropout}

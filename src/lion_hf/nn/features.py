@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..ops.autograd import call_function
 from ..ops.backend import fused_unit_silu
-from .variants import at_least_float32
+from .registry import at_least_float32
 
 
 class UnitSiLU(torch.autograd.Function):

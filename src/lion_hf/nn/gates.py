@@ -1,6 +1,6 @@
 """The linear layer of gates, whose few outputs need more bits than the rest of a model."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 
@@ -21,3 +21,22 @@ class GateLinear(NonDynamicallyQuantizableLinear):
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., out_features) for x (..., in_features), in the dtype of the weights."""
         return super().forward(x.to(self.weight.dtype))
+
+
+class LowRankGate(nn.Module):
+    """Two `GateLinear` without an activation between them, `down` (without bias) and `up`, for gates of low rank.
+
+    Args:
+        in_features: width of the input.
+        rank: width between the layers.
+        out_features: width of the output.
+    """
+
+    def __init__(self, in_features: int, rank: int, out_features: int):
+        super().__init__()
+        self.down = GateLinear(in_features, rank, bias=False)
+        self.up = GateLinear(rank, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., out_features) for x (..., in_features), in the dtype of the weights."""
+        return self.up(self.down(x))

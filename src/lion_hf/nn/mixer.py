@@ -1,49 +1,33 @@
 """The layer that mixes tokens: projections, a feature map, a variant and an operator."""
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.api import attention_scores, bidirectional_linear_attention
 from ..ops.checks import check_key_mask, makes_graph, values_can_be_read
-from ..ops.scans import averaged_scans
 from .features import FUNCTIONS
-from .names import FEATURE_MAPS, require_name, require_rate, require_size
-from .variants import Recurrence, Variant, variant_class
+from .local import Sequences, neighbours, short_conv
+from .names import (
+    DIRECTIONS,
+    FEATURE_MAPS,
+    MIXER_OPTIONS,
+    require_mixer_option,
+    require_name,
+    require_rate,
+    require_size,
+)
+from .norms import OutputNorm
+from .operators import OPERATORS, Operator, Path, has_matrix, matrix_of_identity, require_operator, run_scans
+from .registry import DECAY_SHAPES, Recurrence, Variant, variant_class
 
-
-Path = tuple[Tensor, Tensor]
 
 # Number of dimensions of the log-decay, by the attribute `decay` of the variant.
-_LOG_DECAY_DIMS = {None: None, "head": 1, "token": 3}
+_LOG_DECAY_DIMS = {None: None, "head": 1, "channel": 2, "token": 3, "token_channel": 4}
 
-
-class Operator(NamedTuple):
-    """The functions of an operator.
-
-    Args:
-        run: computes the output of one scan, like `bidirectional_linear_attention`.
-        scores: computes the matrix of the attention form, like `attention_scores`; None if there is none.
-        average: computes the output with the mean mask of several scans, like `averaged_scans`; None if that is not
-            supported.
-    """
-
-    run: Callable[..., Tensor]
-    scores: Callable[..., Tensor] | None = None
-    average: Callable[..., Tensor] | None = None
-
-
-# Values of `Recurrence.operator`. Mixers do not check values, so that NaN in one row does not fail the whole batch.
-OPERATORS = {
-    "linear_attention": Operator(
-        *(partial(f, check_values=False) for f in (bidirectional_linear_attention, attention_scores, averaged_scans))
-    ),
-}
+_GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
 
 NO_MATRIX_OF_PACKED_ROWS = (
     "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
@@ -59,20 +43,33 @@ class TokenMixer(nn.Module):
         dim: width of the tokens, a multiple of `heads`.
         heads: number of heads, each `dim // heads` wide.
         qkv_bias: whether the projections of query, key and value have a bias; True by default.
+        key_heads: number of heads of query and key, `heads` (default) or a divisor of it.
+        key_dim: width of each head of query and key, by default that of the values.
 
     Raises:
-        ValueError: if `dim` is not a multiple of `heads`, or `heads` < 1.
+        ValueError: if `dim` is not a multiple of `heads`, `heads` not of `key_heads`, or a number is below 1.
     """
 
-    def __init__(self, dim: int, heads: int, *, qkv_bias: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        key_heads: int | None = None,
+        key_dim: int | None = None,
+    ):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(
                 f"dim {dim} is not divisible by heads {heads}; every head must have the same number of features."
             )
         self.dim, self.num_heads, self.head_dim = dim, heads, dim // heads
-        self.q_proj = nn.Linear(dim, dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(dim, dim, bias=qkv_bias)
+        require_mixer_option("key_heads", key_heads, heads)
+        require_mixer_option("key_dim", key_dim)
+        self.key_heads, self.key_dim = key_heads or heads, key_dim or self.head_dim
+        self.q_proj = nn.Linear(dim, self.key_heads * self.key_dim, bias=qkv_bias)
+        self.k_proj = nn.Linear(dim, self.key_heads * self.key_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
         self.o_proj = nn.Linear(dim, dim)
 
@@ -91,9 +88,13 @@ class TokenMixer(nn.Module):
         return key_mask.to(torch.bool)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, (batch, heads, length, head_dim) each, for x (batch, length, dim)."""
-        shape = (*x.shape[:-1], self.num_heads, self.head_dim)
-        return tuple(proj(x).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        """Return query, key and value, (batch, heads, length, width) each, for x (batch, length, dim)."""
+        return self.split_heads(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+
+    def split_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value (batch, length, heads * width) as (batch, heads, length, width)."""
+        shape, keys = (self.num_heads, self.head_dim), (self.key_heads, self.key_dim)
+        return tuple(y.view(*y.shape[:-1], *s).transpose(1, 2) for y, s in ((query, keys), (key, keys), (value, shape)))
 
 
 class Mixer(TokenMixer):
@@ -109,12 +110,12 @@ class Mixer(TokenMixer):
         dim: width of the tokens, a multiple of `heads`.
         heads: number of heads, each `dim // heads` wide.
         variant: name of a registered variant: "lit" (no decay), "decay" (a learned decay per head), "selective" (a
-            decay per token and head), or a custom variant, see `register_variant`.
+            decay per token and head), another one of the package, or a custom variant, see `register_variant`.
         feature_map: function of query and key: "identity", "elu" or "unit_silu". By default that of the variant if
             outputs are normalised, otherwise "identity".
         normalize: whether to divide outputs by their row sums. Row sums must be positive, which "elu" and "unit_silu"
             ensure. By default that of the variant, which is True for all variants of the paper. The text models of the
-            paper set it to False.
+            paper set it to False. Variants whose scores may be negative (`signed`) do not support it.
         norm: whether to apply a LayerNorm (eps 1e-5) over all heads before the output projection.
         scans: 1, or 2 for the mean of two scans of a grid, each with its own decays. Variants may use fewer.
         prefix_tokens: number of tokens at the beginning of each row that do not decay in LION-S, such as the class
@@ -123,10 +124,29 @@ class Mixer(TokenMixer):
         qkv_bias: whether the projections of query, key and value have a bias.
         layer_idx: index of the layer in the encoder, counted from 0, for variants that depend on it.
         num_layers: number of layers of the encoder, for variants that depend on it.
+        direction: "both" (default), or "forward" or "backward" for the causal layer, whose tokens read themselves and
+            the tokens before or after them.
+        short_conv: width of a depthwise convolution over neighbouring tokens of query, key and value, followed by SiLU;
+            0 for none. It is centred for direction "both", otherwise causal. Its modules are `q_conv`, `k_conv` and
+            `v_conv`. By default, as for all options below, what the variant's preset says, or the option is off.
+        token_shift: whether each projection p reads `x + mu_p * (shifted - x)` with learned weights `mu_p` (dim,), for
+            p in q, k, v, gate and decay. `shifted` is the mean of both neighbours of a token for direction "both",
+            otherwise the token before or after it; a missing or masked neighbour is 0.
+        output_gate: "silu" or "sigmoid": multiply the output by this function of `gate_proj(x)`; "none".
+        output_norm: norm of the output, `out_norm`: "rms" (RMS norm over all heads), "group_rms" (over the heads that
+            share a key, see `key_heads`), "head_rms" (over each head), "head_layer" (group norm, each head a group) or
+            "none". The gate comes after it, unless the variant sets `gate_before_norm`.
+        key_heads: number of heads of query and key, a divisor of `heads`: each serves a group of heads of the values.
+        key_dim: width of each head of query and key, `dim // heads` by default.
+
+    Padding, packed sequences and prefix tokens are safe under all of them: neighbours are tokens of the same sequence,
+    masked ones count as 0, and each prefix token is a sequence of its own.
 
     Raises:
-        ValueError: if a name is unknown, `dim` is not a multiple of `heads`, `gate_eps` is negative or not finite, or
-            the feature map is "identity" although outputs are normalised and the variant does not use it by default.
+        ValueError: if a name is unknown, a number is out of range, `dim` is not a multiple of `heads`, `gate_eps` is
+            negative or not finite; if the feature map is "identity" although outputs are normalised and the variant
+            does not use it by default, or outputs of a signed variant are normalised; if `norm` and `output_norm` are
+            both set, or several scans have one direction.
     """
 
     def __init__(
@@ -144,10 +164,20 @@ class Mixer(TokenMixer):
         qkv_bias: bool = True,
         layer_idx: int = 0,
         num_layers: int = 1,
+        direction: str = "both",
+        short_conv: int | None = None,
+        token_shift: bool | None = None,
+        output_gate: str | None = None,
+        output_norm: str | None = None,
+        key_heads: int | None = None,
+        key_dim: int | None = None,
     ):
-        super().__init__(dim, heads, qkv_bias=qkv_bias)
-        self.variant: type[Variant] = variant_class(variant)
-        self.normalize = self.variant.normalize if normalize is None else normalize
+        stated = variant_class(variant)
+        key_heads = stated.option("key_heads") if key_heads is None else key_heads
+        key_dim = stated.option("key_dim") if key_dim is None else key_dim
+        super().__init__(dim, heads, qkv_bias=qkv_bias, key_heads=key_heads, key_dim=key_dim)
+        self.variant: type[Variant] = stated
+        self.normalize = chosen_normalize(self.variant, normalize)
         self.feature_map = chosen_feature_map(self.variant, feature_map, self.normalize)
         self.scans = self.variant.scans_taken(scans)
         require_size("gate_eps", gate_eps)
@@ -156,11 +186,45 @@ class Mixer(TokenMixer):
             raise ValueError(f"prefix_tokens is {prefix_tokens!r}; it must be a number of tokens, 0 or more.")
         self.prefix_tokens, self.gate_eps = prefix_tokens, gate_eps
         self.layer_idx, self.num_layers = layer_idx, num_layers
+        require_name("direction", direction, DIRECTIONS)
+        if direction != "both" and self.scans > 1:
+            raise ValueError(f"direction is {direction!r} with scans={scans}; a grid is read in both directions.")
+        self.direction = direction
         self.variant_weights: list[str] = []  # names of the parameters and modules that the variant adds
+        options = {"short_conv": short_conv, "token_shift": token_shift}
+        self._build_options(qkv_bias, norm, output_gate=output_gate, output_norm=output_norm, **options)
         for view in self.views():
             view.build()
         self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else None
         self.reset_parameters()
+
+    def _build_options(self, bias: bool, norm: bool, **options) -> None:
+        """Build the modules of the options in `MIXER_OPTIONS`; None is what the variant says."""
+        for name, value in options.items():
+            value = self.variant.option(name) if value is None else value
+            require_mixer_option(name, value)
+            setattr(self, name, value)
+        if norm and self.output_norm != "none":
+            raise ValueError(
+                f"norm=True with output_norm={self.output_norm!r} would normalise the output twice. Set norm to False "
+                "or output_norm to 'none'."
+            )
+        if self.short_conv:
+            for name in "qkv":
+                width = getattr(self, f"{name}_proj").out_features
+                conv = nn.Conv1d(width, width, self.short_conv, groups=width, bias=self.variant.short_conv_bias)
+                setattr(self, f"{name}_conv", conv)
+        gated = self.output_gate != "none"
+        self.shifted_names: tuple[str, ...] = ()
+        if self.token_shift:
+            by_token = self.variant.decay in ("token", "token_channel")
+            self.shifted_names = ("q", "k", "v", *(["gate"] if gated else []), *(["decay"] if by_token else []))
+            for name in self.shifted_names:
+                self.register_parameter(f"mu_{name}", nn.Parameter(torch.empty(self.dim)))
+        self.gate_proj = nn.Linear(self.dim, self.dim, bias=bias) if gated else None
+        normed = self.output_norm != "none"
+        eps = self.variant.norm_eps
+        self.out_norm = OutputNorm(self.dim, self.num_heads, self.output_norm, eps, self.key_heads) if normed else None
 
     def reset_parameters(self) -> None:
         """Initialise the weights of the variant."""
@@ -168,7 +232,18 @@ class Mixer(TokenMixer):
 
     @torch.no_grad()
     def init_variant(self, init: ModuleType) -> None:
-        """Initialise the weights of the variant with the functions of `init`, such as the module `torch.nn.init`."""
+        """Initialise the weights of the variant and its options with the functions of `init`, such as `torch.nn.init`.
+
+        Convolutions get PyTorch's default, norms 1, and token shifts the mean of a token and its neighbours.
+        """
+        for conv in (getattr(self, f"{name}_conv") for name in "qkv" if self.short_conv):
+            bound = self.short_conv**-0.5
+            for weight in conv.parameters():
+                init.uniform_(weight, -bound, bound)
+        for name in self.shifted_names:
+            init.constant_(getattr(self, f"mu_{name}"), 0.5)
+        if self.out_norm is not None:
+            init.ones_(self.out_norm.weight)
         for view in self.views():
             view.init_weights(init)
 
@@ -199,21 +274,46 @@ class Mixer(TokenMixer):
         return "cu_seqlens" in self.variant.masks and not self.prefix_tokens
 
     def weight_names(self) -> list[str]:
-        """Return prefixes of the names, in the mixer's state dict, of the weights that the variant added."""
-        weights = (getattr(self, name) for name in self.variant_weights)
-        return [
-            n if isinstance(w, nn.Parameter) else f"{n}." for n, w in zip(self.variant_weights, weights, strict=True)
-        ]
+        """Return prefixes of the names, in the mixer's state dict, of the weights of the variant and of the options."""
+        names = [f"mu_{name}" for name in self.shifted_names]
+        names += [f"{name}_conv" for name in "qkv" if self.short_conv]
+        names += [name for name in ("gate_proj", "out_norm") if getattr(self, name) is not None]
+        weights = {name: getattr(self, name) for name in (*self.variant_weights, *names)}
+        return [name if isinstance(weight, nn.Parameter) else f"{name}." for name, weight in weights.items()]
 
-    def recurrences(self, x: Tensor) -> list[Recurrence]:
-        """Return the variant's `Recurrence` of each scan for an input x (batch, length, dim)."""
-        query, key, value = self.project(x)
+    def recurrences(
+        self, x: Tensor, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> list[Recurrence]:
+        """Return the variant's `Recurrence` of each scan for an input x (batch, length, dim).
+
+        Args:
+            x: (batch, length, dim).
+            key_mask: as in `forward`. Only mixers with `short_conv` or `token_shift` read it here.
+            cu_seqlens: as in `forward`, see `key_mask`.
+        """
+        return self._prepared(x, Sequences(key_mask, cu_seqlens, self.prefix_tokens))[0]
+
+    def _prepared(self, x: Tensor, sequences: Sequences) -> tuple[list[Recurrence], Tensor]:
+        """Return the recurrences, and the input of the output gate."""
+        inputs = {}
+        if self.token_shift:
+            shifted = neighbours(x, self.direction, sequences)
+            inputs = next(self.views()).shift(x, shifted)
+        query, key, value = (getattr(self, f"{name}_proj")(inputs.get(name, x)) for name in "qkv")
+        if self.short_conv:
+            dtype = value.dtype  # query and key may be logits of gates, in a wider dtype than the convolutions
+            query, key, value = (
+                short_conv(y.to(dtype), getattr(self, f"{name}_conv"), self.short_conv, self.direction, sequences)
+                for name, y in (("q", query), ("k", key), ("v", value))
+            )
+        query, key, value = self.split_heads(query, key, value)
         feature_map = FUNCTIONS[self.feature_map]
         query, key = feature_map(query), feature_map(key)
-        recurrences = [view.prepare(x, query, key, value, self.prefix_tokens) for view in self.views()]
+        decayed = inputs.get("decay", x)
+        recurrences = [view.prepare(decayed, query, key, value, self.prefix_tokens) for view in self.views()]
         for recurrence in recurrences:
             _require_stated(self.variant, recurrence)
-        return recurrences
+        return recurrences, inputs.get("gate", x)
 
     def forward(
         self,
@@ -254,7 +354,7 @@ class Mixer(TokenMixer):
         dropout = dropout if self.training and not self.normalize else 0.0
         key_mask = self.checked_mask(x, key_mask)
         self._check_call(x.shape[1], key_mask, cu_seqlens, paths)
-        recurrences = self.recurrences(x)
+        recurrences, gate = self._prepared(x, Sequences(key_mask, cu_seqlens, self.prefix_tokens))
         weights = None
         if output_attentions or dropout:
             require_matrix(format, output_attentions, cu_seqlens)
@@ -263,48 +363,56 @@ class Mixer(TokenMixer):
         else:
             form = {"format": format, "chunk_size": chunk_size}
             mixed = self._mixed(recurrences, key_mask, cu_seqlens, paths, form)
-        mixed = mixed.transpose(1, 2).flatten(2)
-        mixed = self.o_proj(mixed if self.norm is None else self.norm(mixed))
+        mixed = self.o_proj(self._normed(mixed.transpose(1, 2).flatten(2), gate))
         return (mixed, weights) if output_attentions else mixed
 
+    def _normed(self, mixed: Tensor, gate: Tensor) -> Tensor:
+        """Apply the norm and the gate to the output (batch, length, dim) for the gate's input of the same shape."""
+        if self.norm is not None:
+            mixed = self.norm(mixed)
+        steps = [] if self.out_norm is None else [self.out_norm]
+        if self.gate_proj is not None:
+            factor = _GATES[self.output_gate](self.gate_proj(gate))
+            steps.insert(0 if self.variant.gate_before_norm else len(steps), lambda y: y * factor)
+        for step in steps:
+            mixed = step(mixed)
+        return mixed
+
     def _operator(self, recurrences: list[Recurrence]) -> Operator:
-        first = recurrences[0]
-        if first.operator not in OPERATORS or first.operator not in self.variant.operators:
-            raise ValueError(
-                f"{self.variant.label} requests the operator {first.operator!r}; it must be one of its operators = "
-                f"{self.variant.operators!r} and of the existing operators {', '.join(map(repr, OPERATORS))}."
-            )
-        if any(a is not b for other in recurrences[1:] for a, b in zip(_shared(first), _shared(other), strict=True)):
-            raise ValueError(
-                f"{self.variant.label} changes query, key or value, which several scans share. It supports a single "
-                "scan only: set scans = 1 in its class."
-            )
-        return OPERATORS[first.operator]
+        name = require_operator(self.variant, recurrences)
+        # LION's own operator is the default of the general one, which also has directions and groups of heads.
+        if name == "linear_attention" and (self.direction != "both" or self.key_heads != self.num_heads):
+            name = "two_sided"
+        return OPERATORS[name]
+
+    def _masks(self, operator: Operator, key_mask, cu_seqlens) -> dict:
+        """Return the arguments of an operator for a single scan."""
+        masks = {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
+        return masks | ({"direction": self.direction} if operator.options else {})
 
     def _mixed(self, recurrences: list[Recurrence], key_mask, cu_seqlens, paths, form: dict) -> Tensor:
         operator = self._operator(recurrences)
-        query, key, value, log_decay, _, arguments = recurrences[0]
-        options = {"normalize": self.normalize, **arguments, **form}
-        if len(recurrences) == 1:
-            return operator.run(query, key, value, log_decay, key_mask=key_mask, cu_seqlens=cu_seqlens, **options)
-        decays = [recurrence.log_decay for recurrence in recurrences]
-        return operator.average(query, key, value, decays, paths, **options)
+        masks = self._masks(operator, key_mask, cu_seqlens)
+        return run_scans(operator, recurrences, paths, self.normalize, form, masks)
 
     def _matrix(self, recurrences: list[Recurrence], key_mask, paths) -> Tensor:
-        score = self._operator(recurrences).scores
-        if score is None:
+        operator = self._operator(recurrences)
+        if not has_matrix(operator, recurrences):
             raise ValueError(
                 f"{self.variant.label} has no attention matrix: its operator builds none in any form. Set "
                 "output_attentions to False and the attention dropout to 0."
             )
+        if operator.scores is None:
+            masks = self._masks(operator, key_mask, None)
+            return matrix_of_identity(operator, recurrences, paths, self.normalize, masks)
         if len(recurrences) == 1:
             query, key, _, log_decay, _, arguments = recurrences[0]
-            scores = score(query, key, log_decay, key_mask=key_mask, **arguments)
+            scores = operator.scores(query, key, log_decay, key_mask=key_mask, **arguments)
         else:
             scores = 0
             for (order, inverse), (query, key, _, decay, _, arguments) in zip(paths, recurrences, strict=True):
                 decay = decay if decay.dim() == 1 else decay[:, :, order]
-                along = score(query.index_select(2, order), key.index_select(2, order), decay, **arguments)
+                along = operator.scores(query.index_select(2, order), key.index_select(2, order), decay, **arguments)
                 scores = scores + along.index_select(2, inverse).index_select(3, inverse) / len(paths)
         return scores / (scores.sum(-1, keepdim=True) + 1e-6) if self.normalize else scores
 
@@ -346,6 +454,10 @@ class Mixer(TokenMixer):
         return (
             f"variant={self.variant.name!r}, feature_map={self.feature_map!r}, normalize={self.normalize}, "
             f"scans={self.scans}"
+        ) + "".join(
+            f", {name}={getattr(self, name)!r}"
+            for name, off in {**MIXER_OPTIONS, "direction": "both", "key_heads": self.num_heads}.items()
+            if getattr(self, name) != (self.head_dim if name == "key_dim" else off)
         )
 
 
@@ -386,8 +498,9 @@ def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:
     if (None if decay is None else decay.dim()) != _LOG_DECAY_DIMS[variant.decay]:
         found = "no log_decay" if decay is None else f"a log_decay of shape {tuple(decay.shape)}"
         raise ValueError(
-            f"{variant.__name__} sets decay = {variant.decay!r}, but prepare returned {found}. 'head' means (heads,), "
-            "'token' means (batch, heads, length), and None means no log_decay."
+            f"{variant.__name__} sets decay = {variant.decay!r}, but prepare returned {found}. "
+            f"{', '.join(f'{kind!r} means {shape}' for kind, shape in DECAY_SHAPES.items())}, and None means no "
+            "log_decay."
         )
     if decay is not None and values_can_be_read(decay) and bool((decay > 0).any()):
         raise ValueError(
@@ -396,9 +509,18 @@ def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:
         )
 
 
-def _shared(recurrence: Recurrence) -> list:
-    """Return what all scans of a mixer must share."""
-    return [*recurrence[:3], *(value for _, value in sorted(recurrence.arguments.items()))]
+def chosen_normalize(variant: type[Variant], normalize: bool | None) -> bool:
+    """Return whether a mixer divides outputs by their row sums, by default what the variant says.
+
+    Raises:
+        ValueError: if it should, although the scores of the variant may be negative.
+    """
+    if normalize and variant.signed:
+        raise ValueError(
+            f"normalize is {normalize!r}, but scores of {variant.label} may be negative, so outputs cannot be divided "
+            "by their sums. Set normalize=False, and output_norm to 'rms' for outputs of one size."
+        )
+    return variant.normalizes() if normalize is None else normalize
 
 
 def chosen_feature_map(variant: type[Variant], name: str | None, normalize: bool) -> str:

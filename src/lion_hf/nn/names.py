@@ -10,6 +10,22 @@ FEATURE_MAPS = ("identity", "elu", "unit_silu")
 BLOCK_OPTIONS = {"norm_position": ("post", "pre")}
 # Types of the MLP, see mlp.py: "glu" is gated.
 MLP_TYPES = ("mlp", "glu")
+# What tokens read: both sides, or only the tokens before or after them.
+DIRECTIONS = ("both", "forward", "backward")
+# Activations of the output gate of a mixer.
+OUTPUT_GATES = ("none", "silu", "sigmoid")
+# Norms of the output of a mixer, see norms.py.
+OUTPUT_NORMS = ("none", "rms", "head_rms", "head_layer", "group_rms")
+# Options of a mixer that a variant can turn on, with the values that turn them off. None is the value of the heads.
+# Mixers, encoders and configurations read this table; None there means what the variant says.
+MIXER_OPTIONS = {
+    "short_conv": 0,
+    "token_shift": False,
+    "output_gate": "none",
+    "output_norm": "none",
+    "key_heads": None,
+    "key_dim": None,
+}
 
 
 def require_name(option: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -28,3 +44,27 @@ def require_size(option: str, value: object) -> None:
     """Raise ValueError unless the value of an option is a finite number that is not negative."""
     if not (isinstance(value, Real) and 0 <= value < math.inf):
         raise ValueError(f"{option} is {value!r}; it must be a finite number that is not negative.")
+
+
+def require_mixer_option(option: str, value: object, heads: int | None = None) -> None:
+    """Raise ValueError unless an option in `MIXER_OPTIONS` has a value that is allowed.
+
+    Args:
+        option: name of the option.
+        value: its value.
+        heads: number of heads, to check `key_heads`; None if it is not known yet.
+    """
+    if option == "output_gate":
+        require_name(option, value, OUTPUT_GATES)
+    elif option == "output_norm":
+        require_name(option, value, OUTPUT_NORMS)
+    elif option == "token_shift":
+        require_name(option, value, (False, True))
+    else:
+        least = 0 if option == "short_conv" else 1
+        if value is None and least == 1:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{option} is {value!r}; it must be a whole number, at least {least}.")
+        if option == "key_heads" and heads is not None and heads % value:
+            raise ValueError(f"key_heads is {value}; it must divide the number of heads, {heads}.")

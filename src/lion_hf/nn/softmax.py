@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..ops.packing import map_sequences
 from .mixer import NO_MATRIX_OF_PACKED_ROWS, Path, TokenMixer
 from .names import require_rate
-from .variants import at_least_float32
+from .registry import at_least_float32
 
 
 class SoftmaxMixer(TokenMixer):

@@ -1,27 +1,8 @@
-"""Variants of linear attention. Each is one class, which defines everything that depends on the variant.
+"""The variants of the package. Each is one class; registry.py has their base class and `register_variant`."""
 
-A variant turns the inputs of a mixer into the arguments of an operator. `register_variant` adds a variant from any
-module, without a change to this package::
+from typing import Any
 
-    from lion_hf.nn import Recurrence, Variant, register_variant
-
-    @register_variant("fixed")
-    class FixedDecay(Variant):
-        label = "fixed decay"
-        decay = "head"
-
-        def prepare(self, x, query, key, value, prefix_tokens):
-            return Recurrence(query, key, value, log_decay=query.new_full((self.heads,), -0.1))
-
-`LionConfig(mask_type="fixed")` and `lion_hf.nn.Mixer(dim, heads, variant="fixed")` then use it. Model cards, reports,
-pictures and warm starts support it as well.
-"""
-
-import difflib
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-from .names import FEATURE_MAPS, require_name
+from .registry import VARIANTS, Recurrence, Variant, at_least_float32, register_variant, variant_class, without_prefix
 
 
 try:  # configurations read names and defaults from here, and must not require torch
@@ -34,259 +15,27 @@ except ImportError:
     Tensor = Any
 
 
-# Every variant by its registered name.
-VARIANTS: dict[str, type["Variant"]] = {}
-
-
-class Recurrence(NamedTuple):
-    """What a mixer computes for a variant: an operator and its arguments.
-
-    Args:
-        query: (batch, heads, length, head_dim).
-        key: (batch, heads, length, head_dim).
-        value: (batch, heads, length, value_dim).
-        log_decay: natural logarithm of the decays, None, (heads,) or (batch, heads, length), <= 0, in float32 or wider.
-        operator: a name in `lion_hf.nn.mixer.OPERATORS` that is also one of the variant's `operators`;
-            "linear_attention" by default.
-        arguments: further keyword arguments of that operator.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    log_decay: Tensor | None = None
-    operator: str = "linear_attention"
-    arguments: dict[str, Any] = {}
-
-
-class Variant:
-    """Base class of all variants. By itself it is a variant without decay, parameters or changes of its inputs.
-
-    Subclasses override the class attributes and methods below. An instance is a view of one scan of a mixer. It stores
-    no state, because mixers create a new instance for each use. The weights belong to the mixer and are read as
-    attributes of the instance. In state dicts their names are `mixer.NAME`, and `mixer.NAME_2` for a second scan.
-
-    Attributes:
-        name (str): the registered name, set by `register_variant`.
-        label (str): class attribute, required: name for reports and model cards, such as "LION-S".
-        spellings (tuple): class attribute: further accepted names, in lower case; none by default.
-        description (str): class attribute: half a sentence for model cards.
-        decay (str | None): class attribute: "head" if `log_decay` has one number per head, "token" if it has one per
-            head and token, None (default) if there is none.
-        feature_map (str): class attribute: default function of query and key of normalised mixers: "identity", "elu"
-            or "unit_silu" (default).
-        normalize (bool): class attribute: whether mixers divide outputs by their row sums by default; True.
-        pos_emb (bool): class attribute: whether text models have a position table by default; False.
-        norm (bool): class attribute: whether text models have a LayerNorm over all heads after mixing by default;
-            False.
-        operators (tuple): class attribute: names of the operators that `prepare` may request; by default
-            "linear_attention" only.
-        masks (tuple): class attribute: "key_mask" if padding can be masked, "cu_seqlens" if rows can be packed; both by
-            default.
-        scans (int): class attribute: maximum number of scans of a grid that can be averaged, 2 by default. Set it to 1
-            if `prepare` changes query, key or value, which several scans share. Variants without a decay always use
-            one scan, because the order of the tokens does not matter to them.
-        float32_weights (tuple): class attribute: names of weights that stay float32 when a model is loaded in half
-            precision, and that quantisers skip; none by default. Use `GateLinear` for their linear layers, which
-            accepts inputs of any dtype.
-        weight_decay (bool): class attribute: whether optimizers may apply weight decay to the weights that the variant
-            adds; False by default.
-        mixer (torch.nn.Module): the mixer, with all its options.
-        scan (int): index of the scan, counted from 0.
-        dim (int): width of the tokens.
-        heads (int): number of heads.
-        head_dim (int): width of each head.
-    """
-
-    name: str
-    label: str
-    spellings: tuple[str, ...] = ()
-    description = "linear attention without decay; every token reads every other with weight 1."
-    decay: str | None = None
-    feature_map = "unit_silu"
-    normalize = True
-    pos_emb = False
-    norm = False
-    operators: tuple[str, ...] = ("linear_attention",)
-    masks: tuple[str, ...] = ("key_mask", "cu_seqlens")
-    scans = 2
-    float32_weights: tuple[str, ...] = ()
-    weight_decay = False
-
-    def __init__(self, mixer: "nn.Module", scan: int = 0):
-        self.mixer, self.scan = mixer, scan
-        self.dim, self.heads, self.head_dim = mixer.dim, mixer.num_heads, mixer.head_dim
-
-    # Properties, so that compiled graphs depend on them only if a variant reads them, and otherwise serve all layers.
-    @property
-    def layer_idx(self) -> int:
-        """Index of the layer in the encoder, counted from 0."""
-        return self.mixer.layer_idx
-
-    @property
-    def num_layers(self) -> int:
-        """Number of layers of the encoder."""
-        return self.mixer.num_layers
-
-    def __getattr__(self, name: str):
-        if name.startswith("__") or name == "mixer":
-            raise AttributeError(name)
-        return getattr(self.mixer, self.weight_name(name, self.scan))
-
-    @classmethod
-    def scans_taken(cls, asked: int) -> int:
-        """Return how many scans a mixer averages if its argument `scans` is `asked`."""
-        return min(asked, cls.scans) if cls.decay else 1
-
-    @staticmethod
-    def weight_name(name: str, scan: int) -> str:
-        """Return the name in the mixer of a weight of a scan: `name`, or `name_2` for the second scan (index 1)."""
-        return name if scan == 0 else f"{name}_{scan + 1}"
-
-    def add(self, name: str, weight: "nn.Parameter | nn.Module") -> None:
-        """Add a parameter or a module to the mixer. The variant then reads it as an attribute. Call this in `build`.
-
-        Args:
-            name: name of the attribute.
-            weight: the parameter or module.
-
-        Raises:
-            ValueError: if the mixer or the variant already has an attribute of this name.
-        """
-        own = self.weight_name(name, self.scan)
-        if hasattr(self.mixer, own) or hasattr(type(self), name) or name in vars(self):
-            raise ValueError(
-                f"{type(self).__name__} adds {own!r}, but the mixer or the variant already has an attribute of this "
-                "name. Choose another name."
-            )
-        setattr(self.mixer, own, weight)
-        self.mixer.variant_weights.append(own)
-
-    def build(self) -> None:
-        """Create the parameters and modules of the variant with `add`. `init_weights` initialises them."""
-
-    def init_weights(self, init: Any) -> None:
-        """Initialise what `build` added. Linear layers are already initialised like all linear layers of the model.
-
-        Args:
-            init: a module with the functions of `torch.nn.init`; in models that of Transformers, whose functions do not
-                change weights that were loaded from a checkpoint.
-        """
-
-    def prepare(self, x: Tensor, query: Tensor, key: Tensor, value: Tensor, prefix_tokens: int) -> Recurrence:
-        """Return what the mixer computes for these inputs.
-
-        Args:
-            x: (batch, length, dim), the input of the mixer. Tokens of different sequences of a packed row must not mix
-                here: a variant that mixes neighbouring tokens leaves "cu_seqlens" out of `masks`.
-            query: (batch, heads, length, head_dim), after the feature map.
-            key: (batch, heads, length, head_dim), after the feature map.
-            value: (batch, heads, length, head_dim), as projected.
-            prefix_tokens: number of tokens at the beginning of each row that must not decay (the class token of an
-                image).
-
-        Returns:
-            A `Recurrence`. Its `log_decay` must have the shape that `decay` declares.
-        """
-        return Recurrence(query, key, value)
-
-    def set_windows(self, windows: Tensor) -> None:
-        """Set the decays so that each head reads about `windows` tokens. Warm starts call this.
-
-        Args:
-            windows: (heads,), float64, numbers of tokens.
-        """
-
-    @classmethod
-    def multiply_adds(cls, dim: int, heads: int) -> int:
-        """Return the multiply-adds per token that the variant adds to those of the projections and the operator."""
-        return 0
-
-
-def register_variant(name: str) -> Callable[[type[Variant]], type[Variant]]:
-    """Return a class decorator that registers a variant, for `Mixer`, `Encoder` and `mask_type` of configurations.
-
-    Args:
-        name: name of the variant, in lower case.
-
-    Raises:
-        TypeError: if `name` is not a string, or the class is not a subclass of `Variant`.
-        ValueError: if another variant has this name or one of the spellings, a name is empty or not in lower case, the
-            label is missing, or a class attribute has an invalid value or a misspelt name.
-    """
-    if not isinstance(name, str):
-        raise TypeError(f"register_variant was given {name!r}; write @register_variant('name') above the class.")
-
-    def register(cls: type[Variant]) -> type[Variant]:
-        if not (isinstance(cls, type) and issubclass(cls, Variant)):
-            raise TypeError(f"{cls!r} is not a subclass of lion_hf.nn.Variant; derive it from that class.")
-        for word in (name, *cls.spellings):
-            if word != word.lower() or not word:
-                raise ValueError(f"the variant's name is {word!r}; it must be in lower case and not empty.")
-            other = _found(word)
-            if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise ValueError(
-                    f"{word!r} is already the variant {other.__module__}.{other.__qualname__}. Choose another name or "
-                    "spelling. (A class that is derived from a variant inherits its spellings unless it sets its own.)"
-                )
-        if not getattr(cls, "label", None):
-            raise ValueError(f"{cls.__name__} has no label; set one for reports and cards, such as label = 'LION-S'.")
-        _require_known_attributes(cls)
-        cls.name = name
-        VARIANTS[name] = cls
-        return cls
-
-    return register
-
-
-def _require_known_attributes(cls: type[Variant]) -> None:
-    require_name(f"{cls.__name__}.feature_map", cls.feature_map, FEATURE_MAPS)
-    require_name(f"{cls.__name__}.decay", cls.decay, (None, "head", "token"))
-    for mask in cls.masks:
-        require_name(f"{cls.__name__}.masks", mask, Variant.masks)
-    for own, value in vars(cls).items():
-        known = own in _STATED or own.startswith("_") or callable(value)
-        near = [] if known else difflib.get_close_matches(own, _STATED, 1, 0.75)
-        if near:
-            raise ValueError(f"{cls.__name__} has the attribute {own!r}; did you mean {near[0]!r}?")
-
-
-# Attributes and methods that a variant can define.
-_STATED = {name for name in (*Variant.__annotations__, *vars(Variant)) if not name.startswith("_")}
-
-
-def _found(word: str) -> type[Variant] | None:
-    return VARIANTS.get(word) or next((cls for cls in VARIANTS.values() if word in cls.spellings), None)
-
-
-def variant_class(name: str) -> type[Variant]:
-    """Return the registered variant of a name or spelling.
-
-    Args:
-        name: in any letter case, such as "selective" or "LION-S".
-
-    Returns:
-        A subclass of `Variant`.
-
-    Raises:
-        ValueError: if there is no such variant. The message lists the known names.
-    """
-    cls = _found(name.lower()) if isinstance(name, str) else None
-    if cls is None:
-        known = ", ".join(repr(word) for name, cls in VARIANTS.items() for word in (name, *cls.spellings))
-        raise ValueError(
-            f"{name!r} is not a variant; known are {known}, in any case. A custom variant must be registered before it "
-            "is used: import the file with its class, decorated with lion_hf.nn.register_variant."
-        )
-    return cls
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return x unchanged if it is float64, otherwise in float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-# ---------------------------------------------------------------------------------------------- the paper's variants
+__all__ = [
+    "HGRN2",
+    "RWKV6",
+    "VARIANTS",
+    "GatedLinearAttention",
+    "GatedRandomFeatures",
+    "HeadDecay",
+    "HeadDecayPerChannel",
+    "Lit",
+    "Mamba2",
+    "MatrixLSTM",
+    "Recurrence",
+    "RetNet",
+    "TokenDecay",
+    "TokenDecayPerChannel",
+    "Variant",
+    "at_least_float32",
+    "register_variant",
+    "variant_class",
+    "without_prefix",
+]
 
 
 @register_variant("lit")
@@ -324,6 +73,13 @@ class HeadDecay(Variant):
         self.decay_logit.copy_(torch.log((windows - 1) / 2))
 
 
+def log_one_minus_sigmoid(logits: Tensor, eps: float) -> Tensor:
+    """Return log(1 - sigmoid(logits) + eps), at most 0: the log-decay of LION-S."""
+    if not eps:
+        return F.logsigmoid(-logits)
+    return (torch.sigmoid(-logits) + eps).log().clamp(max=0)  # the sum can exceed 1 by up to eps
+
+
 @register_variant("selective")
 class TokenDecay(Variant):
     """A decay per token and head, 1 - sigmoid(decay_proj(x)), with the linear layer `decay_proj` from dim to heads.
@@ -345,10 +101,7 @@ class TokenDecay(Variant):
     def prepare(self, x, query, key, value, prefix_tokens) -> Recurrence:
         gated = x[:, prefix_tokens:] if prefix_tokens else x
         logits = at_least_float32(self.decay_proj(gated))
-        eps = self.mixer.gate_eps
-        # The sum can exceed 1 by up to eps.
-        log_decay = (torch.sigmoid(-logits) + eps).log().clamp(max=0) if eps else F.logsigmoid(-logits)
-        log_decay = log_decay.transpose(1, 2)
+        log_decay = log_one_minus_sigmoid(logits, self.mixer.gate_eps).transpose(1, 2)
         return Recurrence(query, key, value, F.pad(log_decay, (prefix_tokens, 0)) if prefix_tokens else log_decay)
 
     def set_windows(self, windows: Tensor) -> None:
@@ -358,3 +111,69 @@ class TokenDecay(Variant):
     @classmethod
     def multiply_adds(cls, dim: int, heads: int) -> int:
         return dim * heads
+
+
+# ------------------------------------------------------------------------------------------- with a decay per channel
+
+
+@register_variant("decay-channel")
+class HeadDecayPerChannel(Variant):
+    """LION-D with a decay per head and channel of the key, sigmoid(decay_logit), `decay_logit` (heads, key_dim)."""
+
+    label = "LION-D per channel"
+    spellings = ("lion-d-channel",)
+    description = "linear attention whose weights fall with the distance, by a learned decay per head and channel."
+    decay = "channel"
+    operators = ("two_sided",)
+    float32_weights = ("decay_logit",)
+
+    def build(self) -> None:
+        self.add("decay_logit", nn.Parameter(torch.empty(self.heads, self.key_dim)))
+
+    def init_weights(self, init: Any) -> None:
+        init.normal_(self.decay_logit, mean=0.0, std=1.0)
+
+    def prepare(self, x, query, key, value, prefix_tokens) -> Recurrence:
+        log_decay = F.logsigmoid(at_least_float32(self.decay_logit))
+        return Recurrence(query, key, value, log_decay, "two_sided", {"convention": "left"})
+
+    def set_windows(self, windows: Tensor) -> None:
+        self.decay_logit.copy_(torch.log((windows - 1) / 2).unsqueeze(1).expand_as(self.decay_logit))
+
+
+@register_variant("selective-channel")
+class TokenDecayPerChannel(Variant):
+    """LION-S with a decay per token, head and channel of the key, 1 - sigmoid(decay_proj(x)).
+
+    The linear layer `decay_proj` goes from dim to `heads * key_dim`. The mixer's `gate_eps` acts as in LION-S.
+    """
+
+    label = "LION-S per channel"
+    spellings = ("lion-s-channel",)
+    description = (
+        "linear attention whose weights fall with the distance, by a decay that each token sets for each channel."
+    )
+    decay = "token_channel"
+    operators = ("two_sided",)
+    float32_weights = ("decay_proj",)
+
+    def build(self) -> None:
+        self.add("decay_proj", GateLinear(self.dim, self.heads * self.key_dim))
+
+    def prepare(self, x, query, key, value, prefix_tokens) -> Recurrence:
+        logits = at_least_float32(self.decay_proj(x)).unflatten(-1, (self.heads, self.key_dim)).transpose(1, 2)
+        log_decay = without_prefix(log_one_minus_sigmoid(logits, self.mixer.gate_eps), prefix_tokens)
+        return Recurrence(query, key, value, log_decay, "two_sided", {"convention": "left"})
+
+    def set_windows(self, windows: Tensor) -> None:
+        self.decay_proj.weight.zero_()
+        self.decay_proj.bias.copy_(-torch.log((windows - 1) / 2).repeat_interleave(self.key_dim))
+
+    @classmethod
+    def multiply_adds(cls, dim: int, heads: int) -> int:
+        return dim * dim
+
+
+# After LION's variants, so that these come first in the registry.
+from .linear_transformers import GatedLinearAttention, GatedRandomFeatures, RetNet  # noqa: E402
+from .recurrent_variants import HGRN2, RWKV6, Mamba2, MatrixLSTM  # noqa: E402

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .attention import differentiable_weights
 from .autograd import Options, lion
-from .backend import fused_kernels, warn_once
+from .backend import fused_kernels, state_no_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, check_two_sided, is_exporting, makes_graph
 from .general import Inputs, Settings, general
 from .packing import map_sequences
@@ -138,15 +138,24 @@ def two_sided_attention(
             anywhere or `key_mask` holds anything but 0 and 1; and if LION_BACKEND is unknown, or is "triton" and the
             fused kernels do not support the inputs.
     """
-    own_backward = backward_query is not None or backward_key is not None or backward_value is not None
-    same_decay, same_weight = (isinstance(x, str) for x in (backward_log_decay, backward_log_weight))
+    same = all(isinstance(x, str) and x == "same" for x in (backward_log_decay, backward_log_weight))
+    own = diagonal, log_weight, backward_query, backward_key, backward_value
+    if same and direction == "both" and all(x is None for x in own) and normalize in (False, True):
+        constant = log_decay is None or log_decay.dim() == 1  # it does not matter which token a decay belongs to
+        if _fits_lion(query, value, log_decay) and (
+            convention == "left" or (constant and convention in ("entered", "edge"))
+        ):
+            result = "both" if return_denominator else "normalized" if normalize else "numerator"
+            form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
+            return _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result)
+
     forward = Inputs(query, key, value, log_decay, log_weight)
     backward = Inputs(
         query if backward_query is None else backward_query,
         key if backward_key is None else backward_key,
         value if backward_value is None else backward_value,
-        log_decay if same_decay else backward_log_decay,
-        log_weight if same_weight else backward_log_weight,
+        log_decay if isinstance(backward_log_decay, str) else backward_log_decay,
+        log_weight if isinstance(backward_log_weight, str) else backward_log_weight,
     )
     form = check_two_sided(
         forward, backward, (backward_log_decay, backward_log_weight), diagonal, convention, direction, normalize,
@@ -154,30 +163,15 @@ def two_sided_attention(
     )  # fmt: skip
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
+    state_no_kernels(value)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    chunk_size = int(chunk_size)  # the check accepts numpy's integers
-    like_lion = (
-        not own_backward
-        and direction == "both"
-        and diagonal is None
-        and forward.log_weight is None
-        and backward.log_weight is None
-        and backward.log_decay is log_decay
-        and (convention == "left" or (convention != "between" and _constant(log_decay)))
-        and (log_decay is None or log_decay.dim() in (1, 3))
-        and normalize in (True, False)
-        and query.shape[1] == value.shape[1]
-    )
-    if like_lion:
-        result = "both" if return_denominator else "normalized" if normalize else "numerator"
-        return _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result)
-
-    settings = Settings(convention, direction, normalize, return_denominator, scale, eps, form, chunk_size)
+    settings = Settings(convention, direction, normalize, return_denominator, scale, eps, form, int(chunk_size))
 
     def run(*tensors, key_mask):
         ahead, back, given = Inputs(*tensors[:5]), Inputs(*tensors[5:10]), tensors[10]
-        widest = max((ahead.log_decay, back.log_decay), key=lambda x: 0 if x is None else x.dim())
-        chosen = resolve_format(form, ahead.value.shape[2], value.device, widest)
+        decays = [x for x in (ahead.log_decay, back.log_decay) if x is not None]
+        by_channel = next((x for x in decays if x.dim() in (2, 4)), decays[0] if decays else None)
+        chosen = resolve_format(form, ahead.value.shape[2], value.device, by_channel)
         return general(ahead, back, given, key_mask, settings._replace(form=chosen))
 
     if cu_seqlens is None:
@@ -188,13 +182,16 @@ def two_sided_attention(
     return map_sequences(run, cu_seqlens, key_mask, *forward, *backward, diagonal)
 
 
-def _constant(log_decay: Tensor | None) -> bool:
-    """Whether all tokens have the same decay, so that it does not matter to which of them it belongs."""
-    return log_decay is None or log_decay.dim() == 1
+def _fits_lion(query: Tensor, value: Tensor, log_decay: Tensor | None) -> bool:
+    return (log_decay is None or log_decay.dim() in (1, 3)) and query.shape[1:2] == value.shape[1:2]
 
 
 def _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result):
     """Compute LION's own operator, with the fused kernels where they support the inputs."""
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    chunk_size = int(chunk_size)  # the check accepts numpy's integers
     kernels = fused_kernels(form, query, key, value, log_decay)
     if kernels is not None:
         with without_autocast(query.device):
@@ -272,11 +269,12 @@ def bidirectional_linear_attention(
             `check_values`, if `log_decay` is positive or NaN anywhere or `key_mask` holds anything but 0 and 1; and if
             LION_BACKEND is unknown, or is "triton" and the fused kernels do not support the inputs.
     """
-    form = check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
+    if not _fits_lion(query, value, log_decay):  # raises an error
+        check_arguments(query, key, value, log_decay, format, chunk_size, key_mask, scale, check_values)
     return two_sided_attention(
         query, key, value, log_decay, normalize=bool(normalize), return_denominator=return_denominator,
-        key_mask=key_mask, cu_seqlens=cu_seqlens, scale=scale, eps=eps, format=form, chunk_size=chunk_size,
-        check_values=False,
+        key_mask=key_mask, cu_seqlens=cu_seqlens, scale=scale, eps=eps, format=format, chunk_size=chunk_size,
+        check_values=check_values,
     )  # fmt: skip
 
 

@@ -221,6 +221,8 @@ def _run(x: Tokens, options: Options, tensors: Sequence[Tensor], *gradients):
             return LionMask(x, tensors[0], chunks, size, scale)
         return SidedMask(x, tensors, layout, chunks, size, scale)
 
+    if form == "rnn" and backward:
+        return rnn_backward(x, make_mask, *gradients, chunk_size, 2 if layout is None else sum(layout[:2]))
     return _FORMS[form][backward](x, make_mask, *gradients, chunk_size)
 
 

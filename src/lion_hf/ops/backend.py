@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .checks import is_abstract, is_exporting, is_transformed
+from .checks import is_abstract, is_exporting, is_transformed, makes_graph
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,21 @@ def fused_kernels(form: str, query: Tensor, key: Tensor, value: Tensor, *log_dec
         )
     warn_once(f"LION runs without its fused GPU kernels: {reason}. Set LION_BACKEND=torch to silence this warning.")
     return None
+
+
+def state_no_kernels(value: Tensor) -> None:
+    """Log once that options of the general operator have no fused kernels; with LION_BACKEND=triton it is an error."""
+    if BACKEND == "triton":
+        raise ValueError(
+            "LION_BACKEND=triton, but the fused kernels compute LION's own operator only: the convention 'left', both "
+            "directions, one set of tensors, and decays per head or token. Unset LION_BACKEND to run the forms in "
+            "PyTorch."
+        )
+    if value.is_cuda and BACKEND != "torch" and not makes_graph():
+        warn_once(
+            "two_sided_attention runs in PyTorch: with these options there are no fused GPU kernels. Set "
+            "LION_BACKEND=torch to silence this warning."
+        )
 
 
 def fused_unit_silu(x: Tensor) -> Callable[[Tensor], Tensor] | None:

@@ -17,7 +17,7 @@ from .autograd import Options, lion
 from .checks import makes_graph
 from .decays import differentiable_exp
 from .diagonal import diagonal_scan
-from .sides import DIRECTIONS, Side, make_side, stabilise
+from .sides import CONVENTIONS, DIRECTIONS, Side, make_side, stabilise
 from .tokens import accumulation_dtype, over_heads, walks_chunks, without_autocast
 
 
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
 class Settings(NamedTuple):
     """The options that are not tensors, see `two_sided_attention`."""
 
-    convention: str
+    convention: str | None  # None if log-weights made the exponents of the sides different
     direction: str
     normalize: bool | str
     return_denominator: bool
@@ -63,6 +63,7 @@ def general(
             weight = weight if mask is None else torch.where(mask[:, None], weight, 0)
             own = _own_exponents(diagonal, weight, settings.normalize == "mask")
             sides, maximum = stabilise(sides, [x.log_weight for x in inputs], own, mask, dtype)
+            settings = settings._replace(convention=None)
         own = _own(diagonal, weight, maximum, forward.value, mask, dtype)
         n, c = _sums(forward, inputs, sides, own, mask, dtype, settings)
         n, c = _finished(n, c, maximum, dtype, settings)
@@ -115,7 +116,8 @@ def _sums(forward: Inputs, inputs: list[Inputs], sides: list[Side], own: Own, ma
     if len(groups) == 2:  # half of each tile is not read, so smaller tiles cost less
         s = s._replace(chunk_size=max(1, s.chunk_size // 2))
     for x, together in groups:
-        takes_own = rest is not None and not own.given and not together[0].by_channel and _same(x, forward)
+        explicit = together[0].by_channel and s.convention is None  # exponents of queries and keys change their scores
+        takes_own = rest is not None and not own.given and not explicit and _same(x, forward)
         parts.append(_read(x, together, own.factor if takes_own else None, mask, dtype, divided, s))
         rest = None if takes_own else rest
     if rest is not None:
@@ -144,7 +146,7 @@ def _same(a: Inputs, b: Inputs) -> bool:
 def _read(x: Inputs, sides: list[Side], own: Tensor | None, mask, dtype, divided: bool, s: Settings):
     """Return s n and s c of one or two sides with the same tensors, and of the diagonal if it is given."""
     if sides[0].by_channel:
-        return _read_channels(x, sides, mask, dtype, divided, s)
+        return _read_channels(x, sides, own, mask, dtype, divided, s)
     batch, _, length, _ = x.value.shape
     left = next((side for side in sides if not side.reverse), None)
     right = next((side for side in sides if side.reverse), None)
@@ -164,18 +166,22 @@ def _read(x: Inputs, sides: list[Side], own: Tensor | None, mask, dtype, divided
     return result if divided else (result, None)
 
 
-def _read_channels(x: Inputs, sides: list[Side], mask, dtype, divided: bool, s: Settings):
-    """Return s n and s c of sides with a decay per channel."""
+def _read_channels(x: Inputs, sides: list[Side], own: Tensor | None, mask, dtype, divided: bool, s: Settings):
+    """Return s n and s c of sides with a decay per channel, and of the diagonal if it is given."""
     query, key, value = _tensors(x, mask, dtype)
     value = F.pad(value, (0, 1), value=1.0) if divided else value
+    shares = CONVENTIONS.get(s.convention, (0.0, 0.0))
     once = len(sides) == 2 and all(a is b for a, b in zip(sides[0][:3], sides[1][:3], strict=True))
+    scans = [(sides[0], None)] if once else [(side, side.reverse) for side in sides]
 
-    def scan(side: Side, reverse: bool | None) -> Tensor:
-        q, k = (_times(t, exponent) for t, exponent in ((query, side.read), (key, side.write)))
-        gates = side.gates.to(dtype)
-        return diagonal_scan(q, k, value, gates, reverse=reverse, form=s.form, chunk_size=s.chunk_size)
+    def scan(side: Side, reverse: bool | None, own: Tensor | None) -> Tensor:
+        q, k = query, key
+        if s.convention is None:
+            q, k = _times(query, side.read), _times(key, side.write)
+        options = {"form": s.form, "chunk_size": s.chunk_size, "shares": shares, "scale": s.scale}
+        return diagonal_scan(q, k, value, side.gates.to(dtype), own, reverse=reverse, **options)
 
-    n = s.scale * (scan(sides[0], None) if once else sum_of(scan(side, side.reverse) for side in sides))
+    n = sum_of(scan(side, reverse, None if i else own) for i, (side, reverse) in enumerate(scans))
     return (n[..., :-1], n[..., -1]) if divided else (n, None)
 
 

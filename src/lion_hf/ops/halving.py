@@ -1,13 +1,15 @@
 """Decays per channel inside chunks of 2^p tokens, by halving: products of decays, scores, and their gradients.
 
-The weight of two tokens is the product of the decays between them, for each channel. A pair is met at one level: where
-a block of 2h tokens, halved, has one of them on its left and the other one on its right. The decays from the middle of
+The weight of two tokens is the product of the decays between them, for each channel. A pair meets at one level: where a
+block of 2h tokens, halved, has one of them on its left and the other one on its right. The decays from the middle of
 the block to either token are factors of the queries and keys, and the scores of all such pairs are a matrix product.
 Factors are products of decays, never quotients, so they are at most 1, and a decay of 0 is a number like the others.
 They are built by doubling: from h to 2h, half of them are multiplied by the product of a block of h tokens.
 
 Cost for chunks of K tokens, per token, head and side: (K / 2) (D + V) multiply-adds, and log2(K) multiplications of
 all channels for each of query, key and factors. There is no tensor of all pairs times all channels.
+
+Tensors of chunks are (N, K, width), where N counts the chunks of all rows and heads.
 """
 
 import math
@@ -23,11 +25,11 @@ from torch.nn import functional as F
 # weights times two to four numbers of at least 1e-3 are not denormal, which would be slow on a CPU.
 FACTOR_CUT = {torch.float32: -29.0, torch.float64: -300.0}
 
+_ABOVE = 1e-3  # the exponential of a number at the cut, however it is rounded, is below that of the cut plus this
+
 # Blocks of fewer tokens than this are too small for fast products. Levels below it share blocks of this size, in which
 # a mask selects their pairs.
 SMALL = 4
-
-ABOVE = 1e-3  # the exponential of a number at the cut, however it is rounded, is below that of the cut plus this
 
 
 def cut(x: Tensor, in_place: bool = False) -> Tensor:
@@ -39,124 +41,189 @@ def cut(x: Tensor, in_place: bool = False) -> Tensor:
 
 
 def channel_decays(gates: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the decays, exp(gates), or 0 where `closed`, for autograd."""
-    least = FACTOR_CUT[dtype]
-    return torch.where(closed(gates, dtype), 0, gates.to(dtype).clamp(min=least).exp())
+    """Return the decays, exp(gates), or 0 where `closed`."""
+    return torch.where(closed(gates, dtype), 0, gates.to(dtype).clamp(min=FACTOR_CUT[dtype]).exp())
 
 
-def channel_decays_in_place(gates: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `channel_decays` faster."""
+def fast_channel_decays(gates: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `channel_decays` by operators that change tensors in place."""
     least = FACTOR_CUT[dtype]
-    return F.threshold_(gates.to(dtype).clamp(min=least).exp_(), math.exp(least + ABOVE), 0.0)
+    return F.threshold_(gates.to(dtype).clamp(min=least).exp_(), math.exp(least + _ABOVE), 0.0)
 
 
 def closed(gates: Tensor, dtype: torch.dtype) -> Tensor:
     """Return where decays are set to 0."""
-    return gates <= FACTOR_CUT[dtype] + ABOVE
+    return gates <= FACTOR_CUT[dtype] + _ABOVE
+
+
+class Blocks:
+    """A tensor of chunks (N, K, width), and views of it that are made once."""
+
+    def __init__(self, x: Tensor):
+        self.x, self._views = x, {}
+
+    def of(self, size: int) -> Tensor:
+        """Return blocks of tokens, (N K / size, size, width)."""
+        if size not in self._views:
+            self._views[size] = self.x.reshape(-1, size, self.x.shape[-1])
+        return self._views[size]
+
+    def halves(self, size: int) -> tuple[Tensor, Tensor]:
+        """Return the left and the right halves of all blocks of 2 `size` tokens, (N K / (2 size), size, width) each."""
+        if -size not in self._views:
+            self._views[-size] = self.x.reshape(-1, 2, size, self.x.shape[-1]).unbind(1)
+        return self._views[-size]
+
+
+def joined(left: Tensor, right: Tensor, tokens: int) -> Tensor:
+    """Return the chunks (N, K, width) whose blocks have these halves."""
+    return torch.stack((left, right), 1).reshape(-1, tokens, left.shape[-1])
+
+
+class Rules(NamedTuple):
+    """What is the same in all chunks of a call."""
+
+    sides: tuple[bool, ...]  # False if queries read keys on their left, True if they read keys on their right
+    shares: tuple[float, float]  # the powers, 0, 1/2 or 1, of its own decay with which a token reads, and writes
+    masks: list[Tensor]  # `small_masks`
+
+    @property
+    def halved(self) -> bool:
+        """Whether a token reads and writes with the root of its own decay. It is then a factor of all products."""
+        return self.shares == (0.5, 0.5)
 
 
 class Level(NamedTuple):
-    """The products of decays in blocks of h tokens, for chunks (..., K, D)."""
+    """The products of decays in blocks of h tokens."""
 
     size: int  # h
-    before: Tensor  # (..., K, D), the decays from the first token of its block up to, but not including, a token
-    after: Tensor  # (..., K, D), the decays from the token after it to the last token of its block
-    total: Tensor  # (..., K / h, D), all decays of a block
+    before: Blocks  # (N, K, D), the decays from the first token of its block up to, but not including, a token
+    after: Blocks  # (N, K, D), the decays from the token after it to the last token of its block
+    total: Tensor  # (N K / h, D), all decays of a block
+    decays: Blocks  # (N, K, D)
+
+    def factor(self, half: int, share: float) -> Tensor:
+        """Return the factors of the left (0) or right (1) halves of blocks of 2h tokens, with a share of each token."""
+        x = (self.after, self.before)[half].halves(self.size)[half]
+        return cut(x * self.decays.halves(self.size)[half]) if share == 1 else x
+
+    def small_factor(self, block: int, share: float) -> Tensor | None:
+        """Return the factors of both halves, joined to small blocks. None is 1."""
+        if self.size == 1 and share != 0.5:
+            return self.decays.of(block) if share == 1 else None
+        x = joined(self.after.halves(self.size)[0], self.before.halves(self.size)[1], block)
+        return cut(x * self.decays.of(block)) if share == 1 else x
+
+    def directions(self, reverse: bool, shares: tuple[float, float]) -> tuple[Tensor, Tensor]:
+        """Return the factors with which keys are written to the state of a side, and with which queries read it."""
+        write, read = (self.before, self.after) if reverse else (self.after, self.before)
+        factors = zip((write, read), reversed(shares), strict=True)
+        return tuple(cut(x.x * self.decays.x) if share == 1 else x.x for x, share in factors)
 
 
-def levels(decays: Tensor, in_place: bool) -> Iterator[Level]:
-    """Yield the levels of h = 1, 2, 4, ..., K tokens of chunks with decays (..., K, D).
+def levels(decays: Blocks, before: Blocks, after: Blocks, in_place: bool) -> Iterator[Level]:
+    """Yield the levels of h = 1, 2, 4, ..., K tokens of chunks with decays (N, K, D).
 
-    With `in_place`, the next level overwrites a level.
+    `before` and `after` are `products` at first. With `in_place` they are overwritten, level by level.
     """
-    tokens, size = decays.shape[-2], 1
-    before, after = torch.ones_like(decays), torch.ones_like(decays)
-    total = decays
+    tokens, width, size = *decays.x.shape[-2:], 1
+    total = decays.x.reshape(-1, width)
     while True:
-        yield Level(size, before, after, total)
+        yield Level(size, before, after, total, decays)
         if size == tokens:
             return
-        left, right = total.unflatten(-2, (tokens // (2 * size), 2)).unbind(-2)
+        left, right = total.reshape(-1, 2, 1, width).unbind(1)
         if in_place:
-            cut(halves(before, size)[1].mul_(left.unsqueeze(-2)), in_place)
-            cut(halves(after, size)[0].mul_(right.unsqueeze(-2)), in_place)
+            cut(before.halves(size)[1].mul_(left), in_place)
+            cut(after.halves(size)[0].mul_(right), in_place)
         else:
-            first, second = halves(before, size)
-            before = joined(first, cut(second * left.unsqueeze(-2)))
-            first, second = halves(after, size)
-            after = joined(cut(first * right.unsqueeze(-2)), second)
-        total = cut(left * right)
+            first, second = before.halves(size)
+            before = Blocks(joined(first, cut(second * left), tokens))
+            first, second = after.halves(size)
+            after = Blocks(joined(cut(first * right), second, tokens))
+        total = cut((left * right).squeeze(1), in_place)
         size *= 2
 
 
-def halves(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the left and the right halves (..., K / 2h, h, D) of all blocks of 2h tokens of x (..., K, D)."""
-    return x.unflatten(-2, (x.shape[-2] // (2 * size), 2, size)).unbind(-3)
+def decays_and_products(gates: Tensor, dtype: torch.dtype, rules: Rules) -> tuple[Blocks, tuple[Blocks, Blocks]]:
+    """Return the decays of gates (N, K, D), and the products `before` and `after` of blocks of one token."""
+    decays = channel_decays(gates, dtype)
+    single = channel_decays(gates / 2, dtype) if rules.halved else torch.ones_like(decays)
+    return Blocks(decays), (Blocks(single), Blocks(single.clone()))
 
 
-def joined(left: Tensor, right: Tensor) -> Tensor:
-    """Invert `halves`."""
-    return torch.stack((left, right), -3).flatten(-4, -2)
+def small_masks(tokens: int, sides: tuple[bool, ...], like: Tensor) -> list[Tensor]:
+    """Return which pairs (query, key) of a small block meet at the levels below its size, as matrices of 0 and 1.
+
+    The last one is the identity matrix, of the pairs of a token and itself.
+    """
+    block, masks, size = min(SMALL, tokens), [], 1
+    while size < block:
+        token = torch.arange(block, device=like.device) // size  # the number of the block of h tokens
+        odd, even = (token % 2 == 1).to(like.dtype), (token % 2 == 0).to(like.dtype)
+        near = (token.unsqueeze(-1) // 2 == token // 2).to(like.dtype)
+        right_reads = near * odd.unsqueeze(-1) * even
+        masks.append(sum(right_reads.T if reverse else right_reads for reverse in sides))
+        size *= 2
+    return [*masks, torch.eye(block, dtype=like.dtype, device=like.device)]
 
 
-def _blocks(x: Tensor, size: int) -> Tensor:
-    return x.unflatten(-2, (x.shape[-2] // size, size))
+class _Small(NamedTuple):
+    """The queries and keys of a level in small blocks, times their factors; a factor of None is 1."""
 
+    factors: tuple[Tensor | None, Tensor | None]
+    query: Tensor
+    key: Tensor
 
-def _small_mask(level: Level, block: int, sides: tuple[bool, ...]) -> Tensor:
-    """Return which pairs (query, key) of a small block meet at a level, (block, block) of 0 and 1."""
-    token = torch.arange(block, device=level.total.device) // level.size  # the number of the block of h tokens
-    right, left = token.unsqueeze(-1), token
-    pairs = torch.zeros(block, block, dtype=torch.bool, device=token.device)
-    for reverse in sides:
-        reads, written = (left, right) if reverse else (right, left)
-        pairs = pairs | ((reads == written + 1) & (written % 2 == 0))
-    return pairs.to(level.total.dtype)
+    @classmethod
+    def make(cls, q: Blocks, k: Blocks, level: Level, block: int, shares: tuple[float, float]) -> "_Small":
+        read = level.small_factor(block, shares[0])
+        write = read if shares[0] == shares[1] else level.small_factor(block, shares[1])
+        q, k = (x.of(block) if f is None else x.of(block) * f for x, f in ((q, read), (k, write)))
+        return cls((read, write), q, k)
 
-
-def small_factors(level: Level) -> Tensor | None:
-    """Return the factors of all tokens of a level, (..., K, D); None stands for 1."""
-    if level.size == 1:
-        return None
-    return joined(halves(level.after, level.size)[0], halves(level.before, level.size)[1])
-
-
-def _times(x: Tensor, factor: Tensor | None) -> Tensor:
-    return x if factor is None else x * factor
+    def scores(self) -> Tensor:
+        return torch.bmm(self.query, self.key.transpose(1, 2))
 
 
 def inner_output(
-    q: Tensor, k: Tensor, v: Tensor, decays: Tensor, sides: tuple[bool, ...], in_place: bool
+    q: Blocks, k: Blocks, v: Blocks, decays: Blocks, own: Blocks | None, rules: Rules, products, in_place: bool
 ) -> tuple[Tensor, Level]:
-    """Return what the tokens of chunks read inside their chunk, (..., K, V), and the level of whole chunks.
+    """Return what the tokens of chunks read inside their chunk, (N, K, V), and the level of whole chunks.
 
-    q and k are (..., K, D), v is (..., K, V), and decays (..., K, D) may be 1 in any leading dimension. `sides` has
-    False if queries read keys on their left, True if they read keys on their right. Autograd needs `in_place` False.
+    q and k are (N, K, D), v is (N, K, V), decays are (N, K, D). `own` (N, K, 1) are the weights with which tokens read
+    themselves. `products` are those of blocks of one token. They change if `in_place`. Otherwise nothing changes in
+    place, as autograd needs it.
     """
-    tokens, scores, y = q.shape[-2], 0, None
-    block = min(SMALL, tokens)
-    for level in levels(decays, in_place):
-        if level.size == tokens:
+    tokens, width = v.x.shape[1:]
+    block, scores, y = min(SMALL, tokens), None, None
+    if own is not None:
+        itself = torch.bmm(q.of(block), k.of(block).transpose(1, 2))
+        scores = itself * (own.of(block) * rules.masks[-1])
+    for level in levels(decays, *products, in_place):
+        size = level.size
+        if size >= block and y is None and scores is not None:
+            y = Blocks(torch.bmm(scores, v.of(block)).reshape(-1, tokens, width))
+        if size == tokens:
             break
-        if level.size < block:
-            factor = small_factors(level)
-            a, b = (_blocks(_times(x, factor), block) for x in (q, k))
-            scores = scores + torch.matmul(a, b.transpose(-1, -2)) * _small_mask(level, block, sides)
-            if 2 * level.size == block:
-                y = torch.matmul(scores, _blocks(v, block)).flatten(-3, -2)
+        if size < block:
+            part = _Small.make(q, k, level, block, rules.shares)
+            plain = own is not None and part.factors == (None, None)
+            small = (itself if plain else part.scores()) * rules.masks[size.bit_length() - 1]
+            scores = small if scores is None else scores + small
             continue
-        after, before = halves(level.after, level.size)[0], halves(level.before, level.size)[1]
-        factors, read = (after, before), [None, None]
-        for reverse in sides:
+        read = [None, None]
+        for reverse in rules.sides:
             here, there = (0, 1) if reverse else (1, 0)
-            a = halves(q, level.size)[here] * factors[here]
-            b = halves(k, level.size)[there] * factors[there]
-            read[here] = torch.matmul(torch.matmul(a, b.transpose(-1, -2)), halves(v, level.size)[there])
+            a = q.halves(size)[here] * level.factor(here, rules.shares[0])
+            b = k.halves(size)[there] * level.factor(there, rules.shares[1])
+            read[here] = torch.bmm(torch.bmm(a, b.transpose(1, 2)), v.halves(size)[there])
             if in_place:
-                halves(y, level.size)[here].add_(read[here])
+                y.halves(size)[here].add_(read[here])
         if not in_place:
-            y = y + joined(*(torch.zeros_like(read[1 - i]) if x is None else x for i, x in enumerate(read)))
-    return torch.zeros_like(v) if y is None else y, level
+            left, right = (torch.zeros_like(read[1 - i]) if x is None else x for i, x in enumerate(read))
+            y = Blocks(y.x + joined(left, right, tokens))
+    return torch.zeros_like(v.x) if y is None else y.x, level
 
 
 class Gradients:
@@ -168,55 +235,103 @@ class Gradients:
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor):
-        self.q, self.k = q, k
-        self.dq = [torch.zeros_like(q), torch.zeros_like(q)]  # through `after`, through `before`
-        self.dk = [torch.zeros_like(k), torch.zeros_like(k)]
-        self.dv = torch.zeros_like(v)
-        self.dtotal = 0  # (..., 1, D)
+        self.dq = [Blocks(torch.zeros_like(q)), Blocks(torch.zeros_like(q))]  # through `after`, through `before`
+        self.dk = [Blocks(torch.zeros_like(k)), Blocks(torch.zeros_like(k))]
+        self.dv = Blocks(torch.zeros_like(v))
+        self.dtotal = 0  # (N, 1, D)
+        self.itself = None  # of what tokens read from themselves: of their weight, and of their score, (N, K, 1)
+        tokens = q.shape[1]
+        self.later = torch.ones(tokens, tokens, dtype=q.dtype, device=q.device).triu_(1)
 
-    def gates(self) -> Tensor:
-        """Return the gradient of the gates, (..., K, D)."""
-        # Gate t is a summand of e_i (exclusive sum) for i > t and of f_i (inclusive sum) for i >= t.
-        df = (self.q * self.dq[0]).addcmul_(self.k, self.dk[0]).neg_()
-        both = (self.q * self.dq[1]).addcmul_(self.k, self.dk[1]).add_(df)
-        tokens = both.shape[-2]
-        later = torch.ones(tokens, tokens, dtype=both.dtype, device=both.device).triu_(1)
-        return torch.matmul(later, both).add_(df).add_(self.dtotal)
+    def reset(self) -> None:
+        for x in (*self.dq, *self.dk, self.dv):
+            x.x.zero_()
+        self.dtotal = 0
+
+    def results(self, q: Tensor, k: Tensor, rules: Rules, closed: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the gradients of q, k, v, the gates and, if there are any, the weights `own`. The sums are lost.
+
+        `closed` says which decays were set to 0.
+        """
+        # Gate t is a summand of e_i (exclusive sum) for i > t and of f_i (inclusive sum) for i >= t. The exponent of
+        # `before` is e_i, or f_i with the gate of the token itself. That of `after` is - f_i, or - e_i with this gate.
+        (dq_after, dq_before), (dk_after, dk_before) = ([x.x for x in pair] for pair in (self.dq, self.dk))
+        inclusive, exclusive = [], []
+        for x, after, before, share in zip(
+            (q, k), (dq_after, dk_after), (dq_before, dk_before), rules.shares, strict=True
+        ):
+            terms = (x, after, -1), (x, before, 1)
+            inclusive.append(terms[share == 1])
+            exclusive.append(terms[share != 1])
+        df = _signed(*inclusive)
+        both = _signed(*exclusive).add_(df)
+        dgates = torch.matmul(self.later, both).add_(self.dtotal)
+        if rules.halved:  # half of the gate of the token itself is in every exponent
+            dgates.add_(both, alpha=0.5)
+            if closed is not None:  # it may be read by itself where the decay is 0, but not its root
+                dgates = torch.where(closed, (both / 2).sub_(df), dgates)
+        else:
+            dgates = dgates.add_(df) if closed is None else torch.where(closed, 0, dgates.add_(df))
+        dq, dk = dq_after.add_(dq_before), dk_after.add_(dk_before)
+        if self.itself is None:
+            return dq, dk, self.dv.x, dgates
+        down, dscore = self.itself
+        return dq.addcmul_(k, dscore), dk.addcmul_(q, dscore), self.dv.x, dgates, down
+
+
+def _signed(first, second) -> Tensor:
+    """Return the sum of two products, (factor, factor, sign) each."""
+    (a, b, sign), (c, d, other) = first, second
+    y = a * b
+    return (y.neg_() if sign < 0 else y).addcmul_(c, d, value=other)
 
 
 def inner_gradients(
-    q: Tensor, k: Tensor, v: Tensor, dy: Tensor, decays: Tensor, sides: tuple[bool, ...]
-) -> tuple[Gradients, Level]:
-    """Return the gradients of `inner_output` and the level of whole chunks."""
-    tokens, scores, sums = q.shape[-2], 0, Gradients(q, k, v)
+    q: Blocks,
+    k: Blocks,
+    v: Blocks,
+    dy: Blocks,
+    decays: Blocks,
+    own: Blocks | None,
+    rules: Rules,
+    products,
+    sums: Gradients,
+) -> Level:
+    """Add the gradients of `inner_output` to sums that are 0, and return the level of whole chunks."""
+    tokens, scores, itself = q.x.shape[1], None, None
     block = min(SMALL, tokens)
-    if tokens > 1:
-        small = torch.matmul(_blocks(dy, block), _blocks(v, block).transpose(-1, -2))
-    for level in levels(decays, in_place=True):
+    dpairs = torch.bmm(dy.of(block), v.of(block).transpose(1, 2)) if tokens > 1 or own is not None else None
+    if own is not None:
+        itself = torch.bmm(q.of(block), k.of(block).transpose(1, 2))
+        scores = itself * (own.of(block) * rules.masks[-1])
+        dscore, score = (x.diagonal(dim1=1, dim2=2).reshape(-1, tokens, 1) for x in (dpairs, itself))
+        sums.itself = dscore * score, dscore * own.x
+    for level in levels(decays, *products, in_place=True):
         size = level.size
+        if size == block and scores is not None:
+            sums.dv.of(block).add_(torch.bmm(scores.transpose(1, 2), dy.of(block)))
         if size == tokens:
             break
         if size < block:
-            factor, mask = small_factors(level), _small_mask(level, block, sides)
-            a, b = (_blocks(_times(x, factor), block) for x in (q, k))
-            scores = scores + torch.matmul(a, b.transpose(-1, -2)) * mask
-            dscores = small * mask
-            da = _times(torch.matmul(dscores, b).flatten(-3, -2), factor)
-            db = _times(torch.matmul(dscores.transpose(-1, -2), a).flatten(-3, -2), factor)
+            part = _Small.make(q, k, level, block, rules.shares)
+            mask = rules.masks[size.bit_length() - 1]
+            small = (part.scores() if itself is None or part.factors != (None, None) else itself) * mask
+            scores = small if scores is None else scores.add_(small)
+            dscores = dpairs * mask
+            da, db = torch.bmm(dscores, part.key), torch.bmm(dscores.transpose(1, 2), part.query)
+            da, db = (Blocks(x if f is None else x.mul_(f)) for x, f in zip((da, db), part.factors, strict=True))
             for half in (0, 1):
-                halves(sums.dq[half], size)[half].add_(halves(da, size)[half])
-                halves(sums.dk[half], size)[half].add_(halves(db, size)[half])
-            if 2 * size == block:
-                sums.dv = torch.matmul(scores.transpose(-1, -2), _blocks(dy, block)).flatten(-3, -2)
+                sums.dq[half].halves(size)[half].add_(da.halves(size)[half])
+                sums.dk[half].halves(size)[half].add_(db.halves(size)[half])
             continue
-        factors = halves(level.after, size)[0], halves(level.before, size)[1]
-        for reverse in sides:
+        for reverse in rules.sides:
             here, there = (0, 1) if reverse else (1, 0)
-            a, b = halves(q, size)[here] * factors[here], halves(k, size)[there] * factors[there]
-            above, values = halves(dy, size)[here], halves(v, size)[there]
-            scores = torch.matmul(a, b.transpose(-1, -2))
-            dscores = torch.matmul(above, values.transpose(-1, -2))
-            halves(sums.dv, size)[there].add_(torch.matmul(scores.transpose(-1, -2), above))
-            halves(sums.dq[here], size)[here].addcmul_(torch.matmul(dscores, b), factors[here])
-            halves(sums.dk[there], size)[there].addcmul_(torch.matmul(dscores.transpose(-1, -2), a), factors[there])
-    return sums, level
+            read, write = level.factor(here, rules.shares[0]), level.factor(there, rules.shares[1])
+            a, b = q.halves(size)[here] * read, k.halves(size)[there] * write
+            above = dy.halves(size)[here]
+            inside = torch.bmm(a, b.transpose(1, 2))
+            dscores = torch.bmm(above, v.halves(size)[there].transpose(1, 2))
+            sums.dv.halves(size)[there].add_(torch.bmm(inside.transpose(1, 2), above))
+            sums.dq[here].halves(size)[here].addcmul_(torch.bmm(dscores, b), read)
+            sums.dk[there].halves(size)[there].addcmul_(torch.bmm(dscores.transpose(1, 2), a), write)
+    return level

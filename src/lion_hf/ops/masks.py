@@ -233,7 +233,8 @@ def unpacked(tensors: Sequence[Tensor], layout: Layout):
 def joined_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return weights (..., K, K) from the exponents of both sides and the diagonal, which is 0 if it is None."""
     exponent = right if left is None else left
-    lower = torch.ones(exponent.shape[-2:], dtype=torch.bool, device=exponent.device).tril(-1)
+    token = torch.arange(exponent.shape[-1], device=exponent.device)  # not torch.ones: a trace would fix its size
+    lower = token.unsqueeze(-1) > token
     if left is None:
         exponent = right.masked_fill(lower, -math.inf)
     elif right is None:
@@ -243,7 +244,7 @@ def joined_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None
     weights = exp_(exponent)
     if torch.jit.is_tracing():  # ONNX has no views
         diagonal = torch.zeros_like(weights[..., 0]) if own is None else own.to(dtype)
-        return torch.where(torch.eye(len(lower), dtype=torch.bool), diagonal.unsqueeze(-1), weights)
+        return torch.where(token.unsqueeze(-1) == token, diagonal.unsqueeze(-1), weights)
     diagonal = weights.diagonal(dim1=-2, dim2=-1)
     diagonal.zero_() if own is None else diagonal.copy_(own)
     return weights

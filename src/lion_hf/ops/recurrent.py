@@ -41,10 +41,11 @@ def rnn_forward(x: Tokens, make_mask: Callable, chunk_size: int):
     return x.split(y)
 
 
-def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
+def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int, sides: int = 2):
     dy = x.join(dy, dc)
     length = x.query.shape[2]
-    mask = make_mask(x, *equal_chunks(length, max(chunk_size, math.isqrt(length))))
+    # One or two states are stored per chunk, in all at most 2 sqrt(L).
+    mask = make_mask(x, *equal_chunks(length, max(chunk_size, math.isqrt(length) * sides // 2)))
     factors, _ = mask.factors(dy)
     grads = [torch.empty_like(t, dtype=x.dtype) for t in (x.query, x.key)] + [x.empty_output()]
     # None for a direction from which nothing is read.
@@ -55,7 +56,7 @@ def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int):
         right = dright = x.empty_state()
     stored, found = [], []
     for part, w, _ in _walk(x, mask, factors):
-        stored.append((left, dright))  # at most two states per chunk of at least sqrt(L) tokens
+        stored.append((left, dright))
         if left is not None:
             keys, values = x.keys(part).unsqueeze(2), x.values(part).unsqueeze(2)
             left = next_state(left, w.cross_right, keys * w.write_right, values)

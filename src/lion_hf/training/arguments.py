@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-from ..nn.names import FEATURE_MAPS
+from ..nn.names import FEATURE_MAPS, OUTPUT_GATES, OUTPUT_NORMS
 from ..nn.variants import VARIANTS
 
 
@@ -75,6 +75,27 @@ class ModelArguments:
     normalize: bool | None = field(
         default=None, metadata={"help": "Divide the outputs of linear attention by their row sums."}
     )
+    short_conv: int | None = field(
+        default=None,
+        metadata={"help": "Width of a convolution over queries, keys and values; 0 for none. Default: the variant's."},
+    )
+    token_shift: bool | None = field(
+        default=None, metadata={"help": "Projections also read the neighbours of a token. Default: the variant's."}
+    )
+    output_gate: str | None = field(
+        default=None,
+        metadata={"help": f"Gate of the mixed outputs: {', '.join(OUTPUT_GATES)}. Default: the variant's."},
+    )
+    output_norm: str | None = field(
+        default=None,
+        metadata={"help": f"Norm of the mixed outputs: {', '.join(OUTPUT_NORMS)}. Default: the variant's."},
+    )
+    key_heads: int | None = field(
+        default=None, metadata={"help": "Number of heads of queries and keys. Default: the variant's, or all heads."}
+    )
+    key_dim: int | None = field(
+        default=None, metadata={"help": "Width of each head of queries and keys. Default: that of the values."}
+    )
     format: str | None = field(
         default=None,
         metadata={
@@ -83,7 +104,9 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        require_at_least(self, 1, *(name for name, value in dataclasses.asdict(self).items() if type(value) is int))
+        counts = {name for name, value in dataclasses.asdict(self).items() if type(value) is int}
+        require_at_least(self, 1, *(counts - {"short_conv"}))
+        require_at_least(self, 0, "short_conv")
         if not 0 <= self.warm_start_distillation < math.inf:
             raise ValueError(
                 f"--warm_start_distillation is {self.warm_start_distillation}; it must be finite and at least 0"
