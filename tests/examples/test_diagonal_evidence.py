@@ -222,3 +222,20 @@ def test_the_table_and_the_plot_are_drawn_from_the_stored_runs(tmp_path, monkeyp
     run_evidence.main()
     assert (tmp_path / "diagonal.md").read_text() == (STORED / "diagonal.md").read_text()
     assert (tmp_path / "diagonal.png").stat().st_size > 5000
+
+
+def test_the_page_of_results_shows_means_and_ranges_of_the_stored_runs():
+    from run_evidence import DIAGONALS, summary
+
+    stored = json.loads((STORED / "diagonal.json").read_text())
+    page = (STORED.parents[1] / "docs" / "results.md").read_text(encoding="utf-8")
+    shown = {
+        ("text", "loss", 1, 3): ("masked tokens: loss (nats)", "masked tokens: loss, lowest to highest"),
+        ("text", "accuracy", 100, 1): ("masked tokens: accuracy (%)", "masked tokens: accuracy, lowest to highest"),
+        ("images", "accuracy", 100, 1): ("Fashion-MNIST: accuracy (%)", "Fashion-MNIST: accuracy, lowest to highest"),
+    }
+    for (task, measure, factor, digits), (means, ranges) in shown.items():
+        runs = [stored[f"{task}, diagonal {name}"][measure] for name in DIAGONALS]
+        ends = [f"{factor * min(values):.{digits}f} to {factor * max(values):.{digits}f}" for values in runs]
+        assert f"| {means} | {' | '.join(summary(values, factor, digits) for values in runs)} |" in page
+        assert f"| {ranges} | {' | '.join(ends)} |" in page
