@@ -74,7 +74,7 @@ def runs(experiment):
             yield model, f"{mean(accuracy):.1f} ± {spread[0]:.1f}", f"{mean(loss):.3f} ± {spread[1]:.3f}"
 
 
-EXPERIMENTS = ("text", "images", "sentiment", "pooling", "warm_start")
+EXPERIMENTS = ("text", "images", "sentiment", "pooling", "diagonal", "warm_start")
 README_ROWS = {
     "masked tokens of an encyclopedia, accuracy": ("text", "BERT", ""),
     "Fashion-MNIST, accuracy": ("images", "ViT", ""),
