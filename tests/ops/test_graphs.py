@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lion_hf.ops import api
-from lion_hf.ops.api import bidirectional_linear_attention
+from lion_hf.ops.api import bidirectional_linear_attention, two_sided_attention
 
 
 # With chunks of 4: one chunk, full chunks, a last chunk that is not full, and more chunks than a group (64) holds.
@@ -46,4 +46,25 @@ def test_twenty_lengths_make_six_graphs_at_most(form, kind, training, lengths, m
             for a, b in zip(*gradients, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert counter.frame_count <= (6 if len(lengths) == 20 else 2)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", ["token", pytest.param("channel", marks=pytest.mark.slow)])
+def test_several_operators_train_in_one_graph_of_dynamic_lengths(kind):
+    """With dynamic=True numbers in global variables become inputs of the graph, which its Functions cannot share."""
+    torch.compiler.reset()
+
+    def function(query, key, value, gates):
+        value = two_sided_attention(query, key, value, gates, chunk_size=4)
+        return two_sided_attention(query, key, value, gates, chunk_size=4)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="eager")
+    query, key, value = (torch.randn(1, 2, 5, 4, requires_grad=True) for _ in range(3))
+    gates = -torch.rand((1, 2, 5) if kind == "token" else (1, 2, 5, 4))
+    inputs = query, key, value, gates.requires_grad_()
+    actual, expected = compiled(*inputs), function(*inputs)
+    torch.testing.assert_close(actual, expected)
+    gradients = (torch.autograd.grad(y.sin().sum(), inputs) for y in (actual, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
     torch.compiler.reset()

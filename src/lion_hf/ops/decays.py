@@ -17,15 +17,32 @@ from torch.nn import functional as F
 # Natural logarithm of the smallest M_ij that is not set to 0: M_ij is 4e-18 there in float32, 1e-261 in float64.
 CUT = {torch.float32: -40.0, torch.float64: -600.0}
 
-_ABOVE = 1.001  # exp of a number at the cut, however it is rounded, is at most this multiple of the exact value
-
 # Gates are clamped here. This is beyond the cut, so no result changes, and sums stay finite for log_decay = -inf.
 FLOOR = {torch.float32: -104.0, torch.float64: -746.0}
 
 
+# Graphs call these functions: torch.compile(dynamic=True) makes inputs of numbers in global variables, and cannot pass
+# such an input to several autograd Functions.
+
+
+def cut_of(dtype: torch.dtype) -> float:
+    """Return `CUT` of a dtype."""
+    return -600.0 if dtype == torch.float64 else -40.0
+
+
+def floor_of(dtype: torch.dtype) -> float:
+    """Return `FLOOR` of a dtype."""
+    return -746.0 if dtype == torch.float64 else -104.0
+
+
+def above(x):
+    """Return a bit more than x: exp of a number at the cut, however it is rounded, is at most that."""
+    return 1.001 * x
+
+
 def clamped_gates(log_decay: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     """Return clamped log-decays in the dtype of their sums: (1, H, L), a view, for LION-D, (B, H, L) for LION-S."""
-    gates = log_decay.to(sum_dtype(log_decay.device)).clamp(min=FLOOR[dtype])
+    gates = log_decay.to(sum_dtype(log_decay.device)).clamp(min=floor_of(dtype))
     return gates[None, :, None].expand(1, -1, length) if gates.dim() == 1 else gates
 
 
@@ -65,13 +82,13 @@ def exp_(x: Tensor) -> Tensor:
     """Return exp(x), or 0 below the cut, where exp is slow. May overwrite x."""
     if torch.jit.is_tracing():  # autograd differentiates the traced graph
         return differentiable_exp(x)
-    cut = CUT[x.dtype]
-    return F.threshold_(x.clamp_(min=cut).exp_(), _ABOVE * math.exp(cut), 0.0)
+    cut = cut_of(x.dtype)
+    return F.threshold_(x.clamp_(min=cut).exp_(), above(math.exp(cut)), 0.0)
 
 
 def differentiable_exp(x: Tensor) -> Tensor:
     """Return `exp_` of x without in-place changes, for autograd."""
-    cut = CUT[x.dtype]
+    cut = cut_of(x.dtype)
     return torch.where(x < cut, 0.0, x.clamp(min=cut).exp())
 
 
@@ -83,8 +100,8 @@ def cut_exp(exponent: Tensor, beyond: Tensor | None, dtype: torch.dtype) -> Tens
     exponent = exponent.to(dtype, copy=True)
     if beyond is None:
         return exp_(exponent)
-    y = exponent.clamp_(min=CUT[dtype]).exp_()
-    least = (CUT[dtype] - beyond).exp_().mul_(_ABOVE).to(dtype)
+    y = exponent.clamp_(min=cut_of(dtype)).exp_()
+    least = above((cut_of(dtype) - beyond).exp_()).to(dtype)
     return torch.where(y <= least, 0, y)
 
 
@@ -187,7 +204,7 @@ def decay_factors(
         if all_large:
             there = back = Flow(*[x.total.new_zeros(1, 1, 1)] * 2)
         else:
-            there, back = _there_and_back(x.write, x.read, keys, queries, x.total, reverse, CUT[dtype])
+            there, back = _there_and_back(x.write, x.read, keys, queries, x.total, reverse, cut_of(dtype))
         sides.append(_factor(x.read, dtype, there).mul_(scale))
         sides.append(_factor(x.write, dtype, back))
         sides.append(_factor(x.total, dtype, there, back))
@@ -241,4 +258,4 @@ def split_sums(pairs: Tensor, rank: Tensor | None = None) -> tuple[Tensor, Tenso
 def unclamped_gradient(gradient: Tensor, log_decay: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the gradient of the log-decays from that of the clamped log-decays of all tokens."""
     gradient = gradient.sum(-1) if log_decay.dim() == 1 else gradient
-    return torch.where(log_decay >= FLOOR[dtype], gradient, 0).to(log_decay.dtype)
+    return torch.where(log_decay >= floor_of(dtype), gradient, 0).to(log_decay.dtype)

@@ -22,14 +22,14 @@ from torch import Tensor
 from .autograd import _fold, _no_view, _partial, _pushed, _unfold, call_function
 from .checks import is_abstract, is_exporting
 from .chunk import propagate
-from .decays import CUT, FLOOR, Flow, cumulative_sums, differentiable_exp, flow, sum_dtype
+from .decays import Flow, cumulative_sums, cut_of, differentiable_exp, floor_of, flow, sum_dtype
 from .diagonal_walk import Inputs, add_state, copied, joined_chunks, strongest, walk_backward, walk_forward
 from .halving import (
-    FACTOR_CUT,
     Blocks,
     Gradients,
     Rules,
     decays_and_products,
+    factor_cut,
     inner_gradients,
     inner_output,
     small_masks,
@@ -150,7 +150,7 @@ def _walks(query: Tensor, form: str) -> bool:
 def _at_once(factor: Tensor, x: Tensor, y: Tensor, total: Tensor, gates: Tensor, shape, reverse: bool):
     """Return what `_State.walk` does, from operators that graphs support. `shape` is (batch, heads)."""
     update = torch.bmm((x * factor).transpose(1, 2), y)
-    gates = gates.to(sum_dtype(gates.device)).clamp(min=FLOOR[x.dtype]).sum(1)
+    gates = gates.to(sum_dtype(gates.device)).clamp(min=floor_of(x.dtype)).sum(1)
 
     def as_heads(t: Tensor) -> Tensor:  # (n B H, D, ...) -> (B, H D, n, ...)
         return copied(t.unflatten(0, (-1, *shape)).movedim(0, 3)).flatten(1, 2)
@@ -163,8 +163,8 @@ def _at_once(factor: Tensor, x: Tensor, y: Tensor, total: Tensor, gates: Tensor,
         return as_chunks(_propagated(as_heads(update), sums, reverse)), total
     sent = as_heads(strongest(factor, x, y).detach().to(gates.dtype).log())
     flows = flow(sent.unsqueeze(-1), sums.detach(), reverse)
-    lost = as_chunks(flows.arriving + sums < FACTOR_CUT[x.dtype])
-    least = CUT[x.dtype] - FACTOR_CUT[x.dtype]  # `propagate` cuts at CUT
+    lost = as_chunks(flows.arriving + sums < factor_cut(x.dtype))
+    least = cut_of(x.dtype) - factor_cut(x.dtype)  # `propagate` cuts at `CUT`
     entering = propagate(as_heads(update).unsqueeze(-2), sums, Flow(*(t + least for t in flows)), reverse)
     return as_chunks(entering.squeeze(-2)), torch.where(lost, 0, total)
 

@@ -25,7 +25,16 @@ from torch.nn import functional as F
 # weights times two to four numbers of at least 1e-3 are not denormal, which would be slow on a CPU.
 FACTOR_CUT = {torch.float32: -29.0, torch.float64: -300.0}
 
-_ABOVE = 1e-3  # the exponential of a number at the cut, however it is rounded, is below that of the cut plus this
+
+def factor_cut(dtype: torch.dtype) -> float:
+    """Return `FACTOR_CUT` of a dtype. It is a function for the same reason as `decays.cut_of`."""
+    return -300.0 if dtype == torch.float64 else -29.0
+
+
+def closing_gate(dtype: torch.dtype) -> float:
+    """Return the largest gate that is closed: a bit more than the cut, because exponentials are rounded."""
+    return factor_cut(dtype) + 1e-3
+
 
 # Blocks of fewer tokens than this are too small for fast products. Levels below it share blocks of this size, in which
 # a mask selects their pairs.
@@ -34,7 +43,7 @@ SMALL = 4
 
 def cut(x: Tensor, in_place: bool = False) -> Tensor:
     """Return a product of decays, or 0 where it is below the cut."""
-    least = math.exp(FACTOR_CUT[x.dtype])
+    least = math.exp(factor_cut(x.dtype))
     if torch.jit.is_tracing():
         return torch.where(x < least, 0, x)
     return F.threshold(x, least * (1 - 1e-6), 0.0, in_place)
@@ -42,18 +51,18 @@ def cut(x: Tensor, in_place: bool = False) -> Tensor:
 
 def channel_decays(gates: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the decays, exp(gates), or 0 where `closed`."""
-    return torch.where(closed(gates, dtype), 0, gates.to(dtype).clamp(min=FACTOR_CUT[dtype]).exp())
+    return torch.where(closed(gates, dtype), 0, gates.to(dtype).clamp(min=factor_cut(dtype)).exp())
 
 
 def fast_channel_decays(gates: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `channel_decays` by operators that change tensors in place."""
-    least = FACTOR_CUT[dtype]
-    return F.threshold_(gates.to(dtype).clamp(min=least).exp_(), math.exp(least + _ABOVE), 0.0)
+    least = factor_cut(dtype)
+    return F.threshold_(gates.to(dtype).clamp(min=least).exp_(), math.exp(closing_gate(dtype)), 0.0)
 
 
 def closed(gates: Tensor, dtype: torch.dtype) -> Tensor:
     """Return where decays are set to 0."""
-    return gates <= FACTOR_CUT[dtype] + _ABOVE
+    return gates <= closing_gate(dtype)
 
 
 class Blocks:
@@ -260,9 +269,9 @@ class Gradients:
         for x, after, before, share in zip(
             (q, k), (dq_after, dk_after), (dq_before, dk_before), rules.shares, strict=True
         ):
-            terms = (x, after, -1), (x, before, 1)
-            inclusive.append(terms[share == 1])
-            exclusive.append(terms[share != 1])
+            last, first = (x, after, -1), (x, before, 1)
+            inclusive.append(first if share == 1 else last)
+            exclusive.append(last if share == 1 else first)
         df = _signed(*inclusive)
         both = _signed(*exclusive).add_(df)
         dgates = torch.matmul(self.later, both).add_(self.dtotal)

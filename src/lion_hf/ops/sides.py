@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .decays import FLOOR, sum_dtype
+from .decays import floor_of, sum_dtype
 
 
 # The shares of its own gate that a token puts into what it reads and into what it writes.
@@ -60,7 +60,7 @@ def make_side(
         gates = torch.zeros(1, heads, 1, dtype=sum_dtype(like.device), device=like.device).expand(-1, -1, length)
         return Side(gates, None, None, reverse)
     by_channel = log_decay.dim() in (2, 4)
-    floor = _LEAST_GATE if weighted else FLOOR[dtype]
+    floor = _LEAST_GATE if weighted else floor_of(dtype)
     gates = log_decay.to(dtype if by_channel and not weighted else sum_dtype(like.device)).clamp(min=floor)
     if log_decay.dim() == 1:
         gates = gates[None, :, None].expand(1, heads, length)
@@ -122,4 +122,4 @@ def _walk(side: Side, log_weight: Tensor | None, key_mask: Tensor | None, dtype)
         before = F.pad(after, (0, 0, 1, 0) if side.by_channel else (1, 0), value=_LEAST_WEIGHT)[:, :, :-1]  # M_t
         if side.reverse:
             after, before = after.flip(2), before.flip(2)
-    return (gates + (before - after)).clamp(min=FLOOR[dtype]), read + before, write - after
+    return (gates + (before - after)).clamp(min=floor_of(dtype)), read + before, write - after
