@@ -230,7 +230,7 @@ def _finished(n: Tensor, c: Tensor | None, maximum: Tensor | None, dtype: torch.
     if s.normalize and not s.return_denominator:
         one = 1.0 if maximum is None else torch.exp(-maximum).to(dtype)
         below = c.abs().clamp(min=one) if s.normalize == "clamp" else c + s.eps * one if s.eps else c
-        if maximum is not None:  # if all scores of a row are 0 and `one` underflows, the result is 0
+        if maximum is not None or not s.eps:  # if all scores of a row are 0, the result is 0
             below = torch.where(below == 0, 1, below)
         return n / below.unsqueeze(-1), c
     if maximum is None:
