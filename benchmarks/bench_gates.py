@@ -12,12 +12,12 @@ import argparse
 import itertools
 
 import torch
-from common import count, output_folder, print_table, save
+from common import VARIANTS, count, output_folder, print_table, save
 from torch.nn import functional as F
 
 from lion_hf.convert import head_windows
 from lion_hf.nn import Mixer
-from lion_hf.nn.variants import VARIANTS
+from lion_hf.nn.variants import variant_class
 
 
 SMALLEST_WINDOWS = (4, 16)
@@ -67,7 +67,7 @@ def main() -> None:
         parser.error(f"--heads {arguments.heads} must divide --dim {arguments.dim} without remainder.")
     torch.manual_seed(0)
     rows = []
-    gated = [name for name, cls in VARIANTS.items() if cls.float32_weights]
+    gated = [name for name in VARIANTS if variant_class(name).float32_weights]
     for variant, kind, heads in itertools.product(gated, KINDS, arguments.heads):
         by_length = [distances(variant, kind, length, arguments.dim, heads) for length in arguments.lengths]
         row = {"variant": variant, "kind": kind, "heads": heads}

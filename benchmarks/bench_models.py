@@ -16,7 +16,18 @@ import argparse
 import copy
 
 import torch
-from common import VARIANTS, alternate, count, image_models, output_folder, print_table, save, text_models, token_axis
+from common import (
+    ALL_VARIANTS,
+    VARIANTS,
+    alternate,
+    count,
+    image_models,
+    output_folder,
+    print_table,
+    save,
+    text_models,
+    token_axis,
+)
 from transformers import AttentionInterface
 
 from lion_hf.ops.checks import FORMATS
@@ -82,7 +93,7 @@ def compare(name, models, inputs, arguments, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192], help="tokens in a text")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
+    parser.add_argument("--variants", nargs="+", choices=ALL_VARIANTS, default=VARIANTS, help="default: those of LION")
     parser.add_argument("--tokens", type=count, default=1024, help="tokens in a batch (at least one row)")
     parser.add_argument("--layers", type=count, default=2, help="layers of text and base image models")
     parser.add_argument(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from bench_models import BASE, train_step
-from common import VARIANTS, alternate, count, output_folder, print_table, save
+from common import ALL_VARIANTS, VARIANTS, alternate, count, output_folder, print_table, save
 from transformers import DataCollatorWithFlattening
 
 from lion_hf import LionConfig, LionModel
@@ -87,7 +87,7 @@ def main():
     parser.add_argument(
         "--data", type=text_folder, help="folder with .txt files; default: the topics of Python's help()"
     )
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
+    parser.add_argument("--variants", nargs="+", choices=ALL_VARIANTS, default=VARIANTS, help="default: those of LION")
     parser.add_argument("--shortest", type=count, default=128, help="fewest words of a document")
     parser.add_argument("--longest", type=count, default=2048, help="most words of a document")
     parser.add_argument("--rows", type=count, default=8, help="documents in a batch")

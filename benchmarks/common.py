@@ -26,7 +26,8 @@ from lion_hf.nn.variants import variant_class
 
 Candidate = Callable[[], object]
 CPU = torch.device("cpu")
-VARIANTS = tuple(REGISTRY)  # by name
+VARIANTS = ("lit", "decay", "selective")  # the variants of the paper, which benchmarks time by default
+ALL_VARIANTS = tuple(REGISTRY)
 
 
 def count(text: str) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from common import (
+    ALL_VARIANTS,
     VARIANTS,
     alternate,
     count,
@@ -155,7 +156,7 @@ def add_parts(parts) -> None:
     parser = parts.add_parser("training", parents=[options], help="time and memory of training steps")
     parser.add_argument("--lengths", type=count, nargs="*", default=[128, 512, 2048, 8192], help="tokens in a text")
     parser.add_argument("--batch_tokens", type=count, default=32768, help="tokens in a batch (at least one row)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
+    parser.add_argument("--variants", nargs="+", choices=ALL_VARIANTS, default=VARIANTS, help="default: those of LION")
     parser.add_argument("--image_size", type=count, default=224, help="pixels a side")
     parser.add_argument("--image_batch", type=count, default=256, help="images in a batch")
     parser.add_argument("--no_images", action="store_true", help="time text models only")
@@ -166,4 +167,4 @@ def add_parts(parts) -> None:
         "--sizes", type=count, nargs="+", default=[224, 512, 768, 1024, 1536, 2048, 2496], help="pixels a side"
     )
     parser.add_argument("--batch", type=count, default=8, help="images in a batch")
-    parser.add_argument("--variant", choices=VARIANTS, default="selective", help="variant of LION")
+    parser.add_argument("--variant", choices=ALL_VARIANTS, default="selective", help="variant of LION")

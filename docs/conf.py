@@ -57,6 +57,7 @@ questions
 :caption: How it works
 
 variants
+operator
 formats
 behaviour
 extending

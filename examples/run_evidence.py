@@ -6,6 +6,7 @@
     python examples/run_evidence.py pooling --data DATA         # sentiment from scratch, by what the classifier pools
     python examples/run_evidence.py warm_start --data DATA      # sentiment from the weights of a BERT and from scratch
     python examples/run_evidence.py warm_start_mlm --data DATA  # masked tokens from a BERT's weights and from scratch
+    python examples/run_evidence.py diagonal --data DATA        # how often a token counts its score with itself
     python examples/run_evidence.py text --draw                 # the table and plot again, from the stored results
 
 DATA is a folder with wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet,
@@ -36,6 +37,7 @@ import pandas
 
 
 matplotlib.use("Agg")
+from diagonal_results import comparison, draw_differences, learned_factors
 from matplotlib import pyplot as plt
 
 
@@ -94,6 +96,35 @@ ADAPTATION_RECIPE = (
     "--max_length 64 --per_device_train_batch_size 8 --max_steps 300 --learning_rate 5e-4 --max_eval_samples 60 "
     "--eval_strategy steps --eval_steps 25 --logging_steps 25 --save_strategy no --disable_tqdm true --use_cpu true"
 )
+# LION-S with its diagonal counted 0 times, once as in LION, twice, or as often as each head of each layer learns.
+# Learning rates are compared on rows of the training file, of the share that stands first.
+DIAGONALS = {
+    "0": "selective-diagonal-0",
+    "1": "selective",
+    "2": "selective-diagonal-2",
+    "free": "selective-diagonal-free",
+}
+DIAGONAL_MODULE = "examples.diagonal_variants"
+DIAGONAL_TASKS = {
+    "text": (
+        "run_mlm.py",
+        "0.1",
+        (1e-3, 2e-3),
+        "--max_length 64 --vocab_size 2048 --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 2 "
+        "--hidden_dropout_prob 0 --per_device_train_batch_size 16 --max_steps 600 --lr_floor 0.02 "
+        "--max_eval_samples 2000 --logging_steps 50 --eval_strategy no --save_strategy no --disable_tqdm true "
+        "--use_cpu true",
+    ),
+    "images": (
+        "run_image_classification.py",
+        "0.15",
+        (2e-3, 4e-3),
+        "--order normal --pos_emb true --hidden_size 64 --num_hidden_layers 4 --num_attention_heads 4 "
+        "--image_size 28 --patch_size 4 --augment shift+flip --initializer_range 0.1 --max_train_samples 20000 "
+        "--num_train_epochs 1 --eval_strategy no --per_device_train_batch_size 32 --save_strategy no "
+        "--disable_tqdm true --use_cpu true",
+    ),
+}
 
 
 def warm_models(encoder: Path) -> dict[str, str]:
@@ -114,19 +145,36 @@ def warm_models(encoder: Path) -> dict[str, str]:
     }
 
 
-def run(script: str, flags: str, folder: Path) -> dict[str, float]:
-    """Run a training script and return its metrics; the metrics of a finished run are read from its folder."""
-    command = ["python", f"examples/{script}", "--output_dir", str(folder), *shlex.split(flags)]
-    record = folder / "command.txt"
+def program(script: str, module: str | None) -> str:
+    """Return the beginning of a command: the script, with the variants of a module if one is given."""
+    return f"python -m lion_hf --import {module} examples/{script}" if module else f"python examples/{script}"
+
+
+def run(script: str, flags: str, folder: Path, module: str | None = None) -> dict[str, float]:
+    """Run a training script and return its metrics; the metrics of a finished run are read from its folder.
+
+    The metrics contain the seconds of CPU time of the whole command, `cpu_seconds`, if they were stored.
+    """
+    command = [*shlex.split(program(script, module)), "--output_dir", str(folder), *shlex.split(flags)]
+    record, seconds = folder / "command.txt", folder / "cpu_seconds.json"
     if not (record.is_file() and record.read_text() == shlex.join(command)):
         print(shlex.join(command), flush=True)
         folder.mkdir(parents=True, exist_ok=True)
+        before = cpu_time_of_children()
         with open(folder / "log.txt", "w") as log:
             subprocess.run(
                 [sys.executable, *command[1:]], cwd=EXAMPLES.parent, check=True, stdout=log, stderr=subprocess.STDOUT
             )
+        seconds.write_text(json.dumps({"cpu_seconds": cpu_time_of_children() - before}))
         record.write_text(shlex.join(command))
-    return json.loads((folder / "all_results.json").read_text())
+    known = json.loads(seconds.read_text()) if seconds.is_file() else {}
+    return json.loads((folder / "all_results.json").read_text()) | known
+
+
+def cpu_time_of_children() -> float:
+    """Return the seconds of CPU time of all commands that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def summary(values: list[float], factor: float = 1, digits: int = 2) -> str:
@@ -142,6 +190,7 @@ def at_best_rate(
     folder: str,
     starts: dict[int, str] | None = None,
     sweep_flags: str | None = None,
+    module: str | None = None,
 ) -> tuple[dict, list[dict], list[str]]:
     """Train with each learning rate and the first seed, then at the best rate with all seeds.
 
@@ -153,6 +202,7 @@ def at_best_rate(
         starts: further flags for each seed, if any.
         sweep_flags: flags of the runs that compare learning rates, if not `flags`: to compare them on other rows than
             those that are reported.
+        module: a module with variants that the script needs, if any.
 
     Returns:
         Part of a row of the table, the metrics of each seed, and the folder of each seed.
@@ -163,19 +213,21 @@ def at_best_rate(
 
     def train(rate: float, seed: int) -> dict[str, float]:
         start = f"{starts[seed]} " if starts else ""
-        return run(script, f"{start}{flags} --learning_rate {rate:g} --seed {seed}", Path(place(rate, seed)))
+        return run(script, f"{start}{flags} --learning_rate {rate:g} --seed {seed}", Path(place(rate, seed)), module)
 
     if sweep_flags is None:
         sweep = {rate: train(rate, SEEDS[0]) for rate in rates}
     else:
         sweep = {
-            rate: run(script, f"{sweep_flags} --learning_rate {rate:g} --seed {SEEDS[0]}", Path(f"{folder}-{rate:g}"))
+            rate: run(
+                script, f"{sweep_flags} --learning_rate {rate:g} --seed {SEEDS[0]}", Path(f"{folder}-{rate:g}"), module
+            )
             for rate in rates
         }
     best = min(rates, key=lambda rate: sweep[rate]["eval_loss"])
     runs = [train(best, seed) for seed in SEEDS]
     row = {
-        "command": f"python examples/{script} {flags} --learning_rate {best:g}",
+        "command": f"{program(script, module)} {flags} --learning_rate {best:g}",
         "learning_rate": best,
         "sweep": {f"{rate:g}": metrics["eval_loss"] for rate, metrics in sweep.items()},
         "swept_on": "rows that are reported" if sweep_flags is None else "held-out rows of the training file",
@@ -278,6 +330,26 @@ def warm_start_mlm(data: Path, work: Path, results: Path) -> dict:
     return rows
 
 
+def diagonal(data: Path, work: Path, results: Path) -> dict:
+    rows = {}
+    for task, (script, share, rates, recipe) in DIAGONAL_TASKS.items():
+        train, validation = (data / name for name in NEEDED[task])
+        for name, variant in DIAGONALS.items():
+            model = f"--mask_type {variant} {recipe}"
+            flags = f"--train_file {train} --validation_file {validation} {model}"
+            held_out = f"--train_file {train} --validation_share {share} {model}"
+            place = f"{work}/diagonal/{task}-{name}"
+            row, runs, folders = at_best_rate(script, flags, rates, place, sweep_flags=held_out, module=DIAGONAL_MODULE)
+            row |= {"cpu_seconds": [r["cpu_seconds"] for r in runs]}
+            if task == "text":
+                row |= {"unigram_entropy": runs[0]["eval_unigram_entropy"]}
+            if name == "free":
+                row |= {"learned": [learned_factors(Path(folder)) for folder in folders]}
+            measure = "eval_masked_accuracy" if task == "text" else "eval_accuracy"
+            rows[f"{task}, diagonal {name}"] = row | {"accuracy": [r[measure] for r in runs]}
+    return rows
+
+
 def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
     """Write the results as JSON, as a Markdown table and as a plot."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -290,29 +362,24 @@ def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
 
 def write_table(kind: str, rows: dict, folder: Path) -> None:
     """Write the results as a Markdown table with the commands."""
+    first = next(iter(rows.values()))
+    measured, time = ("cpu_seconds", "minutes of CPU time") if "cpu_seconds" in first else ("train_runtime", "minutes")
     lines = [
-        "| model | accuracy (%) | loss (nats) | seeds | learning rate | minutes per run |",
+        f"| model | accuracy (%) | loss (nats) | seeds | learning rate | {time} per run |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        minutes = [seconds / 60 for seconds in row["train_runtime"]]
+        minutes = [seconds / 60 for seconds in row[measured]]
         rate = f"{row['learning_rate']:g}" if "learning_rate" in row else "as in the command"
         lines.append(
             f"| {name} | {summary(row['accuracy'], 100)} | {summary(row['loss'], 1, 3)} | "
             f"{len(row['seeds'])} | {rate} | {mean(minutes):.1f} |"
         )
-    first = next(iter(rows.values()))
     if "unigram_entropy" in first:
         entropy = f"{first['unigram_entropy']:.3f} nats"
         lines += ["", f"The unigram entropy of the masked tokens, the loss of token frequencies alone, is {entropy}."]
-    sweeps = {name: row["sweep"] for name, row in rows.items() if "sweep" in row}
-    if sweeps:
-        rates = next(iter(sweeps.values()))
-        where = first.get("swept_on", "rows that are reported")
-        loss = "evaluation loss" if where == "rows that are reported" else f"loss on {where}"
-        lines += ["", f"| {loss} by learning rate, seed {first['seeds'][0]} | " + " | ".join(rates) + " |"]
-        lines += ["|---" * (len(rates) + 1) + "|"]
-        lines += [f"| {n} | " + " | ".join(f"{v:.3f}" for v in sweep.values()) + " |" for n, sweep in sweeps.items()]
+    lines += comparison(rows) if kind == "diagonal" else []
+    lines += sweep_tables(rows)
     if len(first["seeds"]) > 1:
         lines += ["", f"Mean and standard deviation over the seeds {', '.join(map(str, first['seeds']))}."]
     commands = "The commands" if "--seed" in first["command"] else "The commands, without `--seed`"
@@ -321,12 +388,32 @@ def write_table(kind: str, rows: dict, folder: Path) -> None:
     (folder / f"{kind}.md").write_text("\n".join(lines) + "\n")
 
 
+def sweep_tables(rows: dict) -> list[str]:
+    """Return the lines of the tables of losses by learning rate, one table for each list of learning rates."""
+    first, sweeps = next(iter(rows.values())), {name: row["sweep"] for name, row in rows.items() if "sweep" in row}
+    where = first.get("swept_on", "rows that are reported")
+    loss = "evaluation loss" if where == "rows that are reported" else f"loss on {where}"
+    lines = []
+    for rates in dict.fromkeys(tuple(sweep) for sweep in sweeps.values()):
+        lines += ["", f"| {loss} by learning rate, seed {first['seeds'][0]} | " + " | ".join(rates) + " |"]
+        lines += ["|---" * (len(rates) + 1) + "|"]
+        lines += [
+            f"| {name} | " + " | ".join(f"{value:.3f}" for value in sweep.values()) + " |"
+            for name, sweep in sweeps.items()
+            if tuple(sweep) == rates
+        ]
+    return lines
+
+
 def draw(kind: str, rows: dict, folder: Path) -> None:
-    """Draw the plot of a comparison; its axes begin at 0.
+    """Draw the plot of a comparison; its axes contain 0.
 
     It shows losses by step, or losses beside that of token frequencies, or accuracies beside that of the most frequent
-    class.
+    class, or differences.
     """
+    if kind == "diagonal":
+        draw_differences(rows, folder / f"{kind}.png", TITLES[kind])
+        return
     first = next(iter(rows.values()))
     figure, axis = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
     if "curve" in first:
@@ -394,16 +481,19 @@ KINDS = {
     "pooling": pooling,
     "warm_start": warm_start,
     "warm_start_mlm": warm_start_mlm,
+    "diagonal": diagonal,
 }
 REVIEWS = ("reviews/train.csv", "reviews/validation.csv")
 WIKI = ("wiki/train.txt", "wiki/validation.txt")
+FASHION = ("fashion-mnist/train-00000-of-00001.parquet", "fashion-mnist/test-00000-of-00001.parquet")
 NEEDED = {
     "text": WIKI,
-    "images": ("fashion-mnist/train-00000-of-00001.parquet", "fashion-mnist/test-00000-of-00001.parquet"),
+    "images": FASHION,
     "sentiment": REVIEWS,
     "pooling": REVIEWS,
     "warm_start": (*REVIEWS, "minilm/config.json"),
     "warm_start_mlm": (*WIKI, "minilm/config.json"),
+    "diagonal": (*WIKI, *FASHION),
 }
 TITLES = {
     "text": "Masked tokens of encyclopedia text",
@@ -412,6 +502,7 @@ TITLES = {
     "pooling": "Sentiment of review sentences",
     "warm_start": "Sentiment of review sentences",
     "warm_start_mlm": "Masked tokens of encyclopedia text",
+    "diagonal": "LION-S with another diagonal, by seed",
 }
 
 

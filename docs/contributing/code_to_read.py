@@ -19,8 +19,11 @@ PARTS = {
     "the operator: checks and all forms": {
         f"ops/{name}.py": ()
         for name in (
-            "api", "checks", "autograd", "tokens", "decays", "attention", "chunk", "recurrent", "global_state",
+            "api", "checks", "autograd", "tokens", "decays", "masks", "attention", "chunk", "recurrent", "global_state",
         )
+    },
+    "the general operator: all its options": {
+        f"ops/{name}.py": () for name in ("general", "sides", "diagonal", "diagonal_walk", "halving", "dense")
     },
     "the masks": {
         "ops/reference.py": ("textbook_mask",),
@@ -40,13 +43,15 @@ PARTS = {
         "models/lion_layers.py": ("scans_of",),
         "models/modeling_lion_vision.py": ("LionVisionModel.forward",),
         "nn/mixer.py": ("Mixer._mixed", "Mixer._matrix", "Mixer._check_call"),
+        "nn/operators.py": ("run_scans",),
         "ops/scans.py": (),
         "ops/attention.py": ("attention_weights", "_along", "_decay_masks"),
     },
     "the format switch": {
         "models/lion_layers.py": ("mixing_options",),
         "nn/mixer.py": ("Mixer.forward", "Mixer._mixed", "require_matrix"),
-        "ops/api.py": ("CROSSOVER", "bidirectional_linear_attention", "_run_form", "resolve_format"),
+        "nn/operators.py": ("run_scans",),
+        "ops/api.py": ("CROSSOVER", "two_sided_attention", "_lion", "_run_form", "resolve_format"),
         "ops/backend.py": ("fused_kernels",),
         "ops/tokens.py": ("CPU_CACHE_ELEMENTS", "walks_chunks"),
     },

@@ -40,7 +40,7 @@ from ..models.modeling_lion import (
     LionModel,
 )
 from ..nn.mixer import Mixer, head_windows
-from ..nn.variants import variant_class
+from ..nn.variants import VARIANTS, variant_class
 from .names import convert_text_state_dict, without_wrappers
 from .warm_start import (
     SHARED,
@@ -167,8 +167,11 @@ def config_from_bert(
         ValueError: as in `from_bert`.
     """
     _require_encoder(source)
-    output_norm = config_overrides.get("output_norm") or variant_class(mask_type).option("output_norm")
-    normed = {"layer_norm_after": output_norm == "none"}  # unless the variant has a norm of its own
+    normed = {"layer_norm_after": True}
+    known = {word for name, cls in VARIANTS.items() for word in (name, *cls.spellings)}
+    if isinstance(mask_type, str) and mask_type.lower() in known:  # otherwise `new_config` raises an error
+        stated = config_overrides.get("output_norm") or variant_class(mask_type).option("output_norm")
+        normed["layer_norm_after"] = stated == "none"
     options = config_options(source, _SIZES, _SHARED, {**normed, **config_overrides})
     return new_config(LionConfig, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
 

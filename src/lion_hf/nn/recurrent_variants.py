@@ -66,7 +66,6 @@ class MatrixLSTM(_Recurrent):
     preset = {"output_gate": "sigmoid", "output_norm": "head_layer"}
     norm_eps = 1e-6
     float32_weights = ("forget_gate", "input_gate")
-    scans = 1  # the mean of two scans has no single denominator to bound
     gate_soft_cap: float | None = None
 
     def build(self) -> None:

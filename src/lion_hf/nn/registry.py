@@ -53,7 +53,7 @@ class Recurrence(NamedTuple):
         value: (batch, heads, length, value_dim).
         log_decay: natural logarithm of the decays, <= 0, in float32 or wider: None, (heads,), (batch, heads, length),
             or with a decay per channel (heads, key_dim) or (batch, heads, length, key_dim).
-        operator: a name in `lion_hf.nn.mixer.OPERATORS` that is also one of the variant's `operators`;
+        operator: a name in `lion_hf.nn.operators.OPERATORS` that is also one of the variant's `operators`;
             "linear_attention" by default.
         arguments: further keyword arguments of that operator.
     """

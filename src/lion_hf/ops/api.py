@@ -45,9 +45,13 @@ from .tokens import accumulation_dtype, walks_chunks, without_autocast
 # model 2, AVX512) with `python benchmarks/bench_ops.py --crossover`. The accelerator values apply where the fused
 # kernels do not run, and were measured on an H100 with `python benchmarks/bench_gpu.py autotune`.
 CROSSOVER = {
-    "cpu": {"none": 96, "head": 272, "token": 248, "channel": 64},
-    "accelerator": {"none": 0, "head": 512, "token": 256, "channel": 64},
+    "cpu": {"none": 96, "head": 272, "token": 248},
+    "accelerator": {"none": 0, "head": 512, "token": 256},
 }
+
+
+# The same for decays per channel: up to one chunk of the default size both forms compute the same.
+CHANNEL_CROSSOVER = 64
 
 
 def two_sided_attention(
@@ -183,7 +187,13 @@ def two_sided_attention(
 
 
 def _fits_lion(query: Tensor, value: Tensor, log_decay: Tensor | None) -> bool:
-    return (log_decay is None or log_decay.dim() in (1, 3)) and query.shape[1:2] == value.shape[1:2]
+    """Whether the shapes are those of LION's own operator."""
+    if query.dim() != 4 or query.shape[:3] != value.shape[:3]:
+        return False
+    if log_decay is None:
+        return True
+    expected = {1: query.shape[1:2], 3: query.shape[:3]}.get(log_decay.dim())
+    return log_decay.is_floating_point() and expected is not None and log_decay.shape == expected
 
 
 def _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, scale, eps, result):
@@ -323,8 +333,11 @@ def resolve_format(format: str, length: int, device: torch.device, log_decay: Te
             "export for linear time at one fixed length."
         )
         return "attention"
-    kind = "none" if log_decay is None else ("head", "channel", "token", "channel")[log_decay.dim() - 1]
-    return "attention" if length <= CROSSOVER["cpu" if device.type == "cpu" else "accelerator"][kind] else "chunk"
+    kind = "none" if log_decay is None else "head" if log_decay.dim() == 1 else "token"
+    longest = CROSSOVER["cpu" if device.type == "cpu" else "accelerator"][kind]
+    if log_decay is not None and log_decay.dim() in (2, 4):
+        longest = CHANNEL_CROSSOVER
+    return "attention" if length <= longest else "chunk"
 
 
 def attention_scores(

@@ -61,7 +61,8 @@ def check_two_sided(
         _check_side(prefix, side, value, check_values)
     if isinstance(diagonal, Tensor):
         batch, heads, length = value.shape[:3]
-        if tuple(diagonal.shape) not in ((heads,), (batch, heads, length)) or not diagonal.is_floating_point():
+        expected = {1: (heads,), 3: (batch, heads, length)}.get(diagonal.dim())
+        if expected is None or diagonal.shape != expected or not diagonal.is_floating_point():
             raise ValueError(
                 f"diagonal has shape {tuple(diagonal.shape)} and dtype {diagonal.dtype}; it must be None, a number, or "
                 f"floating point of shape (heads,) = ({heads},) or (batch, heads, length) = {(batch, heads, length)}."
@@ -91,12 +92,13 @@ def _check_side(prefix: str, side, like: Tensor, check_values: bool) -> None:
             "value, or a divisor of it."
         )
     if log_decay is not None:
-        allowed = (heads,), (heads, width), (batch, heads, length), (batch, heads, length, width)
-        if tuple(log_decay.shape) not in allowed or not log_decay.is_floating_point():
+        allowed = {1: (heads,), 2: (heads, width), 3: (batch, heads, length), 4: (batch, heads, length, width)}
+        expected = allowed.get(log_decay.dim())  # only this one: each comparison of sizes is a guard in graphs
+        if expected is None or log_decay.shape != expected or not log_decay.is_floating_point():
             raise ValueError(
                 f"{prefix}log_decay has shape {tuple(log_decay.shape)} and dtype {log_decay.dtype}; it must be None, "
                 f"or floating point of shape (heads,), (heads, head_dim), (batch, heads, length) or "
-                f"(batch, heads, length, head_dim), here one of {', '.join(map(str, allowed))}."
+                f"(batch, heads, length, head_dim), here one of {', '.join(map(str, allowed.values()))}."
             )
         if check_values:
             _check_no_growth(f"{prefix}log_decay", log_decay)

@@ -31,5 +31,5 @@ def dense_scores(query: Tensor, key: Tensor, side: Side) -> Tensor:
     """Return the scores (batch, heads, length, length) of one side."""
     weights = dense_weights(side, query.dtype)
     if side.by_channel:
-        return torch.einsum("bhid,bhjd,bhijd->bhij", query, key, weights.expand(len(query), *weights.shape[1:]))
+        return torch.einsum("bhid,bhjd,bhijd->bhij", query, key, weights.expand(query.shape[0], *weights.shape[1:]))
     return torch.matmul(query, key.transpose(-1, -2)) * weights

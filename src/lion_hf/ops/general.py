@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .autograd import Options, lion
-from .checks import makes_graph
+from .checks import is_exporting, makes_graph
 from .decays import differentiable_exp
+from .dense import dense_scores
 from .diagonal import diagonal_scan
 from .sides import CONVENTIONS, DIRECTIONS, Side, make_side, stabilise
 from .tokens import accumulation_dtype, over_heads, walks_chunks, without_autocast
@@ -170,6 +171,12 @@ def _read_channels(x: Inputs, sides: list[Side], own: Tensor | None, mask, dtype
     """Return s n and s c of sides with a decay per channel, and of the diagonal if it is given."""
     query, key, value = _tensors(x, mask, dtype)
     value = F.pad(value, (0, 1), value=1.0) if divided else value
+    if s.form == "attention" and is_exporting():  # halving needs a known length
+        scores = sum_of(dense_scores(query, key, side) for side in sides)
+        if own is not None:
+            scores = scores + torch.diag_embed(own * (query * key).sum(-1))
+        n = s.scale * torch.matmul(scores, value)
+        return (n[..., :-1], n[..., -1]) if divided else (n, None)
     shares = CONVENTIONS.get(s.convention, (0.0, 0.0))
     once = len(sides) == 2 and all(a is b for a, b in zip(sides[0][:3], sides[1][:3], strict=True))
     scans = [(sides[0], None)] if once else [(side, side.reverse) for side in sides]
