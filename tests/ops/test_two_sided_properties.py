@@ -411,3 +411,18 @@ def test_nothing_quadratic_is_kept_for_backward(kind, form):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
         y = two_sided_attention(**leaves, **options, format=form)
     assert y.requires_grad and kept and max(kept) < 512 * 512
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["none", "token", "channel"])
+@pytest.mark.parametrize("normalize", [True, "mask"])
+def test_a_row_that_reads_no_key_is_0_without_eps(form, kind, normalize):
+    shape = {"none": None, "token": (2, 2, 9), "channel": (2, 2, 9, 3)}[kind]
+    log_decay = None if shape is None else -torch.rand(shape)
+    tensors = [torch.rand(2, 2, 9, 3, requires_grad=True) for _ in range(3)]
+    key_mask = torch.tensor([[1] * 9, [0] * 9])
+    options = {"normalize": normalize, "eps": 0.0, "key_mask": key_mask, "format": form, "chunk_size": 4}
+    y = two_sided_attention(*tensors, log_decay, **options)
+    y.sum().backward()
+    assert (y[1] == 0).all() and y[0].isfinite().all()
+    assert all(x.grad.isfinite().all() for x in tensors)

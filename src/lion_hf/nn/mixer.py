@@ -513,8 +513,10 @@ def chosen_normalize(variant: type[Variant], normalize: bool | None) -> bool:
     """Return whether a mixer divides outputs by their row sums, by default what the variant says.
 
     Raises:
-        ValueError: if it should, although the scores of the variant may be negative.
+        ValueError: if it should, although the scores of the variant may be negative, or `normalize` is no bool.
     """
+    if normalize not in (None, True, False):
+        raise ValueError(f"normalize is {normalize!r}; it must be True, False, or None for what the variant says.")
     if normalize and variant.signed:
         raise ValueError(
             f"normalize is {normalize!r}, but scores of {variant.label} may be negative, so outputs cannot be divided "

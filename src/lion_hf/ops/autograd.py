@@ -70,6 +70,8 @@ def _forward(query, key, value, key_mask, options, *log_decays):
     out, row_sums = _run(x, options, log_decays)
     if result == "normalized":
         row_sums.add_(options.eps)
+        if not options.eps:  # a row that reads no key is 0
+            row_sums.masked_fill_(row_sums == 0, 1.0)
         out.div_(row_sums.unsqueeze(-1))
     return out if result == "numerator" else (out, row_sums)
 

@@ -23,7 +23,8 @@ def composed(query, key, value, key_mask, options, *log_decays) -> Tensor | tupl
         scores = torch.matmul(query, key.transpose(-1, -2)) * weights
         numerator, denominator = torch.matmul(scores, value), scores.sum(-1)
         if result == "normalized":
-            return numerator / (denominator.unsqueeze(-1) + options.eps)
+            denominator = denominator + options.eps
+            return numerator / torch.where(denominator == 0, 1, denominator).unsqueeze(-1)
         return numerator if result == "numerator" else (numerator, denominator)
 
 

@@ -110,24 +110,25 @@ class Level(NamedTuple):
     after: Blocks  # (N, K, D), the decays from the token after it to the last token of its block
     total: Tensor  # (N K / h, D), all decays of a block
     decays: Blocks  # (N, K, D)
+    in_place: bool  # whether tensors may change in place
 
     def factor(self, half: int, share: float) -> Tensor:
         """Return the factors of the left (0) or right (1) halves of blocks of 2h tokens, with a share of each token."""
         x = (self.after, self.before)[half].halves(self.size)[half]
-        return cut(x * self.decays.halves(self.size)[half]) if share == 1 else x
+        return cut(x * self.decays.halves(self.size)[half], self.in_place) if share == 1 else x
 
     def small_factor(self, block: int, share: float) -> Tensor | None:
         """Return the factors of both halves, joined to small blocks. None is 1."""
         if self.size == 1 and share != 0.5:
             return self.decays.of(block) if share == 1 else None
         x = joined(self.after.halves(self.size)[0], self.before.halves(self.size)[1], block)
-        return cut(x * self.decays.of(block)) if share == 1 else x
+        return cut(x * self.decays.of(block), self.in_place) if share == 1 else x
 
     def directions(self, reverse: bool, shares: tuple[float, float]) -> tuple[Tensor, Tensor]:
         """Return the factors with which keys are written to the state of a side, and with which queries read it."""
         write, read = (self.before, self.after) if reverse else (self.after, self.before)
         factors = zip((write, read), reversed(shares), strict=True)
-        return tuple(cut(x.x * self.decays.x) if share == 1 else x.x for x, share in factors)
+        return tuple(cut(x.x * self.decays.x, self.in_place) if share == 1 else x.x for x, share in factors)
 
 
 def levels(decays: Blocks, before: Blocks, after: Blocks, in_place: bool) -> Iterator[Level]:
@@ -138,7 +139,7 @@ def levels(decays: Blocks, before: Blocks, after: Blocks, in_place: bool) -> Ite
     tokens, width, size = *decays.x.shape[-2:], 1
     total = decays.x.reshape(-1, width)
     while True:
-        yield Level(size, before, after, total, decays)
+        yield Level(size, before, after, total, decays, in_place)
         if size == tokens:
             return
         left, right = total.reshape(-1, 2, 1, width).unbind(1)

@@ -205,7 +205,11 @@ def _lion_scans(query, key, value, log_decays, orders, format, chunk_size, norma
             n, c = _along(order, inverse, query, key, value, log_decay, form, chunk_size)
         numerator, denominator = numerator + n, denominator + c
     scans = len(log_decays)
-    return (numerator / (denominator.unsqueeze(-1) + scans * eps if normalize else scans)).to(value.dtype)
+    if not normalize:
+        return (numerator / scans).to(value.dtype)
+    denominator = denominator + scans * eps
+    denominator = denominator if eps else torch.where(denominator == 0, 1, denominator)
+    return (numerator / denominator.unsqueeze(-1)).to(value.dtype)
 
 
 def _along(order, inverse, query, key, value, log_decay, form: str, chunk_size: int) -> tuple[Tensor, Tensor]:
