@@ -109,7 +109,7 @@ DIAGONAL_TASKS = {
     "text": (
         "run_mlm.py",
         "0.1",
-        (1e-3, 2e-3),
+        (1e-3, 1.4e-3, 2e-3),
         "--max_length 64 --vocab_size 2048 --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 2 "
         "--hidden_dropout_prob 0 --per_device_train_batch_size 16 --max_steps 600 --lr_floor 0.02 "
         "--max_eval_samples 2000 --logging_steps 50 --eval_strategy no --save_strategy no --disable_tqdm true "
