@@ -115,8 +115,10 @@ class _State:
     def _crossing(self, factor: Tensor, x: Tensor, y: Tensor, total: Tensor) -> Tensor:
         """Return the decays (N, D) of chunks, or 0 where a row of the state becomes too small."""
         nearest = 0 if self.reverse else -1  # the factors of these tokens are the largest
-        near, alive = factor[:, nearest].amin(), (x[:, nearest] != 0).all() & (y[:, nearest] != 0).any(-1).all()
-        if self.weight is None and bool((near >= NEAR) & alive):
+        # In a form that NaN does not change, so that other rows keep their bits.
+        far = (factor[:, nearest] < NEAR).any()
+        alive = (x[:, nearest] != 0).all() & (y[:, nearest] != 0).any(-1).all()
+        if self.weight is None and bool(alive & ~far):
             return total
         sent, decays = (t.unflatten(0, (-1, self.rows)) for t in (strongest(factor, x, y), total))
         weight = torch.ones_like(decays[0]) if self.weight is None else self.weight
@@ -127,7 +129,7 @@ class _State:
             crossing[i] = decays[i].masked_fill(weight == 0, 0)
             weight = torch.maximum(weight, sent[i])
         last = sent[0 if self.reverse else -1]
-        self.weight = None if bool(torch.maximum(weight, last / NEAR).amin() >= 1) else weight
+        self.weight = weight if bool((torch.maximum(weight, last / NEAR) < 1).any()) else None
         return crossing.flatten(0, 1)
 
 
@@ -268,7 +270,7 @@ def walk_forward(x: Inputs, rules: Rules, size: int, scale: float) -> Tensor:
 def walk_backward(x: Inputs, rules: Rules, size: int, scale: float) -> tuple[Tensor, ...]:
     walk, sides, exchange = _Walk(_with_decays(x, rules), size, rules, scale), rules.sides, x.query.shape[2] > size
     grads = [_empty(t) for t in (x.query, x.key, x.value, x.query, x.own) if t is not None]
-    closed = bool(x.gates.amin() < FACTOR_CUT[x.query.dtype] + 1)  # whether any may be
+    closed = not bool(x.gates.amin() >= FACTOR_CUT[x.query.dtype] + 1)  # whether any may be; also with NaN
     for rows in walk.rows:
         stored = _states_from_the_left(walk, rows) if exchange else None
         states = {reverse: walk.state(rows, True) for reverse in sides}
