@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_models import ALL_VARIANTS, FORMS, TEXT_HEADS, text_config, vision_config
+from small_models import ALL_VARIANTS, FORMS, TEXT_HEADS, VARIANTS, text_config, vision_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -24,12 +24,16 @@ def image_arguments(head):
     return images | masked if head is lion_hf.LionForMaskedImageModeling else images
 
 
-# Every head, and every pair of variant and form; the two values of an option alternate.
+# The variants that quick tests record: those of the paper, and one each with more options and with decays per channel.
+QUICK = (*VARIANTS, "mamba2", "rwkv6")
+
+# Every head, and every pair of variant and form, of further variants one form; the two values of an option alternate.
 CASES = [(head, text_config, "selective", "auto", text_arguments) for head in TEXT_HEADS]
 CASES += [(head, vision_config, "decay", "auto", image_arguments) for head in IMAGE_HEADS]
 for variant in ALL_VARIANTS:
-    CASES += [(TEXT_HEADS[0], text_config, variant, form, text_arguments) for form in (*FORMS, "auto")]
-    CASES += [(IMAGE_HEADS[0], vision_config, variant, form, image_arguments) for form in (*FORMS, "auto")]
+    forms = (*FORMS, "auto") if variant in VARIANTS else ("chunk",)
+    CASES += [(TEXT_HEADS[0], text_config, variant, form, text_arguments) for form in forms]
+    CASES += [(IMAGE_HEADS[0], vision_config, variant, form, image_arguments) for form in forms]
 CASES = [pytest.param(*case, i % 2, id="-".join([case[0].__name__, *case[2:4]])) for i, case in enumerate(CASES)]
 
 
@@ -63,7 +67,9 @@ def test_steps_run_on_meta_and_fake_tensors(head, make_config, variant, form, ar
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("variant", ALL_VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ALL_VARIANTS]
+)
 @pytest.mark.parametrize(
     "kind, mode",
     [("text", "real"), pytest.param("text", "symbolic", marks=pytest.mark.slow), ("image", "fake")],

@@ -62,7 +62,9 @@ def test_text_heads_compile_into_one_graph(head):
 
 
 @pytest.mark.parametrize("order", ["normal", "s"])
-@pytest.mark.parametrize("mask_type", SAMPLED)
+@pytest.mark.parametrize(
+    "mask_type", [name if name in VARIANTS else pytest.param(name, marks=pytest.mark.slow) for name in ALL_VARIANTS]
+)
 def test_layers_compiled_one_by_one_share_their_graphs(mask_type, order):
     """Graphs do not depend on the index of the layer."""
     model = lion_hf.LionForImageClassification(vision_config(mask_type, num_hidden_layers=4, order=order)).train()
