@@ -10,7 +10,15 @@ from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
 
-from ..nn.names import BLOCK_OPTIONS, FEATURE_MAPS, MIXER_OPTIONS, MLP_TYPES, OUTPUT_GATES, OUTPUT_NORMS
+from ..nn.names import (
+    BLOCK_OPTIONS,
+    FEATURE_MAPS,
+    MIXER_OPTIONS,
+    MLP_TYPES,
+    OUTPUT_GATES,
+    OUTPUT_NORMS,
+    did_you_mean,
+)
 from ..nn.variants import VARIANTS, variant_class
 from .lion_adapters import register_adapters
 from .lion_options import (
@@ -262,7 +270,8 @@ def _normalised(name: str, value: Any, owner: type) -> Any:
             else ""
         )
         raise ValueError(
-            f"{name} is {value!r} in {owner.__name__}; allowed are {', '.join(map(repr, allowed))}, in any case.{hint}"
+            f"{name} is {value!r} in {owner.__name__}; allowed are {', '.join(map(repr, allowed))}, in any case."
+            f"{did_you_mean(value, allowed)}{hint}"
         )
     value = allowed[value.lower()]
     if name == "order" and value == "s" and "order" not in owner.__dataclass_fields__:

@@ -195,6 +195,7 @@ class Mixer(TokenMixer):
         self._build_options(qkv_bias, norm, output_gate=output_gate, output_norm=output_norm, **options)
         for view in self.views():
             view.build()
+            _require_added(view)
         self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else None
         self.reset_parameters()
 
@@ -486,6 +487,20 @@ def head_windows(windows: Sequence[float], heads: int) -> Tensor:
     if len(given) == heads:
         return given
     return torch.logspace(0, 1, heads, base=float(given[1] / given[0]), dtype=torch.float64) * given[0]
+
+
+def _require_added(view: Variant) -> None:
+    """Raise an error if `build` set a weight as an attribute, or the class names one that `build` did not add."""
+    kind = type(view)
+    for name, value in vars(view).items():
+        if name != "mixer" and isinstance(value, (Tensor, nn.Module)):
+            raise ValueError(
+                f"{kind.__name__}.build sets self.{name}; write self.add({name!r}, ...), so that the weight belongs to "
+                "the mixer."
+            )
+    for name in kind.float32_weights:
+        if not hasattr(view.mixer, name):
+            raise ValueError(f"{kind.__name__}.float32_weights names {name!r}, but build adds no weight of this name.")
 
 
 def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:

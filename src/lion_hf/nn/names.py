@@ -1,6 +1,8 @@
 """Allowed values of options, names and numbers. They are separate because configurations check them without torch."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from numbers import Real
 
 
@@ -32,6 +34,12 @@ def require_name(option: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value of an option is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{option} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def did_you_mean(value: object, allowed: Iterable[str]) -> str:
+    """Return a sentence, after a space, with the allowed name nearest to a wrong one; empty if none is near."""
+    near = difflib.get_close_matches(value.lower(), allowed, 1, 0.75) if isinstance(value, str) else []
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def require_rate(option: str, value: object) -> None:
