@@ -34,9 +34,9 @@ def head_windows(windows: Sequence[float], heads: int) -> Tensor:
         ValueError: if there are neither two windows nor one per head, or if one is not a finite number above 1.
     """
     try:
-        given = torch.tensor(list(windows), dtype=torch.float64)
+        given = torch.tensor(list(windows), dtype=torch.float64, device="cpu")  # also while models are built on "meta"
     except (TypeError, ValueError, OverflowError):  # not a sequence of numbers
-        given = torch.empty(0)
+        given = torch.empty(0, device="cpu")
     if given.shape not in ((2,), (heads,)) or not bool(((given > 1) & given.isfinite()).all()):
         raise ValueError(
             f"windows is {windows!r}; it must be (smallest, largest) or {heads} numbers, one per head, each a finite "
@@ -44,7 +44,8 @@ def head_windows(windows: Sequence[float], heads: int) -> Tensor:
         )
     if len(given) == heads:
         return given
-    return torch.logspace(0, 1, heads, base=float(given[1] / given[0]), dtype=torch.float64) * given[0]
+    steps = torch.logspace(0, 1, heads, base=float(given[1] / given[0]), dtype=torch.float64, device="cpu")
+    return steps * given[0]
 
 
 def require_added(view: Variant) -> None:
