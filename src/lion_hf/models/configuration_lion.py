@@ -328,8 +328,9 @@ class LionConfig(_LionOptions, PreTrainedConfig):
         mlp_type (`str`, defaults to `"mlp"`):
             `"mlp"`, or `"glu"` for MLPs whose values are multiplied by a gate, a third projection.
         feature_map (`str`, *optional*):
-            Function applied to queries and keys: `"identity"`, `"elu"` (elu + 1) or `"unit_silu"` (silu + 1/2, scaled
-            to length 1). By default that of the variant if `normalize` is True, else `"identity"`.
+            Function applied to queries and keys: `"identity"`, `"elu"` (elu + 1), `"unit_silu"` (silu + 1/2, scaled to
+            length 1) or `"hedgehog"` (learned; `lion-linearize` trains it). By default that of the variant if
+            `normalize` is True, else `"identity"`.
         normalize (`bool`, *optional*):
             Divide outputs by their row sums, as in the image models. By default False for the variants of the paper,
             and True where the variant requires it. Requires positive scores and no attention dropout.

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from numbers import Real
 
 
-# Feature maps, see features.py.
-FEATURE_MAPS = ("identity", "elu", "unit_silu")
+# Feature maps, see features.py and, for those with parameters, learned_features.py.
+FEATURE_MAPS = ("identity", "elu", "unit_silu", "hedgehog")
 # Options of a block, see block.py. Encoders and configurations read this table.
 BLOCK_OPTIONS = {"norm_position": ("post", "pre")}
 # Types of the MLP, see mlp.py: "glu" is gated.
