@@ -85,8 +85,9 @@ class LionConfig(LionOptions, PreTrainedConfig):
             `"mlp"`, or `"glu"` for MLPs whose values are multiplied by a gate, a third projection.
         feature_map (`str`, *optional*):
             Function applied to queries and keys: `"identity"`, `"elu"` (elu + 1), `"unit_silu"` (silu + 1/2, scaled
-            to length 1) or `"silu"` (silu, scaled to length 1; the scores are then cosines, which are not divided by
-            the root of the width). By default that of the variant if `normalize` is True, else `"identity"`.
+            to length 1), `"silu"` (silu, scaled to length 1; the scores are then cosines, which are not divided by
+            the root of the width) or `"hedgehog"` (learned; `lion-linearize` trains it). By default that of the
+            variant if `normalize` is True, else `"identity"`.
         normalize (`bool`, *optional*):
             Divide outputs by their row sums, as in the image models. By default False for the variants of the paper
             and the feature map `"silu"`, and True where the variant requires it. Requires positive scores and no
