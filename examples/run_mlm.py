@@ -133,6 +133,9 @@ class MlmTrainingArguments(LionTrainingArguments):
     )
 
 
+CLASSES = (MlmModelArguments, TextArguments, MlmTrainingArguments)
+
+
 def hits_and_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what evaluation needs of each token: whether its prediction is correct, and its cross entropy.
 
@@ -202,9 +205,7 @@ def require_falling_loss(folders: Sequence[str]) -> None:
 
 def train(argv: Sequence[str], command: Sequence[str]) -> dict[str, float]:
     """Train and evaluate one run with these arguments; `command` are those that the model card shows."""
-    model_args, data, training = parse_arguments(
-        (MlmModelArguments, TextArguments, MlmTrainingArguments), argv, description=__doc__, smoke=smoke
-    )
+    model_args, data, training = parse_arguments(CLASSES, argv, description=__doc__, smoke=smoke)
     begun = start_of_decay(training.decay_from, training)
     if begun and not model_args.describes_a_model():
         model_args.model_name_or_path = begun
