@@ -231,7 +231,23 @@ def unpacked(tensors: Sequence[Tensor], layout: Layout):
 
 
 def joined_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return weights (..., K, K) from the exponents of both sides and the diagonal, which is 0 if it is None."""
+    """Return weights (..., K, K) from the exponents of both sides, which are overwritten, and the diagonal or 0."""
+    if torch.jit.is_tracing():  # ONNX has no views
+        return _traced_weights(left, right, own, dtype)
+    # Triangles are selected by tril_ and triu_: torch.where is many times slower on a CPU. The other triangle of an
+    # exponent may be positive, so it is cleared before exp as well.
+    if left is None:
+        weights = exp_(right.triu_(1)).triu_(1)
+    elif right is None:
+        weights = exp_(left.tril_(-1)).tril_(-1)
+    else:
+        weights = exp_(left.tril_(-1).add_(right.triu_(1)))
+    diagonal = weights.diagonal(dim1=-2, dim2=-1)
+    diagonal.zero_() if own is None else diagonal.copy_(own)
+    return weights
+
+
+def _traced_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None, dtype: torch.dtype) -> Tensor:
     exponent = right if left is None else left
     token = torch.arange(exponent.shape[-1], device=exponent.device)  # not torch.ones: a trace would fix its size
     lower = token.unsqueeze(-1) > token
@@ -242,12 +258,8 @@ def joined_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None
     else:
         exponent = torch.where(lower, left, right)
     weights = exp_(exponent)
-    if torch.jit.is_tracing():  # ONNX has no views
-        diagonal = torch.zeros_like(weights[..., 0]) if own is None else own.to(dtype)
-        return torch.where(token.unsqueeze(-1) == token, diagonal.unsqueeze(-1), weights)
-    diagonal = weights.diagonal(dim1=-2, dim2=-1)
-    diagonal.zero_() if own is None else diagonal.copy_(own)
-    return weights
+    diagonal = torch.zeros_like(weights[..., 0]) if own is None else own.to(dtype)
+    return torch.where(token.unsqueeze(-1) == token, diagonal.unsqueeze(-1), weights)
 
 
 def pair_sums(pairs: Tensor, left: bool = True, right: bool = True) -> tuple[Tensor | None, ...]:

@@ -92,7 +92,7 @@ def _walk(x: Tokens, mask, factors: Factors, tiles: bool = False, reverse: bool 
     """
     size, shared = mask.size, mask.shared
     parts = slices(0, x.query.shape[2], size)
-    most = len(parts) if shared else fitting_cache(x.value.shape[0] * x.value.shape[1] * size**2)
+    most = len(parts) if shared else fitting_cache(2 * x.value.shape[0] * x.value.shape[1] * size**2)
     groups = [range(len(parts))[group] for group in slices(0, len(parts), most)]
     for group in reversed(groups) if reverse else groups:
         built = mask.tiles(slice(group.start, group.stop)) if tiles else None
