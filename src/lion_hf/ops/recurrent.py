@@ -94,14 +94,15 @@ def _walk(x: Tokens, mask, factors: Factors, tiles: bool = False, reverse: bool 
     parts = slices(0, x.query.shape[2], size)
     most = len(parts) if shared else fitting_cache(2 * x.value.shape[0] * x.value.shape[1] * size**2)
     groups = [range(len(parts))[group] for group in slices(0, len(parts), most)]
+    of_chunks = factors.of_chunks(parts)
     for group in reversed(groups) if reverse else groups:
         built = mask.tiles(slice(group.start, group.stop)) if tiles else None
         for i in reversed(group) if reverse else group:
             part = parts[i]
             tokens = part.stop - part.start
             tile = built if built is None or shared else built[:, :, i - group.start, None]
-            tile = tile if tile is None else tile[..., :tokens, :tokens]
-            yield part, factors.of_chunk(i, tokens), tile
+            tile = tile if tile is None or tokens == size else tile[..., :tokens, :tokens]
+            yield part, of_chunks[i], tile
 
 
 def next_state(state: Tensor, cross: Tensor, write: Tensor, v: Tensor) -> Tensor:
