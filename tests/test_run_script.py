@@ -99,6 +99,15 @@ WRONG = {
         "lion_hf: error: --import nowhere_at.all: there is no module 'nowhere_at' in the current folder or "
         "installed.\n",
     ),
+    "file": (
+        ["--import", "below/fails.py", "below/fails.py"],
+        "lion_hf: error: --import below/fails.py: give the name of the module, below.fails, not its file.\n",
+    ),
+    "file elsewhere": (
+        ["--import", "/else/own.py", "below/fails.py"],
+        "lion_hf: error: --import /else/own.py: give the name of the module, own, not its file; its folder '/else' "
+        "must be in PYTHONPATH.\n",
+    ),
 }
 
 

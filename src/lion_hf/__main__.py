@@ -23,8 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
         return _error(f"there is no script {options.script!r}")
     for module in options.imports:
         if not all(part.isidentifier() for part in module.split(".")) or module.endswith(".py"):
-            name = os.path.splitext(module)[0].replace(os.sep, ".")
-            return _error(f"--import {module}: give the name of the module, {name}, not its file")
+            name, where = os.path.splitext(module)[0].replace(os.sep, "."), ""
+            if not all(part.isidentifier() for part in name.split(".")):  # not below the current folder
+                folder, name = os.path.split(os.path.splitext(module)[0])
+                where = f"; its folder {folder!r} must be in PYTHONPATH" if folder else ""
+            return _error(f"--import {module}: give the name of the module, {name}, not its file{where}")
         try:
             importlib.import_module(module)
         except ModuleNotFoundError as error:

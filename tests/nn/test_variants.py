@@ -256,6 +256,14 @@ class Plain(Variant):
         ("new", {"preset": {"output_norm": "layer"}}, "output_norm is 'layer'; allowed are 'none', 'rms', 'head_rms'"),
         ("new", {"masks": ("padding",)}, "masks is 'padding'; allowed are 'key_mask', 'cu_seqlens'"),
         ("new", {"lable": "x"}, "has the attribute 'lable'; did you mean 'label'?"),
+        ("new", {"output_gate": "silu"}, "'output_gate', which is an option of a mixer; set preset = {'output_gate': "),
+        (
+            "new",
+            {"operators": ("two_sided")},
+            "is 'two_sided'; it must be a tuple, .'two_sided',. with a comma",
+        ),
+        ("new", {"float32_weights": ("gate")}, "float32_weights is 'gate'; it must be a tuple"),
+        ("new", {"spellings": "newer"}, "spellings is 'newer'; it must be a tuple"),
     ],
 )
 def test_what_cannot_be_registered_is_refused(name, attributes, message):
@@ -288,6 +296,44 @@ def test_a_name_that_the_mixer_has_is_refused(registered):
         Own.build = lambda self, name=name: self.add(name, nn.Parameter(torch.zeros(3)))
         with pytest.raises(ValueError, match=f"Own adds '{name}'"):
             Mixer(24, 3, "new")
+
+
+def test_weights_that_build_does_not_add_are_refused(registered):
+    class Own(Plain):
+        float32_weights = ("gate",)
+
+        def build(self):
+            self.add("gates", nn.Linear(2, 2))
+
+    registered(Own)
+    with pytest.raises(ValueError, match="Own.float32_weights names 'gate', but build adds no weight"):
+        Mixer(24, 3, "new")
+    for weight in (nn.Linear(2, 2), nn.Parameter(torch.zeros(3))):
+        Own.build = lambda self, weight=weight: setattr(self, "gate", weight)
+        with pytest.raises(ValueError, match=r"Own.build sets self.gate; write self.add\('gate', ...\)"):
+            Mixer(24, 3, "new")
+    Own.build = lambda self: self.add("gate", torch.zeros(3))
+    with pytest.raises(TypeError, match="Own adds 'gate', which is Tensor; it must be an nn.Parameter or an nn.Module"):
+        Mixer(24, 3, "new")
+
+
+def test_an_init_without_that_of_the_base_class_is_told(registered):
+    class Own(Plain):
+        def __init__(self, mixer, scan=0):
+            self.rank = 4
+
+        def build(self):
+            self.add("gate", nn.Linear(self.dim, self.rank))
+
+    registered(Own)
+    with pytest.raises(AttributeError, match="Own has no mixer: its __init__ must call super"):
+        Mixer(24, 3, "new")
+
+
+@pytest.mark.parametrize("make", [lambda name: Mixer(24, 3, name), lambda name: lion_hf.LionConfig(mask_type=name)])
+def test_a_misspelt_variant_is_told_with_the_nearest_name(make):
+    with pytest.raises(ValueError, match="in any case. Did you mean 'selective'. A custom variant must be registered"):
+        make("Selektive")
 
 
 def test_masks_scans_and_operators_that_a_variant_does_not_state_are_refused(registered):

@@ -1,13 +1,20 @@
 """Allowed values of options, names and numbers. They are separate because configurations check them without torch."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from numbers import Real
 
 
 # Feature maps, see features.py.
-FEATURE_MAPS = ("identity", "elu", "unit_silu")
-# Options of a block, see block.py. Encoders and configurations read this table.
-BLOCK_OPTIONS = {"norm_position": ("post", "pre")}
+FEATURE_MAPS = ("identity", "elu", "unit_silu", "silu")
+# Feature maps of either sign with length 1: scores are cosines, which are not divided by their sums, and have scale 1.
+COSINE_MAPS = ("silu",)
+# Options of a block, see block.py, with the values that are allowed, the default first. Encoders and configurations
+# read this table.
+BLOCK_OPTIONS = {"norm_position": ("post", "pre"), "norm_type": ("layer", "rms"), "use_bias": (True, False)}
+# Initial decays of a mixer: those of the variant, or windows that are spread over the heads.
+DECAY_INITS = ("normal", "windows")
 # Types of the MLP, see mlp.py: "glu" is gated.
 MLP_TYPES = ("mlp", "glu")
 # What tokens read: both sides, or only the tokens before or after them.
@@ -32,6 +39,12 @@ def require_name(option: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless the value of an option is one of the allowed names."""
     if value not in allowed:
         raise ValueError(f"{option} is {value!r}; allowed are {', '.join(map(repr, allowed))}.")
+
+
+def did_you_mean(value: object, allowed: Iterable[str]) -> str:
+    """Return a sentence, after a space, with the allowed name nearest to a wrong one; empty if none is near."""
+    near = difflib.get_close_matches(value.lower(), allowed, 1, 0.75) if isinstance(value, str) else []
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def require_rate(option: str, value: object) -> None:

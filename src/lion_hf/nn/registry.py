@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from .names import FEATURE_MAPS, MIXER_OPTIONS, require_mixer_option, require_name
+from .names import FEATURE_MAPS, MIXER_OPTIONS, did_you_mean, require_mixer_option, require_name
 
 
 try:  # configurations read names and defaults from here, and must not require torch
@@ -155,7 +155,12 @@ class Variant:
         return self.mixer.num_layers
 
     def __getattr__(self, name: str):
-        if name.startswith("__") or name == "mixer":
+        if name == "mixer":
+            raise AttributeError(
+                f"{type(self).__name__} has no mixer: its __init__ must call super().__init__(mixer, scan). A variant "
+                "rarely needs an __init__, because `build` creates its weights."
+            )
+        if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.mixer, self.weight_name(name, self.scan))
 
@@ -193,8 +198,14 @@ class Variant:
             weight: the parameter or module.
 
         Raises:
+            TypeError: if `weight` is neither a parameter nor a module.
             ValueError: if the mixer or the variant already has an attribute of this name.
         """
+        if not isinstance(weight, (nn.Parameter, nn.Module)):
+            raise TypeError(
+                f"{type(self).__name__} adds {name!r}, which is {type(weight).__name__}; it must be an nn.Parameter or "
+                "an nn.Module."
+            )
         own = self.weight_name(name, self.scan)
         if hasattr(self.mixer, own) or hasattr(type(self), name) or name in vars(self):
             raise ValueError(
@@ -279,6 +290,9 @@ def register_variant(name: str) -> Callable[[type[Variant]], type[Variant]]:
     def register(cls: type[Variant]) -> type[Variant]:
         if not (isinstance(cls, type) and issubclass(cls, Variant)):
             raise TypeError(f"{cls!r} is not a subclass of lion_hf.nn.Variant; derive it from that class.")
+        if not getattr(cls, "label", None):
+            raise ValueError(f"{cls.__name__} has no label; set one for reports and cards, such as label = 'LION-S'.")
+        _require_known_attributes(cls)
         for word in (name, *cls.spellings):
             if word != word.lower() or not word:
                 raise ValueError(f"the variant's name is {word!r}; it must be in lower case and not empty.")
@@ -288,9 +302,6 @@ def register_variant(name: str) -> Callable[[type[Variant]], type[Variant]]:
                     f"{word!r} is already the variant {other.__module__}.{other.__qualname__}. Choose another name or "
                     "spelling. (A class that is derived from a variant inherits its spellings unless it sets its own.)"
                 )
-        if not getattr(cls, "label", None):
-            raise ValueError(f"{cls.__name__} has no label; set one for reports and cards, such as label = 'LION-S'.")
-        _require_known_attributes(cls)
         cls.name = name
         VARIANTS[name] = cls
         return cls
@@ -301,12 +312,21 @@ def register_variant(name: str) -> Callable[[type[Variant]], type[Variant]]:
 def _require_known_attributes(cls: type[Variant]) -> None:
     require_name(f"{cls.__name__}.feature_map", cls.feature_map, FEATURE_MAPS)
     require_name(f"{cls.__name__}.decay", cls.decay, (None, *DECAY_SHAPES))
+    for name in ("spellings", "operators", "masks", "float32_weights"):
+        value = getattr(cls, name)
+        if isinstance(value, str):
+            raise ValueError(f"{cls.__name__}.{name} is {value!r}; it must be a tuple, ({value!r},) with a comma.")
     for option, value in cls.preset.items():
         require_name(f"{cls.__name__}.preset", option, tuple(MIXER_OPTIONS))
         require_mixer_option(option, value)
     for mask in cls.masks:
         require_name(f"{cls.__name__}.masks", mask, Variant.masks)
     for own, value in vars(cls).items():
+        if own in MIXER_OPTIONS:
+            raise ValueError(
+                f"{cls.__name__} has the attribute {own!r}, which is an option of a mixer; set preset = "
+                f"{{{own!r}: {value!r}}}."
+            )
         known = own in _STATED or own.startswith("_") or callable(value)
         near = [] if known else difflib.get_close_matches(own, _STATED, 1, 0.75)
         if near:
@@ -335,10 +355,11 @@ def variant_class(name: str) -> type[Variant]:
     """
     cls = _found(name.lower()) if isinstance(name, str) else None
     if cls is None:
-        known = ", ".join(repr(word) for name, cls in VARIANTS.items() for word in (name, *cls.spellings))
+        known = [word for name, cls in VARIANTS.items() for word in (name, *cls.spellings)]
         raise ValueError(
-            f"{name!r} is not a variant; known are {known}, in any case. A custom variant must be registered before it "
-            "is used: import the file with its class, decorated with lion_hf.nn.register_variant."
+            f"{name!r} is not a variant; known are {', '.join(map(repr, known))}, in any case."
+            f"{did_you_mean(name, known)} A custom variant must be registered before it is used: import the file with "
+            "its class, decorated with lion_hf.nn.register_variant."
         )
     return cls
 
