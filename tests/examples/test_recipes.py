@@ -12,7 +12,9 @@ from lion_hf.training.recipes import expand, presets_of, read_values
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted((EXAMPLES / "recipes").glob("*/*.yaml"))
-RECIPES = [(file, preset) for file in sorted((EXAMPLES / "recipes/mlm").glob("*.yaml")) for preset in presets_of(file)]
+MODERN = EXAMPLES / "recipes/mlm/modern.yaml"
+PAPER = sorted({*(EXAMPLES / "recipes/mlm").glob("*.yaml")} - {MODERN})
+RECIPES = [(file, preset) for file in PAPER for preset in presets_of(file)]
 
 # The paper's text pretraining; the peak learning rate depends on the size.
 NUMBERS = {

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "training.md"
 # Flags of other programs on the page.
-OTHERS = {"nproc_per_node", "config_file", "import", "smoke", "help"}
+OTHERS = {"nproc_per_node", "config_file", "import", "smoke", "phase", "help"}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,7 @@ def groups():
         import run_mlm
     finally:
         sys.path.remove(str(ROOT / "examples"))
-    mlm = (run_mlm.TextModelArguments, run_mlm.TextArguments, run_mlm.MlmTrainingArguments)
-    scripts = (mlm, run_glue.CLASSES, run_image_classification.CLASSES)
+    scripts = (run_mlm.CLASSES, run_glue.CLASSES, run_image_classification.CLASSES)
     return [{group.title: group._group_actions for group in _Parser(classes)._action_groups} for classes in scripts]
 
 

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils import is_torch_bf16_gpu_available, logging
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_optimi_available, logging
 
 from ..nn.names import FEATURE_MAPS, OUTPUT_GATES, OUTPUT_NORMS
 from ..nn.variants import VARIANTS
@@ -18,6 +20,8 @@ logger = logging.get_logger(__name__)
 
 # Model arguments that are not options of a configuration, or are passed separately.
 _NO_OPTIONS = ("model_name_or_path", "model_type", "warm_start", "warm_start_distillation", "preset", "format")
+# Options that change no parameter, so that existing models accept them too.
+LIVE_OPTIONS = ("classifier_pooling", "sparse_prediction")
 
 
 @dataclass
@@ -120,6 +124,11 @@ class ModelArguments:
     def source(self) -> str | None:
         """Existing model that provides the weights and the tokenizer or image processor."""
         return self.model_name_or_path or self.warm_start
+
+    def describes_a_model(self) -> bool:
+        """Return whether any argument chooses a model or its parameters."""
+        chosen = (self.source, self.model_type, self.preset, *(set(self.overrides()) - set(LIVE_OPTIONS)))
+        return any(chosen)
 
     def overrides(self) -> dict[str, Any]:
         """Return the configuration options that were given, by name."""
@@ -225,6 +234,13 @@ class LionTrainingArguments(TrainingArguments):
     lr_warmup_start: float = field(
         default=0.0, metadata={"help": "Learning rate at the start of the warm-up, as a share of the peak."}
     )
+    decay_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Last steps of --lr_scheduler_type warmup_stable_decay, in which the rate falls; a value below 1 "
+            "is a share of all steps."
+        },
+    )
     decay_all: bool = field(
         default=False,
         metadata={"help": "Apply weight decay to every parameter (the authors' text recipe), not only to matrices."},
@@ -251,8 +267,19 @@ class LionTrainingArguments(TrainingArguments):
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         require_at_least(self, 1, *sizes)
         require_at_least(self, 0, "learning_rate", "num_train_epochs", "weight_decay", "warmup_steps", "seed")
+        require_at_least(self, 0, "decay_steps")
         super().__post_init__()
+        if self.optim == OptimizerNames.STABLE_ADAMW and not is_torch_optimi_available():
+            raise ValueError(
+                "--optim stable_adamw requires the package torch-optimi, which is not installed: pip install "
+                "torch-optimi. --optim adamw_torch requires nothing and is close to it if gradients stay small "
+                "(--max_grad_norm 1)"
+            )
         get_reporting_integration_callbacks(self.report_to)  # ValueError for an unknown name
+        if self.decay_steps and self.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
+            raise ValueError(
+                f"--decay_steps requires --lr_scheduler_type warmup_stable_decay, not {self.lr_scheduler_type.value!r}"
+            )
         for name in ("lr_floor", "lr_warmup_start"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(

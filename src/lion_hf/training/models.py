@@ -10,7 +10,7 @@ from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
 from ..convert import config_from_bert, config_from_vit, from_bert, from_vit
 from ..models.configuration_lion import PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
-from .arguments import ModelArguments
+from .arguments import LIVE_OPTIONS, ModelArguments
 from .errors import UserError, require_folder_or_hub_name, user_errors
 
 
@@ -27,8 +27,6 @@ PURPOSES = {
 LABEL_OPTIONS = ("id2label", "label2id", "problem_type", "num_labels")
 # Options that only LION has; new models of other types are built without their defaults.
 LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate", "classifier_pooling")
-# Options that change no parameter, so that existing models accept them too.
-LIVE_OPTIONS = ("classifier_pooling",)
 
 
 def existing_config(name_or_path: str, auto_class, flag: str | None = None) -> PreTrainedConfig:
@@ -113,7 +111,10 @@ def known_config(
     model_type = model.model_type or model_type
     if model_type not in allowed:
         raise UserError(f"--model_type is {model_type!r}; allowed are {', '.join(allowed)}")
-    options = _new_options(model_type, model, defaults) | (fixed or {})
+    options = _new_options(model_type, model, defaults)
+    positions = [x["max_position_embeddings"] for x in (options, fixed or {}) if "max_position_embeddings" in x]
+    options |= fixed or {}
+    options |= {"max_position_embeddings": max(positions)} if positions else {}
     if model_type in LION_TYPES:
         options["format"] = model.format
     with user_errors("wrong model options", ValueError, StrictDataclassError):
