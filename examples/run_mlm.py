@@ -29,7 +29,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import is_torch_optimi_available
 
-from lion_hf import LionConfig
+from lion_hf import MODERN_PRESETS, LionConfig
 from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
 from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume, start_of_decay
 from lion_hf.training.errors import UserError, run, say
@@ -86,8 +86,9 @@ SMOKE = {
     "gradient_accumulation_steps": 2,
     "disable_tqdm": True,
 }
-# Sizes in SMOKE, which a phase that continues from another does not set.
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+# Options of the model in `smoke`, which a phase that continues from another does not set.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "preset")
+SIZES += ("local_layers", "local_window")
 
 
 def smoke(values: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +103,8 @@ def smoke(values: dict[str, Any]) -> dict[str, Any]:
     short |= {"save_steps": 20, "decay_steps": min(10, values.get("decay_steps", 0)), "max_eval_samples": 5}
     short |= {"max_length": values["max_length"] // 16, "gradient_accumulation_steps": 1}
     short |= {"per_device_train_batch_size": max(1, values["per_device_train_batch_size"] // 3)}
+    if values.get("preset") in MODERN_PRESETS:
+        short |= {"num_hidden_layers": 3, "local_layers": [1, 2], "local_window": 16}
     if not is_torch_optimi_available():
         short["optim"] = "adamw_torch"
     begun = {name: values[name] for name in ("model_name_or_path", "decay_from") if values.get(name)}
