@@ -124,6 +124,14 @@ class MlmModelArguments(TextModelArguments):
 
 @dataclass
 class MlmTrainingArguments(LionTrainingArguments):
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of AdamW. Default: 2e-3 for a new LION-D or LION-S of width 256 or less, else "
+            "1e-3."
+        },
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Training batch size per device."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
     weight_decay: float = field(default=1e-5, metadata={"help": "Weight decay of matrices and embeddings."})
@@ -166,6 +174,12 @@ def with_baselines(known: dict[str, float], evaluation: dict[str, float]) -> dic
     loss = evaluation["eval_loss"]
     found = {"eval_perplexity": math.exp(loss)} | {f"eval_{name}": value for name, value in known.items()}
     return found | ({"eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]} if known else {})
+
+
+def suited_rate(config, model: MlmModelArguments) -> float:
+    """Return the default learning rate. BERT and LION-LIT do not train at the higher one (docs/results.md)."""
+    has_decays = config.model_type == LionConfig.model_type and config.mask_type in ("decay", "selective")
+    return 2e-3 if has_decays and not model.source and config.hidden_size <= 256 else 1e-3
 
 
 def check_arguments(data: TextArguments, model: MlmModelArguments, config) -> None:
@@ -214,6 +228,8 @@ def train(argv: Sequence[str], command: Sequence[str]) -> dict[str, float]:
         model_args.model_name_or_path = begun
     config = known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
     check_arguments(data, model_args, config)
+    if training.learning_rate is None:
+        training.learning_rate = suited_rate(config, model_args)
     if not training.do_train:
         require_head(config, AutoModelForMaskedLM, model_args.model_name_or_path)
     set_seed(training.seed)
