@@ -52,13 +52,15 @@ def band_attention(
         visible = _visible_in_row(length, reach, key_mask, cu_seqlens, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
     visible = _visible_in_blocks(*_owners(length, key_mask, cu_seqlens, query.device), reach, blocks)
-    queries = blocks.split(query.transpose(1, 2)).transpose(2, 3)
-    keys, values = (blocks.around(x.transpose(1, 2)).transpose(2, 3) for x in (key, value))
-    if blocks.exported:
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, dropout_p=dropout)
-        return blocks.join(mixed.transpose(2, 3), length).transpose(1, 2)
-    visible = visible.expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))  # fused kernels take four dimensions
+    queries = blocks.split(query.transpose(1, 2))
+    keys, values = (blocks.around(x.transpose(1, 2)) for x in (key, value))
+    if blocks.exported:  # heads before blocks, as torch.export cannot prove that a product of sizes is divisible
+        queries, keys, values = (x.permute(0, 3, 1, 2, 4) for x in (queries, keys, values))
+        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible.unsqueeze(1), dropout_p=dropout)
+        return blocks.join(mixed.permute(0, 2, 3, 1, 4), length).transpose(1, 2)
+    # Fused kernels take four dimensions.
+    visible = visible.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    queries, keys, values = (x.flatten(0, 1).transpose(1, 2) for x in (queries, keys, values))
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, dropout_p=dropout)
     return blocks.join(mixed.transpose(1, 2).unflatten(0, (batch, blocks.count)), length).transpose(1, 2)
 
@@ -112,14 +114,14 @@ def _visible_in_row(length: int, reach: int, key_mask, cu_seqlens, device: torch
 
 
 def _visible_in_blocks(queries: Tensor, keys: Tensor, masked: bool, reach: int, blocks: "_Blocks") -> Tensor:
-    """Return the mask of all blocks, (1 or batch, count, 1, size, width), for the owners of queries and keys.
+    """Return the mask of all blocks, (1 or batch, count, size, width), for the owners of queries and keys.
 
     Tokens beyond the end of a row have owner 0 and read each other.
     """
     token = torch.arange(blocks.size, device=queries.device)[:, None]
     distance = torch.arange(blocks.width, device=queries.device) - blocks.margin - token
     same = blocks.split(queries).unsqueeze(-1) == blocks.around(keys).unsqueeze(-2)
-    visible = (same & (distance.abs() <= reach)).unsqueeze(2)
+    visible = same & (distance.abs() <= reach)
     return _with_own(visible, distance == 0) if masked else visible
 
 
@@ -179,7 +181,7 @@ class _Blocks(NamedTuple):
         first = torch.arange(self.count, device=x.device) * self.size + start
         token = first[:, None] + torch.arange(width, device=x.device)
         outside = (token < 0) | (token >= x.shape[1])
-        y = x[:, token.clamp(0, x.shape[1] - 1)]
+        y = x[:, token.clamp(min=0).clamp(max=x.shape[1] - 1)]
         return y.masked_fill(outside[(..., *(None,) * (x.dim() - 2))], 0)
 
 
