@@ -17,6 +17,9 @@ from .checks import is_exporting, is_transformed, makes_graph
 # Measured on a CPU for reach 64, see `benchmarks/bench_local.py --blocks`.
 BLOCK = 64
 
+# Texts that are longer than this many neighbourhoods are computed in blocks, which costs less from there on.
+SHORTEST = 1.5
+
 
 def band_attention(
     query: Tensor,
@@ -48,7 +51,7 @@ def band_attention(
     key, value = zero_masked(key_mask, key, value)
     blocks = _Blocks.of(reach, length, plain=is_transformed(query, key, value))
     # One graph serves all lengths, so it always computes blocks.
-    if not makes_graph() and length <= blocks.width:
+    if not makes_graph() and length <= SHORTEST * blocks.width:
         visible = _visible_in_row(length, reach, key_mask, cu_seqlens, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
     visible = _visible_in_blocks(*_owners(length, key_mask, cu_seqlens, query.device), reach, blocks)
@@ -56,13 +59,20 @@ def band_attention(
     keys, values = (blocks.around(x.transpose(1, 2)) for x in (key, value))
     if blocks.exported:  # heads before blocks, as torch.export cannot prove that a product of sizes is divisible
         queries, keys, values = (x.permute(0, 3, 1, 2, 4) for x in (queries, keys, values))
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible.unsqueeze(1), dropout_p=dropout)
+        mixed = _plain_attention(queries, keys, values, visible.unsqueeze(1), dropout)
         return blocks.join(mixed.permute(0, 2, 3, 1, 4), length).transpose(1, 2)
     # Fused kernels take four dimensions.
     visible = visible.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
     queries, keys, values = (x.flatten(0, 1).transpose(1, 2) for x in (queries, keys, values))
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, dropout_p=dropout)
     return blocks.join(mixed.transpose(1, 2).unflatten(0, (batch, blocks.count)), length).transpose(1, 2)
+
+
+def _plain_attention(query, key, value, visible: Tensor, dropout: float) -> Tensor:
+    """Attention of tensors of any number of dimensions: ONNX knows PyTorch's own only for four."""
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1)).masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return torch.matmul(F.dropout(weights, dropout).to(value.dtype), value)
 
 
 def zero_masked(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -147,7 +157,7 @@ class _Blocks(NamedTuple):
         margin = -(-reach // 8) * 8  # kernels prefer aligned masks
         size, exported = max(BLOCK, margin), torch.jit.is_tracing() or is_exporting()
         # An exported graph has at least two blocks, because torch.export makes a constant of a size that is 1.
-        return cls(size, margin, -(-length // size) + exported, plain or makes_graph(), exported)
+        return cls(size, margin, -(-length // size) + int(exported), plain or makes_graph(), exported)
 
     @property
     def width(self) -> int:
