@@ -48,12 +48,14 @@ def band_attention(
         (batch, heads, length, value_dim). The softmax of low precision is computed in float32.
     """
     batch, _, length, _ = query.shape
-    key, value = zero_masked(key_mask, key, value)
     blocks = _Blocks.of(reach, length, plain=is_transformed(query, key, value))
+    key, value = zero_masked(key_mask, key, value)
     # One graph serves all lengths, so it always computes blocks.
     if not makes_graph() and length <= SHORTEST * blocks.width:
         visible = _visible_in_row(length, reach, key_mask, cu_seqlens, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+    if batch > 1 and query.device.type == "cpu" and not blocks.plain:
+        return _row_by_row(query, key, value, reach, key_mask, dropout)
     visible = _visible_in_blocks(*_owners(length, key_mask, cu_seqlens, query.device), reach, blocks)
     queries = blocks.split(query.transpose(1, 2))
     keys, values = (blocks.around(x.transpose(1, 2)) for x in (key, value))
@@ -66,6 +68,14 @@ def band_attention(
     queries, keys, values = (x.flatten(0, 1).transpose(1, 2) for x in (queries, keys, values))
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, dropout_p=dropout)
     return blocks.join(mixed.transpose(1, 2).unflatten(0, (batch, blocks.count)), length).transpose(1, 2)
+
+
+def _row_by_row(query, key, value, reach: int, key_mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention of each row by itself. The neighbourhoods of one row are views; those of a batch would be copies."""
+    masks = [None] * len(query) if key_mask is None else key_mask.split(1)
+    rows = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
+    mixed = [band_attention(q, k, v, reach, key_mask=mask, dropout=dropout).transpose(1, 2) for q, k, v, mask in rows]
+    return torch.cat(mixed).transpose(1, 2)
 
 
 def _plain_attention(query, key, value, visible: Tensor, dropout: float) -> Tensor:
@@ -197,7 +207,8 @@ class _Blocks(NamedTuple):
 
 def _padded(x: Tensor, left: int, right: int) -> Tensor:
     """Return x (batch, length, ...) with zeros on both sides of the tokens."""
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (left, right))
+    zeros = [x.new_zeros(x.shape[0], count, *x.shape[2:]) for count in (left, right)]  # F.pad writes every token twice
+    return torch.cat([zeros[0], x, zeros[1]], 1)
 
 
 class _Neighbourhoods(torch.autograd.Function):
