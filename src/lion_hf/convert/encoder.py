@@ -40,10 +40,10 @@ def from_encoder(
     pos_emb: bool | None = None,
     windows: Sequence[float] | None = None,
     length: int = 128,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     **config_overrides,
 ) -> PreTrainedModel:
-    """Build a LION encoder from the weights of a BERT, RoBERTa, DistilBERT, ELECTRA, ModernBERT, ViT, DINOv2 or similar.
+    """Build a LION encoder from the weights of another encoder, such as RoBERTa, DistilBERT, ModernBERT or DINOv2.
 
     Some layers become LION, the others keep the attention of the source: softmax over all tokens, or over a window of
     tokens where the source has local layers. With `layers=[]` the result computes what the source computes. Layers that
@@ -67,8 +67,8 @@ def from_encoder(
             lose the order of the tokens.
         windows: number of tokens that a head of LION reads at the start, as in `from_bert` and `from_vit`.
         length: typical number of tokens of a text, as in `from_bert`.
-        image_size: height and width of the images in pixels, for image models; the position table is resized to it
-            (bicubic). Default: the source's.
+        image_size: side of the images in pixels, or (height, width), for image models; the position table is resized
+            to it (bicubic). Default: the source's.
         config_overrides: further options that the weights do not determine, as in `from_bert` and `from_vit`, and
             `normalize` and `feature_map` of the layers that become LION.
 
@@ -81,10 +81,10 @@ def from_encoder(
         OSError: if there is no model at the path.
     """
     source, family = load_source(model_or_path, FAMILIES, model_class)
-    config = config_from_encoder(source.config, mask_type, layers=layers, pos_emb=pos_emb, **config_overrides)
+    config = config_from_encoder(
+        source.config, mask_type, layers=layers, pos_emb=pos_emb, image_size=image_size, **config_overrides
+    )
     if family.kind == "text":
-        if image_size is not None:
-            raise ValueError(f"image_size is {image_size!r}, but the source is a text model; leave it out.")
         return text_model(source, family, config, model_class, windows, length)
     return image_model(source, family, config, model_class, windows)
 
@@ -95,6 +95,7 @@ def config_from_encoder(
     *,
     layers: str | Sequence[int] | None = None,
     pos_emb: bool | None = None,
+    image_size: int | Sequence[int] | None = None,
     **config_overrides,
 ) -> LionConfig | LionVisionConfig:
     """Return the configuration of the model that `from_encoder` would build, without loading weights.
@@ -104,6 +105,7 @@ def config_from_encoder(
         mask_type: as in `from_encoder`.
         layers: as in `from_encoder`.
         pos_emb: as in `from_encoder`.
+        image_size: as in `from_encoder`.
         config_overrides: as in `from_encoder`.
 
     Returns:
@@ -116,6 +118,10 @@ def config_from_encoder(
     decided = family.options(source)
     softmax, local = kept_layers(family, source, decided["num_hidden_layers"], layers)
     decided["softmax_layers"] = softmax
+    if image_size is not None:
+        if family.kind == "text":
+            raise ValueError(f"image_size is {image_size!r}, but the source is a text model; leave it out.")
+        decided["image_size"] = plain(image_size)
     if local:
         decided["local_layers"] = local
     has_table = "rope_parameters" not in decided

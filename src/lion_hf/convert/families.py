@@ -55,7 +55,7 @@ class Family:
 
 
 def taken(config: PreTrainedConfig, *names: str, **renamed: str) -> dict[str, Any]:
-    """Return options of a configuration by LION's names: `names` are the same there, `renamed` have another there."""
+    """Return options of a configuration by our names: `names` are the same there, `renamed` have another name."""
     return {name: getattr(config, name) for name in names} | {ours: getattr(config, x) for ours, x in renamed.items()}
 
 

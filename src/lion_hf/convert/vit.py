@@ -6,6 +6,9 @@ Image layers normalise their rows over positive weights, as softmax does, so pla
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.configuration_lion import LionVisionConfig
@@ -104,10 +107,22 @@ def image_model(
     if copied is not None:
         family.require_head(source.config, copied)
     weights = weights_of(source, family, copied)
-    if not config.pos_emb:
-        weights.pop("lion_vision.embeddings.position_embeddings")
+    table = weights.pop("lion_vision.embeddings.position_embeddings", None)
+    if config.pos_emb and table is not None:
+        weights["lion_vision.embeddings.position_embeddings"] = _resized(table, source.config, config)
     model = filled(model_class(config), source, weights)
     for layer in model.base_model.layers:
         if isinstance(layer.mixer, Mixer):
             layer.mixer.set_windows(windows)
     return model
+
+
+def _resized(table: Tensor, source: PreTrainedConfig, config: LionVisionConfig) -> Tensor:
+    """Return a position table (1, 1 + patches, hidden_size) for the grid of patches of another configuration."""
+    grid = type(config)(image_size=source.image_size, patch_size=config.patch_size).grid_size
+    if grid == config.grid_size:
+        return table
+    patches = table[:, 1:].to(torch.promote_types(table.dtype, torch.float32))
+    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=config.grid_size, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], 1)

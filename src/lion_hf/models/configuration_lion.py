@@ -298,6 +298,7 @@ class LionVisionConfig(LionOptions, BackboneConfigMixin, PreTrainedConfig):
     order: str = "normal"
     pos_emb: bool = False
     cls_tok: bool = False
+    append_patch_mean: bool = False
     softmax_layers: Any = ()  # a list of int, checked at every assignment, as are the options of type Any below
     local_layers: Any = ()
     local_window: int = 128
