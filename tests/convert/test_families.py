@@ -4,21 +4,25 @@ import pytest
 import torch
 import transformers
 
+import lion_hf
 from lion_hf.convert import from_encoder
+from lion_hf.convert.encoder import FAMILIES
 
 
-SHAPE = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 20}
+SHAPE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
 TEXT = {**SHAPE, "vocab_size": 31, "max_position_embeddings": 40, "pad_token_id": 2, "hidden_act": "gelu"}
 IMAGE = {**SHAPE, "image_size": 12, "patch_size": 4, "num_labels": 5}
 HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 HEADS += ("ForMultipleChoice",)
+# Layers with global, local, local and global attention.
 MODERN = {
     **{name: value for name, value in TEXT.items() if name != "hidden_act"},
-    **{"bos_token_id": 1, "eos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1, "local_attention": 5},
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
+    "local_attention": 5,
     "num_hidden_layers": 4,
 }
 MODERN_BIASES = dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True)
-DISTIL = {"dim": 24, "n_layers": 3, "n_heads": 3, "hidden_dim": 20, "vocab_size": 31, "max_position_embeddings": 40}
+DISTIL = {"dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 20, "vocab_size": 31, "max_position_embeddings": 40}
 
 # (prefix of the classes, options, heads)
 TEXTS = [
@@ -167,4 +171,154 @@ def test_with_every_layer_kept_an_image_encoder_is_its_source(name, options):
     for key, expected in theirs.items():
         if key != "pooler_output" or "Dinov2" in name:  # ViT's pooler is left out
             torch.testing.assert_close(ours[key], expected, rtol=1e-9, atol=1e-9)
-    assert len(ours.hidden_states) == 4
+    assert len(ours.hidden_states) == 3
+
+
+# ------------------------------------------------------------------------------------------------- positions, images
+
+
+@pytest.mark.parametrize("pad", [0, 2])
+def test_positions_of_roberta_are_those_of_tokens_other_than_padding_even_where_padding_is_read(pad):
+    """Without a mask, padding is read. RoBERTa gives it a row of the position table of its own."""
+    source = source_of("RobertaForMaskedLM", {**TEXT, "pad_token_id": pad})
+    model = from_encoder(source, layers=[])
+    ids = torch.randint(3, 31, (3, 12))
+    ids[0, :4] = ids[1, 9:] = ids[2, 5] = pad
+    torch.testing.assert_close(model(ids).logits, source(ids).logits, rtol=1e-9, atol=1e-9)
+    assert (model.config.roberta_positions, model.config.pad_token_id) == (True, pad)
+    packed = torch.cat([ids[1:2, :9], ids[2:, 6:]], 1)
+    counted = torch.cat([torch.arange(9), torch.arange(6)])[None]  # as DataCollatorWithFlattening counts
+    expected = torch.cat([source(packed[:, :9]).logits, source(packed[:, 9:]).logits], 1)
+    torch.testing.assert_close(model(packed, position_ids=counted).logits, expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=f"max_position_embeddings - pad_token_id - 1 = {39 - pad} positions"):
+        model(torch.randint(3, 31, (1, 40 - pad)))
+
+
+@pytest.mark.parametrize("name", ["ViTModel", "Dinov2Model"])
+def test_another_image_size_resizes_the_position_table_as_the_source_does(name):
+    source = source_of(name, IMAGE)
+    pixels = torch.randn(2, 3, 20, 20, dtype=torch.float64)
+    options = {} if name == "Dinov2Model" else {"interpolate_pos_encoding": True}
+    expected = source(pixels, **options).last_hidden_state
+    resized = from_encoder(source, layers=[], image_size=20)
+    assert resized.config.image_size == 20
+    for model, flags in ((resized, {}), (from_encoder(source, layers=[]), {"interpolate_pos_encoding": True})):
+        found = model(pixels, **flags).last_hidden_state
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # DINOv2 interpolates in float32
+
+
+# ------------------------------------------------------------------------------------------------- layers and options
+
+
+@pytest.mark.parametrize(
+    "name, layers, softmax, local",
+    [
+        ("RobertaModel", None, [1], []),
+        ("RobertaModel", "all", [], []),
+        ("RobertaModel", [1], [0], []),
+        ("ModernBertModel", None, [], [1, 2]),
+        ("ModernBertModel", "all", [], []),
+        ("ModernBertModel", range(1, 3), [0, 3], []),
+        ("ModernBertModel", [], [0, 3], [1, 2]),
+        ("ViTModel", None, [1], []),
+    ],
+    ids=str,
+)
+def test_layers_become_lion_and_the_others_keep_their_attention(name, layers, softmax, local):
+    options = {"ModernBertModel": MODERN, "ViTModel": IMAGE}.get(name, TEXT)
+    source = source_of(name, options, torch.float32)
+    model = from_encoder(source, "decay", layers=layers, windows=(3, 24))
+    assert (model.config.softmax_layers, model.config.local_layers) == (softmax, local)
+    kinds = ["Softmax" if i in softmax else "Local" if i in local else "Lion" for i in range(len(model.layers))]
+    assert [type(layer.mixer).__name__ for layer in model.layers] == [f"{kind}Mixer" for kind in kinds]
+    for layer, kind in zip(model.layers, kinds, strict=True):
+        if kind == "Lion":  # lambda = (W - 1) / (W + 1)
+            decay = layer.mixer.decay_logit.detach().sigmoid()
+            windows = (1 + decay) / (1 - decay)
+            torch.testing.assert_close(windows, torch.tensor([3, 72**0.5, 24]), rtol=1e-4, atol=0)
+    inputs = torch.randn(2, 3, 12, 12) if name == "ViTModel" else torch.randint(3, 31, (2, 9))
+    assert model(inputs).last_hidden_state.isfinite().all()
+
+
+@pytest.mark.parametrize("biases", [{}, MODERN_BIASES], ids=["no biases", "biases"])
+def test_layers_that_become_lion_start_close_to_softmax(biases):
+    """Without biases there is no expansion of softmax, so sums of positive scores are normalised instead."""
+    source = source_of("ModernBertModel", {**MODERN, **biases})
+    model = from_encoder(source, layers="all")
+    assert model.config.normalize is (not biases) and model.config.layer_norm_after is bool(biases)
+    assert from_encoder(source, layers="all", normalize=False).config.normalize is False
+    assert from_encoder(source, feature_map="identity", normalize=False).config.feature_map == "identity"
+
+
+def test_a_converted_model_is_saved_and_loaded(tmp_path):
+    source = source_of("ModernBertForTokenClassification", {**MODERN, "num_labels": 4}, torch.float32)
+    model = from_encoder(source, layers=[0])
+    model.save_pretrained(tmp_path)
+    loaded = lion_hf.LionForTokenClassification.from_pretrained(tmp_path).eval()
+    ids = torch.randint(3, 31, (2, 9))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.rope_parameters["full_attention"]["rope_theta"] == 160000
+
+
+def test_half_precision_is_rounded_once():
+    source = source_of("Dinov2Model", IMAGE, torch.float32)
+    exact = from_encoder(source, layers=[]).layers[0].mlp.down_proj.weight
+    scale, weight = source.encoder.layer[0].layer_scale2.lambda1, source.encoder.layer[0].mlp.fc2.weight
+    torch.testing.assert_close(exact, scale[:, None] * weight)
+    half = from_encoder(source.bfloat16(), layers=[]).layers[0].mlp.down_proj.weight
+    expected = (scale.bfloat16().double()[:, None] * weight.bfloat16().double()).bfloat16()
+    assert half.dtype == torch.bfloat16 and torch.equal(half, expected)
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "name, options, given, message",
+    [
+        ("MPNetModel", TEXT, {}, "'MPNetModel' is a 'mpnet' model, which cannot be converted: MPNet adds a bias"),
+        ("AlbertModel", {**TEXT, "embedding_size": 8}, {}, "ALBERT embeds tokens in a smaller space"),
+        ("DebertaV2Model", TEXT, {}, "DeBERTa's attention has terms of content to position"),
+        ("LongformerModel", {**TEXT, "attention_window": 4}, {}, "Longformer has another pattern of attention"),
+        ("DeiTModel", IMAGE, {}, "DeiT has a distillation token"),
+        ("Dinov2WithRegistersModel", IMAGE, {}, "register tokens"),
+        ("SiglipVisionModel", IMAGE, {}, "SigLIP has no class token"),
+        ("GPT2Model", {"n_embd": 24, "n_layer": 1, "n_head": 3}, {}, "'gpt2' model; supported are bert, roberta"),
+        ("ElectraModel", {**TEXT, "embedding_size": 8}, {}, "embedding_size=8 and hidden_size=24: it projects"),
+        ("ElectraForPreTraining", {**TEXT, "embedding_size": 24}, {}, "no counterpart in LION"),
+        ("ErnieModel", {**TEXT, "use_task_id": True}, {}, "use_task_id=True"),
+        ("RobertaForMaskedLM", {**TEXT, "hidden_act": "relu"}, {}, "hidden_act='relu', but its masked language"),
+        ("RobertaModel", {**TEXT, "is_decoder": True}, {}, "is_decoder=True"),
+        ("ModernBertForMaskedLM", {**MODERN, "classifier_activation": "silu"}, {}, "classifier_activation='silu'"),
+        ("RobertaModel", TEXT, {"layers": [2]}, r"layers is \[2\]; it must be 'all', or a list .* from 0 to 1"),
+        ("RobertaModel", TEXT, {"layers": "some"}, "layers is 'some'"),
+        ("RobertaModel", TEXT, {"softmax_layers": [0]}, "softmax_layers=.0. cannot be chosen"),
+        ("RobertaModel", TEXT, {"pad_token_id": 0}, "pad_token_id=0 cannot be chosen: the copied weights determine"),
+        ("RobertaModel", TEXT, {"norm_position": "pre"}, "norm_position='pre' cannot be chosen"),
+        ("RobertaModel", TEXT, {"image_size": 8}, "image_size is 8, but the source is a text model"),
+        ("ModernBertModel", MODERN, {"pos_emb": True}, "ModernBERT has no position table"),
+        ("ModernBertModel", MODERN, {"local_window": 4}, "local_window=4 cannot be chosen"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_with_the_reason(name, options, given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        from_encoder(source_of(name, options, torch.float32), **given)
+    assert "\n" not in str(error.value)
+
+
+def test_code_from_the_hub_is_not_run(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}')
+    with pytest.raises(ValueError, match="GTE's encoder is code from the Hub, which is not run here"):
+        from_encoder(tmp_path)
+
+
+def test_every_kind_is_compared_with_its_source():
+    """So that a family cannot be added without a comparison."""
+    compared = {f"{prefix}{head}" for prefix, _, heads in TEXTS + IMAGES for head in heads}
+    for model_type, family in FAMILIES.items():
+        assert compared & family.classes.keys(), model_type
+    tables = {id(family.heads): set() for family in FAMILIES.values()}
+    for family in FAMILIES.values():
+        tables[id(family.heads)] |= {family.classes[name] for name in compared & family.classes.keys()}
+    for family in FAMILIES.values():  # every head of every table of names
+        assert family.heads.keys() & set(family.classes.values()) <= tables[id(family.heads)], family.label

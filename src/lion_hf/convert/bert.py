@@ -183,7 +183,8 @@ def text_model(
     model = filled(model_class(config), source, weights)
     encoder, norm = model.base_model, model.base_model.embeddings.norm
     for layer in encoder.layers:
-        norm = layer.mixer_norm if config.norm_position == "pre" else norm
+        if config.norm_position == "pre" and not isinstance(layer.mixer_norm, nn.Identity):
+            norm = layer.mixer_norm
         if isinstance(layer.mixer, Mixer):
             if expands(layer.mixer):
                 _expand_softmax(layer.mixer, windows, length, norm)
@@ -199,7 +200,7 @@ def expands(mixer: Mixer) -> bool:
 
 
 @torch.no_grad()
-def _expand_softmax(mixer: Mixer, windows: Tensor, length: int, norm_before: nn.LayerNorm) -> None:
+def _expand_softmax(mixer: Mixer, windows: Tensor, length: int, norm_before: nn.Module) -> None:
     """Change the softmax projections in a text mixer so that its matrix is (1 + beta q.k / sqrt(d)) M / N."""
     norm_after = mixer.out_norm if mixer.norm is None else mixer.norm
     if norm_after is not None:
@@ -241,8 +242,10 @@ def _least_used(query: Tensor, key: Tensor) -> Tensor:
     return torch.linalg.eigh(spread).eigenvectors[..., 0]
 
 
-def _value_size(v_proj: nn.Linear, norm_before: nn.LayerNorm) -> Tensor:
-    """Return the root mean square of a value, for independent inputs scaled and shifted by the LayerNorm before."""
-    weight, bias, scale, shift = (x.double() for x in (*v_proj.parameters(), *norm_before.parameters()))
-    mean, variance = weight @ shift + bias, weight.square() @ scale.square()
+def _value_size(v_proj: nn.Linear, norm_before: nn.Module) -> Tensor:
+    """Return the root mean square of a value, for independent inputs scaled and shifted by the norm before."""
+    weight, bias, scale = (x.double() for x in (v_proj.weight, v_proj.bias, norm_before.weight))
+    shift = getattr(norm_before, "bias", None)
+    mean = bias if shift is None else weight @ shift.double() + bias
+    variance = weight.square() @ scale.square()
     return (variance + mean.square()).mean().sqrt()

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.configuration_lion import LionConfig, LionVisionConfig
 from ..models.lion_options import plain
+from ..nn.variants import VARIANTS
 from .bert import text_config, text_model
 from .families import Family
 from .image_families import IMAGE_FAMILIES
@@ -131,7 +132,17 @@ def config_from_encoder(
     if family.kind == "image":
         options = config_options(decided, family.shared(source), overrides)
         return new_config(family, mask_type, decided, _FREE, **options)
+    if not decided.get("use_bias", True) and "feature_map" not in overrides:
+        # The expansion of softmax needs biases. Without them, positive scores divided by their sums are nearest to it.
+        overrides = {"normalize": _can_normalize(mask_type), **overrides}
     return text_config(family, source, mask_type, decided, _FREE, overrides)
+
+
+def _can_normalize(mask_type: str) -> bool | None:
+    """Return True if the variant has positive scores, None if the option must follow the variant."""
+    known = {word: cls for name, cls in VARIANTS.items() for word in (name, *cls.spellings)}
+    variant = known.get(mask_type.lower()) if isinstance(mask_type, str) else None  # unknown: the configuration says so
+    return True if variant is not None and not variant.signed else None
 
 
 def kept_layers(

@@ -136,6 +136,8 @@ _SPARSE = f"has another pattern of attention in each layer, which LION's softmax
 
 # Why encoders of these kinds are not taken, by model_type.
 REFUSED = {
+    "lion": "it is LION already. Load it with from_pretrained",
+    "lion_vision": "it is LION already. Load it with from_pretrained",
     "mpnet": f"MPNet {_RELATIVE}, such as a BERT or MiniLM sentence encoder",
     "albert": "ALBERT embeds tokens in a smaller space, normalises them there and projects them, which LION does not. "
     f"{_OTHER}, such as BERT",
@@ -156,7 +158,7 @@ REFUSED = {
     "siglip_vision_model": "SigLIP has no class token and pools by attention. Choose ViT or DINOv2",
     "clip": "CLIP normalises the embeddings of patches, and holds a text decoder. Choose ViT or DINOv2",
     "clip_vision_model": "CLIP normalises the embeddings of patches. Choose ViT or DINOv2",
-    "vit_mae": "ViTMAE drops patches at random in its forward pass. Load it with ViTModel.from_pretrained and give that",
+    "vit_mae": "ViTMAE drops patches at random. Load it with ViTModel.from_pretrained and give that model",
     "ijepa": "I-JEPA has no class token. Choose ViT or DINOv2",
     "swin": "Swin attends inside shifted windows of patches and merges them. Choose ViT or DINOv2",
 }  # fmt: skip

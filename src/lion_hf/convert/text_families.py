@@ -102,6 +102,11 @@ _ROBERTA_HEAD = {
     "lm_head.decoder.": "head.decoder.",
 }
 _DENSE_CLASSIFIER = {"classifier.dense.": "lion.pooler.dense.", "classifier.out_proj.": "classifier."}
+_ROBERTA_HEADS = {
+    **_PLAIN_HEADS,
+    LionForMaskedLM: _ROBERTA_HEAD,
+    LionForSequenceClassification: _DENSE_CLASSIFIER,
+}
 
 
 def _roberta_options(config: PreTrainedConfig) -> dict[str, Any]:
@@ -127,11 +132,7 @@ def _roberta(label: str, prefix: str, **changes: Any) -> Family:
         "options": _roberta_options,
         "shared": _roberta_shared,
         "names": _BERT_NAMES,
-        "heads": {
-            **_PLAIN_HEADS,
-            LionForMaskedLM: _ROBERTA_HEAD,
-            LionForSequenceClassification: _DENSE_CLASSIFIER,
-        },
+        "heads": _ROBERTA_HEADS,
         "require_head": _require_gelu,
     }
     return Family(label=label, kind="text", classes=_classes(prefix), **(parts | changes))
