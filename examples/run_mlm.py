@@ -29,7 +29,7 @@ from transformers import AutoModelForMaskedLM, set_seed
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import is_torch_optimi_available
 
-from lion_hf import LionConfig
+from lion_hf import MODERN_PRESETS, LionConfig
 from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
 from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume, start_of_decay
 from lion_hf.training.errors import UserError, run, say
@@ -86,8 +86,9 @@ SMOKE = {
     "gradient_accumulation_steps": 2,
     "disable_tqdm": True,
 }
-# Sizes in SMOKE, which a phase that continues from another does not set.
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+# Options of the model in `smoke`, which a phase that continues from another does not set.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "preset")
+SIZES += ("local_layers", "local_window")
 
 
 def smoke(values: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +103,8 @@ def smoke(values: dict[str, Any]) -> dict[str, Any]:
     short |= {"save_steps": 20, "decay_steps": min(10, values.get("decay_steps", 0)), "max_eval_samples": 5}
     short |= {"max_length": values["max_length"] // 16, "gradient_accumulation_steps": 1}
     short |= {"per_device_train_batch_size": max(1, values["per_device_train_batch_size"] // 3)}
+    if values.get("preset") in MODERN_PRESETS:
+        short |= {"num_hidden_layers": 3, "local_layers": [1, 2], "local_window": 16}
     if not is_torch_optimi_available():
         short["optim"] = "adamw_torch"
     begun = {name: values[name] for name in ("model_name_or_path", "decay_from") if values.get(name)}
@@ -121,6 +124,14 @@ class MlmModelArguments(TextModelArguments):
 
 @dataclass
 class MlmTrainingArguments(LionTrainingArguments):
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of AdamW. Default: 2e-3 for a new LION-D or LION-S of width 256 or less, else "
+            "1e-3."
+        },
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Training batch size per device."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
     weight_decay: float = field(default=1e-5, metadata={"help": "Weight decay of matrices and embeddings."})
@@ -163,6 +174,12 @@ def with_baselines(known: dict[str, float], evaluation: dict[str, float]) -> dic
     loss = evaluation["eval_loss"]
     found = {"eval_perplexity": math.exp(loss)} | {f"eval_{name}": value for name, value in known.items()}
     return found | ({"eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]} if known else {})
+
+
+def suited_rate(config, model: MlmModelArguments) -> float:
+    """Return the default learning rate. BERT and LION-LIT do not train at the higher one (docs/results.md)."""
+    has_decays = config.model_type == LionConfig.model_type and config.mask_type in ("decay", "selective")
+    return 2e-3 if has_decays and not model.source and config.hidden_size <= 256 else 1e-3
 
 
 def check_arguments(data: TextArguments, model: MlmModelArguments, config) -> None:
@@ -211,6 +228,8 @@ def train(argv: Sequence[str], command: Sequence[str]) -> dict[str, float]:
         model_args.model_name_or_path = begun
     config = known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
     check_arguments(data, model_args, config)
+    if training.learning_rate is None:
+        training.learning_rate = suited_rate(config, model_args)
     if not training.do_train:
         require_head(config, AutoModelForMaskedLM, model_args.model_name_or_path)
     set_seed(training.seed)

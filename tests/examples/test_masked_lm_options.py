@@ -58,11 +58,12 @@ SMOOTHING, BASELINE = ["--label_smoothing_factor=0.2"], ["--model_type=modernber
     "more", [[], *(pytest.param(x, marks=pytest.mark.slow) for x in (SMOOTHING, BASELINE))], ids=str
 )
 def test_a_run_with_sparse_prediction_is_the_run_without(mlm, tmp_path, more):
-    """With batches that have no masked token at all, and accumulation over batches of different numbers of them."""
-    flags = ["--max_steps=4", "--save_strategy=no", "--mlm_probability=0.05", "--gradient_accumulation_steps=2"]
+    """Also in steps without any masked token, and with accumulation over batches of different numbers of them."""
+    flags = ["--max_steps=6", "--save_strategy=no", "--mlm_probability=0.02", "--gradient_accumulation_steps=2"]
     flags += ["--per_device_train_batch_size=1", *more]
     dense, sparse = mlm("dense", *flags), mlm("sparse", *flags, "--sparse_prediction=true")
     assert json.loads((tmp_path / "sparse/config.json").read_text())["sparse_prediction"] is True
+    assert {loss == 0 for loss in logged(tmp_path / "dense").values()} == {True, False}
     np.testing.assert_allclose(
         list(logged(tmp_path / "sparse").values()), list(logged(tmp_path / "dense").values()), rtol=1e-5
     )

@@ -17,6 +17,9 @@ from .checks import is_exporting, is_transformed, makes_graph
 # Measured on a CPU for reach 64, see `benchmarks/bench_local.py --blocks`.
 BLOCK = 64
 
+# Texts that are longer than this many neighbourhoods are computed in blocks, which costs less from there on.
+SHORTEST = 1.5
+
 
 def band_attention(
     query: Tensor,
@@ -45,22 +48,41 @@ def band_attention(
         (batch, heads, length, value_dim). The softmax of low precision is computed in float32.
     """
     batch, _, length, _ = query.shape
-    key, value = zero_masked(key_mask, key, value)
     blocks = _Blocks.of(reach, length, plain=is_transformed(query, key, value))
+    key, value = zero_masked(key_mask, key, value)
     # One graph serves all lengths, so it always computes blocks.
-    if not makes_graph() and length <= blocks.width:
+    if not makes_graph() and length <= SHORTEST * blocks.width:
         visible = _visible_in_row(length, reach, key_mask, cu_seqlens, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+    if batch > 1 and query.device.type == "cpu" and not blocks.plain:
+        return _row_by_row(query, key, value, reach, key_mask, dropout)
     visible = _visible_in_blocks(*_owners(length, key_mask, cu_seqlens, query.device), reach, blocks)
-    queries = blocks.split(query.transpose(1, 2)).transpose(2, 3)
-    keys, values = (blocks.around(x.transpose(1, 2)).transpose(2, 3) for x in (key, value))
-    if blocks.exported:
-        mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, dropout_p=dropout)
-        return blocks.join(mixed.transpose(2, 3), length).transpose(1, 2)
-    visible = visible.expand(batch, -1, -1, -1, -1).flatten(0, 1)
-    queries, keys, values = (x.flatten(0, 1) for x in (queries, keys, values))  # fused kernels take four dimensions
+    queries = blocks.split(query.transpose(1, 2))
+    keys, values = (blocks.around(x.transpose(1, 2)) for x in (key, value))
+    if blocks.exported:  # heads before blocks, as torch.export cannot prove that a product of sizes is divisible
+        queries, keys, values = (x.permute(0, 3, 1, 2, 4) for x in (queries, keys, values))
+        mixed = _plain_attention(queries, keys, values, visible.unsqueeze(1), dropout)
+        return blocks.join(mixed.permute(0, 2, 3, 1, 4), length).transpose(1, 2)
+    # Fused kernels take four dimensions.
+    visible = visible.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    queries, keys, values = (x.flatten(0, 1).transpose(1, 2) for x in (queries, keys, values))
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, dropout_p=dropout)
     return blocks.join(mixed.transpose(1, 2).unflatten(0, (batch, blocks.count)), length).transpose(1, 2)
+
+
+def _row_by_row(query, key, value, reach: int, key_mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention of each row by itself. The neighbourhoods of one row are views; those of a batch would be copies."""
+    masks = [None] * len(query) if key_mask is None else key_mask.split(1)
+    rows = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
+    mixed = [band_attention(q, k, v, reach, key_mask=mask, dropout=dropout).transpose(1, 2) for q, k, v, mask in rows]
+    return torch.cat(mixed).transpose(1, 2)
+
+
+def _plain_attention(query, key, value, visible: Tensor, dropout: float) -> Tensor:
+    """Attention of tensors of any number of dimensions: ONNX knows PyTorch's own only for four."""
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1)).masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return torch.matmul(F.dropout(weights, dropout).to(value.dtype), value)
 
 
 def zero_masked(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -112,14 +134,14 @@ def _visible_in_row(length: int, reach: int, key_mask, cu_seqlens, device: torch
 
 
 def _visible_in_blocks(queries: Tensor, keys: Tensor, masked: bool, reach: int, blocks: "_Blocks") -> Tensor:
-    """Return the mask of all blocks, (1 or batch, count, 1, size, width), for the owners of queries and keys.
+    """Return the mask of all blocks, (1 or batch, count, size, width), for the owners of queries and keys.
 
     Tokens beyond the end of a row have owner 0 and read each other.
     """
     token = torch.arange(blocks.size, device=queries.device)[:, None]
     distance = torch.arange(blocks.width, device=queries.device) - blocks.margin - token
     same = blocks.split(queries).unsqueeze(-1) == blocks.around(keys).unsqueeze(-2)
-    visible = (same & (distance.abs() <= reach)).unsqueeze(2)
+    visible = same & (distance.abs() <= reach)
     return _with_own(visible, distance == 0) if masked else visible
 
 
@@ -145,7 +167,7 @@ class _Blocks(NamedTuple):
         margin = -(-reach // 8) * 8  # kernels prefer aligned masks
         size, exported = max(BLOCK, margin), torch.jit.is_tracing() or is_exporting()
         # An exported graph has at least two blocks, because torch.export makes a constant of a size that is 1.
-        return cls(size, margin, -(-length // size) + exported, plain or makes_graph(), exported)
+        return cls(size, margin, -(-length // size) + int(exported), plain or makes_graph(), exported)
 
     @property
     def width(self) -> int:
@@ -179,13 +201,14 @@ class _Blocks(NamedTuple):
         first = torch.arange(self.count, device=x.device) * self.size + start
         token = first[:, None] + torch.arange(width, device=x.device)
         outside = (token < 0) | (token >= x.shape[1])
-        y = x[:, token.clamp(0, x.shape[1] - 1)]
+        y = x[:, token.clamp(min=0).clamp(max=x.shape[1] - 1)]
         return y.masked_fill(outside[(..., *(None,) * (x.dim() - 2))], 0)
 
 
 def _padded(x: Tensor, left: int, right: int) -> Tensor:
     """Return x (batch, length, ...) with zeros on both sides of the tokens."""
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (left, right))
+    zeros = [x.new_zeros(x.shape[0], count, *x.shape[2:]) for count in (left, right)]  # F.pad writes every token twice
+    return torch.cat([zeros[0], x, zeros[1]], 1)
 
 
 class _Neighbourhoods(torch.autograd.Function):

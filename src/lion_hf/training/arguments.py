@@ -12,7 +12,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_optimi_available, logging
 
-from ..nn.names import FEATURE_MAPS, OUTPUT_GATES, OUTPUT_NORMS
+from ..nn.names import BLOCK_OPTIONS, DECAY_INITS, FEATURE_MAPS, OUTPUT_GATES, OUTPUT_NORMS
 from ..nn.variants import VARIANTS
 
 
@@ -46,7 +46,9 @@ class ModelArguments:
         default=0.0,
         metadata={"help": "Weight of the loss term that keeps hidden states close to those of the --warm_start model."},
     )
-    preset: str | None = field(default=None, metadata={"help": "Named model of the paper, such as lion-s-base."})
+    preset: str | None = field(
+        default=None, metadata={"help": "Named model, such as lion-s-base (the paper's) or lion-s-modern-base."}
+    )
     mask_type: str | None = field(
         default=None,
         metadata={
@@ -69,10 +71,44 @@ class ModelArguments:
     softmax_layers: list[int] | None = field(
         default=None, metadata={"help": "Layers, counted from 0, that use softmax attention (a hybrid)."}
     )
+    local_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers, counted from 0, that use softmax attention to near tokens only."}
+    )
+    local_window: int | None = field(
+        default=None, metadata={"help": "Width of the window of --local_layers: half on either side. Default: 128."}
+    )
+    rope_theta: float | None = field(
+        default=None, metadata={"help": "Rotary positions with this base in softmax and local layers. Default: none."}
+    )
     norm_position: str | None = field(
-        default=None, metadata={"help": "LayerNorm after (post) or before (pre) attention and MLP."}
+        default=None, metadata={"help": "Norm after (post) or before (pre) attention and MLP."}
+    )
+    norm_type: str | None = field(
+        default=None, metadata={"help": f"Norms: {', '.join(BLOCK_OPTIONS['norm_type'])} (RMSNorm)."}
+    )
+    final_norm: bool | None = field(
+        default=None, metadata={"help": "Norm after the last layer. Default: with --norm_position pre."}
+    )
+    embedding_norm: bool | None = field(
+        default=None, metadata={"help": "Norm of the embeddings. Default: on for text, off for images."}
+    )
+    first_norm: bool | None = field(
+        default=None, metadata={"help": "Norm before the first attention, with --norm_position pre. Default: on."}
+    )
+    use_bias: bool | None = field(
+        default=None, metadata={"help": "Biases in projections, MLPs and norms of the encoder. Default: on."}
     )
     mlp_type: str | None = field(default=None, metadata={"help": "Type of the MLP: mlp, or glu (gated)."})
+    decay_init: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Decays of a new model: {', '.join(DECAY_INITS)} (spread from --decay_windows). Default: the "
+            "paper's."
+        },
+    )
+    decay_windows: list[int] | None = field(
+        default=None, metadata={"help": "Smallest and largest window, in tokens, of --decay_init windows."}
+    )
     feature_map: str | None = field(
         default=None, metadata={"help": f"Function applied to queries and keys: {', '.join(FEATURE_MAPS)}."}
     )

@@ -1,8 +1,8 @@
 """Argument files: YAML or JSON with the names of flags as keys, and presets for several models in one file.
 
 A file with a section `presets` serves several models, of which `--preset` chooses one. The section holds names, or
-patterns of the names in `lion_hf.PRESETS`. Each has values that are added to those of the file or override them.
-`{preset}` in a value stands for the chosen name::
+patterns of the names in `lion_hf.PRESETS`, the models of the paper. Each has values that are added to those of the file
+or override them. `{preset}` in a value stands for the chosen name::
 
     presets:
       lion-*-base: {learning_rate: 8.0e-4}
