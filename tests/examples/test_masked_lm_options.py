@@ -156,7 +156,7 @@ def test_masks_in_the_decay_are_those_of_a_collator_of_that_share(tokenizer):
 
 def test_a_decay_from_a_checkpoint_is_the_run_that_planned_it(mlm, tmp_path):
     """The same losses, rates, masks and weights as a run that decays in the same steps; resumed too."""
-    packing = [*STABLE, "--packing=true", "--decay_mlm_probability=0.15"]
+    packing = [*STABLE, "--packing=true", "--decay_mlm_probability=0.15", "--learning_rate=1e-3"]
     mlm("planned", *packing, "--max_steps=9", "--decay_steps=3")
     mlm("stable", *packing, "--max_steps=6", "--decay_steps=0")
     assert set(list(logged(tmp_path / "stable", "learning_rate").values())[2:]) == {0.001}
