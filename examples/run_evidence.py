@@ -7,6 +7,7 @@
     python examples/run_evidence.py warm_start --data DATA      # sentiment from the weights of a BERT and from scratch
     python examples/run_evidence.py warm_start_mlm --data DATA  # masked tokens from a BERT's weights and from scratch
     python examples/run_evidence.py diagonal --data DATA        # how often a token counts its score with itself
+    python examples/run_evidence.py modern --data DATA          # the options of the modern block, see ablation_evidence
     python examples/run_evidence.py text --draw                 # the table and plot again, from the stored results
 
 DATA is a folder with wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet,
@@ -494,6 +495,7 @@ NEEDED = {
     "warm_start": (*REVIEWS, "minilm/config.json"),
     "warm_start_mlm": (*WIKI, "minilm/config.json"),
     "diagonal": (*WIKI, *FASHION),
+    "modern": (*WIKI, *REVIEWS),
 }
 TITLES = {
     "text": "Masked tokens of encyclopedia text",
@@ -526,9 +528,18 @@ def problem_with(kind: str, data: Path | None, results: Path) -> str | None:
     )
 
 
+def modern(arguments: argparse.Namespace) -> None:
+    """Run the study of the modern block, which keeps its results itself, run by run."""
+    import ablation_evidence
+
+    flags = ["--work", str(arguments.work / "modern"), "--results", str(arguments.results)]
+    flags += ["--data", str(arguments.data)] if arguments.data else []
+    ablation_evidence.main([*flags, *(["--draw"] if arguments.draw else [])])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=KINDS, help="the comparison")
+    parser.add_argument("kind", choices=(*KINDS, "modern"), help="the comparison")
     parser.add_argument("--data", type=lambda path: Path(path).resolve(), help="folder with the data, see above")
     parser.add_argument(
         "--work",
@@ -548,6 +559,9 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.chdir(EXAMPLES.parent)
+    if arguments.kind == "modern":
+        modern(arguments)
+        return
     if arguments.draw:
         rows = json.loads((arguments.results / f"{arguments.kind}.json").read_text())
         write_table(arguments.kind, rows, arguments.results)
