@@ -41,6 +41,7 @@ from lion_hf.training.trainer import LionTrainer, summed_loss
 
 TEXT_CLASSES = (TextModelArguments, TextArguments, MlmTrainingArguments)
 EVALUATION_ROWS = 250
+IDS = torch.int16  # enough for the vocabulary of the recipe
 WARM_UP_STEPS = 3  # before a step is captured
 
 
@@ -74,13 +75,13 @@ def text_rows(flags: str, seed: int, folder: Path) -> Rows:
     known = baselines(train, frozen, len(tokenizer), tokenizer.all_special_ids)
     collator = MaskingCollator(tokenizer, data.mlm_probability, training.seed, data.max_length)
     ids = train["input_ids"][:]
-    batches = [
-        collator([{"input_ids": ids[key.index], "key": key} for key in keys])
-        for keys in islice(keys_of(len(ids), training), training.max_steps)
-    ]
-    names = ("input_ids", "labels")  # rows are blocks of one length, without padding
-    evaluation = {name: torch.tensor(frozen[name][:], dtype=torch.int32) for name in names}
-    return Rows({name: torch.stack([x[name] for x in batches]).int() for name in names}, evaluation, known)
+    size, names = training.per_device_train_batch_size, ("input_ids", "labels")  # rows are blocks, without padding
+    batches = []
+    for keys in islice(keys_of(len(ids), training), training.max_steps):
+        batch = collator([{"input_ids": ids[key.index], "key": key} for key in keys])
+        batches.append(filled({name: batch[name].to(IDS) for name in names}, size))
+    evaluation = {name: torch.tensor(frozen[name][:], dtype=IDS) for name in names}
+    return Rows(stacked(batches), evaluation, known)
 
 
 def sentiment_rows(flags: str, seed: int, folder: Path) -> Rows:
@@ -94,28 +95,35 @@ def sentiment_rows(flags: str, seed: int, folder: Path) -> Rows:
     train, (validation, *_) = encode(parts.train), map(encode, parts.validation.values())
     ids, labels = train["input_ids"][:], train["labels"][:]
     size, steps = training.per_device_train_batch_size, training.max_steps
-    whole = pad(ids, labels)
-    epochs = keys_of(len(ids), training)
-    batches = []
-    for keys in islice(epochs, steps if steps > 0 else -(-len(ids) // size)):
+    whole, batches = pad(ids, labels), []
+    for keys in islice(keys_of(len(ids), training), steps if steps > 0 else -(-len(ids) // size)):
         rows = [key.index for key in keys]
-        filled = rows + rows[:1] * (size - len(rows))  # a copy whose label does not count
-        batch = {name: values[filled] for name, values in whole.items()}
-        batch["labels"] = batch["labels"].masked_fill(torch.arange(size) >= len(rows), -100)
-        batches.append(batch)
-    stacked = {name: torch.stack([batch[name] for batch in batches]) for name in whole}
+        batches.append(filled({name: values[rows] for name, values in whole.items()}, size))
     most = torch.tensor(labels).mode().values
     evaluation = pad(validation["input_ids"][:], validation["labels"][:])
-    return Rows(stacked, evaluation, {"baseline": float((evaluation["labels"] == most).float().mean())})
+    return Rows(stacked(batches), evaluation, {"baseline": float((evaluation["labels"] == most).float().mean())})
+
+
+def filled(batch: dict[str, torch.Tensor], size: int) -> dict[str, torch.Tensor]:
+    """Return the last batch of an epoch with as many rows as the others: copies of a row, whose labels do not count."""
+    rows = len(batch["labels"])
+    index = torch.arange(size).clamp(max=rows - 1)
+    batch = {name: values[index] for name, values in batch.items()}
+    batch["labels"][rows:] = -100
+    return batch
+
+
+def stacked(batches: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def padded(ids: Sequence[Sequence[int]], labels: Sequence[int], tokenizer, length: int) -> dict[str, torch.Tensor]:
     """Return rows of one length with their mask and labels."""
     found = tokenizer.pad({"input_ids": list(ids)}, padding="max_length", max_length=length, return_tensors="pt")
     return {
-        "input_ids": found["input_ids"].int(),
-        "attention_mask": found["attention_mask"].int(),
-        "labels": torch.tensor(labels, dtype=torch.int32),
+        "input_ids": found["input_ids"].to(IDS),
+        "attention_mask": found["attention_mask"].to(IDS),
+        "labels": torch.tensor(labels, dtype=IDS),
     }
 
 

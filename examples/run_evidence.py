@@ -351,6 +351,14 @@ def diagonal(data: Path, work: Path, results: Path) -> dict:
     return rows
 
 
+def modern(data: Path | None, work: Path, results: Path, draw_only: bool = False) -> None:
+    """Run the study of the modern block, which stores its results itself, run by run."""
+    import ablation_evidence
+
+    flags = ["--work", str(work / "modern"), "--results", str(results)]
+    ablation_evidence.main([*flags, *(["--draw"] if draw_only else ["--data", str(data)])])
+
+
 def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
     """Write the results as JSON, as a Markdown table and as a plot."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -483,6 +491,7 @@ KINDS = {
     "warm_start": warm_start,
     "warm_start_mlm": warm_start_mlm,
     "diagonal": diagonal,
+    "modern": modern,
 }
 REVIEWS = ("reviews/train.csv", "reviews/validation.csv")
 WIKI = ("wiki/train.txt", "wiki/validation.txt")
@@ -528,18 +537,9 @@ def problem_with(kind: str, data: Path | None, results: Path) -> str | None:
     )
 
 
-def modern(arguments: argparse.Namespace) -> None:
-    """Run the study of the modern block, which keeps its results itself, run by run."""
-    import ablation_evidence
-
-    flags = ["--work", str(arguments.work / "modern"), "--results", str(arguments.results)]
-    flags += ["--data", str(arguments.data)] if arguments.data else []
-    ablation_evidence.main([*flags, *(["--draw"] if arguments.draw else [])])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=(*KINDS, "modern"), help="the comparison")
+    parser.add_argument("kind", choices=KINDS, help="the comparison")
     parser.add_argument("--data", type=lambda path: Path(path).resolve(), help="folder with the data, see above")
     parser.add_argument(
         "--work",
@@ -559,8 +559,8 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.chdir(EXAMPLES.parent)
-    if arguments.kind == "modern":
-        modern(arguments)
+    if arguments.draw and arguments.kind == "modern":
+        modern(None, arguments.work, arguments.results, draw_only=True)
         return
     if arguments.draw:
         rows = json.loads((arguments.results / f"{arguments.kind}.json").read_text())
@@ -571,6 +571,8 @@ def main() -> None:
     if problem:
         sys.exit(f"error: {problem}")
     rows = KINDS[arguments.kind](arguments.data, arguments.work, arguments.results)
+    if rows is None:
+        return
     if arguments.kind in ("images", "sentiment", "pooling", "warm_start"):
         baseline = most_frequent_share(*(arguments.data / name for name in NEEDED[arguments.kind][:2]))
         rows = {name: row | {"baseline": baseline} for name, row in rows.items()}
