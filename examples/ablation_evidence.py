@@ -60,6 +60,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
 LION_S, LION_D = {"mask_type": "selective"}, {"mask_type": "decay"}
 PUBLISHED, MODERN, CHOSEN = "LION-S, published", "LION-S, modern", "LION-S, chosen"
 MODERNBERT = {"model_type": "modernbert", "intermediate_size": 512, "local_attention": 32}
+# The block of the presets lion-s-modern-*, with two local layers between layers of LION.
+AS_PRESETS = {
+    **LION_S,
+    **OPTIONS["pre-norm"],
+    **OPTIONS["gated MLP"],
+    **OPTIONS["no biases"],
+    **OPTIONS["feature map silu"],
+    **OPTIONS["windows"],
+    **OPTIONS["local layers"],
+    "first_norm": False,
+    "output_norm": "head_rms",
+    "local_layers": [1, 2],
+}
 
 
 class Model(NamedTuple):
@@ -93,6 +106,7 @@ def fixed_models() -> dict[str, Model]:
         **leave_one_out,
         **{f"LION-S, {name}": Model(LION_S | options) for name, options in OPTIONS.items()},
         "LION-S, local layers without RoPE": Model(LION_S | LOCAL),
+        "LION-S, as the presets": Model(AS_PRESETS),
         "LION-D, published": Model(LION_D),
     }
 
