@@ -59,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 LION_S, LION_D = {"mask_type": "selective"}, {"mask_type": "decay"}
 PUBLISHED, MODERN, CHOSEN = "LION-S, published", "LION-S, modern", "LION-S, chosen"
+BERT = "BERT"
 MODERNBERT = {"model_type": "modernbert", "intermediate_size": 512, "local_attention": 32}
 # The block of the presets lion-s-modern-*, with two local layers between layers of LION.
 AS_PRESETS = {
@@ -100,7 +101,7 @@ def fixed_models() -> dict[str, Model]:
     return {
         PUBLISHED: Model(LION_S),
         MODERN: Model(without()),
-        "BERT": Model({"model_type": "bert"}, ("first",)),
+        BERT: Model({"model_type": "bert"}, ("first",)),
         "ModernBERT": Model(MODERNBERT),
         "LION-D, modern": Model(without() | LION_D),
         **leave_one_out,
@@ -408,8 +409,6 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     begin = time.time()
     arguments = parser().parse_args(argv)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("LION_BACKEND", "torch")  # the same forms on every device
     os.chdir(EXAMPLES.parent)
     file = arguments.results / "modern.json"
     runs = read_runs(file)
@@ -426,6 +425,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train_all(arguments: argparse.Namespace, runs: dict[str, dict], file: Path, deadline: float) -> int:
     """Train what is missing, also models that follow from results; return how many failed."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("LION_BACKEND", "torch")  # the same forms on every device
     problem = run_evidence.problem_with("modern", arguments.data, arguments.results)
     unknown = set(arguments.only or ()) - {*fixed_models(), CHOSEN, "LION-D, chosen"}
     if problem or unknown:
