@@ -99,7 +99,7 @@ class NoTraining:
         from ablation_evidence import Study
 
         class Noting(Study):
-            def train_runs(self, model, runs):
+            def train_runs(self, models, runs):
                 self.asked += runs
                 for run in runs:
                     self.runs[run.key] = record(*run, loss=5 + abs(math.log(run.rate / 1e-3)))
@@ -115,7 +115,7 @@ def test_all_runs_of_a_model_are_done_once_also_after_an_interruption(tmp_path):
 
     model = Model({"mask_type": "selective"})
     study = NoTraining(tmp_path, {})
-    study.train("A", model)
+    study.train({"A": model})
     counts = {"text": len(TEXT_RATES), "sentiment, first": len(SENTIMENT_RATES), "sentiment, mean": 4}
     for task, rates in counts.items():
         finals = [run for run in study.asked if (run.task, run.stage) == (task, "final")]
@@ -124,12 +124,12 @@ def test_all_runs_of_a_model_are_done_once_also_after_an_interruption(tmp_path):
     order = [run.key for run in study.asked]
     store(tmp_path / "modern.json", {key: study.runs[key] for key in order[:9]})
     again = NoTraining(tmp_path, read_runs(tmp_path / "modern.json"))
-    again.train("A", model)
+    again.train({"A": model})
     assert [run.key for run in again.asked] == order[9:] and not list(tmp_path.glob("*.part"))
     late = NoTraining(tmp_path, {}, deadline=0)
-    late.train("A", model)
+    late.train({"A": model})
     only_rates = NoTraining(tmp_path, {})
-    only_rates.train("A", Model({}, reported=False))
+    only_rates.train({"A": Model({}, reported=False)})
     assert not late.asked and {run.stage for run in only_rates.asked} == {"rate"}
 
 
