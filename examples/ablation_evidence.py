@@ -58,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "local layers": LOCAL | {"rope_theta": 10000.0},
 }
 LION_S, LION_D = {"mask_type": "selective"}, {"mask_type": "decay"}
-PUBLISHED, MODERN, CHOSEN = "LION-S, published", "LION-S, modern", "LION-S, chosen"
+PUBLISHED, MODERN = "LION-S, published", "LION-S, modern"
 BERT = "BERT"
 MODERNBERT = {"model_type": "modernbert", "intermediate_size": 512, "local_attention": 32}
 # The block of the presets lion-s-modern-*, with two local layers between layers of LION.
@@ -120,28 +120,19 @@ def fixed_models() -> dict[str, Model]:
     }
 
 
-def chosen_models(runs: dict[str, dict]) -> dict[str, Model]:
-    """Return the models that follow from the held-out losses: the modern block without what hurts.
+def chosen_model(runs: dict[str, dict]) -> str | None:
+    """Return the modern block with the lowest masked loss on held-out rows: whole, or without one option.
 
-    Candidates are the block without the option whose absence helps most, and without all options whose absence helps.
-    They are compared with the whole block on the held-out rows; the best is reported as "chosen". Nothing is returned
-    until the losses that decide are there, and no chosen model if the whole block is the best.
+    None until the losses of all are known.
     """
-    losses = {name: held_out_loss(runs, f"{MODERN} without {name}") for name in OPTIONS}
-    whole = held_out_loss(runs, MODERN)
-    if None in losses.values() or whole is None:
-        return {}
-    hurtful = [name for name, loss in losses.items() if loss < whole]
-    candidates = {frozenset([min(losses, key=losses.get)]), frozenset(hurtful)} - {frozenset()} if hurtful else set()
-    left_out = [tuple(name for name in OPTIONS if name in names) for names in candidates if len(names) > 1]
-    models = {f"{MODERN} without {' and '.join(names)}": Model(without(*names), (), False) for names in left_out}
-    pairs = {name: held_out_loss(runs, name) for name in models}
-    if not hurtful or None in pairs.values():
-        return models
-    ranked = {f"{MODERN} without {name}": loss for name, loss in losses.items()} | pairs
-    best = min(ranked, key=ranked.get)
-    options = (fixed_models() | models)[best].options
-    return models | {CHOSEN: Model(options), "LION-D, chosen": Model(options | LION_D)}
+    losses = {name: held_out_loss(runs, name) for name in (MODERN, *(f"{MODERN} without {name}" for name in OPTIONS))}
+    return None if None in losses.values() else min(losses, key=losses.get)
+
+
+def all_models(runs: dict[str, dict]) -> dict[str, Model]:
+    """Return all models. That without the option that hurts most, if any hurts, is reported too."""
+    models, chosen = fixed_models(), chosen_model(runs)
+    return models if chosen is None else models | {chosen: models[chosen]._replace(poolings=POOLINGS, reported=True)}
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -221,7 +212,7 @@ class Study:
         cpu: bool = False,
     ):
         self.data, self.work, self.runs, self.report = data, work, runs, report
-        self.deadline, self.steps = deadline, steps
+        self.deadline, self.steps, self.cpu = deadline, steps, cpu
         few = f" --max_steps {steps}" if steps else ""
         device = f" --use_cpu {str(cpu).lower()}"
         self.flags = {"text": run_evidence.TEXT_RECIPE, "sentiment": run_evidence.SENTIMENT_RECIPE}
@@ -233,8 +224,10 @@ class Study:
             for stage in ("rate", "final"):
                 due = (run for name, model in models.items() for run in missing(self.runs, name, model))
                 due = [run for run in due if (run.task, run.stage) == (task, stage)]
-                if due and time.time() < self.deadline:
-                    self.train_runs(models, due)
+                # Nothing is gained side by side on a CPU, and each run is stored when it is done.
+                for part in [[run] for run in due] if self.cpu else [due] if due else []:
+                    if time.time() < self.deadline:
+                        self.train_runs(models, part)
 
     def train_runs(self, models: dict[str, Model], runs: Sequence[Run]) -> None:
         """Train runs of a task side by side, and report each."""
@@ -411,12 +404,8 @@ def store(file: Path, runs: dict[str, dict]) -> None:
     unfinished.replace(file)
 
 
-def all_models(runs: dict[str, dict]) -> dict[str, Model]:
-    return fixed_models() | chosen_models(runs)
-
-
 class Groups:
-    """Gives the models with missing runs in groups, each model once. Those that follow from results come first.
+    """Gives the models with missing runs in groups; each once, and again if it is reported by then.
 
     Args:
         runs: finished runs, which grow.
@@ -428,12 +417,11 @@ class Groups:
         self.runs, self.only, self.size, self.given = runs, only, size, set()
 
     def __call__(self) -> dict[str, Model]:
-        models = chosen_models(self.runs) | fixed_models()
-        due = [name for name in models if name not in self.given and (self.only is None or name in self.only)]
-        due = [name for name in due if missing(self.runs, name, models[name])]
-        ahead = [name for name in due if name not in fixed_models()]  # in a group of their own, since others may wait
-        names = (ahead or due)[: self.size]
-        self.given |= set(names)
+        models = all_models(self.runs)
+        due = [name for name in models if self.only is None or name in self.only]
+        due = [name for name in due if (name, models[name].reported) not in self.given]
+        names = [name for name in due if missing(self.runs, name, models[name])][: self.size]
+        self.given |= {(name, models[name].reported) for name in names}
         return {name: models[name] for name in names}
 
 
@@ -475,7 +463,7 @@ def train_all(arguments: argparse.Namespace, runs: dict[str, dict], file: Path, 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("LION_BACKEND", "torch")  # the same forms on every device
     problem = run_evidence.problem_with("modern", arguments.data, arguments.results)
-    unknown = set(arguments.only or ()) - {*all_models(runs), CHOSEN, "LION-D, chosen"}
+    unknown = set(arguments.only or ()) - set(fixed_models())
     if problem or unknown:
         sys.exit(f"error: {problem or f'--only names {sorted(unknown)}; --list prints the models'}")
 
@@ -485,7 +473,9 @@ def train_all(arguments: argparse.Namespace, runs: dict[str, dict], file: Path, 
         print(f"{time.strftime('%H:%M:%S')} {key}: loss {record['loss']:.3f}, accuracy {record['accuracy']:.4f}")
 
     options = {"data": arguments.data, "work": arguments.work.resolve(), "runs": runs, "deadline": deadline}
-    maker = StudyMaker(options | {"steps": arguments.steps, "cpu": arguments.cpu})
+    import torch
+
+    maker = StudyMaker(options | {"steps": arguments.steps, "cpu": arguments.cpu or not torch.cuda.is_available()})
     maker(keep).prepare()
     processes = Processes(arguments.workers, maker)
     try:

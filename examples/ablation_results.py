@@ -43,10 +43,17 @@ def differences(runs: dict[str, dict], model: str, reference: str) -> list[float
 
 
 def write_table(models: dict, runs: dict[str, dict], folder: Path) -> None:
-    """Write the results as Markdown tables. `models` maps names to descriptions; the first is the reference."""
-    reported = [name for name in models if finals(runs, name, "text")]
-    lines = results_table(reported, runs, next(iter(models))) if reported else []
+    """Write the results as Markdown tables. `models` maps names to descriptions; the first is the reference.
+
+    A model is a row when all its seeds are done.
+    """
+    reference = next(iter(models))
+    seeds = len(finals(runs, reference, "text"))
+    reported = [name for name in models if seeds and len(finals(runs, name, "text")) == seeds]
+    lines = results_table(reported, runs, reference) if reported else []
     lines += held_out_tables(models, runs)
+    waiting = [name for name, model in models.items() if model.reported and name not in reported]
+    lines += ["", f"Not run yet: {'; '.join(waiting)}."] if waiting else []
     devices = sorted({run["device"] for run in runs.values()})
     lines += ["", f"Device: {'; '.join(devices)}. The options of the models:", ""]
     lines += [f"- {name}: `{model.options}`" for name, model in models.items() if sweep(runs, name, "text")]

@@ -51,27 +51,42 @@ def test_the_rate_is_chosen_on_held_out_rows_once_all_rates_were_tried():
     assert best_rate(first, "A", "text", TEXT_RATES) == TEXT_RATES[1]
 
 
-def leave_one_out(better):
-    """Held-out runs of the whole block, 5.0, and of the block without each option, 5.1 unless in `better`."""
-    from ablation_evidence import MODERN, OPTIONS
+def test_the_option_that_hurts_most_on_held_out_rows_is_left_out():
+    from ablation_evidence import MODERN, OPTIONS, all_models, chosen_model
 
-    losses = {MODERN: 5.0} | {f"{MODERN} without {name}": better.get(name, 5.1) for name in OPTIONS}
-    return [run for name, loss in losses.items() for run in rate_runs(name, [9, loss, 8, 7])]
+    def runs(**better):
+        losses = {MODERN: 5.0} | {f"{MODERN} without {name}": better.get(name, 5.1) for name in OPTIONS}
+        found = [run for name, loss in losses.items() for run in rate_runs(name, [9, loss, 8, 7])]
+        return stored(*found, record(MODERN, "text", "final", 1e-3, 17, 1.0))
+
+    assert chosen_model(runs()) == MODERN
+    found = runs(windows=4.9, convolution=4.8)
+    chosen = f"{MODERN} without convolution"
+    assert chosen_model(found) == chosen
+    reported = [name for name, model in all_models(found).items() if " without " in name and model.reported]
+    assert reported == [chosen, "LION-S, local layers without RoPE"]
+    found.popitem(), found.pop(f"{MODERN} without RMSNorm | text | rate | 0.004 | 17")
+    assert chosen_model(found) is None and not all_models(found)[chosen].reported
 
 
-def test_options_that_hurt_on_held_out_rows_are_left_out():
-    from ablation_evidence import CHOSEN, MODERN, chosen_models, without
+def test_a_model_is_given_again_when_it_is_reported_after_all():
+    from ablation_evidence import MODERN, OPTIONS, Groups, fixed_models
 
-    whole = leave_one_out({})
-    assert chosen_models(stored(*whole)) == {} == chosen_models(stored(*whole[:-1]))
-    assert chosen_models(stored(*leave_one_out({"windows": 4.9})))[CHOSEN].options == without("windows")
-    two = leave_one_out({"windows": 4.9, "convolution": 4.8})
-    pair = f"{MODERN} without convolution and windows"
-    assert set(chosen_models(stored(*two))) == {pair}  # its loss decides
-    for loss, left_out in ((4.7, ("windows", "convolution")), (4.85, ("convolution",))):
-        runs = stored(*two, *rate_runs(pair, [9, 9, 9, loss]), record(MODERN, "text", "final", 1e-3, 17, 1.0))
-        assert chosen_models(runs)[CHOSEN].options == without(*left_out)
-        assert not chosen_models(runs)[pair].reported
+    last = f"{MODERN} without convolution"
+    names = [MODERN, *(f"{MODERN} without {name}" for name in OPTIONS)]
+    runs = stored(*(run for name in names if name != last for run in rate_runs(name, [9, 5, 8, 7])))
+    groups, given = Groups(runs, names[1:], 4), []
+    while group := groups():
+        given.append(list(group))
+    assert given == [[last]]
+    runs |= stored(*rate_runs(last, [9, 4, 8, 7]))
+    assert list(groups()) == [last] and not groups()
+    everything = Groups({}, None, 4)
+    sizes, seen = [], []
+    while group := everything():
+        sizes.append(len(group))
+        seen += group
+    assert seen == list(fixed_models()) and set(sizes[:-1]) == {4}
 
 
 def test_models_differ_from_the_published_one_as_their_names_say():
@@ -225,32 +240,22 @@ def test_the_table_gives_means_differences_and_held_out_losses(tmp_path):
     assert (tmp_path / "modern.png").stat().st_size > 10_000
 
 
-def test_the_stored_results_are_complete_and_the_files_belong_together(tmp_path, monkeypatch):
-    from ablation_evidence import (
-        SEEDS,
-        SENTIMENT_RATES,
-        TEXT_RATES,
-        all_models,
-        best_rate,
-        main,
-        read_runs,
-        store,
-    )
+def test_stored_results_are_fair_and_their_files_belong_together(tmp_path, monkeypatch):
+    from ablation_evidence import BERT, MODERN, PUBLISHED, SEEDS, all_models, best_rate, main, read_runs, store
 
     runs = read_runs(STORED / "modern.json")
-    for name, model in all_models(runs).items():
-        tasks = {"text": TEXT_RATES} | {f"sentiment, {how}": SENTIMENT_RATES for how in model.poolings}
-        for task, rates in tasks.items():
-            rate = best_rate(runs, name, task, rates)
-            assert rate is not None, f"{name}, {task}"
+    models, whole = all_models(runs), {PUBLISHED, MODERN, BERT, "ModernBERT"}
+    for name, model in models.items():
+        for task, rates in model.tasks().items():
             finals = [r for r in runs.values() if (r["model"], r["task"], r["stage"]) == (name, task, "final")]
-            assert [r["seed"] for r in finals] == (list(SEEDS) if model.reported else [])
-            assert {r["rate"] for r in finals} <= {rate}
-    assert all(run["device"] and run["command"] and run["seconds"] < 300 for run in runs.values())
-    assert {name: m.options for name, m in all_models(runs).items()} == {
-        r["model"]: json.loads(json.dumps(r["options"])) for r in runs.values()
-    }
+            assert finals or name not in whole
+            if finals:
+                assert {r["rate"] for r in finals} == {best_rate(runs, name, task, rates)}
+                assert sorted(r["seed"] for r in finals) == list(SEEDS)
+    for run in runs.values():
+        assert run["options"] == json.loads(json.dumps(models[run["model"]].options))
+        assert run["device"] and run["command"] and run["seconds"] < 300
     store(tmp_path / "modern.json", runs)
     monkeypatch.chdir(tmp_path)
-    main(["--draw", "--results", str(tmp_path.resolve())])
+    main(["--draw", "--results", str(tmp_path)])
     assert (tmp_path / "modern.md").read_text() == (STORED / "modern.md").read_text()
