@@ -366,6 +366,16 @@ OTHER_BLOCKS = {
     "feature_map": ("unit_silu", "elu"),
     "key_heads": (1, 1),
     "key_dim": (5, 5),
+    "local_layers": ([0], [0]),
+    "local_window": (64, 64),
+    "rope_parameters": ({"rope_theta": 100.0}, {"rope_theta": 100.0}),
+    "final_norm": (True, False),
+    "embedding_norm": (False, True),
+    "first_norm": (False, False),
+    "roberta_positions": (True, None),
+    "pooler_norm": (True, None),
+    "token_transform": (True, None),
+    "append_patch_mean": (None, True),
 }
 
 
@@ -376,13 +386,27 @@ def other_value(name, config):
     return OTHER_BLOCKS[name][config.model_type == "lion_vision"]
 
 
-@pytest.mark.parametrize("name", [name for name in STRUCTURAL if name not in MADE_ANEW])
-@pytest.mark.parametrize("start, source", [(from_bert, bert), (from_vit, vit)], ids=["bert", "vit"])
+@pytest.mark.parametrize(
+    "start, source, name",
+    [
+        pytest.param(start, source, name, id=f"{source.__name__}-{name}")
+        for start, source, config in (
+            (from_bert, bert, lion_hf.LionConfig),
+            (from_vit, vit, lion_hf.LionVisionConfig),
+        )
+        for name in STRUCTURAL
+        if name not in MADE_ANEW and name in config.__dataclass_fields__
+    ],
+)
 def test_blocks_that_the_source_does_not_have_are_refused(start, source, name):
     """Covers every structural option that a warm start does not set anew, including options added later."""
     other = other_value(name, start(source()).config)
     options = {name: other} | ({"feature_map": "elu"} if name == "normalize" and other else {})
-    with pytest.raises(ValueError, match=f"({name}|feature_map)=.* cannot be chosen: the copied weights require"):
+    options |= {"cls_tok": True} if name == "append_patch_mean" else {}
+    refusal = f"({name}|feature_map)=.* cannot be chosen: the copied weights require"
+    if name == "first_norm" and source is bert:  # a contradiction in itself
+        refusal = "first_norm is False with norm_position='post'"
+    with pytest.raises(ValueError, match=refusal):
         start(source(), **options)
     kept = {n: v for n, v in start(source()).config.structure().items() if n not in MADE_ANEW}
     assert start(source(), **kept).config.structure() == start(source()).config.structure()
