@@ -250,7 +250,11 @@ class Plain(Variant):
         ("new", {"spellings": ("lion-s",)}, "'lion-s' is already the variant"),
         ("New", {}, "'New'; it must be in lower case"),
         ("new", {"label": None}, "has no label"),
-        ("new", {"feature_map": "relu"}, "feature_map is 'relu'; allowed are 'identity', 'elu', 'unit_silu'"),
+        (
+            "new",
+            {"feature_map": "relu"},
+            "feature_map is 'relu'; allowed are 'identity', 'elu', 'unit_silu', 'silu', 'hedgehog'",
+        ),
         ("new", {"decay": "row"}, "decay is 'row'; allowed are None, 'head', 'token', 'channel', 'token_channel'"),
         ("new", {"preset": {"conv": 3}}, "preset is 'conv'; allowed are 'short_conv', "),
         ("new", {"preset": {"output_norm": "layer"}}, "output_norm is 'layer'; allowed are 'none', 'rms', 'head_rms'"),

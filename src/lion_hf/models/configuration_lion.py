@@ -70,6 +70,12 @@ class LionConfig(LionOptions, PreTrainedConfig):
             Input of the pooler in sequence classification and multiple choice: `"first"` (the first real token of a
             text, as in the paper) or `"mean"` (the mean of its real tokens). The mean is better with little
             fine-tuning data (examples/results). Can be changed at any time.
+        sparse_prediction (`bool`, defaults to `False`):
+            `LionForMaskedLM` with labels computes logits of the predicted tokens only, (predicted tokens, vocab_size).
+            Loss and gradients are the same; memory and time of the other logits are saved. Without labels all logits
+            are returned. Can be changed at any time.
+        sparse_pred_ignore_index (`int`, defaults to -100):
+            The label of the tokens that `sparse_prediction` leaves out.
         pooler_act (`str`, defaults to `"tanh"`):
             Activation of the pooler: any of Transformers, such as `"relu"` (DistilBERT) or `"gelu"` (ModernBERT).
         pooler_norm (`bool`, defaults to `False`):
@@ -97,8 +103,9 @@ class LionConfig(LionOptions, PreTrainedConfig):
             `"mlp"`, or `"glu"` for MLPs whose values are multiplied by a gate, a third projection.
         feature_map (`str`, *optional*):
             Function applied to queries and keys: `"identity"`, `"elu"` (elu + 1), `"unit_silu"` (silu + 1/2, scaled
-            to length 1) or `"silu"` (silu, scaled to length 1; the scores are then cosines, which are not divided by
-            the root of the width). By default that of the variant if `normalize` is True, else `"identity"`.
+            to length 1), `"silu"` (silu, scaled to length 1; the scores are then cosines, which are not divided by
+            the root of the width) or `"hedgehog"` (learned; `lion-linearize` trains it). By default that of the
+            variant if `normalize` is True, else `"identity"`.
         normalize (`bool`, *optional*):
             Divide outputs by their row sums, as in the image models. By default False for the variants of the paper
             and the feature map `"silu"`, and True where the variant requires it. Requires positive scores and no
@@ -154,6 +161,8 @@ class LionConfig(LionOptions, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     classifier_dropout: float | int | None = None
     classifier_pooling: str = "first"
+    sparse_prediction: bool = False
+    sparse_pred_ignore_index: int = -100
     pooler_act: str = "tanh"
     pooler_norm: bool = False
     token_transform: bool = False

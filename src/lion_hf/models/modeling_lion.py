@@ -308,15 +308,22 @@ class LionForMaskedLM(LionPreTrainedModel):
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict, or -100 for tokens that the loss ignores. The loss is the mean cross entropy over the
-            others, in float32.
+            others, in float32. It is NaN if there are none, as in Transformers, unless `num_items_in_batch` is given.
 
         Returns:
             `MaskedLMOutput`: `logits` (batch_size, sequence_length, vocab_size) and, with labels, `loss` (a scalar).
+            With labels and `config.sparse_prediction`, `logits` are (predicted tokens, vocab_size): those of the tokens
+            whose label is not `config.sparse_pred_ignore_index`, row by row.
         """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        logits = self.head(outputs.last_hidden_state)
+        hidden_states = outputs.last_hidden_state
+        if self.config.sparse_prediction and labels is not None:
+            labels = labels.reshape(hidden_states.shape[:-1])
+            predicted = labels != self.config.sparse_pred_ignore_index
+            hidden_states, labels = hidden_states[predicted.to(hidden_states.device)], labels[predicted]
+        logits = self.head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

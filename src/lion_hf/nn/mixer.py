@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..ops.checks import check_key_mask, is_exporting, makes_graph
 from .features import FUNCTIONS
 from .gates import autocasts
+from .learned_features import MODULES, require_positive_scores
 from .local import Sequences, neighbours, short_conv
 from .mixer_checks import NO_MATRIX_OF_PACKED_ROWS as NO_MATRIX_OF_PACKED_ROWS
 from .mixer_checks import (
@@ -115,13 +116,14 @@ class Mixer(TokenMixer):
         heads: number of heads, each `dim // heads` wide.
         variant: name of a registered variant: "lit" (no decay), "decay" (a learned decay per head), "selective" (a
             decay per token and head), another one of the package, or a custom variant, see `register_variant`.
-        feature_map: function of query and key: "identity", "elu", "unit_silu" or "silu" (silu, scaled to length 1;
-            scores are then cosines, with the scale 1 instead of `key_dim**-0.5`). By default that of the variant if
-            outputs are normalised, otherwise "identity".
-        normalize: whether to divide outputs by their row sums. Row sums must be positive, which "elu" and "unit_silu"
-            ensure. By default that of the variant, which is True for all variants of the paper, but False for the
-            feature map "silu". The text models of the paper set it to False. Variants whose scores may be negative
-            (`signed`) do not support it.
+        feature_map: function of query and key: "identity", "elu", "unit_silu", "silu" (silu, scaled to length 1;
+            scores are then cosines, with the scale 1 instead of `key_dim**-0.5`), or "hedgehog", which is learned: its
+            modules are `q_feature` and `k_feature`, see `Hedgehog`. By default that of the variant if outputs are
+            normalised, otherwise "identity".
+        normalize: whether to divide outputs by their row sums. Row sums must be positive, which "elu", "unit_silu" and
+            "hedgehog" ensure. By default that of the variant, which is True for all variants of the paper, but False
+            for the feature map "silu". The text models of the paper set it to False. Variants whose scores may be
+            negative (`signed`) do not support it.
         norm: whether to apply a LayerNorm (eps 1e-5) over all heads before the output projection.
         scans: 1, or 2 for the mean of two scans of a grid, each with its own decays. Variants may use fewer.
         prefix_tokens: number of tokens at the beginning of each row that do not decay in LION-S, such as the class
@@ -230,6 +232,10 @@ class Mixer(TokenMixer):
                 width = getattr(self, f"{name}_proj").out_features
                 conv = nn.Conv1d(width, width, self.short_conv, groups=width, bias=self.variant.short_conv_bias)
                 setattr(self, f"{name}_conv", conv)
+        if self.feature_map in MODULES:
+            require_positive_scores(self.feature_map, self.variant)
+            for name in "qk":
+                setattr(self, f"{name}_feature", MODULES[self.feature_map](self.key_heads, self.key_dim))
         gated = self.output_gate != "none"
         self.shifted_names: tuple[str, ...] = ()
         if self.token_shift:
@@ -257,6 +263,8 @@ class Mixer(TokenMixer):
             bound = self.short_conv**-0.5
             for weight in conv.parameters():
                 init.uniform_(weight, -bound, bound)
+        for name in self._learned_maps():
+            getattr(self, name).init_weights(init)
         for name in self.shifted_names:
             init.constant_(getattr(self, f"mu_{name}"), 0.5)
         if self.out_norm is not None:
@@ -304,9 +312,14 @@ class Mixer(TokenMixer):
         """Return prefixes of the names, in the mixer's state dict, of the weights of the variant and of the options."""
         names = [f"mu_{name}" for name in self.shifted_names]
         names += [f"{name}_conv" for name in "qkv" if self.short_conv]
+        names += self._learned_maps()
         names += [name for name in ("gate_proj", "out_norm") if getattr(self, name) is not None]
         weights = {name: getattr(self, name) for name in (*self.variant_weights, *names)}
         return [name if isinstance(weight, nn.Parameter) else f"{name}." for name, weight in weights.items()]
+
+    def _learned_maps(self) -> list[str]:
+        """Return the names of the modules of a learned feature map."""
+        return ["q_feature", "k_feature"] if self.feature_map in MODULES else []
 
     def recurrences(
         self, x: Tensor, key_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
@@ -334,8 +347,8 @@ class Mixer(TokenMixer):
                 for name, y in (("q", query), ("k", key), ("v", value))
             )
         query, key, value = self.split_heads(query, key, value)
-        feature_map = FUNCTIONS[self.feature_map]
-        query, key = feature_map(query), feature_map(key)
+        maps = [getattr(self, name) for name in self._learned_maps()] or [FUNCTIONS[self.feature_map]] * 2
+        query, key = (feature_map(y) for feature_map, y in zip(maps, (query, key), strict=True))
         decayed = inputs.get("decay", x)
         recurrences = [view.prepare(decayed, query, key, value, self.prefix_tokens) for view in self.views()]
         for recurrence in recurrences:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from numbers import Real
 
 
-# Feature maps, see features.py.
-FEATURE_MAPS = ("identity", "elu", "unit_silu", "silu")
+# Feature maps, see features.py and, for those with parameters, learned_features.py.
+FEATURE_MAPS = ("identity", "elu", "unit_silu", "silu", "hedgehog")
 # Feature maps of either sign with length 1: scores are cosines, which are not divided by their sums, and have scale 1.
 COSINE_MAPS = ("silu",)
 # Options of a block, see block.py, with the values that are allowed, the default first. Encoders and configurations
