@@ -214,7 +214,7 @@ def test_copied_code_with_a_variant_of_the_user_is_saved_again(tmp_path, monkeyp
 def test_what_only_the_users_file_imports_comes_along(tmp_path, monkeypatch):
     own = imported(tmp_path, monkeypatch, "class Own: pass")
     files = flat_files("lion_hf.models.configuration_lion", [own])
-    alone = {"configuration_lion.py", "lion_adapters.py", "lion_options.py", "own_variant.py"}
+    alone = {"configuration_lion.py", "lion_adapters.py", "lion_config_base.py", "lion_options.py", "own_variant.py"}
     alone |= {"lion_presets.py", "lion_nn_gates.py", "lion_nn_names.py", "lion_nn_registry.py", "lion_nn_variants.py"}
     alone |= {"lion_nn_linear_transformers.py", "lion_nn_recurrent_variants.py"}
     assert set(files) == alone

@@ -14,7 +14,7 @@ from transformers import BertTokenizer, ViTImageProcessorPil
 
 import lion_hf
 from lion_hf import PRESETS, LionConfig, LionVisionConfig
-from lion_hf.models import configuration_lion
+from lion_hf.models import lion_config_base
 from lion_hf.training.recipes import expand, presets_of
 
 
@@ -114,7 +114,7 @@ def test_links_lead_somewhere_and_the_recipe_trains_this_model(preset):
 
 def test_a_preset_without_a_recipe_is_one_line_and_exit_code_2(tmp_path, scripts, monkeypatch, capsys):
     monkeypatch.setattr(scripts[0], "PRESETS", {**PRESETS, "lion-d-huge": PRESETS["lion-d-base"]})
-    monkeypatch.setattr(configuration_lion, "PAPER_PRESETS", scripts[0].PRESETS)
+    monkeypatch.setattr(lion_config_base, "PAPER_PRESETS", scripts[0].PRESETS)
     with pytest.raises(SystemExit) as stopped:
         scripts[0].main([], tmp_path)
     assert stopped.value.code == 2 and not any(tmp_path.iterdir())

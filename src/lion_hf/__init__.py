@@ -43,7 +43,7 @@ else:
     from . import convert as convert
     from .convert import convert_text_state_dict, convert_vision_state_dict
     from .hub import push, save_with_code
-    from .models.configuration_lion import PAPER_PRESETS, PRESETS, LionConfig, LionVisionConfig
+    from .models.configuration_lion import MODERN_PRESETS, PAPER_PRESETS, PRESETS, LionConfig, LionVisionConfig
     from .models.modeling_lion import (
         LionForMaskedLM,
         LionForMultipleChoice,
@@ -85,6 +85,7 @@ else:
         )
 
 __all__ = [
+    "MODERN_PRESETS",
     "PAPER_PRESETS",
     "PRESETS",
     "LionBackbone",

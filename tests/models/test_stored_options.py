@@ -90,8 +90,9 @@ def test_a_misspelt_name_is_refused_where_a_user_gives_it_and_told_where_it_is_s
 def test_an_option_that_no_lion_reads_is_told_where_a_user_writes_it(tmp_path, said, kind):
     kind(num_labels=7, problem_type="regression", output_attentions=True, sep_token_id=4, use_cache=True)
     assert not said
-    config = kind(sliding_window=7, rope_theta=1e4)
-    assert said == [f"{kind.__name__} has no option named sliding_window, rope_theta: stored, but without effect."]
+    config = kind(sliding_window=7, query_pre_attn_scalar=1e4)
+    names = "sliding_window, query_pre_attn_scalar"
+    assert said == [f"{kind.__name__} has no option named {names}: stored, but without effect."]
     config.save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path, revision="main", trust_remote_code=False).sliding_window == 7
     assert len(said) == 1

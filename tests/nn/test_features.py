@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from lion_hf.nn import Mixer
-from lion_hf.nn.features import FUNCTIONS
+from lion_hf.nn.features import COSINE_EPS, FUNCTIONS
 
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -14,6 +14,7 @@ DEFINITIONS = {
     "identity": lambda x: x,
     "elu": lambda x: torch.where(x > 0, x + 1, x.clamp(max=0).exp()),
     "unit_silu": lambda x: F.normalize(F.silu(x) + 0.5, dim=-1),
+    "silu": lambda x: F.silu(x) / (F.silu(x).square().sum(-1, keepdim=True) + COSINE_EPS).sqrt(),
 }
 
 
@@ -36,8 +37,8 @@ def test_nothing_cancels_in_any_precision(name, dtype):
     actual = with_gradient(FUNCTIONS[name], x, dy)
     expected = with_gradient(DEFINITIONS[name], x.double(), dy.double())
     for what, a, b in zip(("output", "gradient"), actual, expected, strict=True):
-        scale = b.norm(dim=-1, keepdim=True) if name == "unit_silu" else b.abs()
-        if name == "unit_silu" and what == "gradient":  # the component along the output cancels
+        scale = b.norm(dim=-1, keepdim=True) if "silu" in name else b.abs()
+        if "silu" in name and what == "gradient":  # the component along the output cancels
             scale = scale.maximum(dy.double().norm(dim=-1, keepdim=True) / 4)
         error = ((a - b).abs() / scale).max().item()
         assert error <= 2 * torch.finfo(dtype).eps, f"{what}: {error:.1e}"
@@ -56,7 +57,7 @@ def test_feature_maps_have_derivatives_of_first_and_second_order(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["elu", "unit_silu"])
+@pytest.mark.parametrize("name", ["elu", "unit_silu", "silu"])
 @pytest.mark.parametrize("bias", [-6.0, 0.0])
 def test_a_layer_under_autocast_is_as_precise_as_its_projections(name, bias, dtype):
     mixer = Mixer(32, 2, "lit", feature_map=name)

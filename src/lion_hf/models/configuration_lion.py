@@ -1,287 +1,22 @@
 """Configurations of the LION text encoder (`LionConfig`) and image encoder (`LionVisionConfig`), and named sizes."""
 
-import copy
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.utils import logging
 
-from ..nn.names import (
-    BLOCK_OPTIONS,
-    FEATURE_MAPS,
-    MIXER_OPTIONS,
-    MLP_TYPES,
-    OUTPUT_GATES,
-    OUTPUT_NORMS,
-    did_you_mean,
-)
-from ..nn.variants import VARIANTS, variant_class
-from .lion_adapters import register_adapters
-from .lion_options import (
-    IMAGE_DERIVED,
-    TEXT_DERIVED,
-    check_shape,
-    is_known,
-    misspelt_option,
-    plain,
-    sorted_layers,
-)
-from .lion_presets import PAPER_PRESETS
+from ..nn.variants import variant_class
+from .lion_config_base import STRUCTURAL as STRUCTURAL
+from .lion_config_base import LionOptions, in_plain_values, logger, normalised
+from .lion_config_base import spellings as spellings
+from .lion_options import IMAGE_DERIVED, TEXT_DERIVED, check_shape
+from .lion_presets import MODERN_PRESETS, PAPER_PRESETS
 
 
-logger = logging.get_logger(__name__)
-
-# Accepted spellings, in lower case, of options whose values are names. Those of variants are in their registry.
-_SPELLINGS = {
-    "format": {name: name for name in ("attention", "rnn", "chunk", "auto")},
-    "order": {"normal": "normal", "s": "s", "snake": "s"},
-    "mlp_type": {name: name for name in MLP_TYPES},
-    "feature_map": {name: name for name in FEATURE_MAPS},
-    "classifier_pooling": {name: name for name in ("first", "mean")},
-    "output_gate": {name: name for name in OUTPUT_GATES},
-    "output_norm": {name: name for name in OUTPUT_NORMS},
-    **{option: {name: name for name in names} for option, names in BLOCK_OPTIONS.items()},
-}
-
-# Options that determine which parameters a model has, or what they mean. They cannot change when a model is loaded or
-# after it was built. A warm start accepts only those of them that it sets itself.
-STRUCTURAL = (
-    "mask_type",
-    "order",
-    "pos_emb",
-    "layer_norm_after",
-    "softmax_layers",
-    *BLOCK_OPTIONS,
-    "mlp_type",
-    "feature_map",
-    "normalize",
-    "gate_eps",
-    *MIXER_OPTIONS,
-)
-
-_KINDS = ("lion", "lion_vision")
-
-# Options of decoders. LION is an encoder: every token reads both directions.
-_DECODERS = ("is_decoder", "add_cross_attention")
-
-
-class _LionOptions:
-    """Base of both configurations: spellings, misspelt names, options that follow the variant, presets.
-
-    Classes derived from it need the decorator `_in_plain_values` above `strict`."""
-
-    # Options that follow the variant until they are set, with the function of the variant that gives their value.
-    derived_options: Mapping[str, Callable[[type], Any]] = MappingProxyType({})
-    # Number of tokens at the beginning of every row that do not decay.
-    prefix_tokens = 0
-    # Read by code of Transformers that also handles decoders. They have no effect here.
-    use_cache = False
-    is_decoder = False
-    add_cross_attention = False
-
-    def __post_init__(self, **kwargs):
-        use_cache = kwargs.pop("use_cache", self.use_cache)  # Transformers would drop it as a generation option
-        if not kwargs.pop("_stored", False):
-            self._refuse_misspelt(kwargs)
-            if alone := [name for name in kwargs if not is_known(type(self), name)]:
-                logger.warning_once(
-                    f"{type(self).__name__} has no option named {', '.join(alone)}: stored, but without effect."
-                )
-        super().__post_init__(**kwargs)
-        if use_cache != self.use_cache:
-            self.use_cache = use_cache
-        if self.transformers_version is not None:  # the arguments come from `to_dict`
-            derived = {name for name in self.derived_options if getattr(self, name) == self._derived(name)}
-            self.__dict__["_following"] = getattr(self, "_following", frozenset()) | derived
-
-    @classmethod
-    def _refuse_misspelt(cls, names) -> None:
-        for name in names:
-            if meant := misspelt_option(cls, name):
-                raise ValueError(
-                    f"{cls.__name__} has no option {name!r}; did you mean {meant!r}? The options are the "
-                    "documented fields of the class."
-                )
-
-    @classmethod
-    def _arguments(cls, stored: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the constructor from a stored configuration. Options with the default value of the stored
-        variant count as not set. Unknown names are accepted: another program may have written the file."""
-        mask_type = stored.get("mask_type", cls.__dataclass_fields__["mask_type"].default)
-        variant = variant_class(_normalised("mask_type", mask_type, cls))
-        derived = {name: value_of(variant) for name, value_of in cls.derived_options.items()}
-        missing = object()
-        return {k: v for k, v in stored.items() if derived.get(k, missing) != v} | {"_stored": True}
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """As in Transformers, but an override that is misspelt, or differs from a stored structural option, raises
-        ValueError. None keeps the stored value of structural options and of `format`."""
-        cls._refuse_misspelt(kwargs)
-        kind, own = config_dict.get("model_type"), {getattr(base, "model_type", None) for base in cls.__mro__}
-        if kind in _KINDS and kind not in own:
-            raise ValueError(
-                f"{cls.__name__} was given the configuration of a {kind!r} model. Text models take a LionConfig, image "
-                "models a LionVisionConfig; AutoConfig and AutoModel pick the class that fits a checkpoint."
-            )
-        if "order" in kwargs and "order" not in cls.__dataclass_fields__:
-            _normalised("order", kwargs.pop("order"), cls)  # an error unless it has no effect here
-        _drop_undecided(kwargs)
-        cls.require_structure(config_dict, {name: kwargs[name] for name in STRUCTURAL if name in kwargs})
-        result = super().from_dict(cls._arguments(config_dict), **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
-        config.validate()  # overrides are set one by one, after the checks
-        return result
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all options as a dict, as in Transformers."""
-        register_adapters(self.model_type)  # PEFT calls `to_dict` before it looks for adapters
-        output = super().to_dict()
-        output.pop("_following", None)
-        return output
-
-    @classmethod
-    def from_json_file(cls, json_file):
-        """Read a configuration from a JSON file, as in Transformers."""
-        return cls.from_dict(cls._dict_from_json_file(json_file))
-
-    def with_options(self, options: dict[str, Any]) -> "PreTrainedConfig":
-        """Return a copy with the entries of `options` that this class has, and remove them from the dict. Without such
-        entries, return the configuration itself. None means the same as in `from_dict`."""
-        own = self.__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-        _drop_undecided(options)
-        chosen = {name: options.pop(name) for name in own & options.keys()}
-        if not chosen:
-            return self
-        config = copy.deepcopy(self)
-        config.update(chosen)
-        config.validate()
-        return config
-
-    @classmethod
-    def require_structure(cls, stored: dict[str, Any], wanted: dict[str, Any] | PreTrainedConfig) -> None:
-        """Raise ValueError if `wanted` (options by name, or a configuration) differs from a stored configuration in a
-        structural option, see `STRUCTURAL`."""
-        if isinstance(wanted, PreTrainedConfig):
-            wanted = wanted.structure()
-        wanted = {name: value for name, value in wanted.items() if name in cls.__dataclass_fields__}
-        if not wanted:
-            return
-        built = cls(**cls._arguments({k: v for k, v in stored.items() if k != "model_type"})).structure()
-        for name, value in wanted.items():
-            if _normalised(name, value, cls) != built[name]:
-                raise ValueError(
-                    f"{name}={value!r} contradicts the checkpoint, which has {name}={built[name]!r}. "
-                    f"{name} determines the parameters of the model and cannot change when it is loaded. Leave it out, "
-                    "or build a new model from a new configuration."
-                )
-
-    def _derived(self, name: str) -> Any:
-        """The value that the variant gives to an option that follows it."""
-        return self.derived_options[name](variant_class(self.mask_type))
-
-    def structure(self) -> dict[str, Any]:
-        """Return the options that determine the parameters of a model, by name; see `STRUCTURAL`."""
-        options = {name: getattr(self, name) for name in STRUCTURAL if hasattr(self, name)}
-        if options["feature_map"] is None:
-            options["feature_map"] = variant_class(self.mask_type).feature_map if self.normalize else "identity"
-        heads = options["key_heads"] or self.num_attention_heads
-        options |= {"key_heads": heads, "key_dim": options["key_dim"] or self.hidden_size // self.num_attention_heads}
-        return options
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides):
-        """Return the configuration of a model of the paper. Keyword arguments override single options.
-
-        Args:
-            name: such as "lion-s-base"; `PAPER_PRESETS` lists all of them.
-
-        Raises:
-            ValueError: if the name is unknown or belongs to the other kind of model.
-        """
-        key = name.lower().removesuffix("-uncased")
-        is_image = "patch_size" in cls.__dataclass_fields__
-        known = {name for name, options in PAPER_PRESETS.items() if ("patch_size" in options) == is_image}
-        if key not in known:
-            raise ValueError(f"{name!r} is not a preset of {cls.__name__}; allowed are {', '.join(sorted(known))}.")
-        return cls(**{**PAPER_PRESETS[key], **overrides})
-
-
-def spellings(option: str) -> dict[str, str]:
-    """Return every accepted spelling of an option, in lower case, with the name that it stands for."""
-    if option == "mask_type":
-        return {word: name for name, cls in VARIANTS.items() for word in (name, *cls.spellings)}
-    return _SPELLINGS[option]
-
-
-def _drop_undecided(options: dict[str, Any]) -> None:
-    """Remove structural options that are None, so that the stored values stay."""
-    for name in STRUCTURAL:
-        if name in options and options[name] is None:
-            del options[name]
-
-
-def _in_plain_values(cls: type) -> type:
-    """Class decorator above `strict`: normalises spellings and converts numpy values before types are checked, and
-    sets the options that follow the variant when the variant is set."""
-    checked = cls.__setattr__
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        value = _normalised(name, plain(value), type(self))
-        if name not in self.__dataclass_fields__ and (meant := misspelt_option(type(self), name)):
-            logger.warning_once(
-                f"{type(self).__name__} has no option {name!r}: stored, but without effect. Did you mean {meant!r}?"
-            )
-        if name == "format" and value is None:  # keep the current value, or the default
-            value = getattr(self, name)
-        if name in self.derived_options:  # None: the option follows the variant
-            following = getattr(self, "_following", frozenset())
-            self.__dict__["_following"] = following | {name} if value is None else following - {name}
-            value = self._derived(name) if value is None else value
-        checked(self, name, value)
-        if name == "mask_type":
-            for follower in getattr(self, "_following", ()):
-                checked(self, follower, self._derived(follower))
-
-    cls.__setattr__ = __setattr__
-    return cls
-
-
-def _normalised(name: str, value: Any, owner: type) -> Any:
-    if name in _DECODERS and value:
-        raise ValueError(
-            f"{name} is {value!r} in {owner.__name__}; LION is an encoder that reads both directions. Leave it out, or "
-            "choose a decoder such as GPT-2."
-        )
-    if name == "softmax_layers":
-        return sorted_layers(value)
-    if (name != "mask_type" and name not in _SPELLINGS) or not isinstance(value, str):
-        return value
-    allowed = spellings(name)
-    if value.lower() not in allowed:
-        hint = (
-            " A custom variant must be registered first: import the file with its class, decorated with "
-            "lion_hf.nn.register_variant (for a script: python -m lion_hf --import MODULE SCRIPT)."
-            if name == "mask_type"
-            else ""
-        )
-        raise ValueError(
-            f"{name} is {value!r} in {owner.__name__}; allowed are {', '.join(map(repr, allowed))}, in any case."
-            f"{did_you_mean(value, allowed)}{hint}"
-        )
-    value = allowed[value.lower()]
-    if name == "order" and value == "s" and "order" not in owner.__dataclass_fields__:
-        raise ValueError(f"order is 's' in {owner.__name__}; text is one-dimensional, so only 'normal' is allowed.")
-    return value
-
-
-@_in_plain_values
+@in_plain_values
 @strict
-class LionConfig(_LionOptions, PreTrainedConfig):
+class LionConfig(LionOptions, PreTrainedConfig):
     r"""Configuration of `LionModel` and its heads: BERT with its attention replaced by LION (arXiv 2502.16249).
 
     The defaults are the size of BERT-base with LION-S. `BertConfig` has the other options.
@@ -309,6 +44,15 @@ class LionConfig(_LionOptions, PreTrainedConfig):
         softmax_layers (`list[int]`, defaults to none):
             Layers, counted from 0, that keep softmax attention (a hybrid encoder). They have no decay and no
             `layer_norm_after`, and take quadratic time whatever `format` is.
+        local_layers (`list[int]`, defaults to none):
+            Layers with softmax attention in a window, disjoint from `softmax_layers`. They take linear time.
+        local_window (`int`, defaults to 128):
+            Width of this window: token i reads the tokens j with `|i - j| <= local_window // 2`.
+        rope_parameters (`dict`, *optional*):
+            Rotary positions (RoPE) in softmax and local layers: `{"rope_type": "default", "rope_theta": 10000.0}`, or
+            such a dict by kind of layer, `"full_attention"` for softmax layers and `"sliding_attention"` for local ones
+            (a kind that is missing has none). No other type is supported. `rope_theta=10000.0` is short for the first
+            form. By default none.
         unpad (`bool`, *optional*):
             Remove padding (masked tokens `pad_token_id` at both ends of rows) before the first layer and put its
             embeddings back after the last. Only outputs at padding change; a row of padding only keeps its first
@@ -324,16 +68,36 @@ class LionConfig(_LionOptions, PreTrainedConfig):
             text, as in the paper) or `"mean"` (the mean of its real tokens). The mean is better with little
             fine-tuning data (examples/results). Can be changed at any time.
         norm_position (`str`, defaults to `"post"`):
-            `"post"` as in BERT, or `"pre"`, which adds a LayerNorm after the last layer.
+            `"post"` as in BERT, or `"pre"`.
+        norm_type (`str`, defaults to `"layer"`):
+            Norms of layers, embeddings and last layer: `"layer"` (LayerNorm) or `"rms"` (RMSNorm, without bias). Heads
+            and `layer_norm_after` have LayerNorms.
+        use_bias (`bool`, defaults to `True`):
+            Whether the projections of queries, keys, values, outputs and output gates, MLPs and these norms have a
+            bias. Gates of decays, short convolutions and heads keep theirs.
+        final_norm (`bool`, *optional*):
+            Norm after the last layer. By default if `norm_position` is `"pre"`.
+        embedding_norm (`bool`, defaults to `True`):
+            Norm of the embeddings.
+        first_norm (`bool`, defaults to `True`):
+            Norm before the mixer of the first layer. `False`, as in ModernBERT, requires `norm_position="pre"`.
         mlp_type (`str`, defaults to `"mlp"`):
             `"mlp"`, or `"glu"` for MLPs whose values are multiplied by a gate, a third projection.
         feature_map (`str`, *optional*):
-            Function applied to queries and keys: `"identity"`, `"elu"` (elu + 1), `"unit_silu"` (silu + 1/2, scaled to
-            length 1) or `"hedgehog"` (learned; `lion-linearize` trains it). By default that of the variant if
+            Function applied to queries and keys: `"identity"`, `"elu"` (elu + 1), `"unit_silu"` (silu + 1/2, scaled
+            to length 1), `"silu"` (silu, scaled to length 1; the scores are then cosines, which are not divided by the
+            root of the width) or `"hedgehog"` (learned; `lion-linearize` trains it). By default that of the variant if
             `normalize` is True, else `"identity"`.
         normalize (`bool`, *optional*):
-            Divide outputs by their row sums, as in the image models. By default False for the variants of the paper,
-            and True where the variant requires it. Requires positive scores and no attention dropout.
+            Divide outputs by their row sums, as in the image models. By default False for the variants of the paper
+            and the feature map `"silu"`, and True where the variant requires it. Requires positive scores and no
+            attention dropout.
+        decay_init (`str`, defaults to `"normal"`):
+            Decays of a new model: `"normal"` (as published, near 0.5: heads start with their neighbours) or
+            `"windows"`, spread geometrically over the heads of each layer. It has no effect on fixed decays.
+        decay_windows (`list[float]`, *optional*):
+            Numbers of tokens that heads read with `decay_init="windows"`: (smallest, largest), or one per head. By
+            default (4, `max_position_embeddings`).
         gate_eps (`float`, defaults to 1e-7):
             Added to the decays of `"selective"` before their logarithm, as in the authors' text models.
         short_conv (`int`, *optional*):
@@ -385,12 +149,22 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     chunk_size: int = 64
     pos_emb: bool | None = None
     layer_norm_after: bool | None = None
-    softmax_layers: Any = ()  # a list of int, checked at every assignment
+    softmax_layers: Any = ()  # a list of int, checked at every assignment, as are the options of type Any below
+    local_layers: Any = ()
+    local_window: int = 128
+    rope_parameters: Any = None
     unpad: bool | None = None
     norm_position: str = "post"
+    norm_type: str = "layer"
+    use_bias: bool = True
+    final_norm: bool | None = None
+    embedding_norm: bool = True
+    first_norm: bool = True
     mlp_type: str = "mlp"
     feature_map: str | None = None
     normalize: bool | None = None
+    decay_init: str = "normal"
+    decay_windows: Any = None
     gate_eps: float | int = 1e-7
     short_conv: int | None = None
     token_shift: bool | None = None
@@ -402,7 +176,7 @@ class LionConfig(_LionOptions, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         order = kwargs.pop("order", None)  # an error unless it has no effect here
         if order is not None:
-            _normalised("order", order, type(self))
+            normalised("order", order, type(self))
         super().__post_init__(**kwargs)
 
     def validate_shape(self):
@@ -434,16 +208,16 @@ _BACKBONE_DEFAULTS = {
 }
 
 
-@_in_plain_values
+@in_plain_values
 @strict
-class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
+class LionVisionConfig(LionOptions, BackboneConfigMixin, PreTrainedConfig):
     r"""Configuration of `LionVisionModel`, its heads and `LionBackbone` (arXiv 2502.16249).
 
     The defaults are the base size (patch 16, 224 pixels) with LION-S. `ViTConfig` has the other options.
 
     Args:
-        mask_type, format, chunk_size, softmax_layers:
-            As in `LionConfig`.
+        mask_type, format, chunk_size, softmax_layers, local_layers, local_window, rope_parameters:
+            As in `LionConfig`. Windows and RoPE count the tokens row by row, the class token first.
         order (`str`, defaults to `"normal"`):
             `"normal"` reads patches row by row; `"s"` (or `"snake"`) averages two snake scans, along rows and along
             columns (the natural variants of the paper). It has no effect without decay.
@@ -465,12 +239,17 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
             1 + rows * columns, hidden_size), the class token first, as DPT and Depth Anything expect them.
         apply_layernorm (`bool`, defaults to `True`):
             Whether `LionBackbone` applies the final LayerNorm to the feature maps.
-        norm_position, mlp_type, feature_map, gate_eps, short_conv, token_shift, output_gate, key_heads, key_dim:
-            As in `LionConfig`, but by default norm_position is `"pre"` and gate_eps is 0.0.
+        norm_position, norm_type, use_bias, final_norm, embedding_norm, first_norm, mlp_type, feature_map, gate_eps,
+        decay_init, short_conv, token_shift, output_gate, key_heads, key_dim:
+            As in `LionConfig`, but by default norm_position is `"pre"`, embedding_norm is False and gate_eps is 0.0.
+            The embedding norm follows the position table. The convolution of the patches keeps its bias.
         normalize (`bool`, *optional*):
-            Divide outputs by their row sums. By default True, unless scores of the variant may be negative.
+            Divide outputs by their row sums. By default True, unless scores of the variant or feature map may be
+            negative.
         output_norm (`str`, *optional*):
-            As in `LionConfig`. By default `"rms"` if scores of the variant may be negative and it has no other norm.
+            As in `LionConfig`. By default `"rms"` if scores may be negative and the variant has no other norm.
+        decay_windows (`list[float]`, *optional*):
+            As in `LionConfig`, counted in patches along the scan. By default (4, number of patches).
 
     Example:
         >>> from lion_hf import LionForImageClassification, LionVisionConfig
@@ -501,13 +280,23 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
     order: str = "normal"
     pos_emb: bool = False
     cls_tok: bool = False
-    softmax_layers: Any = ()  # a list of int, checked at every assignment
+    softmax_layers: Any = ()  # a list of int, checked at every assignment, as are the options of type Any below
+    local_layers: Any = ()
+    local_window: int = 128
+    rope_parameters: Any = None
     reshape_hidden_states: bool = True
     apply_layernorm: bool = True
     norm_position: str = "pre"
+    norm_type: str = "layer"
+    use_bias: bool = True
+    final_norm: bool | None = None
+    embedding_norm: bool = False
+    first_norm: bool = True
     mlp_type: str = "mlp"
     feature_map: str | None = None
     normalize: bool | None = None
+    decay_init: str = "normal"
+    decay_windows: Any = None
     gate_eps: float | int = 0.0
     short_conv: int | None = None
     token_shift: bool | None = None
@@ -568,4 +357,4 @@ class LionVisionConfig(_LionOptions, BackboneConfigMixin, PreTrainedConfig):
 
 PRESETS = PAPER_PRESETS  # the name in 0.1
 
-__all__ = ["PAPER_PRESETS", "PRESETS", "LionConfig", "LionVisionConfig"]
+__all__ = ["MODERN_PRESETS", "PAPER_PRESETS", "PRESETS", "LionConfig", "LionVisionConfig"]

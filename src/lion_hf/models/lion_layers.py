@@ -15,6 +15,7 @@ from ..nn.encoder import drop_path_rates
 from ..nn.mixer import Mixer, TokenMixer
 from ..nn.mlp import MLP
 from ..nn.names import BLOCK_OPTIONS, MIXER_OPTIONS
+from ..nn.norms import token_norm
 from ..nn.softmax import SoftmaxMixer
 from ..nn.variants import variant_class
 
@@ -33,7 +34,9 @@ class LionMixer(Mixer):
             scans=scans_of(config),
             prefix_tokens=config.prefix_tokens,
             gate_eps=config.gate_eps,
-            qkv_bias=getattr(config, "qkv_bias", True),
+            decay_init=config.decay_init,
+            decay_windows=initial_windows(config),
+            **biases_of(config),
             layer_idx=layer_idx,
             num_layers=config.num_hidden_layers,
             **{name: getattr(config, name) for name in MIXER_OPTIONS},
@@ -47,7 +50,30 @@ def make_mixer(config, layer_idx: int) -> TokenMixer:
     """Build the mixer of layer number `layer_idx`, counted from 0: linear or softmax attention."""
     if layer_idx not in config.softmax_layers:
         return LionMixer(config, layer_idx)
-    return SoftmaxMixer(config.hidden_size, config.num_attention_heads, qkv_bias=getattr(config, "qkv_bias", True))
+    return SoftmaxMixer(config.hidden_size, config.num_attention_heads, **biases_of(config))
+
+
+def biases_of(config) -> dict[str, bool]:
+    """Return which projections of a mixer have a bias."""
+    return {"qkv_bias": config.use_bias and getattr(config, "qkv_bias", True), "out_bias": config.use_bias}
+
+
+def initial_windows(config) -> list[float]:
+    """Return the windows of new decays with `decay_init="windows"`: from 4 tokens to all tokens of an input."""
+    if config.decay_windows is not None:
+        return config.decay_windows
+    rows, columns = getattr(config, "grid_size", (1, getattr(config, "max_position_embeddings", 0)))
+    return [4.0, float(max(4, rows * columns))]
+
+
+def final_norm(config) -> nn.Module | None:
+    """Build the norm after the last layer, if the configuration has one."""
+    return encoder_norm(config) if config.structure()["final_norm"] else None
+
+
+def encoder_norm(config) -> nn.Module:
+    """Build a norm like those of the layers."""
+    return token_norm(config.norm_type, config.hidden_size, config.layer_norm_eps, config.use_bias)
 
 
 def scans_of(config) -> int:
@@ -77,6 +103,7 @@ def make_mlp(config, dropout: float = 0.0) -> MLP:
         activation=ACT2FN[config.hidden_act],
         gated=config.mlp_type == "glu",
         dropout=dropout,
+        bias=config.use_bias,
     )
 
 
@@ -96,6 +123,7 @@ class LionLayer(GradientCheckpointingLayer, Block):
             make_mixer(config, layer_idx),
             make_mlp(config, mlp_dropout),
             norm_eps=config.layer_norm_eps,
+            first_norm=config.first_norm or layer_idx > 0,
             dropout=config.hidden_dropout_prob,
             drop_path=rates[layer_idx],
             **{name: getattr(config, name) for name in BLOCK_OPTIONS},

@@ -2,8 +2,10 @@
 
 import difflib
 import functools
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from numbers import Real
 from operator import attrgetter, methodcaller
 from types import MappingProxyType
 from typing import Any
@@ -11,22 +13,36 @@ from typing import Any
 import numpy as np
 from transformers import BertConfig, GenerationConfig, ViTConfig
 
-from ..nn.names import MIXER_OPTIONS, require_mixer_option, require_rate, require_size
+from ..nn.names import COSINE_MAPS, MIXER_OPTIONS, require_mixer_option, require_rate, require_size
 from ..nn.variants import variant_class
 
 
-# Options that follow the variant until they are set, with the function of the variant that gives their value.
-_OF_MIXERS = {name: methodcaller("option", name) for name in MIXER_OPTIONS}
+def _of_variant(value_of: Callable[[type], Any]) -> Callable[[type, str | None], Any]:
+    return lambda variant, feature_map: value_of(variant)
+
+
+def _image_norm(variant: type, feature_map: str | None) -> str:
+    norm = variant.image_norm()
+    return "rms" if feature_map in COSINE_MAPS and norm == "none" else norm
+
+
+# Options that follow the variant and the feature map until they are set, with the function of both that gives their
+# value. Scores of cosines may be negative, so outputs are not divided by their sums; images normalise them instead.
+_OF_MIXERS = {name: _of_variant(methodcaller("option", name)) for name in MIXER_OPTIONS}
 TEXT_DERIVED = MappingProxyType(
     {
-        "pos_emb": attrgetter("pos_emb"),
-        "layer_norm_after": attrgetter("norm"),
-        "normalize": attrgetter("text_normalize"),
+        "pos_emb": _of_variant(attrgetter("pos_emb")),
+        "layer_norm_after": _of_variant(attrgetter("norm")),
+        "normalize": lambda variant, feature_map: variant.text_normalize and feature_map not in COSINE_MAPS,
         **_OF_MIXERS,
     }
 )
 IMAGE_DERIVED = MappingProxyType(
-    {**_OF_MIXERS, "normalize": methodcaller("normalizes"), "output_norm": methodcaller("image_norm")}
+    {
+        **_OF_MIXERS,
+        "normalize": lambda variant, feature_map: variant.normalizes() and feature_map not in COSINE_MAPS,
+        "output_norm": _image_norm,
+    }
 )
 
 # Names that Transformers stores or stored in configurations, besides the fields of BERT and ViT.
@@ -65,17 +81,63 @@ def plain(value: Any) -> Any:
     return value
 
 
-def sorted_layers(value: Any) -> list[int]:
-    """Return layer numbers in ascending order. Raises ValueError for anything else."""
+def sorted_layers(name: str, value: Any) -> list[int]:
+    """Return the layer numbers of an option in ascending order. Raises ValueError for anything else."""
     value = [] if value is None else value
     if not isinstance(value, (list, tuple, range)) or any(type(layer) is not int or layer < 0 for layer in value):
         raise ValueError(
-            f"softmax_layers is {value!r}; it must be a list of layer numbers, whole and counted from 0 ([0, 1] are "
-            "the first two layers; negative numbers are not allowed)."
+            f"{name} is {value!r}; it must be a list of layer numbers, whole and counted from 0 ([0, 1] are the first "
+            "two layers; negative numbers are not allowed)."
         )
     if len(set(value)) < len(value):
-        raise ValueError(f"softmax_layers is {value!r}; it must contain each layer once.")
+        raise ValueError(f"{name} is {value!r}; it must contain each layer once.")
     return sorted(value)
+
+
+# Layers with rotary positions by their names in Transformers: those of `softmax_layers` and those of `local_layers`.
+ROPE_KINDS = ("full_attention", "sliding_attention")
+
+
+def plain_rope(value: Any) -> dict[str, Any] | None:
+    """Return `rope_parameters` for all layers, or by kind of layer; None without any.
+
+    Raises:
+        ValueError: for anything but the default type of RoPE with its theta.
+    """
+    if not value:
+        return None
+    if isinstance(value, Mapping) and any(kind in value for kind in ROPE_KINDS):
+        if unknown := [kind for kind in value if kind not in ROPE_KINDS]:
+            raise ValueError(
+                f"rope_parameters names the layers {unknown[0]!r}; allowed are {', '.join(map(repr, ROPE_KINDS))}."
+            )
+        kinds = {kind: _one_rope(value.get(kind)) for kind in ROPE_KINDS}
+        return kinds if any(kinds.values()) else None
+    return _one_rope(value)
+
+
+def _one_rope(value: Any) -> dict[str, Any] | None:
+    if not value:
+        return None
+    stated = dict(value) if isinstance(value, Mapping) else {"rope_type": value}
+    kind, theta = stated.pop("rope_type", stated.pop("type", "default")), stated.pop("rope_theta", 10000.0)
+    stated.pop("type", None)
+    if kind != "default" or stated:
+        raise ValueError(
+            f"rope_parameters is {value!r}; LION has the default type of RoPE only, "
+            "{'rope_type': 'default', 'rope_theta': 10000.0}, for all layers or by kind of layer "
+            f"({', '.join(map(repr, ROPE_KINDS))}). Leave other entries out."
+        )
+    require_size("rope_theta", theta)
+    if isinstance(theta, bool) or theta <= 1:
+        raise ValueError(f"rope_theta is {theta!r}; it must be a number above 1, such as 10000.")
+    return {"rope_type": "default", "rope_theta": float(theta)}
+
+
+def rope_thetas(rope: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
+    """Return theta of the softmax layers and of the local layers, None without RoPE."""
+    kinds = [None if rope is None else rope.get(kind) if kind in rope else rope for kind in ROPE_KINDS]
+    return tuple(None if kind is None else kind.get("rope_theta") for kind in kinds)
 
 
 _COUNTS = (
@@ -84,6 +146,7 @@ _COUNTS = (
     "num_attention_heads",
     "intermediate_size",
     "chunk_size",
+    "local_window",
     "vocab_size",
     "max_position_embeddings",
     "type_vocab_size",
@@ -104,10 +167,11 @@ def check_shape(config: Any) -> None:
             f"hidden_size {config.hidden_size} is not divisible by num_attention_heads {config.num_attention_heads}; "
             "each head needs the same whole number of features."
         )
-    if config.softmax_layers and config.softmax_layers[-1] >= config.num_hidden_layers:
+    _check_layers(config)
+    if not config.first_norm and config.norm_position != "pre":
         raise ValueError(
-            f"softmax_layers is {config.softmax_layers}; with num_hidden_layers {config.num_hidden_layers} its numbers "
-            f"must be from 0 to {config.num_hidden_layers - 1}."
+            f"first_norm is False with norm_position={config.norm_position!r}; only pre-norm layers can do without the "
+            "norm before the first mixer. Set norm_position='pre' or first_norm=True."
         )
     activations = _activations()
     if activations is not None and config.hidden_act not in activations:
@@ -116,6 +180,49 @@ def check_shape(config: Any) -> None:
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
         if getattr(config, name, None) is not None:
             require_rate(name, getattr(config, name))
+
+
+def _check_layers(config: Any) -> None:
+    """Raise ValueError if `softmax_layers`, `local_layers` or RoPE do not fit the layers of a configuration."""
+    for name in ("softmax_layers", "local_layers"):
+        layers = getattr(config, name)
+        if layers and layers[-1] >= config.num_hidden_layers:
+            raise ValueError(
+                f"{name} is {layers}; with num_hidden_layers {config.num_hidden_layers} its numbers must be from 0 to "
+                f"{config.num_hidden_layers - 1}."
+            )
+    if both := sorted({*config.softmax_layers} & {*config.local_layers}):
+        raise ValueError(
+            f"softmax_layers and local_layers both contain {both}; attention in a layer is either over all tokens or "
+            "in a window. Remove the layers from one of the lists."
+        )
+    head_dim = config.hidden_size // config.num_attention_heads
+    if config.rope_parameters is not None and head_dim % 2:
+        raise ValueError(
+            f"rope_parameters is set, but heads are {head_dim} wide (hidden_size / num_attention_heads); RoPE rotates "
+            "pairs of features. Choose an even width, or rope_parameters=None."
+        )
+    windows = config.decay_windows
+    if windows is not None and len(windows) not in (2, config.num_attention_heads):
+        raise ValueError(
+            f"decay_windows is {windows!r}; it must be (smallest, largest) or one number per head, "
+            f"{config.num_attention_heads} here."
+        )
+
+
+def plain_windows(value: Any) -> list[float] | None:
+    """Return `decay_windows` as a list of numbers of tokens. Raises ValueError if one is not finite and above 1."""
+    if value is None:
+        return None
+    numbers = isinstance(value, (list, tuple)) and all(
+        isinstance(x, Real) and not isinstance(x, bool) and 1 < x < math.inf for x in value
+    )
+    if not numbers:
+        raise ValueError(
+            f"decay_windows is {value!r}; it must be (smallest, largest) or one number per head, each a finite number "
+            "of tokens above 1, or None."
+        )
+    return list(value)
 
 
 def _check_mixer(config: Any) -> None:
@@ -127,6 +234,12 @@ def _check_mixer(config: Any) -> None:
             f"mask_type is {config.mask_type!r} with normalize=True, but scores of {variant.label} may be negative, so "
             "outputs cannot be divided by their sums. Set normalize=False, and output_norm='rms' for outputs of one "
             "size."
+        )
+    if config.normalize and config.feature_map in COSINE_MAPS:
+        raise ValueError(
+            f"feature_map is {config.feature_map!r} with normalize=True, but its scores may be negative, so outputs "
+            "cannot be divided by their sums. Set normalize=False, and output_norm='rms' for outputs of one size, or "
+            "choose feature_map='elu' or 'unit_silu'."
         )
     if config.normalize and config.structure()["feature_map"] == "identity" != variant.feature_map:
         raise ValueError(

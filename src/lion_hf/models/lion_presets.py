@@ -1,4 +1,4 @@
-"""The options of the models of the paper, by name."""
+"""The options of named models: those of the paper, and modern ones."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -33,3 +33,46 @@ def _sizes(mask_type: str, width: int, layers: int, heads: int) -> dict[str, Any
 
 # Every model of the paper by name: 6 text encoders and 15 image encoders.
 PAPER_PRESETS: Mapping[str, Mapping[str, Any]] = _presets()
+
+
+def _modern(width: int, layers: int, heads: int, hidden: int) -> Mapping[str, Any]:
+    """Return the block of ModernBERT (arXiv 2412.13663), with LION-S where that has global attention."""
+    return MappingProxyType(
+        {
+            "vocab_size": 50368,
+            "pad_token_id": 50283,
+            "bos_token_id": 50281,
+            "eos_token_id": 50282,
+            "max_position_embeddings": 8192,
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": hidden,
+            "layer_norm_eps": 1e-5,
+            "hidden_dropout_prob": 0.0,
+            "classifier_pooling": "mean",
+            "norm_position": "pre",
+            "first_norm": False,
+            "use_bias": False,
+            "mlp_type": "glu",
+            "mask_type": "selective",
+            "local_layers": tuple(i for i in range(layers) if i % 3),
+            "local_window": 128,
+            "rope_parameters": MappingProxyType({"rope_type": "default", "rope_theta": 10000.0}),
+            "decay_init": "windows",
+            "feature_map": "silu",
+            "output_norm": "head_rms",
+        }
+    )
+
+
+# Text encoders with the block of 2024: base and large have the shape of ModernBERT, small and tiny that of Ettin's
+# models of 32 and 17 million parameters (arXiv 2507.11412).
+MODERN_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "lion-s-modern-tiny": _modern(256, 7, 4, 384),
+        "lion-s-modern-small": _modern(384, 10, 6, 576),
+        "lion-s-modern-base": _modern(768, 22, 12, 1152),
+        "lion-s-modern-large": _modern(1024, 28, 16, 2624),
+    }
+)

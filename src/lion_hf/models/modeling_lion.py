@@ -24,14 +24,21 @@ from ..ops.checks import makes_graph, values_can_be_read
 from ..ops.packing import first_tokens, packed_bounds, packed_positions, sequence_means
 from .configuration_lion import LionConfig
 from .lion_inputs import are_counted, bool_key_mask, check_answers, check_positions, flat_choices, real_scores
-from .lion_layers import LionLayer, LionPreTrainedMixin, mixing_options, sequence_classification_loss
+from .lion_layers import (
+    LionLayer,
+    LionPreTrainedMixin,
+    encoder_norm,
+    final_norm,
+    mixing_options,
+    sequence_classification_loss,
+)
 
 
 logger = logging.get_logger(__name__)
 
 
 class LionEmbeddings(nn.Module):
-    """Sum of word, token-type and (with `config.pos_emb`) position embeddings, then LayerNorm and dropout."""
+    """Sum of word, token-type and (with `config.pos_emb`) position embeddings, then a norm and dropout."""
 
     def __init__(self, config: LionConfig):
         super().__init__()
@@ -41,7 +48,7 @@ class LionEmbeddings(nn.Module):
         self.position_embeddings = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.pos_emb else None
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.norm = encoder_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -161,7 +168,7 @@ class LionModel(LionPreTrainedModel):
         super().__init__(config)
         self.embeddings = LionEmbeddings(config)
         self.layers = nn.ModuleList([LionLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = self.layers[-1].final_norm()
+        self.norm = final_norm(config)
         self.pooler = LionPooler(config) if add_pooling_layer else None
         self.post_init()
 

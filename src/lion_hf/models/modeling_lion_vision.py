@@ -27,6 +27,8 @@ from .configuration_lion import LionVisionConfig
 from .lion_layers import (
     LionLayer,
     LionPreTrainedMixin,
+    encoder_norm,
+    final_norm,
     mixing_options,
     scans_of,
     sequence_classification_loss,
@@ -67,7 +69,9 @@ class LionVisionPatchEmbeddings(nn.Module):
 
 
 class LionVisionEmbeddings(nn.Module):
-    """Patches after a class token, with learned positions if `config.pos_emb` and an optional mask token."""
+    """Patches after a class token, with learned positions if `config.pos_emb` and an optional mask token.
+
+    A norm follows if `config.embedding_norm`."""
 
     def __init__(self, config: LionVisionConfig, use_mask_token: bool = False):
         super().__init__()
@@ -80,6 +84,7 @@ class LionVisionEmbeddings(nn.Module):
         self.position_embeddings = (
             nn.Parameter(torch.empty(1, positions, config.hidden_size)) if config.pos_emb else None
         )
+        self.norm = encoder_norm(config) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -94,8 +99,8 @@ class LionVisionEmbeddings(nn.Module):
             patches = self._masked(patches, bool_masked_pos, grid)
         embeddings = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1)
         if self.position_embeddings is None:
-            return embeddings
-        return self.dropout(embeddings + self._positions(grid, interpolate_pos_encoding))
+            return self.norm(embeddings)
+        return self.dropout(self.norm(embeddings + self._positions(grid, interpolate_pos_encoding)))
 
     def _masked(self, patches: Tensor, bool_masked_pos: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.mask_token is None:
@@ -169,7 +174,7 @@ class LionVisionModel(LionVisionPreTrainedModel):
         super().__init__(config)
         self.embeddings = LionVisionEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList([LionVisionLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = self.layers[-1].final_norm()
+        self.norm = final_norm(config)
         self.scans = scans_of(config)  # what the layers were built with, even if the configuration changes
         self.post_init()
 

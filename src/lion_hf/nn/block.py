@@ -4,7 +4,8 @@ import functools
 
 from torch import Tensor, nn
 
-from .names import BLOCK_OPTIONS, require_name, require_rate, require_size
+from .names import BLOCK_OPTIONS, require_name, require_rate
+from .norms import token_norm
 
 
 class DropPath(nn.Module):
@@ -23,7 +24,7 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A mixer and an MLP, each with a LayerNorm and a residual connection.
+    """A mixer and an MLP, each with a norm and a residual connection.
 
     `norm_position` selects the order::
 
@@ -36,12 +37,17 @@ class Block(nn.Module):
             arguments of `forward`. It returns (batch, length, dim), or a tuple that begins with it.
         mlp: a module from (batch, length, dim) to the same shape, such as `MLP`.
         norm_position: "post" (default) or "pre".
-        norm_eps: eps of both LayerNorms.
+        norm_type: "layer" (LayerNorm, default) or "rms" (RMSNorm), also of `final_norm`.
+        norm_eps: eps of both norms.
+        use_bias: whether LayerNorms have a bias; True by default. RMSNorm has none.
+        first_norm: whether the mixer of a pre-norm block reads normalised tokens; True by default. The first block of
+            an encoder with normalised embeddings can do without, as in ModernBERT.
         dropout: dropout rate of what is added to the residual stream, in [0, 1).
         drop_path: rate of stochastic depth, in [0, 1).
 
     Raises:
-        ValueError: if `norm_position` is unknown, a rate is not in [0, 1), or `norm_eps` is negative or not finite.
+        ValueError: if `norm_position` or `norm_type` is unknown, a rate is not in [0, 1), `norm_eps` is negative or not
+            finite, or `first_norm` is False in a post-norm block.
     """
 
     def __init__(
@@ -51,21 +57,29 @@ class Block(nn.Module):
         mlp: nn.Module,
         *,
         norm_position: str = "post",
+        norm_type: str = "layer",
         norm_eps: float = 1e-5,
+        use_bias: bool = True,
+        first_norm: bool = True,
         dropout: float = 0.0,
         drop_path: float = 0.0,
     ):
         super().__init__()
         require_name("norm_position", norm_position, BLOCK_OPTIONS["norm_position"])
         self.norm_position = norm_position
-        self._norm = norm = functools.partial(nn.LayerNorm, dim, eps=norm_eps)
+        if not first_norm and norm_position != "pre":
+            raise ValueError(
+                f"first_norm is {first_norm!r} with norm_position={norm_position!r}; only pre-norm blocks can do "
+                "without the norm before the first mixer. Set norm_position='pre' or first_norm=True."
+            )
+        self._norm = norm = functools.partial(token_norm, norm_type, dim, norm_eps, use_bias)
         # In the order of computation. Optimizer states number the parameters, so this order must not change.
         if norm_position == "pre":
-            self.mixer_norm, self.mixer, self.mlp_norm, self.mlp = norm(), mixer, norm(), mlp
+            self.mixer_norm = norm() if first_norm else nn.Identity()
+            self.mixer, self.mlp_norm, self.mlp = mixer, norm(), mlp
         else:
             self.mixer, self.mixer_norm, self.mlp, self.mlp_norm = mixer, norm(), mlp, norm()
         require_rate("dropout", dropout)
-        require_size("norm_eps", norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.drop_path = DropPath(drop_path)
 
@@ -87,8 +101,12 @@ class Block(nn.Module):
         return self.mlp_norm(hidden_states + self._branch(self.mlp(hidden_states)))
 
     def final_norm(self) -> nn.Module | None:
-        """Return a new LayerNorm for the end of a stack of pre-norm blocks; None for post-norm blocks."""
-        return self._norm() if self.norm_position == "pre" else None
+        """Return a new norm for the end of a stack of pre-norm blocks; None for post-norm blocks."""
+        return self.new_norm() if self.norm_position == "pre" else None
+
+    def new_norm(self) -> nn.Module:
+        """Return a new norm like those of the block."""
+        return self._norm()
 
     def _mix(self, x: Tensor, key_mask: Tensor | None, mixing: dict) -> Tensor:
         mixed = self.mixer(x, key_mask, **mixing)

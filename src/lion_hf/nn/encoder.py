@@ -1,5 +1,6 @@
 """A stack of blocks over tokens of text, images or anything else, with key masks, packing and unpadding."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,9 +9,11 @@ from torch import Tensor, nn
 from ..ops.checks import check_key_mask, is_abstract, is_exporting, values_can_be_read
 from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
-from .mixer import NO_MATRIX_OF_PACKED_ROWS, Mixer
+from .mixer import Mixer
+from .mixer_checks import NO_MATRIX_OF_PACKED_ROWS
 from .mlp import MLP
 from .names import BLOCK_OPTIONS, MLP_TYPES, require_name, require_rate
+from .norms import token_norm
 from .softmax import SoftmaxMixer
 
 
@@ -85,7 +88,7 @@ def unpadded_row(
 
 
 class Encoder(nn.Module):
-    """A stack of `Block`, followed by a LayerNorm if the blocks are pre-norm.
+    """A stack of `Block`, followed by a norm if the blocks are pre-norm.
 
     By default it is pre-norm with normalised outputs, like the image encoders of the paper (arXiv 2502.16249).
 
@@ -105,7 +108,14 @@ class Encoder(nn.Module):
         mlp_type: "mlp" (default), or "glu" for gated MLPs.
         activation: activation of the MLPs, as in `MLP`.
         norm_position: "pre" (default) or "post", as in `Block`.
-        norm_eps: eps of all LayerNorms of the blocks, and of the last one.
+        norm_type: "layer" (LayerNorm, default) or "rms" (RMSNorm): the norms of the blocks and those below.
+        norm_eps: eps of these norms.
+        use_bias: whether projections of the mixers, MLPs and norms have a bias; True by default. Gates of decays and
+            short convolutions keep theirs.
+        final_norm: whether a norm follows the last block; by default if `norm_position` is "pre".
+        embedding_norm: whether a norm precedes the first block; False by default.
+        first_norm: whether the mixer of the first block reads normalised tokens; True by default. False requires
+            pre-norm blocks.
         dropout: dropout rate of residual branches and inside the MLPs, in [0, 1).
         drop_path: rate of stochastic depth of the last block, in [0, 1). The rates of earlier blocks rise linearly
             from 0.
@@ -130,7 +140,12 @@ class Encoder(nn.Module):
         mlp_type: str = "mlp",
         activation: str | Callable[[Tensor], Tensor] = "gelu",
         norm_position: str = "pre",
+        norm_type: str = "layer",
         norm_eps: float = 1e-5,
+        use_bias: bool = True,
+        final_norm: bool | None = None,
+        embedding_norm: bool = False,
+        first_norm: bool = True,
         dropout: float = 0.0,
         drop_path: float = 0.0,
         attention_dropout: float = 0.0,
@@ -148,27 +163,32 @@ class Encoder(nn.Module):
             raise ValueError(f"direction is {options['direction']!r}, but softmax_layers read both directions.")
         require_rate("attention_dropout", attention_dropout)
         self.attention_dropout, self.unpad = attention_dropout, unpad
-        block_options = {"norm_position": norm_position, "norm_eps": norm_eps, "dropout": dropout}
+        block_options = {"norm_position": norm_position, "norm_type": norm_type, "use_bias": use_bias}
+        block_options |= {"norm_eps": norm_eps, "dropout": dropout}
         block_options |= {name: options.pop(name) for name in BLOCK_OPTIONS if name in options}
-        softmax_options = {k: v for k, v in options.items() if k == "qkv_bias"}
+        biases = {"qkv_bias": options.pop("qkv_bias", True) and use_bias, "out_bias": use_bias}
 
         def block(i: int) -> Block:
             if i in softmax_layers:
-                mixer = SoftmaxMixer(dim, heads, **softmax_options)
+                mixer = SoftmaxMixer(dim, heads, **biases)
             else:
-                mixer = Mixer(dim, heads, variant, layer_idx=i, num_layers=depth, **options)
+                mixer = Mixer(dim, heads, variant, layer_idx=i, num_layers=depth, **biases, **options)
             mlp = MLP(
                 dim,
                 4 * dim if hidden is None else hidden,
                 activation=activation,
                 gated=mlp_type == "glu",
                 dropout=dropout,
+                bias=use_bias,
             )
             rate = drop_path_rates(drop_path, depth)[i]
-            return Block(dim, mixer, mlp, drop_path=rate, **block_options)
+            return Block(dim, mixer, mlp, first_norm=first_norm or i > 0, drop_path=rate, **block_options)
 
         self.layers = nn.ModuleList(block(i) for i in range(depth))
-        self.norm = self.layers[-1].final_norm() if depth else None
+        norm = functools.partial(token_norm, norm_type, dim, norm_eps, use_bias)
+        final_norm = norm_position == "pre" if final_norm is None else final_norm
+        self.norm = norm() if final_norm and depth else None
+        self.embedding_norm = norm() if embedding_norm else None
         if attention_dropout and all(getattr(layer.mixer, "normalize", False) for layer in self.layers):
             raise ValueError(
                 f"attention_dropout is {attention_dropout}, but all mixers normalise their outputs, which disables it. "
@@ -202,6 +222,7 @@ class Encoder(nn.Module):
         Raises:
             ValueError: as in `run_blocks` and `Mixer.forward`.
         """
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
         x = run_blocks(
             self.layers, x, key_mask, cu_seqlens=cu_seqlens, unpadding=self.unpad, training=self.training, paths=paths,
             format=format, chunk_size=chunk_size, dropout=self.attention_dropout,

@@ -11,6 +11,10 @@ from ..ops.backend import fused_unit_silu
 from .registry import at_least_float32
 
 
+# Added to the squared length of silu(x), which is 0 where x is 0.
+COSINE_EPS = 1e-6
+
+
 class UnitSiLU(torch.autograd.Function):
     """silu(x) + 1/2, divided by its norm over the last dimension, computed in float32 or wider.
 
@@ -54,6 +58,26 @@ class _TransformableUnitSiLU(UnitSiLU):
         du = dx.to(norm.dtype) * _silu_slope(x.to(norm.dtype))
         dnorm = (du * wide).sum(-1, keepdim=True)
         return ((du - wide * dnorm) / norm).to(y.dtype), dnorm
+
+
+class CosineSiLU(UnitSiLU):
+    """silu(x), divided by its norm over the last dimension, computed in float32 or wider.
+
+    `COSINE_EPS` is added to the squared norm, so that outputs and gradients of x = 0 are finite. The derivatives are
+    those of `UnitSiLU`, in terms of the output and the norm.
+    """
+
+    @staticmethod
+    def forward(x):
+        y = F.silu(at_least_float32(x))
+        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True).square().add_(COSINE_EPS).sqrt_()
+        return y.div_(norm).to(x.dtype), norm
+
+
+class _TransformableCosineSiLU(CosineSiLU, _TransformableUnitSiLU):
+    """`CosineSiLU` with support for forward mode, which compiled graphs reject."""
+
+    setup_context = staticmethod(_TransformableUnitSiLU.setup_context)
 
 
 class PositiveELU(torch.autograd.Function):
@@ -114,4 +138,14 @@ def unit_silu(x: Tensor) -> Tensor:
     return fused(x) if fused else call_function(UnitSiLU.forward, UnitSiLU, _TransformableUnitSiLU, x)[0]
 
 
-FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"identity": identity, "elu": elu, "unit_silu": unit_silu}
+def silu(x: Tensor) -> Tensor:
+    """Return silu(x), normalised to length 1. Its sign varies, so outputs must not be divided by their row sums."""
+    return call_function(CosineSiLU.forward, CosineSiLU, _TransformableCosineSiLU, x)[0]
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": identity,
+    "elu": elu,
+    "unit_silu": unit_silu,
+    "silu": silu,
+}

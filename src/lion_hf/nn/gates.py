@@ -1,7 +1,13 @@
 """The linear layer of gates, whose few outputs need more bits than the rest of a model."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for a type of device. Some types, such as "meta", have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 class GateLinear(NonDynamicallyQuantizableLinear):
@@ -19,7 +25,10 @@ class GateLinear(NonDynamicallyQuantizableLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (..., out_features) for x (..., in_features), in the dtype of the weights."""
+        """Return (..., out_features) for x (..., in_features), in the dtype of the weights, or of autocast."""
+        device = x.device.type
+        if self.weight.dtype == torch.float32 and autocasts(device) and x.dtype == torch.get_autocast_dtype(device):
+            return super().forward(x)  # autocast would cast the input back
         return super().forward(x.to(self.weight.dtype))
 
 

@@ -7,13 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.checks import check_key_mask, makes_graph, values_can_be_read
+from ..ops.checks import check_key_mask, is_exporting, makes_graph
 from .features import FUNCTIONS
+from .gates import autocasts
 from .learned_features import MODULES, require_positive_scores
 from .local import Sequences, neighbours, short_conv
+from .mixer_checks import NO_MATRIX_OF_PACKED_ROWS as NO_MATRIX_OF_PACKED_ROWS
+from .mixer_checks import (
+    chosen_feature_map,
+    chosen_normalize,
+    head_windows,
+    require_added,
+    require_matrix,
+    require_stated,
+)
 from .names import (
+    COSINE_MAPS,
+    DECAY_INITS,
     DIRECTIONS,
-    FEATURE_MAPS,
     MIXER_OPTIONS,
     require_mixer_option,
     require_name,
@@ -22,19 +33,10 @@ from .names import (
 )
 from .norms import OutputNorm
 from .operators import OPERATORS, Operator, Path, has_matrix, matrix_of_identity, require_operator, run_scans
-from .registry import DECAY_SHAPES, Recurrence, Variant, variant_class
+from .registry import Recurrence, Variant, variant_class
 
-
-# Number of dimensions of the log-decay, by the attribute `decay` of the variant.
-_LOG_DECAY_DIMS = {None: None, "head": 1, "channel": 2, "token": 3, "token_channel": 4}
 
 _GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
-
-NO_MATRIX_OF_PACKED_ROWS = (
-    "This row holds several packed sequences, for which no attention matrix is built, but output_attentions=True or "
-    "attention dropout in training needs one. Give each sequence its own row, or set output_attentions to False and "
-    "dropout or attention_probs_dropout_prob to 0."
-)
 
 
 class TokenMixer(nn.Module):
@@ -44,6 +46,7 @@ class TokenMixer(nn.Module):
         dim: width of the tokens, a multiple of `heads`.
         heads: number of heads, each `dim // heads` wide.
         qkv_bias: whether the projections of query, key and value have a bias; True by default.
+        out_bias: whether the projection of the output has a bias; True by default.
         key_heads: number of heads of query and key, `heads` (default) or a divisor of it.
         key_dim: width of each head of query and key, by default that of the values.
 
@@ -57,6 +60,7 @@ class TokenMixer(nn.Module):
         heads: int,
         *,
         qkv_bias: bool = True,
+        out_bias: bool = True,
         key_heads: int | None = None,
         key_dim: int | None = None,
     ):
@@ -72,7 +76,7 @@ class TokenMixer(nn.Module):
         self.q_proj = nn.Linear(dim, self.key_heads * self.key_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(dim, self.key_heads * self.key_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(dim, dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(dim, dim)
+        self.o_proj = nn.Linear(dim, dim, bias=out_bias)
 
     @property
     def takes_packed_rows(self) -> bool:
@@ -112,18 +116,24 @@ class Mixer(TokenMixer):
         heads: number of heads, each `dim // heads` wide.
         variant: name of a registered variant: "lit" (no decay), "decay" (a learned decay per head), "selective" (a
             decay per token and head), another one of the package, or a custom variant, see `register_variant`.
-        feature_map: function of query and key: "identity", "elu", "unit_silu", or "hedgehog", which is learned: its
-            modules are `q_feature` and `k_feature`, see `Hedgehog`. By default that of the variant if outputs are
-            normalised, otherwise "identity".
-        normalize: whether to divide outputs by their row sums. Row sums must be positive, which all feature maps but
-            "identity" ensure. By default that of the variant, which is True for all variants of the paper. The text
-            models of the paper set it to False. Variants whose scores may be negative (`signed`) do not support it.
+        feature_map: function of query and key: "identity", "elu", "unit_silu", "silu" (silu, scaled to length 1; scores
+            are then cosines, with the scale 1 instead of `key_dim**-0.5`) or "hedgehog", which is learned: its modules
+            are `q_feature` and `k_feature`, see `Hedgehog`. By default that of the variant if outputs are normalised,
+            otherwise "identity".
+        normalize: whether to divide outputs by their row sums. Row sums must be positive, which "elu", "unit_silu" and
+            "hedgehog" ensure. By default that of the variant, which is True for all variants of the paper, but False
+            for the feature map "silu". The text models of the paper set it to False. Variants whose scores may be
+            negative (`signed`) do not support it.
         norm: whether to apply a LayerNorm (eps 1e-5) over all heads before the output projection.
         scans: 1, or 2 for the mean of two scans of a grid, each with its own decays. Variants may use fewer.
         prefix_tokens: number of tokens at the beginning of each row that do not decay in LION-S, such as the class
             token of an image. Variants without a decay per token ignore it.
         gate_eps: added to the decays of "selective" before their logarithm; 1e-7 in the authors' text models.
-        qkv_bias: whether the projections of query, key and value have a bias.
+        qkv_bias: whether the projections of query, key, value and output gate have a bias.
+        out_bias: whether the projection of the output, and the LayerNorm of `norm`, have a bias.
+        decay_init: "normal" (default): the initial decays of the variant. "windows": those of `set_windows`.
+        decay_windows: windows of `decay_init="windows"`, in tokens: (smallest, largest), by default (4, 512), or one
+            per head.
         layer_idx: index of the layer in the encoder, counted from 0, for variants that depend on it.
         num_layers: number of layers of the encoder, for variants that depend on it.
         direction: "both" (default), or "forward" or "backward" for the causal layer, whose tokens read themselves and
@@ -147,8 +157,8 @@ class Mixer(TokenMixer):
     Raises:
         ValueError: if a name is unknown, a number is out of range, `dim` is not a multiple of `heads`, `gate_eps` is
             negative or not finite; if the feature map is "identity" although outputs are normalised and the variant
-            does not use it by default, or outputs of a signed variant are normalised; if `norm` and `output_norm` are
-            both set, or several scans have one direction.
+            does not use it by default, or outputs of a signed variant or feature map are normalised; if `norm` and
+            `output_norm` are both set, or several scans have one direction; for windows as in `head_windows`.
     """
 
     def __init__(
@@ -164,6 +174,9 @@ class Mixer(TokenMixer):
         prefix_tokens: int = 0,
         gate_eps: float = 0.0,
         qkv_bias: bool = True,
+        out_bias: bool = True,
+        decay_init: str = "normal",
+        decay_windows: Sequence[float] = (4, 512),
         layer_idx: int = 0,
         num_layers: int = 1,
         direction: str = "both",
@@ -177,9 +190,9 @@ class Mixer(TokenMixer):
         stated = variant_class(variant)
         key_heads = stated.option("key_heads") if key_heads is None else key_heads
         key_dim = stated.option("key_dim") if key_dim is None else key_dim
-        super().__init__(dim, heads, qkv_bias=qkv_bias, key_heads=key_heads, key_dim=key_dim)
+        super().__init__(dim, heads, qkv_bias=qkv_bias, out_bias=out_bias, key_heads=key_heads, key_dim=key_dim)
         self.variant: type[Variant] = stated
-        self.normalize = chosen_normalize(self.variant, normalize)
+        self.normalize = chosen_normalize(self.variant, normalize, feature_map)
         self.feature_map = chosen_feature_map(self.variant, feature_map, self.normalize)
         self.scans = self.variant.scans_taken(scans)
         require_size("gate_eps", gate_eps)
@@ -197,8 +210,10 @@ class Mixer(TokenMixer):
         self._build_options(qkv_bias, norm, output_gate=output_gate, output_norm=output_norm, **options)
         for view in self.views():
             view.build()
-            _require_added(view)
-        self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else None
+            require_added(view)
+        self.norm = nn.LayerNorm(dim, eps=1e-5, bias=out_bias) if norm else None
+        require_name("decay_init", decay_init, DECAY_INITS)
+        self.initial_windows = head_windows(decay_windows, heads).tolist() if decay_init == "windows" else None
         self.reset_parameters()
 
     def _build_options(self, bias: bool, norm: bool, **options) -> None:
@@ -241,7 +256,8 @@ class Mixer(TokenMixer):
     def init_variant(self, init: ModuleType) -> None:
         """Initialise the weights of the variant and its options with the functions of `init`, such as `torch.nn.init`.
 
-        Convolutions get PyTorch's default, norms 1, and token shifts the mean of a token and its neighbours.
+        Decays start from the windows of the options, if there are any. Convolutions get PyTorch's default, norms 1, and
+        token shifts the mean of a token and its neighbours.
         """
         for conv in (getattr(self, f"{name}_conv") for name in "qkv" if self.short_conv):
             bound = self.short_conv**-0.5
@@ -255,6 +271,16 @@ class Mixer(TokenMixer):
             init.ones_(self.out_norm.weight)
         for view in self.views():
             view.init_weights(init)
+        if self.initial_windows is not None:
+            self._init_windows(self.initial_windows)
+
+    def _init_windows(self, windows: Sequence[float]) -> None:
+        """Set the windows, but keep the weights that Transformers has loaded from a checkpoint."""
+        loaded = [weight for weight in self.parameters() if getattr(weight, "_is_hf_initialized", False)]
+        kept = [weight.clone() for weight in loaded]
+        self.set_windows(windows)
+        for weight, value in zip(loaded, kept, strict=True):
+            weight.copy_(value)
 
     @torch.no_grad()
     def set_windows(self, windows: Sequence[float] | Tensor) -> None:
@@ -326,7 +352,9 @@ class Mixer(TokenMixer):
         decayed = inputs.get("decay", x)
         recurrences = [view.prepare(decayed, query, key, value, self.prefix_tokens) for view in self.views()]
         for recurrence in recurrences:
-            _require_stated(self.variant, recurrence)
+            require_stated(self.variant, recurrence)
+        if self.feature_map in COSINE_MAPS:  # unless the variant has a scale of its own
+            recurrences = [r._replace(arguments={"scale": 1.0, **r.arguments}) for r in recurrences]
         return recurrences, inputs.get("gate", x)
 
     def forward(
@@ -368,6 +396,7 @@ class Mixer(TokenMixer):
         dropout = dropout if self.training and not self.normalize else 0.0
         key_mask = self.checked_mask(x, key_mask)
         self._check_call(x.shape[1], key_mask, cu_seqlens, paths)
+        x = self._in_autocast_dtype(x)
         recurrences, gate = self._prepared(x, Sequences(key_mask, cu_seqlens, self.prefix_tokens))
         weights = None
         if output_attentions or dropout:
@@ -379,6 +408,14 @@ class Mixer(TokenMixer):
             mixed = self._mixed(recurrences, key_mask, cu_seqlens, paths, form)
         mixed = self.o_proj(self._normed(mixed.transpose(1, 2).flatten(2), gate))
         return (mixed, weights) if output_attentions else mixed
+
+    def _in_autocast_dtype(self, x: Tensor) -> Tensor:
+        """Cast float32 tokens to the dtype of autocast, once for all projections and their gradients.
+
+        Autocast would cast them for each linear layer. A token shift subtracts neighbours first, in float32."""
+        if x.dtype != torch.float32 or self.token_shift or is_exporting() or not autocasts(x.device.type):
+            return x
+        return x.to(torch.get_autocast_dtype(x.device.type))
 
     def _normed(self, mixed: Tensor, gate: Tensor) -> Tensor:
         """Apply the norm and the gate to the output (batch, length, dim) for the gate's input of the same shape."""
@@ -472,115 +509,4 @@ class Mixer(TokenMixer):
             f", {name}={getattr(self, name)!r}"
             for name, off in {**MIXER_OPTIONS, "direction": "both", "key_heads": self.num_heads}.items()
             if getattr(self, name) != (self.head_dim if name == "key_dim" else off)
-        )
-
-
-def head_windows(windows: Sequence[float], heads: int) -> Tensor:
-    """Return the window of each head, in tokens.
-
-    Args:
-        windows: one number per head, or (smallest, largest), which are spread geometrically over the heads.
-        heads: number of heads.
-
-    Returns:
-        The windows, of shape (heads,) in float64.
-
-    Raises:
-        ValueError: if there are neither two windows nor one per head, or if one is not a finite number above 1.
-    """
-    try:
-        given = torch.tensor(list(windows), dtype=torch.float64)
-    except (TypeError, ValueError, OverflowError):  # not a sequence of numbers
-        given = torch.empty(0)
-    if given.shape not in ((2,), (heads,)) or not bool(((given > 1) & given.isfinite()).all()):
-        raise ValueError(
-            f"windows is {windows!r}; it must be (smallest, largest) or {heads} numbers, one per head, each a finite "
-            "number of tokens above 1."
-        )
-    if len(given) == heads:
-        return given
-    return torch.logspace(0, 1, heads, base=float(given[1] / given[0]), dtype=torch.float64) * given[0]
-
-
-def _require_added(view: Variant) -> None:
-    """Raise an error if `build` set a weight as an attribute, or the class names one that `build` did not add."""
-    kind = type(view)
-    for name, value in vars(view).items():
-        if name != "mixer" and isinstance(value, (Tensor, nn.Module)):
-            raise ValueError(
-                f"{kind.__name__}.build sets self.{name}; write self.add({name!r}, ...), so that the weight belongs to "
-                "the mixer."
-            )
-    for name in kind.float32_weights:
-        if not hasattr(view.mixer, name):
-            raise ValueError(f"{kind.__name__}.float32_weights names {name!r}, but build adds no weight of this name.")
-
-
-def _require_stated(variant: type[Variant], recurrence: Recurrence) -> None:
-    """Raise an error if `prepare` returned something else than its class declares."""
-    if not isinstance(recurrence, Recurrence):
-        raise TypeError(
-            f"{variant.__name__}.prepare returned {type(recurrence).__name__}; it must return a Recurrence."
-        )
-    decay = recurrence.log_decay
-    if (None if decay is None else decay.dim()) != _LOG_DECAY_DIMS[variant.decay]:
-        found = "no log_decay" if decay is None else f"a log_decay of shape {tuple(decay.shape)}"
-        raise ValueError(
-            f"{variant.__name__} sets decay = {variant.decay!r}, but prepare returned {found}. "
-            f"{', '.join(f'{kind!r} means {shape}' for kind, shape in DECAY_SHAPES.items())}, and None means no "
-            "log_decay."
-        )
-    if decay is not None and values_can_be_read(decay) and bool((decay > 0).any()):
-        raise ValueError(
-            f"{variant.__name__}.prepare returned a positive log_decay (largest: {decay.max().item()}); it is the "
-            "logarithm of a decay in [0, 1], so every entry must be <= 0. Use logsigmoid, or clamp(max=0)."
-        )
-
-
-def chosen_normalize(variant: type[Variant], normalize: bool | None) -> bool:
-    """Return whether a mixer divides outputs by their row sums, by default what the variant says.
-
-    Raises:
-        ValueError: if it should, although the scores of the variant may be negative, or `normalize` is no bool.
-    """
-    if normalize not in (None, True, False):
-        raise ValueError(f"normalize is {normalize!r}; it must be True, False, or None for what the variant says.")
-    if normalize and variant.signed:
-        raise ValueError(
-            f"normalize is {normalize!r}, but scores of {variant.label} may be negative, so outputs cannot be divided "
-            "by their sums. Set normalize=False, and output_norm to 'rms' for outputs of one size."
-        )
-    return variant.normalizes() if normalize is None else normalize
-
-
-def chosen_feature_map(variant: type[Variant], name: str | None, normalize: bool) -> str:
-    """Return the feature map of a mixer, `name` or by default that of the variant.
-
-    Raises:
-        ValueError: if the name is unknown, or is "identity" although outputs are divided by their row sums and the
-            variant does not use it by default.
-    """
-    if name is None:
-        return variant.feature_map if normalize else "identity"
-    require_name("feature_map", name, FEATURE_MAPS)
-    if normalize and name == "identity" and variant.feature_map != "identity":
-        raise ValueError(
-            "feature_map is 'identity' with normalize=True, which divides by sums of scores of either sign. Set it to "
-            "'elu' or 'unit_silu', or set normalize=False."
-        )
-    return name
-
-
-def require_matrix(format: str, output_attentions: bool, cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError for packed rows, and for a form that never builds the attention matrix."""
-    if cu_seqlens is not None:
-        raise ValueError(NO_MATRIX_OF_PACKED_ROWS)
-    if format.lower() not in ("attention", "auto"):
-        cause = (
-            "output_attentions=True" if output_attentions else "dropout or attention_probs_dropout_prob > 0 in training"
-        )
-        raise ValueError(
-            f"{cause} needs the attention matrix, which format={format!r} never builds. Set format or "
-            "model.config.format to 'attention' or 'auto'"
-            + ("." if output_attentions else ", or set dropout or attention_probs_dropout_prob to 0.")
         )

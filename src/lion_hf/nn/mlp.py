@@ -21,6 +21,7 @@ class MLP(nn.Module):
         activation: "gelu" (default), "relu", "silu", or a module or function of a tensor.
         gated: whether to multiply by a third linear layer.
         dropout: dropout rate before the last linear layer, in [0, 1).
+        bias: whether the linear layers have a bias; True by default.
 
     Raises:
         ValueError: if the name of the activation is unknown, or the dropout rate is not in [0, 1).
@@ -34,6 +35,7 @@ class MLP(nn.Module):
         activation: str | Callable[[Tensor], Tensor] = "gelu",
         gated: bool = False,
         dropout: float = 0.0,
+        bias: bool = True,
     ):
         super().__init__()
         if isinstance(activation, str):
@@ -43,10 +45,10 @@ class MLP(nn.Module):
                     "or a module or function."
                 )
             activation = ACTIVATIONS[activation]()
-        self.up_proj = nn.Linear(dim, hidden)
+        self.up_proj = nn.Linear(dim, hidden, bias=bias)
         self.act_fn = activation
-        self.gate_proj = nn.Linear(dim, hidden) if gated else None
-        self.down_proj = nn.Linear(hidden, dim)
+        self.gate_proj = nn.Linear(dim, hidden, bias=bias) if gated else None
+        self.down_proj = nn.Linear(hidden, dim, bias=bias)
         require_rate("dropout", dropout)
         self.dropout = nn.Dropout(dropout)
 

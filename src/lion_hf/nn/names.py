@@ -7,9 +7,14 @@ from numbers import Real
 
 
 # Feature maps, see features.py and, for those with parameters, learned_features.py.
-FEATURE_MAPS = ("identity", "elu", "unit_silu", "hedgehog")
-# Options of a block, see block.py. Encoders and configurations read this table.
-BLOCK_OPTIONS = {"norm_position": ("post", "pre")}
+FEATURE_MAPS = ("identity", "elu", "unit_silu", "silu", "hedgehog")
+# Feature maps of either sign with length 1: scores are cosines, which are not divided by their sums, and have scale 1.
+COSINE_MAPS = ("silu",)
+# Options of a block, see block.py, with the values that are allowed, the default first. Encoders and configurations
+# read this table.
+BLOCK_OPTIONS = {"norm_position": ("post", "pre"), "norm_type": ("layer", "rms"), "use_bias": (True, False)}
+# Initial decays of a mixer: those of the variant, or windows that are spread over the heads.
+DECAY_INITS = ("normal", "windows")
 # Types of the MLP, see mlp.py: "glu" is gated.
 MLP_TYPES = ("mlp", "glu")
 # What tokens read: both sides, or only the tokens before or after them.

@@ -1,10 +1,28 @@
-"""Norms of the output of a mixer, over all heads, over groups of them or over each of them."""
+"""Norms of tokens by the name of their type, and norms of the output of a mixer over its heads."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .names import BLOCK_OPTIONS, require_name, require_size
 from .registry import at_least_float32
+
+
+def token_norm(kind: str, dim: int, eps: float = 1e-5, bias: bool = True) -> nn.Module:
+    """Return a new norm of tokens (..., dim).
+
+    Args:
+        kind: "layer": LayerNorm. "rms": RMSNorm, which divides tokens by their root mean square, and has no bias.
+        dim: width of the tokens.
+        eps: added to the variance or mean square.
+        bias: whether a LayerNorm has a bias.
+
+    Raises:
+        ValueError: if the name is unknown, or `eps` is negative or not finite.
+    """
+    require_name("norm_type", kind, BLOCK_OPTIONS["norm_type"])
+    require_size("norm_eps", eps)
+    return nn.RMSNorm(dim, eps=eps) if kind == "rms" else nn.LayerNorm(dim, eps=eps, bias=bias)
 
 
 class OutputNorm(nn.Module):

@@ -1,5 +1,6 @@
 """Scans of a grid along several paths, and their mean, for image encoders (arXiv 2502.16249)."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -95,7 +96,7 @@ def averaged_scans(
         return _lion_scans(query, key, value, log_decays, orders, format, chunk_size, normalize, eps, check_values)
     scans = _scans(query, key, value, log_decays, orders, options)
     largest = _largest_weights(scans, value) if normalize else None
-    numerator = denominator = 0
+    found = []
     for (order, inverse), arguments in zip(orders, scans, strict=True):
         if largest is not None:
             arguments = _less_weight(arguments, largest)
@@ -104,8 +105,8 @@ def averaged_scans(
             format=format, chunk_size=chunk_size, normalize=normalize, return_denominator=True, eps=eps,
             check_values=check_values,
         )  # fmt: skip
-        numerator, denominator = numerator + n.index_select(2, inverse), denominator + c.index_select(2, inverse)
-    numerator, denominator = numerator / len(scans), denominator / len(scans)
+        found.append((n.index_select(2, inverse), c.index_select(2, inverse)))
+    numerator, denominator = (functools.reduce(torch.add, parts) / len(scans) for parts in zip(*found, strict=True))
     if normalize:
         one = torch.ones_like(denominator) if largest is None else torch.exp(-largest).to(denominator.dtype)
         below = denominator.abs().maximum(one) if normalize == "clamp" else denominator + eps * one
@@ -197,13 +198,14 @@ def _lion_scans(query, key, value, log_decays, orders, format, chunk_size, norma
         options = Options(form, chunk_size, query.shape[-1] ** -0.5, result, eps, list(orders))
         with without_autocast(query.device):
             return lion(query, key, value, None, options, *log_decays).to(value.dtype)
-    numerator = denominator = 0
+    found = []
     for log_decay, (order, inverse) in zip(log_decays, orders, strict=True):
         if kernels is not None:
-            n, c = kernels(query, key, value, log_decay, None, None, query.shape[-1] ** -0.5, eps, "both", path=order)
+            scale = query.shape[-1] ** -0.5
+            found.append(kernels(query, key, value, log_decay, None, None, scale, eps, "both", path=order))
         else:
-            n, c = _along(order, inverse, query, key, value, log_decay, form, chunk_size)
-        numerator, denominator = numerator + n, denominator + c
+            found.append(_along(order, inverse, query, key, value, log_decay, form, chunk_size))
+    numerator, denominator = (functools.reduce(torch.add, parts) for parts in zip(*found, strict=True))
     scans = len(log_decays)
     if not normalize:
         return (numerator / scans).to(value.dtype)
