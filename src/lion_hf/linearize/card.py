@@ -18,7 +18,7 @@ from .run import Linearizer
 
 # Files of a folder of sentence-transformers that do not depend on the encoder.
 _SENTENCE_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
-# Modules of sentence-transformers that keep their meaning with another encoder, by the end of their type.
+# Ways to pool, by their names in folders of sentence-transformers.
 _POOLINGS = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
 
 _TEXT = """# {title}
@@ -100,7 +100,13 @@ def pooling_of(source: str) -> str | None:
 
 
 def write_folder(
-    out: Path, run: Linearizer, tokenizer: PreTrainedTokenizerBase, source: str, after: dict, text: str
+    out: Path,
+    run: Linearizer,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    after: dict,
+    text: str,
+    context: int | None = None,
 ) -> None:
     """Save model, tokenizer, card and, for a sentence encoder, the files of sentence-transformers.
 
@@ -111,16 +117,19 @@ def write_folder(
         source: name of the source.
         after: the measurements after training.
         text: names of the text files.
+        context: number of tokens that the result reads, if it is not that of the source.
     """
     run.pair.student.save_pretrained(out)
+    if context is not None:
+        tokenizer.model_max_length = context
     tokenizer.save_pretrained(out)
     sentences = Path(source, "modules.json").is_file()
     if sentences:
-        _copy_sentence_files(Path(source), out)
+        _copy_sentence_files(Path(source), out, context)
     card(run, source, after, text, sentences).save(out / "README.md")
 
 
-def _copy_sentence_files(source: Path, out: Path) -> None:
+def _copy_sentence_files(source: Path, out: Path, context: int | None) -> None:
     modules = json.loads((source / "modules.json").read_text())
     inner = transformer_folder(str(source))
     for module in modules:
@@ -128,10 +137,12 @@ def _copy_sentence_files(source: Path, out: Path) -> None:
         if module["path"] and str(folder) != inner and folder.is_dir():
             shutil.copytree(folder, out / module["path"], dirs_exist_ok=True)
     for name in _SENTENCE_FILES:
-        for place in (source, Path(inner)):
-            if (place / name).is_file():
-                shutil.copyfile(place / name, out / name)
-                break
+        found = next((place / name for place in (source, Path(inner)) if (place / name).is_file()), None)
+        if found is not None:
+            options = json.loads(found.read_text())
+            if context is not None and "max_seq_length" in options:
+                options["max_seq_length"] = context
+            (out / name).write_text(json.dumps(options, indent=2))
     for module in modules:
         if str(source / module["path"]) == inner:
             module["path"] = ""  # the encoder's files are in the folder itself

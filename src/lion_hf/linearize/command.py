@@ -97,7 +97,7 @@ def linearize(
     run.train()
     after = measure(pair, batches, pooling)
     pair.student.to("cpu")
-    write_folder(out, run, tokenizer, source, after, ", ".join(Path(name).name for name in text))
+    write_folder(out, run, tokenizer, source, after, ", ".join(Path(name).name for name in text), context)
     (out / STATE).unlink(missing_ok=True)
     return {"before": run.progress.before, "after": after}
 

@@ -21,7 +21,7 @@ STATE = "linearize_state.pt"
 # Seconds between two savings of the state, and between two lines of progress.
 _SAVE_EVERY, _SAY_EVERY = 120, 15
 # Share of a stage in which learning rates rise.
-_WARM_UP = 0.05
+_WARM_UP = 0.1
 _MAX_NORM = 1.0
 
 
@@ -43,8 +43,8 @@ class Recipe:
 
     steps: int = 3000
     minutes: float = 30.0
-    first_share: float = 0.4
-    learning_rate: float = 5e-4
+    first_share: float = 0.5
+    learning_rate: float = 2e-4
     map_learning_rate: float = 0.1
     layer_learning_rate: float = 2e-3
     max_length: int = 128
