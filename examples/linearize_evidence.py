@@ -46,7 +46,7 @@ WINDOW = 256  # maximum length of the source as a sentence encoder
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 TEXTS = 32  # at most, of each length
 RECIPE = (
-    "--task custom --sentence1_column sentence --max_length 48 --max_train_samples 4800 --num_train_epochs 1 "
+    "--task custom --sentence1_column sentence --max_length 48 --num_train_epochs 1 "
     "--per_device_train_batch_size 16 --eval_strategy no --save_strategy no --disable_tqdm true"
 )
 NEEDED = (
@@ -140,6 +140,8 @@ def measure_embeddings(data: Path, work: Path, options: argparse.Namespace) -> d
         "encyclopedia": [line for line in lines if line.strip()],
         "reviews": column(data / "reviews/validation.csv", "sentence"),
     }
+    if options.smoke:
+        texts = {kind: rows[:20] for kind, rows in texts.items()}
     texts["both"] = texts["encyclopedia"] + texts["reviews"]
     models, tokenizer = encoders(data, work, options.device), AutoTokenizer.from_pretrained(data / "minilm")
     vectors = {
@@ -153,7 +155,7 @@ def measure_embeddings(data: Path, work: Path, options: argparse.Namespace) -> d
 def sentiment(data: Path, work: Path, options: argparse.Namespace) -> dict:
     """Fine-tune each model at the rate that is best on held-out rows of the training file."""
     train, test = data / "reviews/train.csv", data / "reviews/validation.csv"
-    recipe = RECIPE + ("" if options.device == "cuda" else " --use_cpu true")
+    recipe = f"{RECIPE} --max_train_samples {options.rows}" + ("" if options.device == "cuda" else " --use_cpu true")
     folders = {SOURCE: data / "minilm"} | {name: work / layers for name, layers in MODELS.items()}
 
     def one(job: tuple[str, float, int | None]) -> dict:
@@ -165,24 +167,25 @@ def sentiment(data: Path, work: Path, options: argparse.Namespace) -> dict:
         return run("run_glue.py", flags, place)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        sweep = [(name, rate, None) for name in folders for rate in RATES]
+        sweep = [(name, rate, None) for name in folders for rate in options.rates]
         losses = dict(zip(sweep, pool.map(one, sweep), strict=True))
-        best = {name: min(RATES, key=lambda rate: losses[name, rate, None]["eval_loss"]) for name in folders}
-        jobs = [(name, best[name], seed) for name in folders for seed in SEEDS]
+        best = {name: min(options.rates, key=lambda rate: losses[name, rate, None]["eval_loss"]) for name in folders}
+        jobs = [(name, best[name], seed) for name in folders for seed in options.seeds]
         found = dict(zip(jobs, pool.map(one, jobs), strict=True))
     return {
         name: {
             "learning_rate": best[name],
-            "sweep": {f"{rate:g}": losses[name, rate, None]["eval_loss"] for rate in RATES},
-            "accuracy": [found[name, best[name], seed]["eval_accuracy"] for seed in SEEDS],
-            "loss": [found[name, best[name], seed]["eval_loss"] for seed in SEEDS],
+            "sweep": {f"{rate:g}": losses[name, rate, None]["eval_loss"] for rate in options.rates},
+            "accuracy": [found[name, best[name], seed]["eval_accuracy"] for seed in options.seeds],
+            "loss": [found[name, best[name], seed]["eval_loss"] for seed in options.seeds],
         }
         for name in folders
     }
 
 
-def long_texts(data: Path, length: int, tokenizer) -> list[list[int]]:
-    """Return texts of exactly this many tokens, without special tokens: documents of one genre after the other."""
+def long_texts(data: Path, length: int, tokenizer, count: int) -> list[list[int]]:
+    """Return at most `count` texts of this many tokens, less two for the special ones: documents of one genre after the
+    other."""
     files = [data / f"brown/{part}.csv" for part in ("validation", "train")]
     genres: dict[str, list[str]] = {}
     for file in files:
@@ -193,11 +196,11 @@ def long_texts(data: Path, length: int, tokenizer) -> list[list[int]]:
         ids: list[int] = []
         for document in documents:
             ids += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-            if len(ids) > length * TEXTS:
+            if len(ids) > length * count:
                 break
         texts.append([ids[i : i + length - 2] for i in range(0, len(ids) - length + 3, length - 2)])
     turns = [row[i] for i in range(max(map(len, texts))) for row in texts if i < len(row)]  # genres by turns
-    return turns[:TEXTS]
+    return turns[:count]
 
 
 @torch.no_grad()
@@ -217,8 +220,8 @@ def length(data: Path, work: Path, options: argparse.Namespace) -> dict:
     """Compare embeddings of whole long texts with the mean of the source's windows."""
     models, tokenizer = encoders(data, work, options.device), AutoTokenizer.from_pretrained(data / "minilm")
     rows: dict[str, dict] = {}
-    for tokens in LENGTHS:
-        texts = long_texts(data, tokens, tokenizer)
+    for tokens in options.lengths:
+        texts = long_texts(data, tokens, tokenizer, options.texts)
         windows = torch.stack([encode_ids(models[SOURCE], tokenizer, ids, WINDOW, options.device) for ids in texts])
         readers = {name: (models[name], tokens) for name in MODELS}
         readers["the source, windows of 512 tokens"] = (models[SOURCE], 512)
@@ -279,10 +282,10 @@ def embedding_table(rows: dict) -> list[str]:
 
 def sentiment_table(rows: dict) -> list[str]:
     """Return the lines on sentiment."""
-    source = 100 * mean(rows[SOURCE]["accuracy"])
+    source, seeds = 100 * mean(rows[SOURCE]["accuracy"]), len(rows[SOURCE]["accuracy"])
     lines = [
-        f"Accuracy on reviews/validation.csv after fine-tuning, mean and range over {len(SEEDS)} seeds; the learning "
-        "rate has the lowest loss on held-out rows of the training file.",
+        f"Accuracy on reviews/validation.csv after fine-tuning, mean and range over {seeds} seeds; the learning rate "
+        "has the lowest loss on held-out rows of the training file.",
         "",
         "| model | accuracy (%) | range | less than the source | loss | learning rate |",
         "|---|---|---|---|---|---|",
@@ -330,8 +333,15 @@ def main() -> None:
     add("--threads", type=int, default=2, help="CPU threads of a conversion (default: %(default)s)")
     add("--jobs", type=int, default=1, help="runs at the same time (default: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="device of all models (default: %(default)s)")
+    add("--smoke", action="store_true", help="a few steps, texts and one seed, to see that everything runs")
     add("--draw", action="store_true", help="write the tables again from the stored results")
     options = parser.parse_args()
+    options.seeds, options.rates, options.texts, options.lengths = SEEDS, RATES, TEXTS, LENGTHS
+    options.rows = "4800"
+    if options.smoke:
+        options.flags = "--steps 4 --minutes 0 --max_length 16 --batch_size 4"
+        options.seeds, options.rates, options.texts, options.lengths = SEEDS[:1], RATES[:1], 3, (512,)
+        options.rows = "32 --max_eval_samples 40"
     stored = options.results / "linearize.json"
     rows = json.loads(stored.read_text()) if stored.is_file() else {}
     if not options.draw:

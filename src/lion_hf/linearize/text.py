@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 # Batches are formed from this many batches' worth of pieces, sorted by length, so that little is padded.
 _POOL = 32
+# Number of pieces to measure on, at most.
+_HELD_OUT = 256
 
 
 def read_lines(files: Sequence[str]) -> list[str]:
@@ -52,8 +54,8 @@ class Pieces:
     ):
         self.tokenizer, self.batch_size, self.seed = tokenizer, batch_size, seed
         order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
-        held_out = max(1, min(256, len(lines) // 20))
-        self.held_out = self._cut([lines[i] for i in sorted(order[:held_out])], max_length)
+        held_out = max(1, min(_HELD_OUT, len(lines) // 20))
+        self.held_out = self._cut([lines[i] for i in order[:held_out]], max_length)[:_HELD_OUT]
         self.training = self._cut([lines[i] for i in sorted(order[held_out:])], max_length)
         self.tokens = sum(map(len, self.training))
 
