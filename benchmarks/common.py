@@ -61,6 +61,13 @@ def wall_time(run: Candidate) -> float:
     return time.perf_counter() - begin
 
 
+def cpu_time(run: Candidate) -> float:
+    """Return the time that the processors spent on a run, which other programs disturb less than wall time."""
+    begin = time.process_time()
+    run()
+    return time.process_time() - begin
+
+
 def device_timer(device: torch.device) -> Callable[[Candidate], float]:
     """Return a function that measures one run: device seconds from cold caches, or wall time on a CPU.
 
@@ -114,7 +121,11 @@ def alternate(
 
 
 def compare(
-    reference: Candidate, candidates: dict[Hashable, Candidate], seconds: float = 4.0, rounds: int = 7
+    reference: Candidate,
+    candidates: dict[Hashable, Candidate],
+    seconds: float = 4.0,
+    rounds: int = 7,
+    timer: Callable[[Candidate], float] = wall_time,
 ) -> dict[Hashable, tuple[float, float]]:
     """Return the median seconds of each candidate, and its median ratio to a neighbouring run of the reference.
 
@@ -131,9 +142,9 @@ def compare(
         for name, run in candidates.items():
             # The two take turns in going first, so that the caches favour neither.
             if turn % 2:
-                own, other = wall_time(run), wall_time(reference)
+                own, other = timer(run), timer(reference)
             else:
-                other, own = wall_time(reference), wall_time(run)
+                other, own = timer(reference), timer(run)
             times[name].append((own, own / other))
     return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in times.items()}
 

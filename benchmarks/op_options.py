@@ -11,12 +11,14 @@ from common import (
     added_memory,
     compare,
     count,
+    cpu_time,
     draw_lines,
     goal,
     peak_memory,
     print_table,
     save,
     token_axis,
+    wall_time,
 )
 from torch import Tensor
 
@@ -125,6 +127,10 @@ def make_call(name: str, tensors: Tensors, form: str, chunk_size: int) -> tuple[
     return call, [x for x in inputs.values() if isinstance(x, Tensor)]
 
 
+def timer(arguments: argparse.Namespace) -> Callable[[Callable[[], None]], float]:
+    return cpu_time if arguments.cpu_time else wall_time
+
+
 def make_runner(name: str, tensors: Tensors, form: str, chunk_size: int, inference: bool) -> Callable[[], None]:
     call, leaves = make_call(name, tensors, form, chunk_size)
     gradient = torch.randn_like(tensors.value)
@@ -196,7 +202,7 @@ def measure(length: int, names: list[str], arguments: argparse.Namespace, heads:
         name: make_runner(name, tensors, arguments.form, arguments.chunk_size, arguments.inference)
         for name in (REFERENCE, *names)
     }
-    times = compare(runs[REFERENCE], runs, arguments.seconds, arguments.rounds)
+    times = compare(runs[REFERENCE], runs, arguments.seconds, arguments.rounds, timer(arguments))
     rows = []
     for name, (seconds, ratio) in times.items():
         counts = count_row(name, tensors, arguments)
@@ -222,7 +228,7 @@ def growth(names: list[str], arguments: argparse.Namespace, heads: int, width: i
             make_runner(name, tensors[length], arguments.form, arguments.chunk_size, arguments.inference)
             for length in sizes
         )
-        _, ratio = compare(short, {name: long}, arguments.seconds / 2, arguments.rounds)[name]
+        _, ratio = compare(short, {name: long}, arguments.seconds / 2, arguments.rounds, timer(arguments))[name]
         per_token = ratio * (sizes[SHORT] * SHORT) / (sizes[LONG] * LONG)
         rows.append({"option": name, f"cost per token at {LONG} / {SHORT}": per_token})
     if rows:
@@ -305,6 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--only", nargs="+", choices=OPTIONS, default=list(OPTIONS), help="default: all")
     group.add_argument("--form", choices=("attention", "rnn", "chunk"), default="chunk", help="form of --options")
     group.add_argument("--rounds", type=count, default=7, help="minimum number of repeats of each option")
+    group.add_argument("--cpu_time", action="store_true", help="time the processors of --options, on a busy machine")
     group.add_argument(
         "--longest", type=count, default=128, help="longest row for options whose work is not linear in the length"
     )

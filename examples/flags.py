@@ -55,7 +55,7 @@ def known_flags(script: str) -> dict[str, set[str]]:
     """
     base = Path(importlib.util.find_spec("transformers").origin).with_name("training_args.py")
     files = sorted((Path(importlib.util.find_spec("lion_hf").origin).parent / "training").rglob("*.py"))
-    own: dict[str, list[set[str]]] = {"help": [set()], "smoke": [set()]}
+    own: dict[str, list[set[str]]] = {"help": [set()], "smoke": [set()], "phase": [set()]}
     for name, values in (found for file in (Path(script), *files) for found in names_in(file)):
         own.setdefault(name, []).append(values)
     # A name that takes any value in one class takes any value.

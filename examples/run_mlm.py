@@ -3,15 +3,19 @@
     python examples/run_mlm.py --output_dir outputs/mlm
     python examples/run_mlm.py --output_dir outputs/mlm --train_file train.txt --validation_file validation.txt
     python examples/run_mlm.py examples/recipes/mlm/lion.yaml --preset lion-s-base --per_device_train_batch_size 64
+    python examples/run_mlm.py examples/recipes/mlm/modern.yaml --preset lion-s-modern-base --phase stable
 
 Without data arguments, the script trains on Python's documentation and needs no network.
 """
 
+import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from flags import check_flags
 
@@ -23,14 +27,16 @@ import numpy as np
 import torch
 from transformers import AutoModelForMaskedLM, set_seed
 from transformers.trainer_utils import EvalPrediction
+from transformers.utils import is_torch_optimi_available
 
-from lion_hf import LionConfig
+from lion_hf import MODERN_PRESETS, LionConfig
 from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
-from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume
-from lion_hf.training.errors import UserError, run
+from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume, start_of_decay
+from lion_hf.training.errors import UserError, run, say
 from lion_hf.training.hidden_teacher import HiddenStateTeacher
 from lion_hf.training.models import build_model, known_config, require_head
 from lion_hf.training.parsing import parse_arguments
+from lion_hf.training.recipes import phase_runs, take
 from lion_hf.training.reports import Report, command_line, finish, model_name, train_and_evaluate
 from lion_hf.training.text import (
     MaskingCollator,
@@ -80,21 +86,79 @@ SMOKE = {
     "gradient_accumulation_steps": 2,
     "disable_tqdm": True,
 }
+# Options of the model in `smoke`, which a phase that continues from another does not set.
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "preset")
+SIZES += ("local_layers", "local_window")
+
+
+def smoke(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values that --smoke sets in a recipe with these values.
+
+    A schedule with a stable phase gets enough steps to see the loss fall, a checkpoint to decay from, and rows that
+    stay in proportion.
+    """
+    if values.get("lr_scheduler_type") != "warmup_stable_decay":
+        return SMOKE
+    short = {"max_steps": 20, "warmup_steps": 2, "learning_rate": 4e-3, "logging_steps": 1, "save_strategy": "steps"}
+    short |= {"save_steps": 20, "decay_steps": min(10, values.get("decay_steps", 0)), "max_eval_samples": 5}
+    short |= {"max_length": values["max_length"] // 16, "gradient_accumulation_steps": 1}
+    short |= {"per_device_train_batch_size": max(1, values["per_device_train_batch_size"] // 3)}
+    if values.get("preset") in MODERN_PRESETS:
+        short |= {"num_hidden_layers": 3, "local_layers": [1, 2], "local_window": 16}
+    if not is_torch_optimi_available():
+        short["optim"] = "adamw_torch"
+    begun = {name: values[name] for name in ("model_name_or_path", "decay_from") if values.get(name)}
+    return SMOKE | short | (dict.fromkeys(SIZES) | begun if begun else {})
+
+
+@dataclass
+class MlmModelArguments(TextModelArguments):
+    sparse_prediction: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute logits of masked tokens only, which saves memory. LION and modernbert; existing models "
+            "accept it too."
+        },
+    )
 
 
 @dataclass
 class MlmTrainingArguments(LionTrainingArguments):
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of AdamW. Default: 2e-3 for a new LION-D or LION-S of width 256 or less, else "
+            "1e-3."
+        },
+    )
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Training batch size per device."})
     adam_beta2: float = field(default=0.98, metadata={"help": "AdamW's beta2."})
     adam_epsilon: float = field(default=1e-6, metadata={"help": "AdamW's epsilon."})
     weight_decay: float = field(default=1e-5, metadata={"help": "Weight decay of matrices and embeddings."})
+    decay_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint before the decay of warmup_stable_decay, or the folder of a run whose last one it is. "
+            "Training continues there, with its optimizer, and ends after --decay_steps."
+        },
+    )
+
+
+CLASSES = (MlmModelArguments, TextArguments, MlmTrainingArguments)
 
 
 def hits_and_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what evaluation needs of each token: whether its prediction is correct, and its cross entropy.
 
-    The cross entropy of tokens that are not masked is 0.
+    The cross entropy of tokens that are not masked is 0. The logits are those of all tokens or, with
+    `sparse_prediction`, of the masked ones.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
+    if logits.dim() < 3:
+        asked = labels != -100
+        hits, losses = torch.zeros_like(asked), torch.zeros(labels.shape, device=labels.device)
+        found = torch.nn.functional.cross_entropy(logits.float(), labels[asked], reduction="none")
+        return hits.masked_scatter(asked, logits.argmax(-1) == labels[asked]), losses.masked_scatter(asked, found)
     losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
     return logits.argmax(-1) == labels, losses.view_as(labels)
 
@@ -112,20 +176,64 @@ def with_baselines(known: dict[str, float], evaluation: dict[str, float]) -> dic
     return found | ({"eval_loss_over_unigram_entropy": loss / known["unigram_entropy"]} if known else {})
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Train and evaluate; return the metrics, which are also in `all_results.json`."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    model_args, data, training = parse_arguments(
-        (TextModelArguments, TextArguments, MlmTrainingArguments), argv, description=__doc__, smoke=SMOKE
-    )
+def suited_rate(config, model: MlmModelArguments) -> float:
+    """Return the default learning rate. BERT and LION-LIT do not train at the higher one (docs/results.md)."""
+    has_decays = config.model_type == LionConfig.model_type and config.mask_type in ("decay", "selective")
+    return 2e-3 if has_decays and not model.source and config.hidden_size <= 256 else 1e-3
+
+
+def check_arguments(data: TextArguments, model: MlmModelArguments, config) -> None:
+    """Raise a `UserError` for arguments that do not fit together."""
     if not data.max_length >= 3 or not 0 < data.mlm_probability < 1 or not 0 < data.eval_mlm_probability < 1:
         raise UserError("--max_length must be at least 3, and masking probabilities between 0 and 1")
-    check_vocabulary(data, model_args)
+    if data.packing and config.model_type != LionConfig.model_type:
+        raise UserError(f"--packing is an option of LION; a {config.model_type!r} model does not have it")
+    if data.packing and model.warm_start_distillation:
+        raise UserError("--packing cannot be combined with --warm_start_distillation, whose teacher reads padded rows")
+    check_vocabulary(data, model)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Train and evaluate, all phases of a recipe that has some; return the metrics of the last.
+
+    They are also in `all_results.json`.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    runs, metrics = phase_runs(argv), {}
+    for phase, flags in runs:
+        if phase is not None:
+            say(f"phase {phase}, in {take('output_dir', flags)[0]}")
+        _, shown = take("phase", argv)
+        metrics = train(flags, shown if phase is None else [*shown, "--phase", phase])
+    if len(runs) > 1 and "--smoke" in argv:
+        require_falling_loss([take("output_dir", flags)[0] for _, flags in runs])
+    return metrics
+
+
+def require_falling_loss(folders: Sequence[str]) -> None:
+    """Raise a `UserError` unless the loss at the end of the last run is below that of the first step of the first."""
+    histories = [json.loads(Path(x, "trainer_state.json").read_text(encoding="utf-8"))["log_history"] for x in folders]
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
+    first, last = losses[0][0], float(np.mean(losses[-1][-5:]))
+    if not last < first:
+        raise UserError(f"the loss did not fall: {first:.3f} in the first step, {last:.3f} in the last ones")
+    say(f"the loss fell from {first:.3f} in the first step to {last:.3f} in the last ones")
+
+
+def train(argv: Sequence[str], command: Sequence[str]) -> dict[str, float]:
+    """Train and evaluate one run with these arguments; `command` are those that the model card shows."""
+    model_args, data, training = parse_arguments(CLASSES, argv, description=__doc__, smoke=smoke)
+    begun = start_of_decay(training.decay_from, training)
+    if begun and not model_args.describes_a_model():
+        model_args.model_name_or_path = begun
     config = known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
+    check_arguments(data, model_args, config)
+    if training.learning_rate is None:
+        training.learning_rate = suited_rate(config, model_args)
     if not training.do_train:
         require_head(config, AutoModelForMaskedLM, model_args.model_name_or_path)
     set_seed(training.seed)
-    checkpoint = checkpoint_to_resume(training)
+    checkpoint = checkpoint_to_resume(training) or begun
     with training.main_process_first(desc="data and tokenizer"):
         train_texts, validation_texts, source = load_texts(data, training)
         tokenizer = get_tokenizer(data, model_args, training, checkpoint, train_texts)
@@ -151,15 +259,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
         eval_dataset=validation,
         processing_class=tokenizer,
         hidden_teacher=HiddenStateTeacher.of(model_args, training.device),
-        data_collator=MaskingCollator(tokenizer, data.mlm_probability, training.seed, data.max_length),
+        data_collator=MaskingCollator(
+            tokenizer, data.mlm_probability, training.seed, data.max_length, data.decay_mlm_probability
+        ),
         compute_metrics=masked_metrics,
         preprocess_logits_for_metrics=hits_and_losses,
     )
     metrics = train_and_evaluate(trainer, training, checkpoint, partial(with_baselines, known))
     if training.do_train:
         name = data.name("Python's documentation")
-        finish(trainer, training, metrics, card(name, source, trainer, known, argv))
+        finish(trainer, training, metrics, card(name, f"{source} {masking(data)}", trainer, known, command))
     return metrics
+
+
+def masking(data: TextArguments) -> str:
+    """Return a sentence about the shares of masked tokens."""
+    late = data.decay_mlm_probability
+    later = "" if late is None else f" ({late:.0%} while the learning rate decays)"
+    return (
+        f"Training masks {data.mlm_probability:.0%} of the tokens{later}, evaluation {data.eval_mlm_probability:.0%}."
+    )
 
 
 def card(name: str, source: str, trainer: LionTrainer, known: dict[str, float], argv: Sequence[str]) -> Report:

@@ -125,6 +125,17 @@ def test_packing_is_timed_on_documents_of_a_folder(monkeypatch, tmp_path):
     assert all(row["tokens/s"] > 0 for row in rows) and rows[0]["ratio"] == 1
 
 
+def test_masked_loss_is_timed_with_all_logits_and_those_of_masked_tokens(monkeypatch, tmp_path):
+    sizes = ("--batch", "1", "--length", "64", "--vocabulary", "99", "--layers", "1", "--shares", "0.3")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script = importlib.import_module("bench_masked_loss")
+    # A fresh process for each case takes seconds; one of them is measured here instead.
+    monkeypatch.setattr(script, "peak_memory", lambda *arguments: 2.0 if "all" in arguments else 1.0)
+    rows = run_script(monkeypatch, "bench_masked_loss", tmp_path, *sizes)
+    assert [(row["logits"], row["memory ratio"]) for row in rows] == [("all", 1), ("masked", 0.5)]
+    assert all(row["s"] > 0 for row in rows) and rows[0]["time ratio"] == 1
+
+
 def test_gates_in_half_precision_cost_more_in_bfloat16(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     script, sizes = importlib.import_module("bench_gates"), ["--lengths", "32", "64", "--dim", "24", "--heads", "3"]
@@ -158,6 +169,7 @@ def test_two_versions_are_timed_in_turn(monkeypatch, tmp_path):
         ("bench_ops", ["--options", "--only", "decay_per_channel"], "invalid choice: 'decay_per_channel'"),
         ("bench_ops", ["--options", "--longest", "0"], "must be at least 1"),
         ("bench_gates", ["--dim", "24", "--heads", "5"], "[5] must divide --dim 24"),
+        ("bench_masked_loss", ["--shares", "0"], "must be greater than 0 and at most 1"),
         ("bench_packing", ["--data", "nowhere"], "nowhere is not a folder with .txt files"),
         ("bench_versions", ["nowhere"], "nowhere does not hold the package lion_hf"),
         ("bench_gpu", ["operator", "--device", "gpu"], "'gpu' cannot be used"),

@@ -98,7 +98,7 @@ def test_folders_load_without_the_package_and_outputs_are_bit_equal(tmp_path, on
             text,
             ["AutoModel", "AutoModelForQuestionAnswering"],
         ),
-        (lion_hf.LionForMultipleChoice(text_config("decay", format="rnn")), choices, []),
+        (lion_hf.LionForMultipleChoice(text_config("decay", format="rnn", local_layers=[1])), choices, []),
         (lion_hf.LionForImageClassification(vision_config(order="s", format="chunk")), image, IMAGE_HEADS),
     ]
     jobs = []

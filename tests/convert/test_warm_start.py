@@ -372,6 +372,10 @@ OTHER_BLOCKS = {
     "final_norm": (True, False),
     "embedding_norm": (False, True),
     "first_norm": (False, False),
+    "roberta_positions": (True, None),
+    "pooler_norm": (True, None),
+    "token_transform": (True, None),
+    "append_patch_mean": (None, True),
 }
 
 
@@ -382,12 +386,23 @@ def other_value(name, config):
     return OTHER_BLOCKS[name][config.model_type == "lion_vision"]
 
 
-@pytest.mark.parametrize("name", [name for name in STRUCTURAL if name not in MADE_ANEW])
-@pytest.mark.parametrize("start, source", [(from_bert, bert), (from_vit, vit)], ids=["bert", "vit"])
+@pytest.mark.parametrize(
+    "start, source, name",
+    [
+        pytest.param(start, source, name, id=f"{source.__name__}-{name}")
+        for start, source, config in (
+            (from_bert, bert, lion_hf.LionConfig),
+            (from_vit, vit, lion_hf.LionVisionConfig),
+        )
+        for name in STRUCTURAL
+        if name not in MADE_ANEW and name in config.__dataclass_fields__
+    ],
+)
 def test_blocks_that_the_source_does_not_have_are_refused(start, source, name):
     """Covers every structural option that a warm start does not set anew, including options added later."""
     other = other_value(name, start(source()).config)
     options = {name: other} | ({"feature_map": "elu"} if name == "normalize" and other else {})
+    options |= {"cls_tok": True} if name == "append_patch_mean" else {}
     refusal = f"({name}|feature_map)=.* cannot be chosen: the copied weights require"
     if name == "first_norm" and source is bert:  # a contradiction in itself
         refusal = "first_norm is False with norm_position='post'"

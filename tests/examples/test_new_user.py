@@ -538,11 +538,8 @@ def test_no_flag_that_there_is_counts_as_misspelt(script):
     from lion_hf.training.parsing import _Parser
 
     module = importlib.import_module(script)
-    classes = getattr(module, "CLASSES", None)
-    if classes is None:
-        classes = (module.TextModelArguments, module.TextArguments, module.MlmTrainingArguments)
     known = known_flags(str(EXAMPLES / f"{script}.py"))
-    for action in _Parser(classes)._actions:
+    for action in _Parser(module.CLASSES)._actions:
         for flag in action.option_strings:
             assert not flag.startswith("--") or problem_of([flag], known) is None, flag
     assert problem_of(["--smoke", "--preset=lion-s-base"], known) is None

@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from lion_hf import PRESETS
+from lion_hf import MODERN_PRESETS, PRESETS
 from lion_hf.training.errors import UserError
 from lion_hf.training.recipes import expand, presets_of, read_values
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted((EXAMPLES / "recipes").glob("*/*.yaml"))
-RECIPES = [(file, preset) for file in sorted((EXAMPLES / "recipes/mlm").glob("*.yaml")) for preset in presets_of(file)]
+MODERN = EXAMPLES / "recipes/mlm/modern.yaml"
+PAPER = sorted({*(EXAMPLES / "recipes/mlm").glob("*.yaml")} - {MODERN})
+RECIPES = [(file, preset) for file in PAPER for preset in presets_of(file)]
 
 # The paper's text pretraining; the peak learning rate depends on the size.
 NUMBERS = {
@@ -69,6 +71,79 @@ def test_recipes_run_with_smoke(path, preset, tmp_path, examples):
         assert {"lit": "lit", "d": "decay", "s": "selective"}[preset.split("-")[1]] == config.mask_type
     else:
         assert config.model_type == "bert"
+
+
+# ----------------------------------------------------------------------------------------------------------- phases
+
+
+def test_the_modern_recipe_reads_as_many_tokens_in_every_step_of_every_phase():
+    tokens = set()
+    assert presets_of(MODERN) == list(MODERN_PRESETS)
+    for phase in ("stable", "long", "decay"):
+        values = expand(MODERN, "lion-s-modern-base", phase)
+        rows = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"] * 8
+        tokens.add(rows * values["max_length"])
+        shares = [values[name] for name in ("mlm_probability", "decay_mlm_probability", "eval_mlm_probability")]
+        assert shares == [0.3, 0.15, 0.15] and values["packing"] and values["sparse_prediction"]
+        assert values["lr_scheduler_type"] == "warmup_stable_decay" and values["optim"] == "stable_adamw"
+        assert ("decay_steps" in values) == (phase == "decay")
+    assert tokens == {4608 * 1024}
+    assert [expand(MODERN, "lion-s-modern-base", x)["max_length"] for x in ("stable", "long")] == [1024, 8192]
+
+
+def test_phases_write_to_their_own_folders_and_name_those_of_others(tmp_path, monkeypatch):
+    from lion_hf.training.recipes import phase_runs, values_of
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("phases:\n  one:\n  two: {seed: 2, decay_from: '{one}'}\nseed: 1\noutput_dir: out\n")
+    path = str(recipe)
+    assert phase_runs([path, "--seed=3", "--smoke"]) == [
+        (name, [path, "--seed=3", "--smoke", f"--phase={name}", f"--output_dir=out-smoke/{name}"])
+        for name in ("one", "two")
+    ]
+    ((name, argv),) = phase_runs([path, "--phase", "two", "--output-dir", "there"])
+    assert name == "two" and argv == [path, "--phase=two", "--output_dir=there/two"]
+    values, flags = values_of(path, argv[1:])
+    assert values == {"seed": 2, "decay_from": "there/one", "output_dir": "out"} and flags == argv[2:]
+    assert phase_runs(["--seed=3"]) == [(None, ["--seed=3"])]
+    with pytest.raises(UserError, match="--phase is 'three'; the phases of .*recipe.yaml are one, two"):
+        phase_runs([path, "--phase=three"])
+    recipe.write_text("phases:\n  one:\n")
+    with pytest.raises(UserError, match="--output_dir is required"):
+        phase_runs([path])
+
+
+@pytest.mark.slow
+def test_smoke_runs_every_phase_of_the_modern_recipe_and_the_loss_falls(tmp_path, examples, capsys):
+    import json
+
+    import run_mlm
+    from transformers import AutoConfig
+
+    argv = [str(MODERN), "--preset=lion-s-modern-base", "--smoke", f"--output_dir={tmp_path}"]
+    run_mlm.main(argv)
+    assert "the loss fell from" in capsys.readouterr().out
+    config = AutoConfig.from_pretrained(tmp_path / "decay")
+    assert config.mlp_type == "glu" and config.local_layers == [1, 2] and config.sparse_prediction
+    states = {x: json.loads((tmp_path / x / "trainer_state.json").read_text()) for x in ("stable", "long", "decay")}
+    assert [state["global_step"] for state in states.values()] == [20, 20, 30]
+    rates = [entry["learning_rate"] for entry in states["decay"]["log_history"] if "learning_rate" in entry]
+    assert max(rates[2:21]) == min(rates[2:21]) == rates[20] > rates[21] > rates[-1]
+    assert "--phase decay" in (tmp_path / "decay/README.md").read_text(encoding="utf-8")
+
+
+def test_a_loss_that_does_not_fall_is_an_error(tmp_path, examples):
+    import json
+
+    import run_mlm
+
+    for name, losses in {"one": (5.0, 4.0), "two": (5.5, 4.0, 6.0, 6.0)}.items():
+        (tmp_path / name).mkdir()
+        history = [{"step": i, "loss": loss} for i, loss in enumerate(losses)]
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    run_mlm.require_falling_loss([tmp_path / "one"])
+    with pytest.raises(UserError, match="the loss did not fall: 5.000 in the first step, 5.375 in the last ones"):
+        run_mlm.require_falling_loss([tmp_path / "one", tmp_path / "two"])
 
 
 # ---------------------------------------------------------------------------------------------------------- presets

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, ModernBertConfig, RobertaConfig, ViTConfig
 
 from lion_hf.linearize import Recipe, linearize, load_pair
 from lion_hf.linearize.command import main
 from lion_hf.linearize.losses import LayerErrors, embedding_loss, embeddings, relative_error, spearman, states
-from lion_hf.linearize.models import extend_positions, student_of
+from lion_hf.linearize.models import extend_positions, positions, student_of
 from lion_hf.linearize.run import STATE, Linearizer
 from lion_hf.linearize.text import Pieces
 
@@ -132,6 +132,42 @@ def test_every_variant_can_take_the_place_of_softmax_attention(source, mask_type
     teacher = load_pair(source, "all", mask_type, (4, 64), None).teacher
     student = student_of(teacher, range(4), (4, 64))
     assert student.config.softmax_layers == [] and {x.mixer.variant.name for x in student.layers} == {mask_type}
+
+
+SIZES = {"vocab_size": 80, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 48}
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "cls_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+FAMILIES = {
+    "roberta": (RobertaConfig(**SIZES, max_position_embeddings=40), [0, 2], 38),
+    "modernbert": (ModernBertConfig(**SIZES, **TOKENS, max_position_embeddings=40, local_attention=4), [0, 3], 40),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_encoders_are_compared_on_their_own_inputs_and_can_read_more(name, tmp_path):
+    config, layers, known = FAMILIES[name]
+    source = AutoModel.from_config(config).double().eval()
+    source.save_pretrained(tmp_path)
+    pair = load_pair(str(tmp_path), "default", "selective", (4, 64), None)
+    pair.teacher.double(), pair.student.double()
+    assert pair.layers == layers and positions(pair.teacher.config) == known
+    inputs = batch(pair)
+    real = inputs["attention_mask"].bool()
+    inputs["input_ids"].masked_fill_(~real, config.pad_token_id)
+    with torch.no_grad(), LayerErrors(pair) as comparison:
+        target = states(pair.teacher, inputs)[-1]
+    expected = source(**inputs).last_hidden_state
+    torch.testing.assert_close(target[real], expected[real], rtol=1e-9, atol=1e-9)
+    assert set(comparison.errors) == set(layers) and min(comparison.errors.values()) > 0
+    before = states(pair.student, inputs)[-1]
+    extend_positions(pair.student, 90)
+    torch.testing.assert_close(states(pair.student, inputs)[-1][real], before[real], rtol=0, atol=0)
+    assert states(pair.student, {"input_ids": torch.full((1, 90), 9)})[-1].isfinite().all()
+
+
+def test_an_image_model_is_refused(tmp_path):
+    ViTConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an image model; lion-linearize takes text encoders"):
+        load_pair(str(tmp_path), "default", "selective", (4, 64), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ training

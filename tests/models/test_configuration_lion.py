@@ -212,7 +212,9 @@ def test_bad_values_are_named_with_what_is_allowed(kind, options, message):
         ({"classifier_dropout": 2}, "classifier_dropout is 2; it must be a probability"),
         ({"vocab_size": 0}, "vocab_size.*0"),
         ({"max_position_embeddings": 0, "mask_type": "lit"}, "max_position_embeddings.*0"),
-        ({"type_vocab_size": 0}, "type_vocab_size.*0"),
+        ({"type_vocab_size": -1}, "type_vocab_size is -1; it must be at least 0"),
+        ({"pad_token_id": None, "roberta_positions": True}, "pad_token_id is None with roberta_positions=True"),
+        ({"pooler_act": "tan"}, "pooler_act is 'tan'; allowed are"),
         ({"pos_emb": "yes"}, "pos_emb"),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
@@ -235,6 +237,7 @@ def test_bad_text_values_are_named_with_what_is_allowed(options, message):
         ({"num_channels": 0}, "num_channels is 0; it must be at least 1"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate is 1.0; it must be a probability in \[0, 1\)"),
         ({"qkv_bias": "yes"}, "qkv_bias"),
+        ({"append_patch_mean": True}, "append_patch_mean is True, but cls_tok is False"),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
 )

@@ -146,7 +146,10 @@ def test_layers_can_be_built_without_memory():
     [
         (lambda: Mixer(25, 3), "dim 25 is not divisible by heads 3"),
         (lambda: Mixer(24, 3, "selektive"), "'selektive' is not a variant; known are 'lit', 'lion-lit'"),
-        (lambda: Mixer(24, 3, feature_map="relu"), "feature_map is 'relu'; allowed are 'identity', 'elu', 'unit_silu'"),
+        (
+            lambda: Mixer(24, 3, feature_map="relu"),
+            "feature_map is 'relu'; allowed are 'identity', 'elu', 'unit_silu', 'silu', 'hedgehog'",
+        ),
         (lambda: Mixer(24, 3, feature_map="identity"), "feature_map is 'identity' with normalize=True"),
         (
             lambda: Block(24, None, None, norm_position="sandwich"),

@@ -14,8 +14,9 @@ from lion_hf.nn.softmax import SoftmaxMixer
 
 
 DIM, HEADS = 12, 2
-# Around one and two blocks of 64 queries, and around the longest text in one block, 192 tokens for window 128.
-LENGTHS = (1, 2, 61, 64, 65, 191, 192, 193, 257)
+# Around one and two blocks of 64 queries, and around the longest text in one call: 120 tokens for windows of 2 to 16,
+# 288 for window 128.
+LENGTHS = (1, 2, 61, 64, 65, 120, 121, 128, 193, 288, 289)
 MASKS = ("none", "left", "right", "inner", "all")
 CLOSE = {"rtol": 1e-9, "atol": 1e-10}
 
@@ -94,7 +95,7 @@ def test_equals_the_definition_in_outputs_and_every_gradient(window):
         batch, heads = (1, 1) if i % 2 else (2, HEADS)
         mixer = LocalMixer(DIM, heads, window=window, rope_theta=100.0 if i % 3 else None).double()
         # All masks at two lengths: in one block and in several.
-        for kind in MASKS if length in (61, 257) else MASKS[i % 2 :: 4]:
+        for kind in MASKS if length in (61, 289) else MASKS[i % 2 :: 4]:
             check_definition(mixer, length, batch, kind)
 
 
@@ -102,7 +103,7 @@ def test_equals_the_definition_in_outputs_and_every_gradient(window):
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 16, 126, 128, 130, 254, 1000])
 def test_equals_the_definition_at_many_lengths_and_masks(window):
     mixer = LocalMixer(DIM, HEADS, window=window, rope_theta=100.0).double()
-    for length in (3, 63, 67, 127, 129, 193, 255, 256, 320, 321, 1021):
+    for length in (3, 63, 96, 97, 129, 193, 319, 320, 321, 1021, 2311):
         for kind in MASKS:
             check_definition(mixer, length, 2, kind, matrix=False)
 
@@ -380,3 +381,31 @@ def test_export_takes_any_batch_and_length(build):
     for size in ((2, 9), (1, 2), (3, 64), (2, 193), (1, 1000)):
         x, real = rows(size[1], size[0]), mask_of("right", *size)
         torch.testing.assert_close(program(x, real), mixer(x, real), **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [LocalMixer, SoftmaxMixer], ids=lambda x: x.__name__)
+@pytest.mark.filterwarnings("ignore")  # the tracer warns about every size that is read
+def test_traced_graphs_take_any_batch_and_length(build):
+    mixer = build(DIM, HEADS, rope_theta=100.0).double().eval()
+    traced = torch.jit.trace(mixer, (rows(9), mask_of("left", 2, 9)), check_trace=False)
+    for size in ((2, 9), (1, 1), (3, 64), (2, 193)):
+        x, real = rows(size[1], size[0]), mask_of("right", *size)
+        torch.testing.assert_close(traced(x, real), mixer(x, real), **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("build", [LocalMixer, SoftmaxMixer], ids=lambda x: x.__name__)
+def test_onnx_takes_any_batch_and_length(tmp_path, build):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    mixer = build(DIM, HEADS, rope_theta=100.0).eval()
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=5000)
+    dims, path = {0: batch, 1: length}, tmp_path / "mixer.onnx"
+    inputs = rows(9, dtype=torch.float32), mask_of("left", 2, 9)
+    torch.onnx.export(mixer, inputs, path, dynamo=True, dynamic_shapes={"x": dims, "key_mask": dims}, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for size in ((2, 9), (3, 64), (2, 193), (1, 1000)):
+        x, real = rows(size[1], size[0], dtype=torch.float32), mask_of("right", *size)
+        (found,) = session.run(None, {"x": x.numpy(), "key_mask": real.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), mixer(x, real).detach(), rtol=1e-4, atol=1e-5)

@@ -253,7 +253,7 @@ class Plain(Variant):
         (
             "new",
             {"feature_map": "relu"},
-            "feature_map is 'relu'; allowed are 'identity', 'elu', 'unit_silu', 'hedgehog'",
+            "feature_map is 'relu'; allowed are 'identity', 'elu', 'unit_silu', 'silu', 'hedgehog'",
         ),
         ("new", {"decay": "row"}, "decay is 'row'; allowed are None, 'head', 'token', 'channel', 'token_channel'"),
         ("new", {"preset": {"conv": 3}}, "preset is 'conv'; allowed are 'short_conv', "),

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "training.md"
 # Flags of other programs on the page.
-OTHERS = {"nproc_per_node", "config_file", "import", "smoke", "help"}
+OTHERS = {"nproc_per_node", "config_file", "import", "smoke", "phase", "help"}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,7 @@ def groups():
         import run_mlm
     finally:
         sys.path.remove(str(ROOT / "examples"))
-    mlm = (run_mlm.TextModelArguments, run_mlm.TextArguments, run_mlm.MlmTrainingArguments)
-    scripts = (mlm, run_glue.CLASSES, run_image_classification.CLASSES)
+    scripts = (run_mlm.CLASSES, run_glue.CLASSES, run_image_classification.CLASSES)
     return [{group.title: group._group_actions for group in _Parser(classes)._action_groups} for classes in scripts]
 
 
@@ -67,3 +66,10 @@ def test_help_keeps_the_lines_of_examples_and_shows_each_flag_once(groups, capsy
     flags = re.findall(r"^  (--\w+)", page, re.MULTILINE)
     assert len(flags) == len(set(flags)) > 90 and "--output-dir" not in page.partition("\nmodel:")[2]
     assert "Steps between two logged losses. (default: 20)" in " ".join(page.split())
+
+
+def test_the_table_names_every_variant():
+    from lion_hf.nn.variants import VARIANTS
+
+    row = next(line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `--mask_type` |"))
+    assert all(f"{name} ({cls.label})" in row for name, cls in VARIANTS.items() if cls.__module__.startswith("lion_hf"))

@@ -31,41 +31,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.configuration_lion import LionConfig
 from ..models.lion_options import plain
-from ..models.modeling_lion import (
-    LionForMaskedLM,
-    LionForMultipleChoice,
-    LionForQuestionAnswering,
-    LionForSequenceClassification,
-    LionForTokenClassification,
-    LionModel,
-)
 from ..nn.mixer import Mixer, head_windows
 from ..nn.variants import VARIANTS, variant_class
-from .names import convert_text_state_dict, without_wrappers
-from .warm_start import (
-    SHARED,
-    SIZES,
-    config_options,
-    counterpart,
-    filled,
-    load_source,
-    new_config,
-)
+from .families import Family, weights_of
+from .text_families import BERT
+from .warm_start import config_options, counterpart, filled, load_source, new_config
 
 
 # LION's class by the source's class. Where several sources have the same LION class, the first is its counterpart.
-CLASSES = {
-    "BertModel": LionModel,
-    "BertForMaskedLM": LionForMaskedLM,
-    "BertForPreTraining": LionForMaskedLM,
-    "BertForSequenceClassification": LionForSequenceClassification,
-    "BertForTokenClassification": LionForTokenClassification,
-    "BertForQuestionAnswering": LionForQuestionAnswering,
-    "BertForMultipleChoice": LionForMultipleChoice,
-}
-
-_SIZES = (*SIZES, "vocab_size", "max_position_embeddings", "type_vocab_size", "tie_word_embeddings")
-_SHARED = (*SHARED, "pad_token_id", "bos_token_id", "eos_token_id", "classifier_dropout")
+CLASSES = BERT.classes
 
 # Share of the logits in the expansion of softmax (beta). At 1, outliers dominate the mean; at 0, only distance counts.
 _LOGIT_SHARE = 0.25
@@ -120,25 +94,11 @@ def from_bert(
             invalid, or if an option is determined by the weights or rejected by `LionConfig`.
         OSError: if there is no model at the path.
     """
-    source = load_source(model_or_path, "bert", CLASSES, model_class)
+    source, _ = load_source(model_or_path, {"bert": BERT}, model_class)
     config = config_from_bert(
         source.config, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **config_overrides
     )
-    windows = head_windows((16, 512) if windows is None else windows, config.num_attention_heads)
-    length = plain(length)
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"length is {length!r}; it must be a whole number of tokens, at least 1.")
-    model_class = model_class or counterpart(source, CLASSES)
-    with_head = counterpart(source, CLASSES) is model_class
-    model = filled(model_class(config), source, _weights(source, config, with_head))
-    encoder, norm = model.base_model, model.base_model.embeddings.norm
-    for layer in encoder.layers:
-        if isinstance(layer.mixer, Mixer):
-            if not layer.mixer.short_conv:  # whose activation leaves nothing of an expansion
-                _expand_softmax(layer.mixer, windows, length, norm)
-            layer.mixer.set_windows(windows)
-        norm = layer.mlp_norm
-    return model
+    return text_model(source, BERT, config, model_class, windows, length)
 
 
 def config_from_bert(
@@ -166,45 +126,81 @@ def config_from_bert(
     Raises:
         ValueError: as in `from_bert`.
     """
-    _require_encoder(source)
-    normed = {"layer_norm_after": True}
+    decided = BERT.options(source)
+    return text_config(
+        BERT, source, mask_type, decided, (), {"softmax_layers": softmax_layers, "pos_emb": pos_emb, **config_overrides}
+    )
+
+
+def text_config(
+    family: Family,
+    source: PreTrainedConfig,
+    mask_type: str,
+    decided: dict[str, object],
+    free: Sequence[str],
+    overrides: dict[str, object],
+) -> LionConfig:
+    """Return the configuration of a text model that starts from a source.
+
+    Args:
+        family: the family of the source.
+        source: its configuration.
+        mask_type: the variant.
+        decided: options that the copied weights determine.
+        free: structural options that may be chosen, besides those that every warm start sets anew.
+        overrides: the options that are chosen.
+    """
+    normed = {}
     known = {word for name, cls in VARIANTS.items() for word in (name, *cls.spellings)}
     if isinstance(mask_type, str) and mask_type.lower() in known:  # otherwise `new_config` raises an error
-        stated = config_overrides.get("output_norm") or variant_class(mask_type).option("output_norm")
-        normed["layer_norm_after"] = stated == "none"
-    options = config_options(source, _SIZES, _SHARED, {**normed, **config_overrides})
-    return new_config(LionConfig, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
+        stated = overrides.get("output_norm") or variant_class(mask_type).option("output_norm")
+        normed["layer_norm_after"] = stated == "none" and not overrides.get("normalize")
+    options = config_options(decided, family.shared(source), {**normed, **overrides})
+    return new_config(family, mask_type, decided, free, **options)
 
 
-def _require_encoder(config: PreTrainedConfig) -> None:
-    for name, allowed in (
-        ("is_decoder", False),
-        ("add_cross_attention", False),
-        ("position_embedding_type", "absolute"),
-    ):
-        value = getattr(config, name, allowed)
-        if value != allowed:
-            raise ValueError(
-                f"the source has {name}={value!r}, but only {name}={allowed!r} can be converted: LION is an encoder "
-                "with absolute positions or none."
-            )
+def text_model(
+    source: PreTrainedModel,
+    family: Family,
+    config: LionConfig,
+    model_class: type[PreTrainedModel] | None,
+    windows: Sequence[float] | None,
+    length: int,
+) -> PreTrainedModel:
+    """Return the model of a configuration with the weights of its source. Arguments are those of `from_bert`."""
+    windows = head_windows((16, 512) if windows is None else windows, config.num_attention_heads)
+    length = plain(length)
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"length is {length!r}; it must be a whole number of tokens, at least 1.")
+    head = counterpart(source, family.classes)
+    model_class = model_class or head
+    copied = model_class if head is model_class else None
+    if copied is not None:
+        family.require_head(source.config, copied)
+    weights = weights_of(source, family, copied)
+    if not config.pos_emb:
+        weights.pop("lion.embeddings.position_embeddings.weight", None)
+    model = filled(model_class(config), source, weights)
+    encoder, norm = model.base_model, model.base_model.embeddings.norm
+    for layer in encoder.layers:
+        if config.norm_position == "pre" and not isinstance(layer.mixer_norm, nn.Identity):
+            norm = layer.mixer_norm
+        if isinstance(layer.mixer, Mixer):
+            if expands(layer.mixer):
+                _expand_softmax(layer.mixer, windows, length, norm)
+            layer.mixer.set_windows(windows)
+        norm = layer.mlp_norm
+    return model
 
 
-def _weights(source: PreTrainedModel, config: LionConfig, with_head: bool) -> dict[str, Tensor]:
-    """Return the source's state dict under LION's names, with the prefix used in models with a head."""
-    prefix = "" if hasattr(source, "bert") else "bert."
-    weights = {f"{prefix}{name}": tensor for name, tensor in without_wrappers(source.state_dict()).items()}
-    weights = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name.startswith("bert.") or (with_head and not name.startswith("cls.seq_relationship."))
-    }
-    answers = {name: weights.pop(name) for name in list(weights) if name.startswith("qa_outputs.")}
-    return convert_text_state_dict(weights, config) | answers
+def expands(mixer: Mixer) -> bool:
+    """Return whether a mixer starts from the expansion of softmax. It needs biases for the constant, and sums that are
+    not normalised; the activation after a convolution would leave nothing of it."""
+    return not mixer.short_conv and not mixer.normalize and mixer.q_proj.bias is not None
 
 
 @torch.no_grad()
-def _expand_softmax(mixer: Mixer, windows: Tensor, length: int, norm_before: nn.LayerNorm) -> None:
+def _expand_softmax(mixer: Mixer, windows: Tensor, length: int, norm_before: nn.Module) -> None:
     """Change the softmax projections in a text mixer so that its matrix is (1 + beta q.k / sqrt(d)) M / N."""
     norm_after = mixer.out_norm if mixer.norm is None else mixer.norm
     if norm_after is not None:
@@ -246,8 +242,10 @@ def _least_used(query: Tensor, key: Tensor) -> Tensor:
     return torch.linalg.eigh(spread).eigenvectors[..., 0]
 
 
-def _value_size(v_proj: nn.Linear, norm_before: nn.LayerNorm) -> Tensor:
-    """Return the root mean square of a value, for independent inputs scaled and shifted by the LayerNorm before."""
-    weight, bias, scale, shift = (x.double() for x in (*v_proj.parameters(), *norm_before.parameters()))
-    mean, variance = weight @ shift + bias, weight.square() @ scale.square()
+def _value_size(v_proj: nn.Linear, norm_before: nn.Module) -> Tensor:
+    """Return the root mean square of a value, for independent inputs scaled and shifted by the norm before."""
+    weight, bias, scale = (x.double() for x in (v_proj.weight, v_proj.bias, norm_before.weight))
+    shift = getattr(norm_before, "bias", None)
+    mean = bias if shift is None else weight @ shift.double() + bias
+    variance = weight.square() @ scale.square()
     return (variance + mean.square()).mean().sqrt()

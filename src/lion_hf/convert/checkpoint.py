@@ -28,7 +28,7 @@ _WRITTEN += ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", 
 
 
 @contextmanager
-def _published(out: Path) -> Iterator[Path]:
+def published(out: Path) -> Iterator[Path]:
     """Yield a temporary path beside `out`. When the block ends, the path is renamed to `out`, and only then is an old
     `out` removed. If the block fails, the path is removed and `out` is unchanged."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -45,11 +45,12 @@ def _published(out: Path) -> Iterator[Path]:
             raise
 
 
-def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> None:
-    """Raise ConversionError unless `out` can be created, is empty, or is a checkpoint that `force` allows replacing."""
-    if not source.exists():  # before anything about `out`, which is not at fault
+def require_writable(out: Path, source: Path | None, force: bool, folder: bool) -> None:
+    """Raise ConversionError unless `out` can be created, is empty, or is a checkpoint that `force` allows replacing.
+    The source is None if it is on the Hub."""
+    if source is not None and not source.exists():  # before anything about `out`, which is not at fault
         raise ConversionError(f"{source} does not exist.")
-    source = source.resolve()
+    source = None if source is None else source.resolve()
     above = next(path for path in out.parents if path.exists())
     if not above.is_dir():
         raise ConversionError(f"{above} is not a folder; give another path.")
@@ -61,7 +62,7 @@ def _require_writable(out: Path, source: Path, force: bool, folder: bool) -> Non
         return
     if not force:
         raise ConversionError(f"{out} exists; give another path, or --force to replace it.")
-    if out == source or out in source.parents or source in out.parents:
+    if source is not None and (out == source or out in source.parents or source in out.parents):
         raise ConversionError(f"{out} would overwrite the source; give another path.")
     if folder and not holds_lion(out):
         raise ConversionError(f"{out} holds something other than a LION checkpoint; empty it, or give another path.")
@@ -125,11 +126,11 @@ def convert_checkpoint(
     """
     if out is not None:
         out = Path(out).resolve()
-        _require_writable(out, Path(path), force, folder=True)
+        require_writable(out, Path(path), force, folder=True)
     plan = plan_conversion(read_source(path, ema=ema), flags)
     loaded = load_tokenizer(tokenizer, plan.source, getattr(plan.model.config, "vocab_size", 0))
     if out is not None:
-        with _published(out) as new:
+        with published(out) as new:
             write_folder(plan, new, loaded, with_code)
     return plan
 
@@ -155,7 +156,7 @@ def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: boo
     folder = Path(folder)
     if out is not None:
         out = Path(out).resolve()
-        _require_writable(out, folder, force, folder=False)
+        require_writable(out, folder, force, folder=False)
     config, state = read_folder(folder)
     content = authors_checkpoint(config, state)
     plan = plan_conversion(interpret(content, folder))
@@ -165,6 +166,6 @@ def reverse_checkpoint(folder: str | Path, out: str | Path | None, *, force: boo
     if not all(tensor.dtype == back[name].dtype and tensor.equal(back[name]) for name, tensor in state.items()):
         raise ConversionError(f"{folder}: the weights change on the way to the authors' layout and back.")
     if out is not None:
-        with _published(out) as new:
+        with published(out) as new:
             torch.save(content, new)
     return plan

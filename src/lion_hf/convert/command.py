@@ -1,5 +1,7 @@
-"""The command `lion-convert`: converts the authors' checkpoints to folders of this package, and back.
+"""The command `lion-convert`: converts other encoders and the authors' checkpoints to folders of this package, and the
+latter back.
 
+    lion-convert answerdotai/ModernBERT-base lion-modernbert --layers all
     lion-convert vision_checkpoint.pth lion-s-tiny
     lion-convert latest-rank0.pt lion-d-base --dry-run
     lion-convert --reverse lion-s-tiny back.pth
@@ -18,6 +20,7 @@ from transformers.utils import logging
 
 from ..models.configuration_lion import LionConfig, LionVisionConfig, spellings
 from .checkpoint import convert_checkpoint, reverse_checkpoint
+from .encoder_folder import convert_encoder, describe_layers, is_encoder
 from .plan import Plan
 from .source import ConversionError, first_line
 
@@ -60,18 +63,28 @@ def describe(plan: Plan) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lion-convert",
-        description="Convert checkpoints of the LION authors' code to Transformers folders, and back.",
+        description="Convert other encoders and checkpoints of the LION authors' code to Transformers folders, and the "
+        "latter back.",
     )
     add, choice = parser.add_argument, {"type": str.lower}
-    add("source", help="the authors' checkpoint (.pth, .pt, .safetensors); with --reverse: a model folder")
+    add(
+        "source",
+        help="an encoder, as a folder or a name on the Hub; or the authors' checkpoint (.pth, .pt, .safetensors); with "
+        "--reverse: a model folder",
+    )
     add("out", nargs="?", help="folder to write (with --reverse: file); optional with --dry-run")
     add("--reverse", action="store_true", help="convert a model folder to a checkpoint for the authors' code")
     add("--dry-run", action="store_true", help="verify the conversion and print it as tables, write nothing")
     add("--force", action="store_true", help="replace OUT if it is a checkpoint")
     add("--ema", action="store_true", default=None, help="convert the averaged weights (model_ema, state_dict_ema)")
     add("--with-code", action="store_true", default=None, help="add the modelling code, for use without lion_hf")
+    add("--tokenizer", metavar="NAME_OR_PATH", help="tokenizer of a text model (default: that of the source)")
     add(
-        "--tokenizer", metavar="NAME_OR_PATH", help="tokenizer of a text model (default: the one inside the checkpoint)"
+        "--layers",
+        type=_layers,
+        metavar="all|none|0,2,...",
+        help="layers of another encoder that become LION (default: those with global attention where there are local "
+        "ones too, as in ModernBERT; of other encoders 0, 2, 4 ...)",
     )
     unknown = parser.add_argument_group("options that a bare state dict does not contain")
     add = unknown.add_argument
@@ -79,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--mask-type",
         **choice,
         choices=spellings("mask_type"),
-        help="variant (default: from the decays in the weights)",
+        help="variant (default: from the decays in the weights; for another encoder selective)",
     )
     add(
         "--num-heads",
@@ -95,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         "--image-size",
         type=int,
         metavar="N",
-        help="images: height and width in pixels, for a model without position table",
+        help="images: height and width in pixels, for a model without position table; for another encoder the size "
+        "that its position table is resized to",
     )
     return parser
 
@@ -111,6 +125,10 @@ def _run(source: str, out: str | None, reverse: bool, dry_run: bool, force: bool
     for name in ("cls_tok", "pos_emb"):
         if name in options:
             options[name] = options[name] == "true"
+    if not reverse and is_encoder(source):
+        return _run_encoder(source, None if dry_run else out, force, options)
+    if "layers" in options:
+        raise ConversionError(f"--layers is for other encoders, but {source} is not the folder of one; remove it.")
     work = reverse_checkpoint if reverse else convert_checkpoint
     plan = work(source, None if dry_run else out, force=force, **options)
     if dry_run:
@@ -121,6 +139,34 @@ def _run(source: str, out: str | None, reverse: bool, dry_run: bool, force: bool
         lines += _about_companions(Path(out), plan.model.config)
     lines += plan.notes
     return "\n".join(lines)
+
+
+# Options of `convert_encoder` that are flags.
+_ENCODER_OPTIONS = ("mask_type", "layers", "pos_emb", "image_size", "tokenizer", "with_code", "order", "cls_tok")
+
+
+def _run_encoder(source: str, out: str | None, force: bool, options: dict[str, Any]) -> str:
+    """Convert another encoder; return the text to print."""
+    foreign = [_flag(name) for name in options if name not in _ENCODER_OPTIONS]
+    if foreign:
+        raise ConversionError(f"{source} is an encoder with its own configuration; remove {', '.join(foreign)}.")
+    model, notes = convert_encoder(source, out, force=force, **options)
+    title = f"{type(model).__name__} with {model.num_parameters():,} parameters"
+    lines = [f"wrote {out}: {title}" if out is not None else f"{source} becomes {title}"]
+    lines += [f"layers {layers}: {kind}" for kind, layers in describe_layers(model)]
+    return "\n".join(lines + notes)
+
+
+def _layers(text: str) -> str | list[int]:
+    """Return the value of --layers."""
+    if text == "all":
+        return text
+    try:
+        return [] if text == "none" else [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither 'all' nor 'none', nor a list of layers such as 0,2,4"
+        ) from None
 
 
 def _flag(name: str) -> str:

@@ -33,7 +33,7 @@ _VISION_NAMES = {
 _VISION_STACKED = re.compile(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)")
 _VISION_SPLIT = re.compile(r"lion_vision\.layers\.(\d+)\.mixer\.([qkv])_proj\.(weight|bias)")
 
-_TEXT_NAMES = {
+TEXT_NAMES = {
     "bert.embeddings.LayerNorm.": "lion.embeddings.norm.",
     "bert.embeddings.word_embeddings.": "lion.embeddings.word_embeddings.",
     "bert.embeddings.position_embeddings.": "lion.embeddings.position_embeddings.",
@@ -72,14 +72,13 @@ _NO_COUNTERPART = (
 _Rules = list[tuple[re.Pattern, str]]
 
 
+def name_pattern(name: str) -> re.Pattern:
+    """Return a pattern for a name in which {} is the number of a layer; a name that ends in a dot is a prefix."""
+    return re.compile("^" + re.escape(name).replace(r"\{\}", r"(\d+)") + ("" if name.endswith(".") else "$"))
+
+
 def _rules(names: dict[str, str]) -> _Rules:
-    return [
-        (
-            re.compile("^" + re.escape(old).replace(r"\{\}", r"(\d+)") + ("" if old.endswith(".") else "$")),
-            new.replace("{}", r"\1"),
-        )
-        for old, new in names.items()
-    ]
+    return [(name_pattern(old), new.replace("{}", r"\1")) for old, new in names.items()]
 
 
 def _reversed(names: dict[str, str]) -> dict[str, str]:
@@ -87,7 +86,7 @@ def _reversed(names: dict[str, str]) -> dict[str, str]:
 
 
 _FROM_VISION, _TO_VISION = _rules(_VISION_NAMES), _rules(_reversed(_VISION_NAMES))
-_FROM_TEXT, _TO_TEXT = _rules(_TEXT_NAMES), _rules(_reversed(_TEXT_NAMES))
+_FROM_TEXT, _TO_TEXT = _rules(TEXT_NAMES), _rules(_reversed(TEXT_NAMES))
 
 
 def without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

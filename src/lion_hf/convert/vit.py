@@ -6,36 +6,20 @@ Image layers normalise their rows over positive weights, as softmax does, so pla
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.configuration_lion import LionVisionConfig
-from ..models.modeling_lion_vision import LionForImageClassification, LionVisionModel
 from ..nn.mixer import Mixer, head_windows
-from .names import without_wrappers
-from .warm_start import (
-    SHARED,
-    SIZES,
-    config_options,
-    counterpart,
-    filled,
-    load_source,
-    new_config,
-)
+from .families import Family, weights_of
+from .image_families import VIT
+from .warm_start import config_options, counterpart, filled, load_source, new_config
 
 
 # LION's class by the source's class.
-CLASSES = {"ViTModel": LionVisionModel, "ViTForImageClassification": LionForImageClassification}
-
-_SIZES = (*SIZES, "image_size", "patch_size", "num_channels", "qkv_bias")
-
-_NAMES = (
-    (".attention.", ".mixer."),
-    (".layernorm_before.", ".mixer_norm."),
-    (".layernorm_after.", ".mlp_norm."),
-    (".fc1.", ".up_proj."),
-    (".fc2.", ".down_proj."),
-)
+CLASSES = VIT.classes
 
 
 def from_vit(
@@ -72,18 +56,11 @@ def from_vit(
         ValueError: as in `from_bert`, and if the patches are not square.
         OSError: if there is no model at the path.
     """
-    source = load_source(model_or_path, "vit", CLASSES, model_class)
+    source, _ = load_source(model_or_path, {"vit": VIT}, model_class)
     config = config_from_vit(
         source.config, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **config_overrides
     )
-    patches = config.grid_size[0] * config.grid_size[1]
-    windows = head_windows((3, max(4, patches)) if windows is None else windows, config.num_attention_heads)
-    model_class = model_class or counterpart(source, CLASSES)
-    model = filled(model_class(config), source, _weights(source, config))
-    for layer in model.base_model.layers:
-        if isinstance(layer.mixer, Mixer):
-            layer.mixer.set_windows(windows)
-    return model
+    return image_model(source, VIT, config, model_class, windows)
 
 
 def config_from_vit(
@@ -109,26 +86,43 @@ def config_from_vit(
     Raises:
         ValueError: as in `from_vit`.
     """
-    options = config_options(source, _SIZES, SHARED, {"cls_tok": True, **config_overrides})
-    options["patch_size"] = _square(options["patch_size"])
-    return new_config(LionVisionConfig, mask_type, softmax_layers=softmax_layers, pos_emb=pos_emb, **options)
+    decided = VIT.options(source)
+    overrides = {"softmax_layers": softmax_layers, "pos_emb": pos_emb, **config_overrides}
+    return new_config(VIT, mask_type, decided, **config_options(decided, VIT.shared(source), overrides))
 
 
-def _square(patch_size: int | Sequence[int]) -> int:
-    sides = {patch_size} if isinstance(patch_size, int) else set(patch_size)
-    if len(sides) > 1:
-        raise ValueError(f"the source has patch_size {patch_size}, but LION supports square patches only.")
-    return sides.pop()
+def image_model(
+    source: PreTrainedModel,
+    family: Family,
+    config: LionVisionConfig,
+    model_class: type[PreTrainedModel] | None,
+    windows: Sequence[float] | None,
+) -> PreTrainedModel:
+    """Return the model of a configuration with the weights of its source. Arguments are those of `from_vit`."""
+    patches = config.grid_size[0] * config.grid_size[1]
+    windows = head_windows((3, max(4, patches)) if windows is None else windows, config.num_attention_heads)
+    head = counterpart(source, family.classes)
+    model_class = model_class or head
+    copied = model_class if head is model_class else None
+    if copied is not None:
+        family.require_head(source.config, copied)
+    weights = weights_of(source, family, copied)
+    table = weights.pop("lion_vision.embeddings.position_embeddings", None)
+    if config.pos_emb and table is not None:
+        weights["lion_vision.embeddings.position_embeddings"] = _resized(table, source.config, config)
+    model = filled(model_class(config), source, weights)
+    for layer in model.base_model.layers:
+        if isinstance(layer.mixer, Mixer):
+            layer.mixer.set_windows(windows)
+    return model
 
 
-def _weights(source: PreTrainedModel, config: LionVisionConfig) -> dict[str, Tensor]:
-    renamed = {}
-    for name, tensor in without_wrappers(source.state_dict()).items():
-        name = name.removeprefix("vit.")
-        for old, new in _NAMES:
-            name = name.replace(old, new)
-        name = f"norm.{name.removeprefix('layernorm.')}" if name.startswith("layernorm.") else name
-        renamed[name if name.startswith("classifier.") else f"lion_vision.{name}"] = tensor
-    if not config.pos_emb:
-        del renamed["lion_vision.embeddings.position_embeddings"]
-    return renamed
+def _resized(table: Tensor, source: PreTrainedConfig, config: LionVisionConfig) -> Tensor:
+    """Return a position table (1, 1 + patches, hidden_size) for the grid of patches of another configuration."""
+    grid = type(config)(image_size=source.image_size, patch_size=config.patch_size).grid_size
+    if grid == config.grid_size:
+        return table
+    patches = table[:, 1:].to(torch.promote_types(table.dtype, torch.float32))
+    patches = patches.unflatten(1, grid).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=config.grid_size, mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], 1)

@@ -1,4 +1,4 @@
-"""Warm starts: the parts that `from_bert` and `from_vit` share.
+"""Warm starts: the parts that `from_encoder`, `from_bert` and `from_vit` share.
 
 Embeddings, projections, MLPs, norms and heads are copied. Decays are new, and the operator uses queries and keys in a
 new way, so a short training must follow; `hidden_state_distillation_loss` helps with it. Layers in `softmax_layers`
@@ -30,19 +30,16 @@ from ..hub import hint_if_missing
 from ..models.configuration_lion import LionConfig, LionVisionConfig
 from ..models.lion_layers import stays_float32
 from ..nn.mixer import Mixer
+from .families import REFUSED, Family, refusal
 
 
 logger = logging.get_logger(__name__)
 
-# Options that the copied weights determine.
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "layer_norm_eps")
 # Options of the structure that a warm start sets anew.
 MADE_ANEW = (
     "mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers", "gate_eps", "short_conv", "token_shift",
     "output_gate", "output_norm",
 )  # fmt: skip
-# Options that text and image encoders share with their sources and that may be overridden.
-SHARED = ("hidden_act", "hidden_dropout_prob", "initializer_range", "id2label", "label2id", "problem_type")
 
 
 def hidden_state_distillation_loss(
@@ -86,31 +83,26 @@ def hidden_state_distillation_loss(
 
 def load_source(
     given: PreTrainedModel | str | Path,
-    model_type: str,
-    classes: Mapping[str, type],
+    families: Mapping[str, Family],
     model_class: type[PreTrainedModel] | None,
-) -> PreTrainedModel:
-    """Return the source. A path is loaded as the counterpart of `model_class`, or else as the class that was saved."""
+) -> tuple[PreTrainedModel, Family]:
+    """Return the source and its family. A path is loaded as the counterpart of `model_class`, or else as the class that
+    was saved."""
+    while isinstance(inside := getattr(given, "_orig_mod", getattr(given, "module", None)), nn.Module):
+        given = inside  # torch.compile, DistributedDataParallel
+    name = type(given).__name__ if isinstance(given, PreTrainedModel) else str(given)
+    config = given.config if isinstance(given, PreTrainedModel) else source_config(given, families)
+    if getattr(given, "is_quantized", False) or getattr(config, "quantization_config", None):
+        raise ValueError(f"{name!r} is quantised, so its weights cannot be copied; give the source in full precision.")
+    family = family_of(config, name, families)
+    classes = family.classes
     if model_class not in (None, *classes.values()):
         names = dict.fromkeys(kind.__name__ for kind in classes.values())
         raise ValueError(f"model_class is {model_class!r}; allowed are {', '.join(names)}.")
-    while isinstance(inside := getattr(given, "_orig_mod", getattr(given, "module", None)), nn.Module):
-        given = inside  # torch.compile, DistributedDataParallel
-    if isinstance(given, str | Path) and (hint := hint_if_missing(given)) is not None:
-        raise FileNotFoundError(f"{str(given)!r} is neither a folder nor a name on the Hub{hint or '.'}")
-    config = given.config if isinstance(given, PreTrainedModel) else AutoConfig.from_pretrained(given)
-    name = type(given).__name__ if isinstance(given, PreTrainedModel) else str(given)
-    if getattr(given, "is_quantized", False) or getattr(config, "quantization_config", None):
-        raise ValueError(f"{name!r} is quantised, so its weights cannot be copied; give the source in full precision.")
-    if config.model_type != model_type:
-        raise ValueError(
-            f"{name!r} is a {config.model_type!r} model; only {model_type!r} models ({', '.join(classes)}) are "
-            "supported here. Use from_bert for model_type 'bert', from_vit for 'vit'."
-        )
     if isinstance(given, PreTrainedModel):
         if model_class is None and counterpart(given, classes) is None:
             raise ValueError(_no_counterpart(name, classes))
-        return given
+        return given, family
     if model_class is None:
         stored = (config.architectures or [next(iter(classes))])[0]
         if stored not in classes:
@@ -121,7 +113,35 @@ def load_source(
     # Transformers initialises what the checkpoint lacks, such as a head, and reports it. It is not copied.
     weights = source.state_dict()
     source.load_state_dict({name: weights[name].to("meta") for name in info["missing_keys"]}, strict=False, assign=True)
-    return source
+    return source, family
+
+
+def source_config(given: str | Path, families: Mapping[str, Family]) -> PreTrainedConfig:
+    """Return the configuration at a path, without running code that came with it.
+
+    Raises:
+        ValueError: if a model of its kind is not supported.
+        OSError: if there is no model at the path.
+    """
+    if (hint := hint_if_missing(given)) is not None:
+        raise FileNotFoundError(f"{str(given)!r} is neither a folder nor a name on the Hub{hint or '.'}")
+    stored, _ = PreTrainedConfig.get_config_dict(given)
+    if stored.get("model_type") in REFUSED:  # among them kinds that Transformers does not know
+        raise ValueError(refusal(str(given), stored["model_type"], families))
+    return AutoConfig.from_pretrained(given)
+
+
+def family_of(config: PreTrainedConfig, name: str, families: Mapping[str, Family]) -> Family:
+    """Return the family of a configuration. Raises ValueError if it is none of `families`."""
+    if config.model_type in families:
+        return families[config.model_type]
+    if len(families) > 1:
+        raise ValueError(refusal(name, config.model_type, families))
+    ((model_type, family),) = families.items()
+    raise ValueError(
+        f"{name!r} is a {config.model_type!r} model; only {model_type!r} models ({', '.join(family.classes)}) are "
+        "supported here. Use from_bert for model_type 'bert', from_vit for 'vit', from_encoder for others."
+    )
 
 
 def counterpart(source: PreTrainedModel, classes: Mapping[str, type]) -> type[PreTrainedModel] | None:
@@ -137,40 +157,40 @@ def _no_counterpart(name: str, classes: Mapping[str, type]) -> str:
 
 
 def config_options(
-    source: PreTrainedConfig, sizes: Sequence[str], shared: Sequence[str], overrides: dict[str, object]
+    decided: dict[str, object], shared: dict[str, object], overrides: dict[str, object]
 ) -> dict[str, object]:
     """Merge the options that LION takes from the configuration of its source with the user's.
 
     Args:
-        source: the source's configuration.
-        sizes: options that the copied weights determine; overriding one raises ValueError.
-        shared: options that both configurations have and that may be overridden.
+        decided: options that the copied weights determine; overriding one raises ValueError.
+        shared: options that may be overridden.
         overrides: the user's options.
     """
-    decided = [name for name in overrides if name in sizes]
-    if decided:
-        raise ValueError(
-            f"{decided[0]}={overrides[decided[0]]!r} cannot be chosen: the copied weights determine it "
-            f"({decided[0]}={getattr(source, decided[0])!r})."
-        )
+    for name, value in overrides.items():
+        if name in decided:
+            raise ValueError(
+                f"{name}={value!r} cannot be chosen: the copied weights determine it ({name}={decided[name]!r})."
+            )
     if not {"num_labels", "id2label", "label2id"}.isdisjoint(overrides):  # the source's classes would contradict these
-        shared = [name for name in shared if name not in ("id2label", "label2id")]
-    return {name: getattr(source, name) for name in (*sizes, *shared)} | overrides
+        shared = {name: value for name, value in shared.items() if name not in ("id2label", "label2id")}
+    return decided | shared | overrides
 
 
-def new_config(config_class: type, mask_type: str, **options: object) -> LionConfig | LionVisionConfig:
+def new_config(
+    family: Family, mask_type: str, decided: dict[str, object], free: Sequence[str] = (), **options: object
+) -> LionConfig | LionVisionConfig:
     """Build a configuration; invalid options raise ValueError, as all other arguments of a warm start do.
 
-    A source has the blocks of the default configuration. An option that decides which parameters exist, or what
-    they mean, must therefore keep its default, except for those in `MADE_ANEW`."""
+    An option that decides which parameters exist, or what they mean, must have the value in `decided`, or else its
+    default, except for those in `MADE_ANEW` and `free`."""
+    config_class = LionConfig if family.kind == "text" else LionVisionConfig
     try:
         config = config_class(mask_type=mask_type, **options)
-        sizes = {name: getattr(config, name) for name in ("hidden_size", "num_attention_heads")}
-        defaults = config_class(mask_type=mask_type, **sizes).structure()
+        defaults = config_class(mask_type=mask_type, **decided).structure()
     except StrictDataclassError as error:  # the reason is in its cause
         raise ValueError(str(error.__cause__ or error)) from error
     for name, value in config.structure().items():
-        if name not in MADE_ANEW and value != defaults[name]:
+        if name not in (*MADE_ANEW, *free) and value != defaults[name]:
             raise ValueError(
                 f"{name}={value!r} cannot be chosen: the copied weights require {name}={defaults[name]!r}."
             )
@@ -186,6 +206,7 @@ def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, T
         if stays_float32(model, name) and source.dtype != torch.float64:  # a decay close to 1 needs the bits
             parameter.data = parameter.data.float()
     own = model.state_dict()
+    weights = {**_biases_of_0(own, weights), **weights}
     absent = {name for name, x in weights.items() if x.is_meta}
     weights = {name: x for name, x in weights.items() if name not in absent}
     fitting = {name: x for name, x in weights.items() if name in own and own[name].shape == x.shape}
@@ -196,6 +217,16 @@ def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, T
     if new:
         logger.warning(f"These weights are not in {type(source).__name__} and are newly initialised: {new}")
     return model.to(source.device).eval()
+
+
+def _biases_of_0(own: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return biases of 0 for layers that have none in the source, but one here."""
+    weight_of = {name: f"{name.removesuffix('bias')}weight" for name in own if name.endswith(".bias")}
+    return {
+        name: torch.zeros_like(own[name])
+        for name, weight in weight_of.items()
+        if weight in weights and name not in weights
+    }
 
 
 def _made_anew(model: PreTrainedModel) -> list[str]:

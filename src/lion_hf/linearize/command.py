@@ -23,7 +23,7 @@ from ..convert.source import first_line
 from ..models.configuration_lion import spellings
 from .card import pooling_of, write_folder
 from .losses import measure
-from .models import load_pair, transformer_folder
+from .models import load_pair, positions, transformer_folder
 from .run import STATE, Linearizer, Recipe
 from .text import Pieces, read_lines
 
@@ -77,7 +77,7 @@ def linearize(
         raise ValueError(f"--target is 'embeddings', but {source!r} is no folder of sentence-transformers")
     lines = read_lines(text)
     pair = load_pair(source, layers, mask_type, windows, context)
-    limit = pair.teacher.config.max_position_embeddings
+    limit = positions(pair.teacher.config)
     if recipe.max_length > limit:
         raise ValueError(f"--max_length is {recipe.max_length}, but the source reads at most {limit} tokens")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

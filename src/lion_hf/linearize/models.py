@@ -8,15 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..convert.bert import from_bert
+from ..convert.encoder import FAMILIES, from_encoder
+from ..convert.warm_start import family_of, source_config
 from ..hub import hint_if_missing
+from ..models.lion_inputs import skipped_positions
 from ..nn.mixer import Mixer, head_windows
-
-
-# Functions that copy a source, by its model_type. With every layer kept, the copy computes what the source computes.
-CONVERTERS = {"bert": from_bert}
 
 
 @dataclass
@@ -43,25 +41,18 @@ def transformer_folder(source: str) -> str:
     return str(Path(source, first["path"])) if first["path"] else source
 
 
-def source_config(source: str) -> PreTrainedConfig:
-    """Return the configuration of a source.
-
-    Raises:
-        ValueError: if there is no model at the path, or it is no encoder that can be copied.
-    """
+def require_encoder(source: str) -> None:
+    """Raise ValueError if there is no text encoder at a path that can be copied."""
     path = transformer_folder(source)
     if (hint := hint_if_missing(path)) is not None:
         raise ValueError(f"{source!r} is neither a folder nor a name on the Hub{hint}")
-    if Path(path).is_dir() and not Path(path, "config.json").is_file():
-        raise ValueError(f"{source!r} is not a checkpoint folder: it has no config.json")
     if Path(path).is_file():
         raise ValueError(f"{source!r} is a file; give the folder of a checkpoint, or a name on the Hub")
-    config = AutoConfig.from_pretrained(path)
-    if config.model_type not in CONVERTERS:
-        raise ValueError(
-            f"{source!r} is a {config.model_type!r} model; supported are {', '.join(map(repr, CONVERTERS))}"
-        )
-    return config
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise ValueError(f"{source!r} is not a checkpoint folder: it has no config.json")
+    family = family_of(source_config(path, FAMILIES), source, FAMILIES)
+    if family.kind != "text":
+        raise ValueError(f"{source!r} is an image model; lion-linearize takes text encoders")
 
 
 def default_layers(softmax_layers: Sequence[int], local_layers: Sequence[int]) -> list[int]:
@@ -119,11 +110,8 @@ def load_pair(source: str, layers: str, mask_type: str, windows: Sequence[float]
     Raises:
         ValueError: if the source cannot be copied, or an argument is invalid.
     """
-    config = source_config(source)
-    kept = list(range(config.num_hidden_layers))
-    options = {"layer_norm_after": False, "attention_probs_dropout_prob": 0.0}
-    copied = CONVERTERS[config.model_type]
-    teacher = copied(transformer_folder(source), mask_type, softmax_layers=kept, **options)
+    require_encoder(source)
+    teacher = from_encoder(transformer_folder(source), mask_type, layers=[], attention_probs_dropout_prob=0.0)
     teacher = teacher.float().eval().requires_grad_(False)
     chosen = chosen_layers(layers, teacher.config)
     student = student_of(teacher, chosen, windows)
@@ -139,6 +127,7 @@ def student_of(teacher: PreTrainedModel, layers: Sequence[int], windows: Sequenc
         if hasattr(config, name):
             setattr(config, name, [layer for layer in getattr(config, name) if layer not in layers])
     config.feature_map, config.normalize = "hedgehog", True
+    config.layer_norm_after, config.output_norm = False, "none"
     student = type(teacher)(config)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     parts = ("q_feature.", "k_feature.", *_own_names(student))
@@ -164,20 +153,19 @@ def extend_positions(model: PreTrainedModel, context: int) -> None:
     Raises:
         ValueError: if the model reads more tokens already.
     """
-    config = model.config
-    known = config.max_position_embeddings
+    config, known, skipped = model.config, positions(model.config), skipped_positions(model.config)
     if context < known:
         raise ValueError(f"--context is {context}, but the source reads {known} tokens; give at least that")
-    tables = [
-        (parent, name, module)
-        for parent in model.modules()
-        for name, module in parent.named_children()
-        if isinstance(module, nn.Embedding) and name.startswith("position")
-    ]
-    config.max_position_embeddings = context
-    for parent, name, table in tables:
-        own = table.num_embeddings - known  # RoBERTa counts positions from a padding index
-        rows = torch.arange(context) % known + own
-        longer = nn.Embedding(own + context, table.embedding_dim, dtype=table.weight.dtype)
-        longer.weight.copy_(torch.cat([table.weight[:own], table.weight[rows]]))
-        setattr(parent, name, longer)
+    config.max_position_embeddings = context + skipped
+    embedding = model.base_model.embeddings
+    table = getattr(embedding, "position_embeddings", None)
+    if table is None:
+        return
+    rows = torch.cat([torch.arange(skipped), skipped + torch.arange(context) % known])
+    embedding.position_embeddings = nn.Embedding(len(rows), table.embedding_dim, dtype=table.weight.dtype)
+    embedding.position_embeddings.weight.copy_(table.weight[rows])
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """Return how many tokens of a text a model can read."""
+    return config.max_position_embeddings - skipped_positions(config)

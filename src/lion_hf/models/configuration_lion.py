@@ -36,6 +36,9 @@ class LionConfig(LionOptions, PreTrainedConfig):
         pos_emb (`bool`, *optional*):
             Add a learned table of absolute positions. By default only for `"lit"`; the others derive positions from
             the decay. The default follows `mask_type` until `pos_emb` is set.
+        roberta_positions (`bool`, defaults to `False`):
+            Count positions as RoBERTa does: without padding (`pad_token_id`), and from row `pad_token_id + 1` of the
+            position table. `position_ids` still count from 0. Padding has row `pad_token_id`.
         layer_norm_after (`bool`, *optional*):
             LayerNorm (eps 1e-5) over all heads after mixing. By default only for `"lit"`; follows `mask_type` too.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
@@ -67,6 +70,21 @@ class LionConfig(LionOptions, PreTrainedConfig):
             Input of the pooler in sequence classification and multiple choice: `"first"` (the first real token of a
             text, as in the paper) or `"mean"` (the mean of its real tokens). The mean is better with little
             fine-tuning data (examples/results). Can be changed at any time.
+        sparse_prediction (`bool`, defaults to `False`):
+            `LionForMaskedLM` with labels computes logits of the predicted tokens only, (predicted tokens, vocab_size).
+            Loss and gradients are the same; memory and time of the other logits are saved. Without labels all logits
+            are returned. Can be changed at any time.
+        sparse_pred_ignore_index (`int`, defaults to -100):
+            The label of the tokens that `sparse_prediction` leaves out.
+        pooler_act (`str`, defaults to `"tanh"`):
+            Activation of the pooler: any of Transformers, such as `"relu"` (DistilBERT) or `"gelu"` (ModernBERT).
+        pooler_norm (`bool`, defaults to `False`):
+            LayerNorm after the activation of the pooler, as in ModernBERT.
+        token_transform (`bool`, defaults to `False`):
+            Give token classification and question answering a layer like the pooler's, on every token, as ModernBERT
+            does.
+        type_vocab_size (`int`, defaults to 2):
+            Number of token types. 0: no table; `token_type_ids` are ignored.
         norm_position (`str`, defaults to `"post"`):
             `"post"` as in BERT, or `"pre"`.
         norm_type (`str`, defaults to `"layer"`):
@@ -85,9 +103,9 @@ class LionConfig(LionOptions, PreTrainedConfig):
             `"mlp"`, or `"glu"` for MLPs whose values are multiplied by a gate, a third projection.
         feature_map (`str`, *optional*):
             Function applied to queries and keys: `"identity"`, `"elu"` (elu + 1), `"unit_silu"` (silu + 1/2, scaled
-            to length 1), `"silu"` (silu, scaled to length 1; the scores are then cosines, which are not divided by the
-            root of the width) or `"hedgehog"` (learned; `lion-linearize` trains it). By default that of the variant if
-            `normalize` is True, else `"identity"`.
+            to length 1), `"silu"` (silu, scaled to length 1; the scores are then cosines, which are not divided by
+            the root of the width) or `"hedgehog"` (learned; `lion-linearize` trains it). By default that of the
+            variant if `normalize` is True, else `"identity"`.
         normalize (`bool`, *optional*):
             Divide outputs by their row sums, as in the image models. By default False for the variants of the paper
             and the feature map `"silu"`, and True where the variant requires it. Requires positive scores and no
@@ -143,11 +161,17 @@ class LionConfig(LionOptions, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     classifier_dropout: float | int | None = None
     classifier_pooling: str = "first"
+    sparse_prediction: bool = False
+    sparse_pred_ignore_index: int = -100
+    pooler_act: str = "tanh"
+    pooler_norm: bool = False
+    token_transform: bool = False
     tie_word_embeddings: bool = True
     mask_type: str = "selective"
     format: str = "auto"
     chunk_size: int = 64
     pos_emb: bool | None = None
+    roberta_positions: bool = False
     layer_norm_after: bool | None = None
     softmax_layers: Any = ()  # a list of int, checked at every assignment, as are the options of type Any below
     local_layers: Any = ()
@@ -225,6 +249,9 @@ class LionVisionConfig(LionOptions, BackboneConfigMixin, PreTrainedConfig):
             Add a learned position table. Without it, any image size divisible by `patch_size` is accepted.
         cls_tok (`bool`, defaults to `False`):
             Classify from the class token. Otherwise from the mean over all tokens, class token included.
+        append_patch_mean (`bool`, defaults to `False`):
+            Append the mean of the patches to the class token for the classifier, which reads `2 * hidden_size`
+            features then, as in DINOv2. Requires `cls_tok`.
         drop_path_rate (`float`, defaults to 0.0):
             Rate of stochastic depth in the last layer. The rates of earlier layers rise linearly from 0 to it.
         attention_probs_dropout_prob (`float`, defaults to 0.0):
@@ -280,6 +307,7 @@ class LionVisionConfig(LionOptions, BackboneConfigMixin, PreTrainedConfig):
     order: str = "normal"
     pos_emb: bool = False
     cls_tok: bool = False
+    append_patch_mean: bool = False
     softmax_layers: Any = ()  # a list of int, checked at every assignment, as are the options of type Any below
     local_layers: Any = ()
     local_window: int = 128

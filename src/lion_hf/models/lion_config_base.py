@@ -46,6 +46,10 @@ STRUCTURAL = (
     "mask_type",
     "order",
     "pos_emb",
+    "roberta_positions",
+    "pooler_norm",
+    "token_transform",
+    "append_patch_mean",
     "layer_norm_after",
     "softmax_layers",
     "local_layers",
@@ -245,6 +249,8 @@ class LionOptions:
         if key not in known:
             raise ValueError(f"{name!r} is not a preset of {cls.__name__}; allowed are {', '.join(sorted(known))}.")
         options = {**presets[key], **overrides}
+        if "vocab_size" in overrides and "pad_token_id" not in overrides:  # another vocabulary has another padding
+            options.pop("pad_token_id", None)
         if "local_layers" not in overrides and "local_layers" in options:  # those of a model with fewer layers
             options["local_layers"] = [i for i in options["local_layers"] if i < options["num_hidden_layers"]]
         return cls(**options)

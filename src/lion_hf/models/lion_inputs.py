@@ -22,6 +22,24 @@ def check_positions(position_ids: Tensor | None, batch: int, length: int) -> Non
         )
 
 
+def real_positions(input_ids: Tensor, pad_token_id: int) -> Tensor:
+    """Positions of tokens, counted from 0 without padding, in which every position is -1, as in RoBERTa."""
+    real = (input_ids != pad_token_id).long()
+    return real.cumsum(1) * real - 1
+
+
+def skipped_positions(config) -> int:
+    """Number of rows of the position table before that of the first token."""
+    return config.pad_token_id + 1 if config.roberta_positions else 0
+
+
+def table_size(config) -> str:
+    """The number of positions of a model with a position table, for messages."""
+    if not config.roberta_positions:
+        return f"max_position_embeddings = {config.max_position_embeddings}"
+    return f"max_position_embeddings - pad_token_id - 1 = {config.max_position_embeddings - skipped_positions(config)}"
+
+
 def bool_key_mask(attention_mask: Tensor | None, batch: int, length: int) -> Tensor | None:
     """The mask as a boolean (batch, length), or None if nothing is masked. Raises ValueError for other masks."""
     if attention_mask is None:

@@ -12,12 +12,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..nn.block import Block
 from ..nn.encoder import drop_path_rates
+from ..nn.local_attention import LocalMixer
 from ..nn.mixer import Mixer, TokenMixer
 from ..nn.mlp import MLP
 from ..nn.names import BLOCK_OPTIONS, MIXER_OPTIONS
 from ..nn.norms import token_norm
 from ..nn.softmax import SoftmaxMixer
 from ..nn.variants import variant_class
+from .lion_options import rope_thetas
 
 
 class LionMixer(Mixer):
@@ -47,10 +49,13 @@ class LionMixer(Mixer):
 
 
 def make_mixer(config, layer_idx: int) -> TokenMixer:
-    """Build the mixer of layer number `layer_idx`, counted from 0: linear or softmax attention."""
-    if layer_idx not in config.softmax_layers:
-        return LionMixer(config, layer_idx)
-    return SoftmaxMixer(config.hidden_size, config.num_attention_heads, **biases_of(config))
+    """Build the mixer of layer number `layer_idx`, counted from 0: linear, softmax or local attention."""
+    sizes, (theta, local_theta) = (config.hidden_size, config.num_attention_heads), rope_thetas(config.rope_parameters)
+    if layer_idx in config.softmax_layers:
+        return SoftmaxMixer(*sizes, rope_theta=theta, **biases_of(config))
+    if layer_idx in config.local_layers:
+        return LocalMixer(*sizes, window=config.local_window, rope_theta=local_theta, **biases_of(config))
+    return LionMixer(config, layer_idx)
 
 
 def biases_of(config) -> dict[str, bool]:
@@ -238,7 +243,7 @@ class LionPreTrainedMixin:
                 )
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    # Layers in `softmax_layers` always call scaled_dot_product_attention.
+    # Layers with softmax attention choose the function that computes it themselves.
     _supports_sdpa = True
 
     @classmethod
@@ -264,12 +269,16 @@ _MIXER_OPTIONS = ("mask_type", "order", "layer_norm_after", "feature_map", "norm
 
 def _built_options(encoder: nn.Module) -> dict[str, object]:
     """The options that determined the modules of an encoder, by name, without those that had no effect, such as the
-    order in a model without decay. `softmax_layers` is that of the current layers: some may have been removed."""
+    order in a model without decay. `softmax_layers` and `local_layers` are those of the current layers: some may have
+    been removed."""
     mixers = [layer.mixer for layer in encoder.layers]
+    kinds = {"softmax_layers": SoftmaxMixer, "local_layers": LocalMixer}
+    layers = {name: [i for i, mixer in enumerate(mixers) if isinstance(mixer, kind)] for name, kind in kinds.items()}
     variant = next((mixer.variant for mixer in mixers if isinstance(mixer, Mixer)), None)
-    hidden = _MIXER_OPTIONS if variant is None else ("order",) if variant.scans_taken(2) == 1 else ()
-    built = {name: value for name, value in encoder._built.items() if name not in hidden}
-    return built | {"softmax_layers": [i for i, mixer in enumerate(mixers) if isinstance(mixer, SoftmaxMixer)]}
+    hidden = {*_MIXER_OPTIONS} if variant is None else {"order"} if variant.scans_taken(2) == 1 else set()
+    hidden |= set() if layers["local_layers"] else {"local_window"}
+    hidden |= set() if any(layers.values()) else {"rope_parameters"}
+    return {name: value for name, value in encoder._built.items() if name not in hidden} | layers
 
 
 def sequence_classification_loss(model, logits: Tensor, labels: Tensor | None, **kwargs) -> Tensor | None:

@@ -149,7 +149,6 @@ _COUNTS = (
     "local_window",
     "vocab_size",
     "max_position_embeddings",
-    "type_vocab_size",
     "patch_size",
     "num_channels",
 )
@@ -174,12 +173,31 @@ def check_shape(config: Any) -> None:
             "norm before the first mixer. Set norm_position='pre' or first_norm=True."
         )
     activations = _activations()
-    if activations is not None and config.hidden_act not in activations:
-        raise ValueError(f"hidden_act is {config.hidden_act!r}; allowed are {', '.join(sorted(activations))}.")
+    for name in ("hidden_act", "pooler_act"):
+        value = getattr(config, name, "gelu")
+        if activations is not None and value not in activations:
+            raise ValueError(f"{name} is {value!r}; allowed are {', '.join(sorted(activations))}.")
+    _check_source_options(config)
     _check_mixer(config)
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "classifier_dropout"):
         if getattr(config, name, None) is not None:
             require_rate(name, getattr(config, name))
+
+
+def _check_source_options(config: Any) -> None:
+    """Check the options that other encoders need to be converted."""
+    if getattr(config, "append_patch_mean", False) and not config.cls_tok:
+        raise ValueError("append_patch_mean is True, but cls_tok is False; set cls_tok=True, or leave it out.")
+    if getattr(config, "type_vocab_size", 0) < 0:
+        raise ValueError(f"type_vocab_size is {config.type_vocab_size}; it must be at least 0 (no token types).")
+    if not getattr(config, "roberta_positions", False):
+        return
+    pad, most = config.pad_token_id, config.max_position_embeddings - 2
+    if pad is None or not 0 <= pad <= most:
+        raise ValueError(
+            f"pad_token_id is {pad} with roberta_positions=True, which counts positions from pad_token_id + 1; it must "
+            f"be from 0 to {most} (max_position_embeddings - 2)."
+        )
 
 
 def _check_layers(config: Any) -> None:

@@ -41,8 +41,6 @@ def _modern(width: int, layers: int, heads: int, hidden: int) -> Mapping[str, An
         {
             "vocab_size": 50368,
             "pad_token_id": 50283,
-            "bos_token_id": 50281,
-            "eos_token_id": 50282,
             "max_position_embeddings": 8192,
             "hidden_size": width,
             "num_hidden_layers": layers,

@@ -23,7 +23,17 @@ from ..nn.mixer import TokenMixer
 from ..ops.checks import makes_graph, values_can_be_read
 from ..ops.packing import first_tokens, packed_bounds, packed_positions, sequence_means
 from .configuration_lion import LionConfig
-from .lion_inputs import are_counted, bool_key_mask, check_answers, check_positions, flat_choices, real_scores
+from .lion_inputs import (
+    are_counted,
+    bool_key_mask,
+    check_answers,
+    check_positions,
+    flat_choices,
+    real_positions,
+    real_scores,
+    skipped_positions,
+    table_size,
+)
 from .lion_layers import (
     LionLayer,
     LionPreTrainedMixin,
@@ -44,7 +54,8 @@ class LionEmbeddings(nn.Module):
         super().__init__()
         self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        types = config.type_vocab_size
+        self.token_type_embeddings = nn.Embedding(types, config.hidden_size) if types else None
         self.position_embeddings = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.pos_emb else None
         )
@@ -59,10 +70,13 @@ class LionEmbeddings(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is None:  # one row, broadcast; offloading requires that tables are called, not indexed
-            token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=embeddings.device)
-        embeddings = embeddings + self.token_type_embeddings(token_type_ids)
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:  # one row, broadcast; offloading requires that tables are called, not indexed
+                token_type_ids = torch.zeros(1, 1, dtype=torch.long, device=embeddings.device)
+            embeddings = embeddings + self.token_type_embeddings(token_type_ids)
         if self.position_embeddings is not None:
+            if position_ids is None and self.config.roberta_positions and input_ids is not None:
+                position_ids = real_positions(input_ids, self.config.pad_token_id)
             embeddings = embeddings + self._positions(position_ids, embeddings)
         elif position_ids is not None and not torch.compiler.is_compiling() and not are_counted(position_ids):
             logger.warning_once(
@@ -72,32 +86,46 @@ class LionEmbeddings(nn.Module):
         return self.dropout(self.norm(embeddings))
 
     def _positions(self, position_ids: Tensor | None, embeddings: Tensor) -> Tensor:
-        length, positions = embeddings.shape[1], self.config.max_position_embeddings
+        length, skipped = embeddings.shape[1], skipped_positions(self.config)
+        positions = self.config.max_position_embeddings - skipped
         if position_ids is None:
             if length > positions:
                 raise ValueError(
-                    f"The input has {length} tokens, but this model has a table of max_position_embeddings = "
-                    f"{positions} positions. Truncate the input, or use a LION-D or LION-S model, "
-                    "which accept any length."
+                    f"The input has {length} tokens, but this model has a table of {table_size(self.config)} "
+                    "positions. Truncate the input, or use a LION-D or LION-S model, which accept any length."
                 )
             position_ids = torch.arange(length, device=embeddings.device)
         elif values_can_be_read(position_ids) and position_ids.numel() and int(position_ids.max()) >= positions:
             raise ValueError(
                 f"position_ids reach {int(position_ids.max())}, but this model has a table of "
-                f"max_position_embeddings = {positions} positions, counted from 0."
+                f"{table_size(self.config)} positions, counted from 0."
             )
-        return self.position_embeddings(position_ids)
+        return self.position_embeddings(position_ids + skipped if skipped else position_ids)
 
 
-class LionPooler(nn.Module):
-    """tanh(W x + b) of the first real token, or of the mean of the real tokens: (batch, hidden).
-
-    A packed row gives one vector for each sequence: (sequences, hidden). Without a real token, the very first counts.
-    """
+class LionTransform(nn.Module):
+    """tanh(W x + b), or another `config.pooler_act`, followed by a LayerNorm with `config.pooler_norm`."""
 
     def __init__(self, config: LionConfig):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.act_fn = ACT2FN[config.pooler_act]
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pooler_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act_fn(self.dense(x))
+        return x if self.norm is None else self.norm(x)
+
+
+def _token_transform(config: LionConfig) -> LionTransform | None:
+    return LionTransform(config) if config.token_transform else None
+
+
+class LionPooler(LionTransform):
+    """`LionTransform` of the first real token, or of the mean of the real tokens: (batch, hidden).
+
+    A packed row gives one vector for each sequence: (sequences, hidden). Without a real token, the very first counts.
+    """
 
     def forward(
         self,
@@ -112,7 +140,7 @@ class LionPooler(nn.Module):
                 "A sequence of this packed row is empty and has no first token to pool. Remove empty sequences, or "
                 "build the model with add_pooling_layer=False."
             )
-        return torch.tanh(self.dense(pool(hidden_states, key_mask, cu_seqlens)))
+        return super().forward(pool(hidden_states, key_mask, cu_seqlens))
 
     @staticmethod
     def _first(hidden_states: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -280,15 +308,22 @@ class LionForMaskedLM(LionPreTrainedModel):
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Token ids to predict, or -100 for tokens that the loss ignores. The loss is the mean cross entropy over the
-            others, in float32.
+            others, in float32. It is NaN if there are none, as in Transformers, unless `num_items_in_batch` is given.
 
         Returns:
             `MaskedLMOutput`: `logits` (batch_size, sequence_length, vocab_size) and, with labels, `loss` (a scalar).
+            With labels and `config.sparse_prediction`, `logits` are (predicted tokens, vocab_size): those of the tokens
+            whose label is not `config.sparse_pred_ignore_index`, row by row.
         """
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        logits = self.head(outputs.last_hidden_state)
+        hidden_states = outputs.last_hidden_state
+        if self.config.sparse_prediction and labels is not None:
+            labels = labels.reshape(hidden_states.shape[:-1])
+            predicted = labels != self.config.sparse_pred_ignore_index
+            hidden_states, labels = hidden_states[predicted.to(hidden_states.device)], labels[predicted]
+        logits = self.head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -354,6 +389,7 @@ class LionForTokenClassification(LionPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.lion = LionModel(config, add_pooling_layer=False)
+        self.transform = _token_transform(config)
         self.dropout = _classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
@@ -381,7 +417,10 @@ class LionForTokenClassification(LionPreTrainedModel):
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        hidden_states = (
+            outputs.last_hidden_state if self.transform is None else self.transform(outputs.last_hidden_state)
+        )
+        logits = self.classifier(self.dropout(hidden_states))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.config, **kwargs)
@@ -397,6 +436,7 @@ class LionForQuestionAnswering(LionPreTrainedModel):
     def __init__(self, config: LionConfig):
         super().__init__(config)
         self.lion = LionModel(config, add_pooling_layer=False)
+        self.transform = _token_transform(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -429,7 +469,10 @@ class LionForQuestionAnswering(LionPreTrainedModel):
         outputs = self.lion(
             input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        hidden_states = (
+            outputs.last_hidden_state if self.transform is None else self.transform(outputs.last_hidden_state)
+        )
+        start_logits, end_logits = self.qa_outputs(hidden_states).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
             key_mask = bool_key_mask(attention_mask, *start_logits.shape)

@@ -228,7 +228,8 @@ class LionForImageClassification(LionVisionPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.lion_vision = LionVisionModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        features = config.hidden_size * (2 if config.append_patch_mean else 1)
+        self.classifier = nn.Linear(features, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -250,7 +251,10 @@ class LionForImageClassification(LionVisionPreTrainedModel):
             `ImageClassifierOutput`: `logits` (batch_size, num_labels) and, with labels, `loss` (a scalar).
         """
         outputs = self.lion_vision(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
+        pooled = outputs.pooler_output
+        if self.config.append_patch_mean:
+            pooled = torch.cat([pooled, outputs.last_hidden_state[:, 1:].mean(1)], -1)
+        logits = self.classifier(pooled)
         loss = sequence_classification_loss(self, logits, labels, **kwargs)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions

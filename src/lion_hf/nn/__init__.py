@@ -3,6 +3,7 @@
 from .block import Block
 from .encoder import Encoder, run_blocks
 from .gates import GateLinear
+from .local_attention import LocalMixer
 from .mixer import Mixer, TokenMixer
 from .mlp import MLP
 from .softmax import SoftmaxMixer
@@ -14,6 +15,7 @@ __all__ = [
     "Block",
     "Encoder",
     "GateLinear",
+    "LocalMixer",
     "Mixer",
     "Recurrence",
     "SoftmaxMixer",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..ops.checks import check_key_mask, is_abstract, is_exporting, values_can_be_read
 from ..ops.packing import LEAST_PADDING, UnpaddedRow, unpad
 from .block import Block
+from .local_attention import LocalMixer
 from .mixer import Mixer
 from .mixer_checks import NO_MATRIX_OF_PACKED_ROWS
 from .mlp import MLP
@@ -121,6 +122,10 @@ class Encoder(nn.Module):
             from 0.
         attention_dropout: dropout rate of the attention matrix in training, in [0, 1), see `Mixer.forward`.
         softmax_layers: indices of blocks, counted from 0, that use softmax attention.
+        local_layers: indices of other blocks that use softmax attention in a window, see `LocalMixer`.
+        local_window: width of this window in tokens; 128 by default.
+        rope_theta: base of the rotary positions (RoPE) in softmax and local layers; None (default) without.
+        local_rope_theta: that of the local layers; `rope_theta` by default.
         unpad: whether to remove padding from batches, see `unpadding` of `run_blocks`.
         options: further options of `Block`, and of `Mixer` such as `normalize`, `prefix_tokens` or `output_gate`.
 
@@ -150,17 +155,16 @@ class Encoder(nn.Module):
         drop_path: float = 0.0,
         attention_dropout: float = 0.0,
         softmax_layers: Sequence[int] = (),
+        local_layers: Sequence[int] = (),
+        local_window: int = 128,
+        rope_theta: float | None = None,
+        local_rope_theta: float | None = None,
         unpad: bool | None = None,
         **options,
     ):
         super().__init__()
         require_name("mlp_type", mlp_type, MLP_TYPES)
-        if not all(0 <= i < depth for i in softmax_layers):
-            raise ValueError(
-                f"softmax_layers is {softmax_layers!r}; with depth {depth}, its numbers must be from 0 to {depth - 1}."
-            )
-        if len(softmax_layers) and options.get("direction", "both") != "both":
-            raise ValueError(f"direction is {options['direction']!r}, but softmax_layers read both directions.")
+        _check_layers(depth, softmax_layers, local_layers, options.get("direction", "both"))
         require_rate("attention_dropout", attention_dropout)
         self.attention_dropout, self.unpad = attention_dropout, unpad
         block_options = {"norm_position": norm_position, "norm_type": norm_type, "use_bias": use_bias}
@@ -170,7 +174,10 @@ class Encoder(nn.Module):
 
         def block(i: int) -> Block:
             if i in softmax_layers:
-                mixer = SoftmaxMixer(dim, heads, **biases)
+                mixer = SoftmaxMixer(dim, heads, rope_theta=rope_theta, **biases)
+            elif i in local_layers:
+                theta = rope_theta if local_rope_theta is None else local_rope_theta
+                mixer = LocalMixer(dim, heads, window=local_window, rope_theta=theta, **biases)
             else:
                 mixer = Mixer(dim, heads, variant, layer_idx=i, num_layers=depth, **biases, **options)
             mlp = MLP(
@@ -228,6 +235,17 @@ class Encoder(nn.Module):
             format=format, chunk_size=chunk_size, dropout=self.attention_dropout,
         )  # fmt: skip
         return x if self.norm is None else self.norm(x)
+
+
+def _check_layers(depth: int, softmax_layers: Sequence[int], local_layers: Sequence[int], direction: str) -> None:
+    """Raise ValueError unless each layer without a `Mixer` exists, is of one kind, and may read both directions."""
+    for name, layers in (("softmax_layers", softmax_layers), ("local_layers", local_layers)):
+        if not all(0 <= i < depth for i in layers):
+            raise ValueError(f"{name} is {layers!r}; with depth {depth}, its numbers must be from 0 to {depth - 1}.")
+        if len(layers) and direction != "both":
+            raise ValueError(f"direction is {direction!r}, but {name} read both directions.")
+    if both := sorted({*softmax_layers} & {*local_layers}):
+        raise ValueError(f"softmax_layers and local_layers both contain {both}; remove them from one of the lists.")
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

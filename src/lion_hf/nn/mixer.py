@@ -116,10 +116,10 @@ class Mixer(TokenMixer):
         heads: number of heads, each `dim // heads` wide.
         variant: name of a registered variant: "lit" (no decay), "decay" (a learned decay per head), "selective" (a
             decay per token and head), another one of the package, or a custom variant, see `register_variant`.
-        feature_map: function of query and key: "identity", "elu", "unit_silu", "silu" (silu, scaled to length 1; scores
-            are then cosines, with the scale 1 instead of `key_dim**-0.5`) or "hedgehog", which is learned: its modules
-            are `q_feature` and `k_feature`, see `Hedgehog`. By default that of the variant if outputs are normalised,
-            otherwise "identity".
+        feature_map: function of query and key: "identity", "elu", "unit_silu", "silu" (silu, scaled to length 1;
+            scores are then cosines, with the scale 1 instead of `key_dim**-0.5`), or "hedgehog", which is learned: its
+            modules are `q_feature` and `k_feature`, see `Hedgehog`. By default that of the variant if outputs are
+            normalised, otherwise "identity".
         normalize: whether to divide outputs by their row sums. Row sums must be positive, which "elu", "unit_silu" and
             "hedgehog" ensure. By default that of the variant, which is True for all variants of the paper, but False
             for the feature map "silu". The text models of the paper set it to False. Variants whose scores may be

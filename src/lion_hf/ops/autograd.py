@@ -163,7 +163,9 @@ class LionGradient(torch.autograd.Function):
     Its own derivatives are those of `composed`, with O(L^2) memory.
     """
 
-    forward = staticmethod(_gradients)
+    @staticmethod
+    def forward(*arguments):  # names would take longer: PyTorch binds the arguments to the signature in every call
+        return _gradients(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

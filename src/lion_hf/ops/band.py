@@ -4,6 +4,8 @@ Blocks of queries read their neighbourhood, the block itself and `reach` tokens 
 PyTorch's `scaled_dot_product_attention`. Its mask has one small part per block, so no (length, length) tensor exists.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,8 +14,11 @@ from .checks import is_exporting, is_transformed, makes_graph
 
 
 # Fewest queries of a block. Larger blocks read more keys outside the band, smaller ones leave less to each product.
-# Measured on a CPU for reach 64, `benchmarks/bench_local.py --sizes`.
+# Measured on a CPU for reach 64, see `benchmarks/bench_local.py --blocks`.
 BLOCK = 64
+
+# Texts that are longer than this many neighbourhoods are computed in blocks, which costs less from there on.
+SHORTEST = 1.5
 
 
 def band_attention(
@@ -43,24 +48,41 @@ def band_attention(
         (batch, heads, length, value_dim). The softmax of low precision is computed in float32.
     """
     batch, _, length, _ = query.shape
+    blocks = _Blocks.of(reach, length, plain=is_transformed(query, key, value))
     key, value = zero_masked(key_mask, key, value)
-    margin, size = _sizes(reach)
     # One graph serves all lengths, so it always computes blocks.
-    if not makes_graph() and length <= size + 2 * margin:
+    if not makes_graph() and length <= SHORTEST * blocks.width:
         visible = _visible_in_row(length, reach, key_mask, cu_seqlens, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
-    # An exported graph has at least two blocks, because torch.export makes a constant of a size that is 1.
-    count = -(-length // size) + (1 if torch.jit.is_tracing() or is_exporting() else 0)
-    plain = makes_graph() or is_transformed(query, key, value)
-    around = _neighbourhoods if plain else _Neighbourhoods.apply
-    queries = _blocks(query.transpose(1, 2), size, count).flatten(0, 1).transpose(1, 2)
-    keys, values = (around(x.transpose(1, 2), size, margin, count).flatten(0, 1).transpose(1, 2) for x in (key, value))
-    owners = _owners(length, key_mask, cu_seqlens, query.device)
-    visible = _visible_in_blocks(*owners, reach, size, margin, count)
+    if batch > 1 and query.device.type == "cpu" and not blocks.plain:
+        return _row_by_row(query, key, value, reach, key_mask, dropout)
+    visible = _visible_in_blocks(*_owners(length, key_mask, cu_seqlens, query.device), reach, blocks)
+    queries = blocks.split(query.transpose(1, 2))
+    keys, values = (blocks.around(x.transpose(1, 2)) for x in (key, value))
+    if blocks.exported:  # heads before blocks, as torch.export cannot prove that a product of sizes is divisible
+        queries, keys, values = (x.permute(0, 3, 1, 2, 4) for x in (queries, keys, values))
+        mixed = _plain_attention(queries, keys, values, visible.unsqueeze(1), dropout)
+        return blocks.join(mixed.permute(0, 2, 3, 1, 4), length).transpose(1, 2)
+    # Fused kernels take four dimensions.
     visible = visible.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
+    queries, keys, values = (x.flatten(0, 1).transpose(1, 2) for x in (queries, keys, values))
     mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, dropout_p=dropout)
-    mixed = mixed.transpose(1, 2).unflatten(0, (batch, count)).flatten(1, 2)
-    return mixed[:, :length].transpose(1, 2)
+    return blocks.join(mixed.transpose(1, 2).unflatten(0, (batch, blocks.count)), length).transpose(1, 2)
+
+
+def _row_by_row(query, key, value, reach: int, key_mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention of each row by itself. The neighbourhoods of one row are views; those of a batch would be copies."""
+    masks = [None] * len(query) if key_mask is None else key_mask.split(1)
+    rows = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
+    mixed = [band_attention(q, k, v, reach, key_mask=mask, dropout=dropout).transpose(1, 2) for q, k, v, mask in rows]
+    return torch.cat(mixed).transpose(1, 2)
+
+
+def _plain_attention(query, key, value, visible: Tensor, dropout: float) -> Tensor:
+    """Attention of tensors of any number of dimensions: ONNX knows PyTorch's own only for four."""
+    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1)).masked_fill(~visible, -torch.inf)
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return torch.matmul(F.dropout(weights, dropout).to(value.dtype), value)
 
 
 def zero_masked(key_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -83,10 +105,7 @@ def sequence_of_tokens(cu_seqlens: Tensor, length: int, device: torch.device) ->
     return torch.searchsorted(cu_seqlens, torch.arange(length, device=device), right=True) - 1
 
 
-def _sizes(reach: int) -> tuple[int, int]:
-    """Return how many keys a block reads on each side, and how many queries it has."""
-    margin = -(-reach // 8) * 8  # kernels prefer aligned masks
-    return margin, max(BLOCK, margin)
+# ------------------------------------------------------------------------------------------------------------- masks
 
 
 def _owners(length: int, key_mask, cu_seqlens, device: torch.device) -> tuple[Tensor, Tensor, bool]:
@@ -109,22 +128,20 @@ def _visible_in_row(length: int, reach: int, key_mask, cu_seqlens, device: torch
         visible = key_mask[:, None, None, :]
         return visible | ~visible.any(-1, keepdim=True)
     queries, keys, masked = _owners(length, key_mask, cu_seqlens, device)
-    visible = (band(length, reach, device) & (queries[:, :, None] == keys[:, None, :]))[:, None]
+    visible = (band(length, reach, device) & (queries[:, :, None] == keys[:, None, :])).unsqueeze(1)
     own = torch.eye(length, dtype=torch.bool, device=device)
     return _with_own(visible, own) if masked else visible
 
 
-def _visible_in_blocks(
-    queries: Tensor, keys: Tensor, masked: bool, reach: int, size: int, margin: int, count: int
-) -> Tensor:
-    """Return the mask of all blocks, (1 or batch, count, size, size + 2 * margin), for the owners of queries and keys.
+def _visible_in_blocks(queries: Tensor, keys: Tensor, masked: bool, reach: int, blocks: "_Blocks") -> Tensor:
+    """Return the mask of all blocks, (1 or batch, count, size, width), for the owners of queries and keys.
 
     Tokens beyond the end of a row have owner 0 and read each other.
     """
-    token = torch.arange(size, device=queries.device)[:, None]
-    distance = torch.arange(size + 2 * margin, device=queries.device) - margin - token
-    queries, keys = _blocks(queries, size, count), _neighbourhoods(keys, size, margin, count)
-    visible = (distance.abs() <= reach) & (queries.unsqueeze(-1) == keys.unsqueeze(-2))
+    token = torch.arange(blocks.size, device=queries.device)[:, None]
+    distance = torch.arange(blocks.width, device=queries.device) - blocks.margin - token
+    same = blocks.split(queries).unsqueeze(-1) == blocks.around(keys).unsqueeze(-2)
+    visible = same & (distance.abs() <= reach)
     return _with_own(visible, distance == 0) if masked else visible
 
 
@@ -133,36 +150,81 @@ def _with_own(visible: Tensor, own: Tensor) -> Tensor:
     return visible | (own & ~visible.any(-1, keepdim=True))
 
 
+# ------------------------------------------------------------------------------------------------------------ blocks
+
+
+class _Blocks(NamedTuple):
+    """How a row is divided into `count` blocks of `size` tokens, which read `margin <= size` tokens on both sides."""
+
+    size: int
+    margin: int
+    count: int
+    plain: bool  # whether to use PyTorch's own operators only, in graphs and torch.func
+    exported: bool  # whether to index tokens, as torch.export cannot reshape a length that it does not know
+
+    @classmethod
+    def of(cls, reach: int, length: int, plain: bool) -> "_Blocks":
+        margin = -(-reach // 8) * 8  # kernels prefer aligned masks
+        size, exported = max(BLOCK, margin), torch.jit.is_tracing() or is_exporting()
+        # An exported graph has at least two blocks, because torch.export makes a constant of a size that is 1.
+        return cls(size, margin, -(-length // size) + int(exported), plain or makes_graph(), exported)
+
+    @property
+    def width(self) -> int:
+        """Number of keys of each block."""
+        return self.size + 2 * self.margin
+
+    def split(self, x: Tensor) -> Tensor:
+        """Return the blocks (batch, count, size, ...) of x (batch, length, ...)."""
+        if self.exported:
+            return self._indexed(x, 0, self.size)
+        return _padded(x, 0, self.count * self.size - x.shape[1]).unflatten(1, (self.count, self.size))
+
+    def around(self, x: Tensor) -> Tensor:
+        """Return the neighbourhoods of the blocks, (batch, count, width, ...), of x (batch, length, ...)."""
+        if self.exported:
+            return self._indexed(x, -self.margin, self.width)
+        if not self.plain:
+            return _Neighbourhoods.apply(x, self)
+        x = _padded(x, self.size, (self.count + 1) * self.size - x.shape[1])
+        x = x.unflatten(1, (self.count + 2, self.size))
+        return torch.cat([x[:, :-2, self.size - self.margin :], x[:, 1:-1], x[:, 2:, : self.margin]], 2)
+
+    def join(self, x: Tensor, length: int) -> Tensor:
+        """Return the row (batch, length, ...) of blocks x (batch, count, size, ...)."""
+        if self.exported:
+            token = torch.arange(length, device=x.device)
+            return x[:, token // self.size, token % self.size]
+        return x.flatten(1, 2)[:, :length]
+
+    def _indexed(self, x: Tensor, start: int, width: int) -> Tensor:
+        first = torch.arange(self.count, device=x.device) * self.size + start
+        token = first[:, None] + torch.arange(width, device=x.device)
+        outside = (token < 0) | (token >= x.shape[1])
+        y = x[:, token.clamp(min=0).clamp(max=x.shape[1] - 1)]
+        return y.masked_fill(outside[(..., *(None,) * (x.dim() - 2))], 0)
+
+
 def _padded(x: Tensor, left: int, right: int) -> Tensor:
     """Return x (batch, length, ...) with zeros on both sides of the tokens."""
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (left, right))
-
-
-def _blocks(x: Tensor, size: int, count: int) -> Tensor:
-    """Return (batch, count, size, ...) for x (batch, length, ...)."""
-    return _padded(x, 0, count * size - x.shape[1]).unflatten(1, (count, size))
-
-
-def _neighbourhoods(x: Tensor, size: int, margin: int, count: int) -> Tensor:
-    """Return each block with `margin <= size` tokens on both sides, (batch, count, margin + size + margin, ...)."""
-    x = _padded(x, size, (count + 1) * size - x.shape[1]).unflatten(1, (count + 2, size))
-    return torch.cat([x[:, :-2, size - margin :], x[:, 1:-1], x[:, 2:, :margin]], 2)
+    zeros = [x.new_zeros(x.shape[0], count, *x.shape[2:]) for count in (left, right)]  # F.pad writes every token twice
+    return torch.cat([zeros[0], x, zeros[1]], 1)
 
 
 class _Neighbourhoods(torch.autograd.Function):
-    """`_neighbourhoods` as views, with a gradient that adds the three parts of each block without further copies."""
+    """The neighbourhoods of blocks as views, with a gradient that adds their three parts without further copies."""
 
     @staticmethod
-    def forward(ctx, x, size, margin, count):
-        ctx.sizes, ctx.length = (size, margin, count), x.shape[1]
-        x = _padded(x, margin, margin + count * size - x.shape[1])
-        return x.unfold(1, size + 2 * margin, size).movedim(-1, 2)
+    def forward(ctx, x, blocks):
+        ctx.blocks, ctx.length = blocks, x.shape[1]
+        x = _padded(x, blocks.margin, blocks.margin + blocks.count * blocks.size - x.shape[1])
+        return x.unfold(1, blocks.width, blocks.size).movedim(-1, 2)
 
     @staticmethod
     def backward(ctx, grad):
-        size, margin, count = ctx.sizes
+        size, margin, count, *_ = ctx.blocks
         before, own, after = grad.split((margin, size, margin), 2)
         own = own.clone(memory_format=torch.contiguous_format)
         own[:, : count - 1, size - margin :] += before[:, 1:]
         own[:, 1:, :margin] += after[:, : count - 1]
-        return own.flatten(1, 2)[:, : ctx.length], None, None, None
+        return own.flatten(1, 2)[:, : ctx.length], None

@@ -133,7 +133,7 @@ def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, mask, left, ri
     own = mask.own_weights(scores, dscores)  # None if the diagonal is 1
     scores.mul_(tile)
     dv = torch.matmul(scores.transpose(-1, -2), dy)
-    pairs = scores.mul_(dscores)
+    pairs = mask.pair_sums(scores.mul_(dscores))
     dscores.mul_(tile)
     dq, dk = torch.matmul(dscores, k), torch.matmul(dscores.transpose(-1, -2), q)
     to_right = to_left = (None, None, None)
@@ -142,7 +142,7 @@ def chunk_gradients(q, k, v, dy, w: Factors | None, tile: Tensor, mask, left, ri
     if right is not None:
         to_left = _cross(q, k, v, dy, w.read_right, w.write_left, w.cross_left, right, dright, dq, dk, dv)
     crossings = *to_right, *to_left
-    return dq, dk, dv, Sums(*mask.pair_sums(pairs), own, *map(mask.reduced, crossings))
+    return dq, dk, dv, Sums(*pairs, own, *map(mask.reduced, crossings))
 
 
 def _cross(q, k, v, dy, read, write, cross, state, dstate, dq, dk, dv) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ log-decays between i and j, is below `CUT`. Where tokens are read through a stat
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -171,14 +172,17 @@ class Factors(NamedTuple):
     write_left: Tensor | None  # (b, H, n, K, 1)  a key enters the state that leaves to the left
     cross_left: Tensor | None  # (b, H, n, 1, 1)  a state crosses the chunk to the left
 
-    def of_chunk(self, i: int, tokens: int) -> "Factors":
-        return Factors(*(_of_chunk(x, i, tokens) for x in self))
+    def of_chunks(self, parts: list[slice]) -> list["Factors"]:
+        """Return the factors of each chunk. The last of the `parts` of the row may be shorter."""
+        fields = [_of_chunks(x, len(parts)) for x in self]
+        chunks = [Factors(*chunk) for chunk in zip(*fields, strict=True)]
+        tokens = parts[-1].stop - parts[-1].start
+        chunks[-1] = Factors(*(None if x is None else x[:, :, :, :tokens] for x in chunks[-1]))
+        return chunks
 
 
-def _of_chunk(x: Tensor | None, i: int, tokens: int) -> Tensor | None:
-    if x is None:
-        return None
-    return (x if x.shape[2] == 1 else x[:, :, i : i + 1])[:, :, :, :tokens]
+def _of_chunks(x: Tensor | None, chunks: int) -> Sequence[Tensor | None]:
+    return [x] * chunks if x is None or x.shape[2] == 1 else x.split(1, 2)
 
 
 def decay_factors(

@@ -23,6 +23,7 @@ from .decays import (
     differences,
     exp_,
     gate_gradient,
+    split_sums,
     tile_weights,
 )
 from .tokens import ALL, Tokens
@@ -66,14 +67,23 @@ def split_chunks(x: Tensor, chunks: int, size: int) -> Tensor:
     return F.pad(x, (0, chunks * size - x.shape[-1])).unflatten(-1, (chunks, size))
 
 
-def _marks(x: Tokens, dy: Tensor | None, chunks: int, size: int) -> tuple[Tensor | None, Tensor | None]:
+def _marks(x: Tokens, dy: Tensor | None, dc: Tensor | None, chunks: int, size: int):
     """Return the keys that are not masked, and the outputs whose gradient is not 0."""
     keys = None if x.key_mask is None else split_chunks(x.key_mask[:, None].bool(), chunks, size)
     if dy is None:
         return keys, None
-    queries = dy.abs().amax(-1) != 0
-    every = values_can_be_read(dy) and bool(queries.all())  # the usual case; LION-D then shares factors across rows
-    return keys, queries.new_ones(1, 1, 1, 1) if every else split_chunks(queries, chunks, size)
+    # In the usual case no gradient is 0. LION-D then shares factors across rows. Largest and smallest entries need no
+    # temporary tensor, and one of them is usually enough.
+    queries = dy.amax(-1) != 0
+    if not _all_true(queries):
+        queries = queries | (dy.amin(-1) != 0)
+        queries = queries if dc is None else queries | (dc != 0)
+    return keys, queries.new_ones(1, 1, 1, 1) if _all_true(queries) else split_chunks(queries, chunks, size)
+
+
+def _all_true(x: Tensor) -> bool:
+    """Whether all entries are true, if they can be read."""
+    return values_can_be_read(x) and bool(x.all())
 
 
 class LionMask:
@@ -98,12 +108,12 @@ class LionMask:
         """Return the weights inside chunks, times the scale, (b, H, n, K, K)."""
         return tile_weights(self.gates[:, :, part], self.scale, self.x.dtype)
 
-    def factors(self, dy: Tensor | None = None) -> tuple[Factors, Flows]:
-        """Return the factors of chunks. The backward pass gives `dy` (B, H, L, V) as well."""
+    def factors(self, dy: Tensor | None = None, dc: Tensor | None = None) -> tuple[Factors, Flows]:
+        """Return the factors of chunks. The backward pass gives `dy` (B, H, L, V) as well, and may give `dc`."""
         e, f = cumulative_sums(self.gates)
         total = f[..., -1:]
         exponents = Exponents(e, total - e, total), Exponents(total - f, f, total)
-        return _factors(self, exponents, dy)
+        return _factors(self, exponents, dy, dc)
 
     def totals(self) -> tuple[Tensor, Tensor]:
         """Return the sums of the gates of chunks (b, H, n) to the right and to the left."""
@@ -118,13 +128,14 @@ class LionMask:
         """Return gradients of single weights, summed over those that all rows and chunks share."""
         return x if x is None or not self.shared else x.sum((0, 2), keepdim=True)
 
-    def pair_sums(self, pairs: Tensor) -> tuple[Tensor, ...]:
-        """Return the sums of the pairs of a tile, the first four fields of `Sums`."""
-        return pair_sums(self.reduced(pairs))
+    def pair_sums(self, pairs: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the first four fields of `Sums` of a tile: only the differences that this mask needs."""
+        de, df = split_sums(self.reduced(pairs))
+        return de, None, None, df
 
     def gradients(self, sums: Sums) -> tuple[Tensor]:
         """Return the gradient of the gates (b, H, n, K). It is summed over batch and chunks if they share them."""
-        de, df = sums.lower_rows - sums.lower_columns, sums.upper_columns - sums.upper_rows
+        de, df = sums.lower_rows, sums.upper_columns  # both are differences here, see `pair_sums`
         if sums.read_left is None:
             return (gate_gradient(de, df, 0),)
         de = de + sums.read_left - sums.write_right
@@ -154,10 +165,10 @@ class SidedMask:
         left, right = (None if side is None else side.pairs(dtype, part) for side in (self.left, self.right))
         return joined_weights(left, right, own, dtype).mul_(self.scale)
 
-    def factors(self, dy: Tensor | None = None) -> tuple[Factors, Flows]:
-        """Return the factors of chunks. The backward pass gives `dy` (B, H, L, V) as well."""
+    def factors(self, dy: Tensor | None = None, dc: Tensor | None = None) -> tuple[Factors, Flows]:
+        """Return the factors of chunks. The backward pass gives `dy` (B, H, L, V) as well, and may give `dc`."""
         exponents = [None if side is None else side.exponents() for side in (self.left, self.right)]
-        return _factors(self, exponents, dy)
+        return _factors(self, exponents, dy, dc)
 
     def totals(self) -> list[Tensor | None]:
         """Return the sums of the gates of chunks (B, H, n) to the right and to the left."""
@@ -231,7 +242,23 @@ def unpacked(tensors: Sequence[Tensor], layout: Layout):
 
 
 def joined_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return weights (..., K, K) from the exponents of both sides and the diagonal, which is 0 if it is None."""
+    """Return weights (..., K, K) from the exponents of both sides, which are overwritten, and the diagonal or 0."""
+    if torch.jit.is_tracing():  # ONNX has no views
+        return _traced_weights(left, right, own, dtype)
+    # Triangles are selected by tril_ and triu_: torch.where is many times slower on a CPU. The other triangle of an
+    # exponent may be positive, so it is cleared before exp as well.
+    if left is None:
+        weights = exp_(right.triu_(1)).triu_(1)
+    elif right is None:
+        weights = exp_(left.tril_(-1)).tril_(-1)
+    else:
+        weights = exp_(left.tril_(-1).add_(right.triu_(1)))
+    diagonal = weights.diagonal(dim1=-2, dim2=-1)
+    diagonal.zero_() if own is None else diagonal.copy_(own)
+    return weights
+
+
+def _traced_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None, dtype: torch.dtype) -> Tensor:
     exponent = right if left is None else left
     token = torch.arange(exponent.shape[-1], device=exponent.device)  # not torch.ones: a trace would fix its size
     lower = token.unsqueeze(-1) > token
@@ -242,12 +269,8 @@ def joined_weights(left: Tensor | None, right: Tensor | None, own: Tensor | None
     else:
         exponent = torch.where(lower, left, right)
     weights = exp_(exponent)
-    if torch.jit.is_tracing():  # ONNX has no views
-        diagonal = torch.zeros_like(weights[..., 0]) if own is None else own.to(dtype)
-        return torch.where(token.unsqueeze(-1) == token, diagonal.unsqueeze(-1), weights)
-    diagonal = weights.diagonal(dim1=-2, dim2=-1)
-    diagonal.zero_() if own is None else diagonal.copy_(own)
-    return weights
+    diagonal = torch.zeros_like(weights[..., 0]) if own is None else own.to(dtype)
+    return torch.where(token.unsqueeze(-1) == token, diagonal.unsqueeze(-1), weights)
 
 
 def pair_sums(pairs: Tensor, left: bool = True, right: bool = True) -> tuple[Tensor | None, ...]:
@@ -268,9 +291,9 @@ def own_gradient(raw: Tensor, d_raw: Tensor, scale: float) -> Tensor:
     return (raw.diagonal(dim1=-2, dim2=-1) * d_raw.diagonal(dim1=-2, dim2=-1)).mul_(scale)
 
 
-def _factors(mask: LionMask | SidedMask, exponents, dy: Tensor | None) -> tuple[Factors, Flows]:
+def _factors(mask: LionMask | SidedMask, exponents, dy: Tensor | None, dc: Tensor | None) -> tuple[Factors, Flows]:
     # Runtimes of exported graphs treat denormal numbers in their own way, and lack the operators that avoid them.
     if torch.jit.is_tracing() or is_exporting():
         return decay_factors(*exponents, None, None, mask.scale, mask.x.dtype, all_large=True)
-    keys, queries = _marks(mask.x, dy, mask.chunks, mask.size)
+    keys, queries = _marks(mask.x, dy, dc, mask.chunks, mask.size)
     return decay_factors(*exponents, keys, queries, mask.scale, mask.x.dtype)

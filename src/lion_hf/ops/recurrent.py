@@ -42,11 +42,10 @@ def rnn_forward(x: Tokens, make_mask: Callable, chunk_size: int):
 
 
 def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int, sides: int = 2):
-    dy = x.join(dy, dc)
     length = x.query.shape[2]
     # One or two states are stored per chunk, in all at most 2 sqrt(L).
     mask = make_mask(x, *equal_chunks(length, max(chunk_size, math.isqrt(length) * sides // 2)))
-    factors, _ = mask.factors(dy)
+    factors, _ = mask.factors(dy, dc)
     grads = [torch.empty_like(t, dtype=x.dtype) for t in (x.query, x.key)] + [x.empty_output()]
     # None for a direction from which nothing is read.
     left = dright = right = dleft = None
@@ -62,11 +61,11 @@ def rnn_backward(x: Tokens, make_mask: Callable, dy, dc, chunk_size: int, sides:
             left = next_state(left, w.cross_right, keys * w.write_right, values)
         if dright is not None:
             queries = x.queries(part).unsqueeze(2)
-            dright = next_state(dright, w.cross_left, queries * w.read_right, dy[:, :, None, part])
+            dright = next_state(dright, w.cross_left, queries * w.read_right, x.join(dy, dc, part).unsqueeze(2))
     for part, w, tile in _walk(x, mask, factors, tiles=True, reverse=True):
         left, dright = stored.pop()
         q, k, v = _chunk(x, part)
-        dyc = dy[:, :, None, part]
+        dyc = x.join(dy, dc, part).unsqueeze(2)
         *steps, sums = chunk_gradients(q, k, v, dyc, w, tile, mask, left, right, dleft, dright)
         for grad, step in zip(grads, steps, strict=True):
             grad[:, :, part] = summed_over_groups(step.squeeze(2), grad.shape[1])
@@ -92,16 +91,17 @@ def _walk(x: Tokens, mask, factors: Factors, tiles: bool = False, reverse: bool 
     """
     size, shared = mask.size, mask.shared
     parts = slices(0, x.query.shape[2], size)
-    most = len(parts) if shared else fitting_cache(x.value.shape[0] * x.value.shape[1] * size**2)
+    most = len(parts) if shared else fitting_cache(2 * x.value.shape[0] * x.value.shape[1] * size**2)
     groups = [range(len(parts))[group] for group in slices(0, len(parts), most)]
+    of_chunks = factors.of_chunks(parts)
     for group in reversed(groups) if reverse else groups:
         built = mask.tiles(slice(group.start, group.stop)) if tiles else None
         for i in reversed(group) if reverse else group:
             part = parts[i]
             tokens = part.stop - part.start
             tile = built if built is None or shared else built[:, :, i - group.start, None]
-            tile = tile if tile is None else tile[..., :tokens, :tokens]
-            yield part, factors.of_chunk(i, tokens), tile
+            tile = tile if tile is None or tokens == size else tile[..., :tokens, :tokens]
+            yield part, of_chunks[i], tile
 
 
 def next_state(state: Tensor, cross: Tensor, write: Tensor, v: Tensor) -> Tensor:

@@ -76,9 +76,10 @@ class Tokens(NamedTuple):
         """Split an output that is as wide as the values into n and c."""
         return (y[..., :-1], y[..., -1]) if self.denominator else (y, None)
 
-    def join(self, dy: Tensor, dc: Tensor | None) -> Tensor:
-        """Invert `split`, for gradients."""
-        return (torch.cat([dy, dc.unsqueeze(-1)], -1) if self.denominator else dy).contiguous()
+    def join(self, dy: Tensor, dc: Tensor | None, part: slice = ALL) -> Tensor:
+        """Invert `split`, for gradients of some tokens."""
+        dy = dy[:, :, part]
+        return (torch.cat([dy, dc[:, :, part].unsqueeze(-1)], -1) if self.denominator else dy).contiguous()
 
 
 def over_heads(x: Tensor, heads: int) -> Tensor:

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.utils import is_torch_bf16_gpu_available, logging
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_optimi_available, logging
 
-from ..nn.names import FEATURE_MAPS, OUTPUT_GATES, OUTPUT_NORMS
+from ..nn.names import BLOCK_OPTIONS, DECAY_INITS, FEATURE_MAPS, OUTPUT_GATES, OUTPUT_NORMS
 from ..nn.variants import VARIANTS
 
 
@@ -18,6 +20,8 @@ logger = logging.get_logger(__name__)
 
 # Model arguments that are not options of a configuration, or are passed separately.
 _NO_OPTIONS = ("model_name_or_path", "model_type", "warm_start", "warm_start_distillation", "preset", "format")
+# Options that change no parameter, so that existing models accept them too.
+LIVE_OPTIONS = ("classifier_pooling", "sparse_prediction")
 
 
 @dataclass
@@ -42,7 +46,9 @@ class ModelArguments:
         default=0.0,
         metadata={"help": "Weight of the loss term that keeps hidden states close to those of the --warm_start model."},
     )
-    preset: str | None = field(default=None, metadata={"help": "Named model of the paper, such as lion-s-base."})
+    preset: str | None = field(
+        default=None, metadata={"help": "Named model, such as lion-s-base (the paper's) or lion-s-modern-base."}
+    )
     mask_type: str | None = field(
         default=None,
         metadata={
@@ -65,10 +71,44 @@ class ModelArguments:
     softmax_layers: list[int] | None = field(
         default=None, metadata={"help": "Layers, counted from 0, that use softmax attention (a hybrid)."}
     )
+    local_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers, counted from 0, that use softmax attention to near tokens only."}
+    )
+    local_window: int | None = field(
+        default=None, metadata={"help": "Width of the window of --local_layers: half on either side. Default: 128."}
+    )
+    rope_theta: float | None = field(
+        default=None, metadata={"help": "Rotary positions with this base in softmax and local layers. Default: none."}
+    )
     norm_position: str | None = field(
-        default=None, metadata={"help": "LayerNorm after (post) or before (pre) attention and MLP."}
+        default=None, metadata={"help": "Norm after (post) or before (pre) attention and MLP."}
+    )
+    norm_type: str | None = field(
+        default=None, metadata={"help": f"Norms: {', '.join(BLOCK_OPTIONS['norm_type'])} (RMSNorm)."}
+    )
+    final_norm: bool | None = field(
+        default=None, metadata={"help": "Norm after the last layer. Default: with --norm_position pre."}
+    )
+    embedding_norm: bool | None = field(
+        default=None, metadata={"help": "Norm of the embeddings. Default: on for text, off for images."}
+    )
+    first_norm: bool | None = field(
+        default=None, metadata={"help": "Norm before the first attention, with --norm_position pre. Default: on."}
+    )
+    use_bias: bool | None = field(
+        default=None, metadata={"help": "Biases in projections, MLPs and norms of the encoder. Default: on."}
     )
     mlp_type: str | None = field(default=None, metadata={"help": "Type of the MLP: mlp, or glu (gated)."})
+    decay_init: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Decays of a new model: {', '.join(DECAY_INITS)} (spread from --decay_windows). Default: the "
+            "paper's."
+        },
+    )
+    decay_windows: list[int] | None = field(
+        default=None, metadata={"help": "Smallest and largest window, in tokens, of --decay_init windows."}
+    )
     feature_map: str | None = field(
         default=None, metadata={"help": f"Function applied to queries and keys: {', '.join(FEATURE_MAPS)}."}
     )
@@ -120,6 +160,11 @@ class ModelArguments:
     def source(self) -> str | None:
         """Existing model that provides the weights and the tokenizer or image processor."""
         return self.model_name_or_path or self.warm_start
+
+    def describes_a_model(self) -> bool:
+        """Return whether any argument chooses a model or its parameters."""
+        chosen = (self.source, self.model_type, self.preset, *(set(self.overrides()) - set(LIVE_OPTIONS)))
+        return any(chosen)
 
     def overrides(self) -> dict[str, Any]:
         """Return the configuration options that were given, by name."""
@@ -225,6 +270,13 @@ class LionTrainingArguments(TrainingArguments):
     lr_warmup_start: float = field(
         default=0.0, metadata={"help": "Learning rate at the start of the warm-up, as a share of the peak."}
     )
+    decay_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Last steps of --lr_scheduler_type warmup_stable_decay, in which the rate falls; a value below 1 "
+            "is a share of all steps."
+        },
+    )
     decay_all: bool = field(
         default=False,
         metadata={"help": "Apply weight decay to every parameter (the authors' text recipe), not only to matrices."},
@@ -251,8 +303,19 @@ class LionTrainingArguments(TrainingArguments):
         sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         require_at_least(self, 1, *sizes)
         require_at_least(self, 0, "learning_rate", "num_train_epochs", "weight_decay", "warmup_steps", "seed")
+        require_at_least(self, 0, "decay_steps")
         super().__post_init__()
+        if self.optim == OptimizerNames.STABLE_ADAMW and not is_torch_optimi_available():
+            raise ValueError(
+                "--optim stable_adamw requires the package torch-optimi, which is not installed: pip install "
+                "torch-optimi. --optim adamw_torch requires nothing and is close to it if gradients stay small "
+                "(--max_grad_norm 1)"
+            )
         get_reporting_integration_callbacks(self.report_to)  # ValueError for an unknown name
+        if self.decay_steps and self.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
+            raise ValueError(
+                f"--decay_steps requires --lr_scheduler_type warmup_stable_decay, not {self.lr_scheduler_type.value!r}"
+            )
         for name in ("lr_floor", "lr_warmup_start"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(

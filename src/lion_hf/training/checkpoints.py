@@ -5,20 +5,20 @@ import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..hub import weight_files
 from .arguments import LionTrainingArguments
-from .errors import UserError, require_disk
+from .errors import UserError, require_disk, require_path
 from .models import existing_config
 
 
 logger = logging.get_logger(__name__)
 
 # Options that may differ between a checkpoint and the run that resumes it.
-COMPUTATION = {"format", "chunk_size", "unpad", "use_cache"}
+COMPUTATION = {"format", "chunk_size", "unpad", "use_cache", "sparse_prediction", "sparse_pred_ignore_index"}
 
 
 def checkpoint_to_resume(training: LionTrainingArguments) -> str | None:
@@ -31,9 +31,39 @@ def checkpoint_to_resume(training: LionTrainingArguments) -> str | None:
         if problem:
             raise UserError(f"--resume_from_checkpoint {wanted!r} is not a complete checkpoint: {problem}")
         return wanted
+    return last_checkpoint(training.output_dir)
+
+
+def start_of_decay(decay_from: str | None, training: LionTrainingArguments) -> str | None:
+    """Return the checkpoint of the stable phase that a decay continues, and set `max_steps` to the end of the decay.
+
+    Args:
+        decay_from: that checkpoint, or a run whose last one it is; None for a run that starts in another way.
+        training: the arguments, with whole `decay_steps`.
+
+    Raises:
+        UserError: for a folder without a complete checkpoint, or one without the state of the optimizer.
+    """
+    if decay_from is None:
+        return None
+    if training.decay_steps < 1:
+        raise UserError(f"--decay_from requires --decay_steps of at least 1, not {training.decay_steps:g}")
+    folder = last_checkpoint(require_path(decay_from, "--decay_from")) or decay_from
+    problem = incompleteness(Path(folder))
+    if problem is None and not (Path(folder) / "optimizer.pt").is_file() and not training.deepspeed:
+        problem = "optimizer.pt is missing"
+    if problem:
+        raise UserError(f"--decay_from {decay_from!r} is not a complete checkpoint: {problem}")
+    state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
+    training.max_steps = state.global_step + int(training.decay_steps)
+    return str(folder)
+
+
+def last_checkpoint(run: str | Path) -> str | None:
+    """Return the last complete checkpoint in the folder of a run, or None."""
     folders = {
         int(folder.name.rpartition("-")[2]): folder
-        for folder in Path(training.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        for folder in Path(run).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
         if folder.name.rpartition("-")[2].isdigit()
     }
     for _, folder in sorted(folders.items(), reverse=True):

@@ -9,11 +9,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
 from ..convert import config_from_bert, config_from_vit, from_bert, from_vit
-from ..models.configuration_lion import PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
-from .arguments import ModelArguments
+from ..models.configuration_lion import MODERN_PRESETS, PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
+from .arguments import LIVE_OPTIONS, ModelArguments
 from .errors import UserError, require_folder_or_hub_name, user_errors
 
 
+# All presets by name, those of the paper first.
+NAMED = {**PRESETS, **MODERN_PRESETS}
 LION_TYPES = ("lion", "lion_vision")
 # Types of baselines that the size flags fit, for text and for images.
 BASELINES = {"lion": ("bert", "modernbert"), "lion_vision": ("vit", "deit")}
@@ -27,8 +29,6 @@ PURPOSES = {
 LABEL_OPTIONS = ("id2label", "label2id", "problem_type", "num_labels")
 # Options that only LION has; new models of other types are built without their defaults.
 LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate", "classifier_pooling")
-# Options that change no parameter, so that existing models accept them too.
-LIVE_OPTIONS = ("classifier_pooling",)
 
 
 def existing_config(name_or_path: str, auto_class, flag: str | None = None) -> PreTrainedConfig:
@@ -113,7 +113,10 @@ def known_config(
     model_type = model.model_type or model_type
     if model_type not in allowed:
         raise UserError(f"--model_type is {model_type!r}; allowed are {', '.join(allowed)}")
-    options = _new_options(model_type, model, defaults) | (fixed or {})
+    options = _new_options(model_type, model, defaults)
+    positions = [x["max_position_embeddings"] for x in (options, fixed or {}) if "max_position_embeddings" in x]
+    options |= fixed or {}
+    options |= {"max_position_embeddings": max(positions)} if positions else {}
     if model_type in LION_TYPES:
         options["format"] = model.format
     with user_errors("wrong model options", ValueError, StrictDataclassError):
@@ -159,14 +162,14 @@ def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any
     if model_type not in LION_TYPES:
         overrides = _options_of_baseline(model_type, model)
         defaults = {name: value for name, value in defaults.items() if name not in LION_OPTIONS}
-    presets = [name for name, sizes in PRESETS.items() if ("patch_size" in sizes) == (model_type == "lion_vision")]
+    presets = [name for name, sizes in NAMED.items() if ("patch_size" in sizes) == (model_type == "lion_vision")]
     if not model.preset:
         overrides = {**defaults, **overrides}
     elif model.preset.lower() not in presets:
         raise UserError(f"--preset is {model.preset!r}; allowed are {', '.join(presets)}")
     if "hidden_size" in overrides:
         overrides.setdefault("intermediate_size", 4 * overrides["hidden_size"])
-    return (PRESETS[model.preset.lower()] if model.preset else {}) | overrides
+    return (NAMED[model.preset.lower()] if model.preset else {}) | overrides
 
 
 def _options_of_baseline(model_type: str, model: ModelArguments) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .arguments import ModelArguments
 from .errors import UserError, make_output_dir, user_errors
-from .recipes import ARGUMENT_FILES, SECTION, expand, read_values, take_preset
+from .recipes import ARGUMENT_FILES, SECTION, read_values, values_of
 
 
 logger = logging.get_logger(__name__)
@@ -30,8 +30,8 @@ _OFTEN_USED |= {"dataloader_num_workers", "report_to", "disable_tqdm"}
 
 _ABOUT_FILES = """\
 FILE is a YAML or JSON file with names of flags as keys; flags after it override its values. --preset chooses a model
-of a file that serves several. --smoke shrinks any recipe to two steps of a tiny model on built-in data. Flags may be
-written with hyphens: --output-dir.
+of a file that serves several, --phase a run of a file that describes several. --smoke shrinks any recipe to a few
+steps of a tiny model on built-in data. Flags may be written with hyphens: --output-dir.
 """
 
 
@@ -138,8 +138,7 @@ def _merge(argv: Sequence[str], smoke: Smoke | None) -> list[str]:
     """Return the values of the file, changed by `--smoke`, and the flags after it, all as flags."""
     argv, values = list(argv), {}
     if argv and not argv[0].startswith("-"):
-        preset, argv = take_preset(argv)
-        values = expand(argv.pop(0), preset)
+        values, argv = values_of(argv[0], argv[1:])
     if smoke is not None and "--smoke" in argv:
         argv.remove("--smoke")
         folder = {"output_dir": f"{values['output_dir']}-smoke"} if "output_dir" in values else {}

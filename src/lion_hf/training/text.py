@@ -2,6 +2,7 @@
 
 import ast
 import sysconfig
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -51,17 +52,39 @@ class TextArguments(DataArguments):
         default=False,
         metadata={"help": "Make a row of each text, cut at --max_length and padded, instead of joining texts."},
     )
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on packed rows: several texts share one, do not read each other, and are cut at "
+            "--max_length tokens. No padding is computed. LION only."
+        },
+    )
     mlm_probability: float = field(default=0.3, metadata={"help": "Share of tokens that are masked in training."})
+    decay_mlm_probability: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of tokens that are masked in training while the rate of --lr_scheduler_type "
+            "warmup_stable_decay falls. Default: --mlm_probability, which is not smaller."
+        },
+    )
     eval_mlm_probability: float = field(
-        default=0.15, metadata={"help": "Share of tokens that are masked in evaluation."}
+        default=0.15,
+        metadata={"help": "Share of tokens that are masked in evaluation, the same throughout."},
     )
 
     def __post_init__(self):
         super().__post_init__()
         require_at_least(self, MIN_VOCABULARY, "vocab_size", "train_tokenizer")
-        for name in ("mlm_probability", "eval_mlm_probability"):
-            if not 0 < getattr(self, name) <= 1:
+        for name in ("mlm_probability", "eval_mlm_probability", "decay_mlm_probability"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be greater than 0 and at most 1")
+        if self.decay_mlm_probability is not None and self.decay_mlm_probability > self.mlm_probability:
+            raise ValueError(
+                f"--decay_mlm_probability is {self.decay_mlm_probability}; it must be at most --mlm_probability, "
+                f"{self.mlm_probability}"
+            )
+        if self.packing and self.line_by_line:
+            raise ValueError("--packing cannot be combined with --line_by_line, which makes a row of each text")
 
 
 # ----------------------------------------------------------------------------------------------------------- texts
@@ -255,13 +278,18 @@ def get_tokenizer(
 def make_rows(texts: Dataset | IterableDataset, tokenizer, data: TextArguments, name: str):
     """Return rows of token ids, [CLS] to [SEP].
 
-    A row is a text, or a block of one length cut from a thousand joined texts, whose rest is dropped.
+    A row is a text, or a block of one length cut from a thousand joined texts, whose rest is dropped. With `packing`
+    texts are cut into pieces of at most that length. A row for training ("training" is its `name`) holds several of
+    them, whose lengths are its "lengths", and other rows hold one.
     """
+    cut = tokenize_lines if data.line_by_line else tokenize_blocks
+    if data.packing:
+        cut = pack_texts if name == "training" else tokenize_pieces
     arguments = {"tokenizer": tokenizer, "max_length": data.max_length}
     options = {"batched": True, "remove_columns": ["text"], "fn_kwargs": arguments}
     if isinstance(texts, Dataset):
         options["desc"] = f"Tokenizing {name} text"
-    rows = texts.map(tokenize_lines if data.line_by_line else tokenize_blocks, **options)
+    rows = texts.map(cut, **options)
     if next(iter(rows), None) is None:
         if data.line_by_line:
             raise UserError(f"the {name} data holds no text in column {data.text_column!r}")
@@ -282,6 +310,36 @@ def tokenize_blocks(batch: dict[str, list], tokenizer, max_length: int) -> dict[
     ids = list(chain.from_iterable(rows))
     parts = [ids[i : i + width] for i in range(0, len(ids) - width + 1, width)]
     return {"input_ids": [[tokenizer.cls_token_id, *part, tokenizer.sep_token_id] for part in parts]}
+
+
+def tokenize_pieces(batch: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:
+    width = max_length - 2
+    rows = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
+    parts = [ids[i : i + width] for ids in rows for i in range(0, len(ids), width)]
+    return {"input_ids": [[tokenizer.cls_token_id, *part, tokenizer.sep_token_id] for part in parts]}
+
+
+def pack_texts(batch: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:
+    """Return rows of at most `max_length` tokens from the pieces of a thousand texts, few and full ones.
+
+    The longest piece comes first, and each goes into the fullest row that has room for it.
+    """
+    pieces = sorted(tokenize_pieces(batch, tokenizer, max_length)["input_ids"], key=len, reverse=True)
+    packed: list[list[list[int]]] = []
+    rooms: list[tuple[int, int]] = []  # sorted pairs of the room of a row and its number
+    for piece in pieces:
+        place = bisect_left(rooms, (len(piece), 0))
+        if place == len(rooms):
+            room, row = max_length, len(packed)
+            packed.append([])
+        else:
+            room, row = rooms.pop(place)
+        packed[row].append(piece)
+        insort(rooms, (room - len(piece), row))
+    return {
+        "input_ids": [list(chain.from_iterable(row)) for row in packed],
+        "lengths": [[len(piece) for piece in row] for row in packed],
+    }
 
 
 def add_position(row: dict, position: int) -> dict:
@@ -328,39 +386,75 @@ class MaskingCollator:
 
     Rows of a stream are padded to `max_length`, since those of several processes are joined before they are dealt out.
 
-    Rows have "input_ids", and "key" (or "position", in a stream); those with "labels" are only padded.
+    Rows have "input_ids", and "key" (or "position", in a stream); those with "labels" are only padded. Rows of several
+    texts have their "lengths" too, and the batch then has "position_ids", which start from 0 in each text.
+
+    With `decay_probability` the batch has "masked_in_decay": which tokens stay masked when the decay of the learning
+    rate has begun. These are the tokens that a collator of that probability would mask.
     """
 
     uses_keys = True
 
-    def __init__(self, tokenizer, probability: float, seed: int, max_length: int = 0):
+    def __init__(
+        self, tokenizer, probability: float, seed: int, max_length: int = 0, decay_probability: float | None = None
+    ):
         self.max_length = max_length
         self.tokenizer, self.probability, self.seed = tokenizer, probability, seed
+        self.decay_probability = decay_probability
         self.special = np.array(tokenizer.all_special_ids)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        streaming = "position" in rows[0]
-        if "labels" not in rows[0]:
-            rows = [self.mask(row["input_ids"], row.get("key") or Key(0, row["position"])) for row in rows]
-        length = max(self.max_length if streaming else 0, *(len(row["input_ids"]) for row in rows))
+        streaming, packed = "position" in rows[0], "lengths" in rows[0]
         pad = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
-        batch = {name: np.full((len(rows), length), fill, dtype=np.int64) for name, fill in pad.items()}
+        if "labels" not in rows[0]:
+            positions = [np.concatenate([np.arange(n) for n in row["lengths"]]) if packed else None for row in rows]
+            rows = [self.mask(row["input_ids"], row.get("key") or Key(0, row["position"])) for row in rows]
+            pad |= {"masked_in_decay": False} if "masked_in_decay" in rows[0] else {}
+            if packed:
+                rows = [row | {"position_ids": own} for row, own in zip(rows, positions, strict=True)]
+                pad |= {"position_ids": 0}
+        length = max(self.max_length if streaming else 0, *(len(row["input_ids"]) for row in rows))
+        batch = {
+            name: np.full((len(rows), length), fill, dtype=bool if fill is False else np.int64)
+            for name, fill in pad.items()
+        }
         for i, row in enumerate(rows):
             width = len(row["input_ids"])
-            batch["input_ids"][i, :width] = row["input_ids"]
-            batch["attention_mask"][i, :width] = 1
-            batch["labels"][i, :width] = row["labels"]
+            for name in pad:
+                batch[name][i, :width] = 1 if name == "attention_mask" else row[name]
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 
+    def training_batch(self, batch: dict[str, torch.Tensor], decaying: bool) -> dict[str, torch.Tensor]:
+        """Return the batch of a training step: with fewer masks in the decay, and packed rows joined into one.
+
+        Args:
+            batch: a batch of this collator, on any device.
+            decaying: whether the decay of the learning rate has begun.
+        """
+        batch = dict(batch)
+        kept = batch.pop("masked_in_decay", None)
+        if kept is not None and decaying:
+            back = (batch["labels"] != -100) & ~kept
+            batch["input_ids"] = torch.where(back, batch["labels"], batch["input_ids"])
+            batch["labels"] = batch["labels"].masked_fill(back, -100)
+        if "position_ids" in batch:  # one row without padding, whose texts the positions tell apart
+            real = batch.pop("attention_mask").bool()
+            batch = {name: values[real][None] for name, values in batch.items()}
+        return batch
+
     def mask(self, input_ids: list[int], key: Key) -> dict[str, np.ndarray]:
-        """Return a row with masked "input_ids", and "labels" that are -100 at all other tokens."""
+        """Return a row with masked "input_ids", and "labels" that are -100 at all other tokens; see also the class."""
         ids, random = np.array(input_ids), random_numbers(self.seed, key)
-        asked = (random.random(len(ids)) < self.probability) & ~np.isin(ids, self.special)
+        chance, ordinary = random.random(len(ids)), ~np.isin(ids, self.special)
+        asked = (chance < self.probability) & ordinary
         what = random.random(len(ids))
         hidden = np.where(asked & (what < 0.8), self.tokenizer.mask_token_id, ids)
         strangers = random.integers(len(self.tokenizer), size=len(ids))
         hidden = np.where(asked & (what >= 0.9), strangers, hidden)
-        return {"input_ids": hidden, "labels": np.where(asked, ids, -100)}
+        row = {"input_ids": hidden, "labels": np.where(asked, ids, -100)}
+        if self.decay_probability is not None:
+            row["masked_in_decay"] = (chance < self.decay_probability) & ordinary
+        return row
 
 
 def freeze_masks(rows: Dataset, collator: MaskingCollator) -> Dataset:

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerState
-from transformers.trainer_utils import IntervalStrategy
+from transformers import Trainer, TrainerState, get_constant_schedule_with_warmup
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from ..nn.mixer import Mixer
 from .data import EpochBatchSampler, EpochDataLoader, KeyedRows, collate_keyed
@@ -39,6 +39,7 @@ class LionTrainer(Trainer):
         self.repeats = repeats
         self.hidden_teacher = hidden_teacher
         self.restored: str | None = None
+        self.decay_start = math.inf
         self._last_log, self._evaluation_time = None, 0.0
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
@@ -57,6 +58,13 @@ class LionTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
+        if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            self._set_decay(num_training_steps)
+        # Without a decay the rate stays at its peak even after the last step, whose checkpoint may be decayed from.
+        if self.lr_scheduler is None and self.decay_start == num_training_steps:
+            warmup = args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = get_constant_schedule_with_warmup(optimizer or self.optimizer, warmup)
+            self._created_lr_scheduler = True
         if self.lr_scheduler is None and (args.lr_floor or args.lr_warmup_start):
             self.lr_scheduler = LambdaLR(
                 optimizer or self.optimizer,
@@ -71,6 +79,16 @@ class LionTrainer(Trainer):
             )
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def _set_decay(self, num_training_steps: int) -> None:
+        """Set the length of the decay in the arguments of the schedule, and the step in which it starts."""
+        given = dict(self.args.lr_scheduler_kwargs or {})
+        if self.args.decay_steps or "num_decay_steps" not in given:
+            given["num_decay_steps"] = whole_steps(self.args.decay_steps, num_training_steps)
+        self.args.lr_scheduler_kwargs = given
+        self.decay_start = num_training_steps - given["num_decay_steps"]
+        if given.get("num_stable_steps") is not None:
+            self.decay_start = self.args.get_warmup_steps(num_training_steps) + given["num_stable_steps"]
 
     def get_train_dataloader(self):
         dataset, args = self.train_dataset, self.args
@@ -96,14 +114,44 @@ class LionTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
         )
 
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """Return the batches of an optimizer step as `Trainer` does.
+
+        A data collator with a method `training_batch` changes each of them first. It learns whether the decay of the
+        schedule has begun, which loaders that work ahead cannot know.
+        """
+        change = getattr(self.data_collator, "training_batch", None)
+        if change is not None:
+            epoch_iterator = map(partial(change, decaying=self.state.global_step >= self.decay_start), epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Return the loss of `Trainer`, plus the distance to the teacher's hidden states in training."""
         if self.hidden_teacher is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._task_loss(model, inputs, return_outputs, num_items_in_batch)
         asked = {**inputs, "output_hidden_states": True}
-        loss, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
+        loss, outputs = self._task_loss(model, asked, True, num_items_in_batch)
         taught = self.hidden_teacher.loss(outputs.hidden_states, inputs, num_items_in_batch)
         loss = loss + self.summed_over_devices(taught, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _task_loss(self, model, inputs, return_outputs: bool, num_items_in_batch):
+        """Return the loss of `Trainer`. With `sparse_prediction` it is the model's own, which selects the logits."""
+        config = getattr(self.model, "config", None)
+        if not getattr(config, "sparse_prediction", False) or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        items = {}
+        if num_items_in_batch is not None:  # a step may have no label at all
+            items["num_items_in_batch"] = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        outputs = model(**inputs, **items)
+        # DataParallel returns one loss for each of its devices.
+        summed = bool(items) and self.args.average_tokens_across_devices
+        loss = outputs["loss"].sum() if summed else outputs["loss"].mean()
+        if self.args.label_smoothing_factor:
+            labels = inputs["labels"]
+            labels = labels[labels != config.sparse_pred_ignore_index]
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        loss = self.summed_over_devices(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def summed_over_devices(self, loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
@@ -173,10 +221,21 @@ class LionTrainer(Trainer):
         return state.global_step >= steps
 
     def restore(self, checkpoint: str) -> None:
-        """Load weights and history of a checkpoint to evaluate them; `restored` is then its folder."""
+        """Load weights and history of a finished run from its last checkpoint, whose folder `restored` then is.
+
+        With `load_best_model_at_end`, these are the weights of the best checkpoint, as at the end of training.
+        """
         self.restored = checkpoint
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        self._load_from_checkpoint(checkpoint)
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best is not None and not Path(best).is_dir():  # the folder of the run was moved
+            best = str(Path(checkpoint).with_name(Path(best).name))
+            if not Path(best).is_dir():
+                raise UserError(
+                    f"--load_best_model_at_end: the best checkpoint of the finished run, {Path(best).name}, is no "
+                    f"longer in {Path(best).parent}; leave the flag out to evaluate the last one"
+                )
+        self._load_from_checkpoint(best or checkpoint)
 
 
 def mean_loss(history: list[dict[str, float]], otherwise: float) -> float:
@@ -209,6 +268,11 @@ def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None, label_sm
         )
     items = counted.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
     return total / items.to(total.device).clamp(min=1)
+
+
+def whole_steps(steps: float, total: int) -> int:
+    """Return a number of steps, of which a value below 1 is a share of all steps, rounded up as in `Trainer`."""
+    return math.ceil(steps * total) if steps < 1 else int(steps)
 
 
 def learning_rate_share(step: int, *, kind: str, warmup: int, total: int, floor: float, start: float) -> float:
