@@ -50,7 +50,11 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .parts import (
     FLOOR,
+    arriving,
     carry_over,
+    chunk_exponents,
+    chunk_tokens,
+    collect,
     load_state,
     load_tokens,
     load_vector,
@@ -80,54 +84,45 @@ def states_kernel(
     y, z, states, vectors, chunk_totals, bias, row_sums, key_mask, decay, table, path,
     y_b, y_h, y_l, z_b, z_h, z_l, decay_b, decay_h, decay_l, length, chunks, tiles,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    DECAY: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    TILES: tl.constexpr, DECAY: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute what each chunk sends to the right and to the left.
+    """Compute what a chunk sends to one side.
 
     States are sum_p w_p r_p y_p z_p^T for keys y and values z, or with QUERIES for queries y and output gradients z.
     Vectors are sum_p w_p y_p (times r_p bias_p for queries). Without decay both sides are the same sum, stored once.
+    Programs of both sides of a chunk are neighbours, so that they share reads.
     """
-    chunk, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    sides: tl.constexpr = 1 if DECAY == 0 else 2
+    chunk, side = tl.program_id(0) // sides, tl.program_id(0) % sides
+    head, heads = tl.program_id(1), tl.num_programs(1)
     batch, start, stop, _ = span(chunk, table, length, chunks, tiles * TILE)
     plane = (batch * heads + head).to(tl.int64) * length
-    y, z = of_head(y, batch, head, y_b, y_h), of_head(z, batch, head, z_b, z_h)
-    bias = None if bias is None else bias + plane
-    row_sums = None if row_sums is None else row_sums + plane
     key_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * length
-    decay = None if decay is None else of_head(decay, batch, head, decay_b, decay_h)
+    tokens, there = chunk_tokens(start, stop, TILE, TILES)
+    at = places(path, tokens, there)
+    if QUERIES:
+        weights, shifts = load_weights(
+            None if bias is None else bias + plane, None if row_sums is None else row_sums + plane, at, there
+        )
+    else:
+        weights, shifts = unmasked(key_mask, at, there).to(tl.float32), None
+    if DECAY != 0:
+        # Side 0 is the left side of the receiver, so the tokens are sent to the right edge.
+        here = TILES if side == 0 else -1
+        of_keys, of_queries, before, after = chunk_exponents(
+            of_head(decay, batch, head, decay_b, decay_h), decay_l, path, here, start, stop, TILE, TILES, DECAY
+        )
+        weights *= tl.exp(of_queries if QUERIES else of_keys)
+        if side == 0:
+            tl.store(chunk_totals + chunk * heads + head, before)
     state, vector = tl.zeros((BLOCK_K, BLOCK_V), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
-    for step in range(0, tl.cdiv(stop - start, TILE) if DECAY == 0 else 1):
-        begin = start + step * TILE
-        tokens = begin + tl.arange(0, TILE)
-        keep = tokens < stop
-        at = places(path, tokens, keep)
-        if QUERIES:
-            weight, shift = load_weights(bias, row_sums, at, keep)
-        else:
-            keep = unmasked(key_mask, at, keep)
-            weight = keep.to(tl.float32)
-            shift = weight
-        y_tile = load_tokens(y, at, keep, y_l, WIDTH_K, BLOCK_K).to(tl.float32)
-        z_tile = load_tokens(z, at, keep, z_l, WIDTH_V, BLOCK_V)
-        if DECAY == 0:
-            written = y_tile * weight[:, None]
-            state += product(tl.trans(written), z_tile, PRECISION)
-            vector += tl.sum(written * shift[:, None], 0)
-        else:
-            e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
-            tl.store(chunk_totals + chunk * heads + head, total + total_rest)
-            for side in tl.static_range(2):  # of the receiver: what is sent to the right comes from its left, side 0
-                inner, rest = (e, e_rest) if (side == 0) != QUERIES else (f, f_rest)
-                to_edge = (total - inner) + (total_rest - rest) if side == 0 else inner + rest
-                written = y_tile * (weight * tl.exp(to_edge))[:, None]
-                store_state(
-                    states, vectors, place_of(chunk, head, heads, side, DECAY),
-                    product(tl.trans(written), z_tile, PRECISION), tl.sum(written * shift[:, None], 0),
-                    WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V,
-                )  # fmt: skip
-    if DECAY == 0:
-        place = place_of(chunk, head, heads, 0, DECAY)
-        store_state(states, vectors, place, state, vector, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+    state, vector = collect(
+        state, vector, of_head(y, batch, head, y_b, y_h), of_head(z, batch, head, z_b, z_h), weights, shifts,
+        None if QUERIES else key_mask, path, 0, tl.cdiv(stop - start, TILE), start, stop, y_l, z_l,
+        WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, vectors is not None, PRECISION,
+    )  # fmt: skip
+    place = place_of(chunk, head, heads, side, DECAY)
+    store_state(states, vectors, place, state, vector, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
 
 
 @_any_length
@@ -157,53 +152,72 @@ def forward_kernel(
     query, key, value, out, row_sums, states, vectors, key_mask, decay, table, path,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, decay_b, decay_h, decay_l, length, chunks, tiles, scale, eps,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    DECAY: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
+    TILES: tl.constexpr, DECAY: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows of s sum_j M_ij (q_i . k_j) v_j, and its row sums if RESULT needs them."""
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     chunk = tile // tiles
     batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
-    begin = start + (tile % tiles) * TILE
+    here = tile % tiles
+    begin = start + here * TILE
     if begin >= stop:
         return
     rows = begin + tl.arange(0, TILE)
     keep = rows < stop
     at = places(path, rows, keep)
     plane = (batch * heads + head).to(tl.int64) * length
-    kept = unmasked(None if key_mask is None else key_mask + batch.to(tl.int64) * length, at, keep)
+    key_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * length
+    kept = unmasked(key_mask, at, keep)
     # Everything is read before anything is computed: there are few programs, and each would wait for one read after
     # another.
+    k_head, v_head = of_head(key, batch, head, k_b, k_h), of_head(value, batch, head, v_b, v_h)
     q_tile = load_tokens(of_head(query, batch, head, q_b, q_h), at, keep, q_l, WIDTH_K, BLOCK_K)
     if DECAY != 0 or states is None:
-        k_tile = load_tokens(of_head(key, batch, head, k_b, k_h), at, kept, k_l, WIDTH_K, BLOCK_K)
-        v_tile = load_tokens(of_head(value, batch, head, v_b, v_h), at, kept, v_l, WIDTH_V, BLOCK_V)
-    if states is not None:
-        place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
-        if EARLY:
-            left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-            if DECAY != 0:
-                right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        k_tile = load_tokens(k_head, at, kept, k_l, WIDTH_K, BLOCK_K)
+        v_tile = load_tokens(v_head, at, kept, v_l, WIDTH_V, BLOCK_V)
+    place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
+    if states is not None and EARLY:
+        left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if DECAY != 0:
+            right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     mixed, row_sum = tl.zeros((TILE, BLOCK_V), tl.float32), tl.zeros((TILE,), tl.float32)
     if DECAY != 0:
         decay = of_head(decay, batch, head, decay_b, decay_h)
         e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
-    if states is not None:
-        reading = q_tile
-        if DECAY != 0:
-            reading = q_tile.to(tl.float32) * tl.exp(e + e_rest)[:, None]
+        left_reading = q_tile.to(tl.float32) * tl.exp(e + e_rest)[:, None]
+        right_reading = q_tile.to(tl.float32) * tl.exp((total - f) + (total_rest - f_rest))[:, None]
+    else:
+        left_reading = q_tile
+    if DECAY != 0 and TILES > 1:
+        # What arrives at the tile: what reaches the chunk, and what the other tiles of the chunk send.
+        tokens, there = chunk_tokens(start, stop, TILE, TILES)
+        of_keys, _, before, after = chunk_exponents(decay, decay_l, path, here, start, stop, TILE, TILES, DECAY)
+        weights = tl.exp(of_keys) * unmasked(key_mask, places(path, tokens, there), there).to(tl.float32)
+        left_state, left_vector = arriving(
+            states, vectors, place, tl.exp(before), k_head, v_head, weights, None, key_mask, path, 0, here, start, stop,
+            k_l, v_l, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, RESULT != 0, PRECISION,
+        )  # fmt: skip
+        mixed += product(left_reading, left_state, PRECISION)
+        right_state, right_vector = arriving(
+            states, vectors, place + 1, tl.exp(after), k_head, v_head, weights, None, key_mask, path, here + 1,
+            tl.cdiv(stop - start, TILE), start, stop,
+            k_l, v_l, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, RESULT != 0, PRECISION,
+        )  # fmt: skip
+        mixed += product(right_reading, right_state, PRECISION)
+        if RESULT != 0:
+            row_sum += tl.sum(left_reading * left_vector[None, :] + right_reading * right_vector[None, :], 1)
+    elif states is not None:
         if not EARLY:
             left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-        mixed += product(reading, left_state, PRECISION)
+        mixed += product(left_reading, left_state, PRECISION)
         if RESULT != 0:
-            row_sum += tl.sum(reading.to(tl.float32) * load_vector(vectors, place, WIDTH_K, BLOCK_K)[None, :], 1)
+            row_sum += tl.sum(left_reading.to(tl.float32) * load_vector(vectors, place, WIDTH_K, BLOCK_K)[None, :], 1)
         if DECAY != 0:
-            reading = q_tile.to(tl.float32) * tl.exp((total - f) + (total_rest - f_rest))[:, None]
             if not EARLY:
                 right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-            mixed += product(reading, right_state, PRECISION)
+            mixed += product(right_reading, right_state, PRECISION)
             if RESULT != 0:
-                row_sum += tl.sum(reading * load_vector(vectors, place + 1, WIDTH_K, BLOCK_K)[None, :], 1)
+                row_sum += tl.sum(right_reading * load_vector(vectors, place + 1, WIDTH_K, BLOCK_K)[None, :], 1)
     if DECAY != 0 or states is None:
         scores = product(q_tile, tl.trans(k_tile), PRECISION)
         if DECAY != 0:
@@ -242,7 +256,7 @@ def backward_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, d_out_b, d_out_h, d_out_l, decay_b, decay_h, decay_l,
     length, chunks, tiles, scale,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    DECAY: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    TILES: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one tile of queries, keys and values, and of the gates.
 
@@ -252,7 +266,8 @@ def backward_kernel(
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     chunk = tile // tiles
     batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
-    begin = start + (tile % tiles) * TILE
+    here = tile % tiles
+    begin = start + here * TILE
     if begin >= stop:
         if DECAY == 1:
             tl.store(d_decay + tile * heads + head, 0.0)
@@ -261,20 +276,25 @@ def backward_kernel(
     keep = tokens < stop
     at = places(path, tokens, keep)
     plane = (batch * heads + head).to(tl.int64) * length
-    kept = unmasked(None if key_mask is None else key_mask + batch.to(tl.int64) * length, at, keep)
-    weight, shift = load_weights(
-        None if bias is None else bias + plane, None if row_sums is None else row_sums + plane, at, keep
-    )
-    q_tile = load_tokens(of_head(query, batch, head, q_b, q_h), at, keep, q_l, WIDTH_K, BLOCK_K)
-    k_tile = load_tokens(of_head(key, batch, head, k_b, k_h), at, kept, k_l, WIDTH_K, BLOCK_K)
-    v_tile = load_tokens(of_head(value, batch, head, v_b, v_h), at, kept, v_l, WIDTH_V, BLOCK_V)
-    dy_tile = load_tokens(of_head(d_out, batch, head, d_out_b, d_out_h), at, keep, d_out_l, WIDTH_V, BLOCK_V)
-    if key_states is not None:
-        place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
-        if EARLY:
-            left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-            if DECAY != 0:
-                right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+    key_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * length
+    bias = None if bias is None else bias + plane
+    row_sums = None if row_sums is None else row_sums + plane
+    kept = unmasked(key_mask, at, keep)
+    weight, shift = load_weights(bias, row_sums, at, keep)
+    q_head, k_head = of_head(query, batch, head, q_b, q_h), of_head(key, batch, head, k_b, k_h)
+    v_head, dy_head = of_head(value, batch, head, v_b, v_h), of_head(d_out, batch, head, d_out_b, d_out_h)
+    q_tile = load_tokens(q_head, at, keep, q_l, WIDTH_K, BLOCK_K)
+    k_tile = load_tokens(k_head, at, kept, k_l, WIDTH_K, BLOCK_K)
+    v_tile = load_tokens(v_head, at, kept, v_l, WIDTH_V, BLOCK_V)
+    dy_tile = load_tokens(dy_head, at, keep, d_out_l, WIDTH_V, BLOCK_V)
+    NEAR: tl.constexpr = DECAY != 0 and TILES > 1  # other tiles of the chunk send states as well
+    FAR: tl.constexpr = NEAR or key_states is not None  # there are states
+    HELD: tl.constexpr = EARLY or NEAR  # states stay in registers
+    place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
+    if FAR and HELD and not NEAR:
+        left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if DECAY != 0:
+            right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     # Factors of the gradients of queries (reading), and of keys and values (writing). For tokens on the left and on the
     # right of the tile they include the gates up to that edge.
     reading, writing = weight * scale, kept.to(tl.float32) * scale
@@ -287,24 +307,48 @@ def backward_kernel(
         right_writing = writing * tl.exp((total - e) + (total_rest - e_rest))
     else:
         left_reading, left_writing = reading, writing
+    if NEAR:
+        tokens, there = chunk_tokens(start, stop, TILE, TILES)
+        others = places(path, tokens, there)
+        of_keys, of_queries, before, after = chunk_exponents(
+            decay, decay_l, path, here, start, stop, TILE, TILES, DECAY
+        )
+        before, after, end = tl.exp(before), tl.exp(after), tl.cdiv(stop - start, TILE)
+        key_weights = tl.exp(of_keys) * unmasked(key_mask, others, there).to(tl.float32)
+        query_weights, query_shifts = load_weights(bias, row_sums, others, there)
+        query_weights *= tl.exp(of_queries)
+        left_queries, left_query_vector = arriving(
+            query_states, query_vectors, place, before, q_head, dy_head, query_weights, query_shifts, None, path,
+            0, here, start, stop, q_l, d_out_l,
+            WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
+        )  # fmt: skip
+        right_queries, right_query_vector = arriving(
+            query_states, query_vectors, place + 1, after, q_head, dy_head, query_weights, query_shifts, None, path,
+            here + 1, end, start, stop, q_l, d_out_l,
+            WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
+        )  # fmt: skip
+    elif FAR and bias is not None:
+        left_query_vector = load_vector(query_vectors, place, WIDTH_K, BLOCK_K)
+        if DECAY != 0:
+            right_query_vector = load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K)
 
     # Each gradient is stored before the next is computed: together they need more registers than there are.
     dv = tl.zeros((TILE, BLOCK_V), tl.float32)
-    if DECAY != 0 or key_states is None:
+    if DECAY != 0 or not FAR:
         factor = reading[:, None] * kept.to(tl.float32)[None, :]
         if DECAY != 0:
             factor *= tile_mask(e, e_rest, f, f_rest, PRECISION)
         scores = product(q_tile, tl.trans(k_tile), PRECISION) * factor
         dv += product(tl.trans(scores), dy_tile, PRECISION)
-    if key_states is not None:
-        if not EARLY:
+    if FAR:
+        if not HELD:
             left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         dv += product(k_tile, left_queries, PRECISION) * left_writing[:, None]
         if DECAY != 0:
-            if not EARLY:
+            if not HELD:
                 right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             dv += product(k_tile, right_queries, PRECISION) * right_writing[:, None]
-        if EARLY:
+        if HELD and not NEAR:
             left_keys = load_state(key_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             if DECAY != 0:
                 right_keys = load_state(key_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
@@ -314,7 +358,7 @@ def backward_kernel(
     # those that end in the tile `begun` up to t, `to_come` from t on, and `own` at t.
     cross, to_come, own = 0.0, tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     dk = tl.zeros((TILE, BLOCK_K), tl.float32)
-    if DECAY != 0 or key_states is None:
+    if DECAY != 0 or not FAR:
         d_scores = product(dy_tile, tl.trans(v_tile), PRECISION) + shift[:, None]
         pairs = scores * d_scores
         index = tl.arange(0, TILE)
@@ -325,53 +369,67 @@ def backward_kernel(
         begun = tl.sum(pairs, 0) - tl.sum(pairs, 1) + 2 * right
         d_scores *= factor
         dk += product(tl.trans(d_scores), q_tile, PRECISION)
-    if key_states is not None:
-        if not EARLY:
+    if FAR:
+        if not HELD:
             left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         part = product(v_tile, tl.trans(left_queries), PRECISION)
-        if query_vectors is not None:
-            part += load_vector(query_vectors, place, WIDTH_K, BLOCK_K)[None, :]
+        if bias is not None:
+            part += left_query_vector[None, :]
         dk += part * left_writing[:, None]
         if DECAY != 0:
             to_come += tl.sum(k_tile.to(tl.float32) * part, 1) * left_writing
-            if not EARLY:
+            if not HELD:
                 right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             part = product(v_tile, tl.trans(right_queries), PRECISION)
-            if query_vectors is not None:
-                part += load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K)[None, :]
+            if bias is not None:
+                part += right_query_vector[None, :]
             dk += part * right_writing[:, None]
             begun += tl.sum(k_tile.to(tl.float32) * part, 1) * right_writing
-            if EARLY:
-                cross += tl.sum(tl.sum(left_keys.to(tl.float32) * right_queries.to(tl.float32), 1), 0)
-                cross += tl.sum(tl.sum(right_keys.to(tl.float32) * left_queries.to(tl.float32), 1), 0)
-            else:
-                cross += meetings(key_states, query_states, place, place + 1, WIDTH_K * WIDTH_V)
-                cross += meetings(key_states, query_states, place + 1, place, WIDTH_K * WIDTH_V)
     store_rows(d_key, dk, batch, head, heads, length, at, keep, WIDTH_K, BLOCK_K)
 
     dq = tl.zeros((TILE, BLOCK_K), tl.float32)
-    if DECAY != 0 or key_states is None:
+    if DECAY != 0 or not FAR:
         dq += product(d_scores, k_tile, PRECISION)
-    if key_states is not None:
-        if not EARLY:
+    if FAR:
+        if NEAR:
+            left_keys, left_key_vector = arriving(
+                key_states, key_vectors, place, before, k_head, v_head, key_weights, None, key_mask, path,
+                0, here, start, stop, k_l, v_l,
+                WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
+            )  # fmt: skip
+        elif bias is not None:
+            left_key_vector = load_vector(key_vectors, place, WIDTH_K, BLOCK_K)
+        if not HELD:
             left_keys = load_state(key_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         part = product(dy_tile, tl.trans(left_keys), PRECISION)
-        if key_vectors is not None:
-            left_vector = load_vector(key_vectors, place, WIDTH_K, BLOCK_K)
-            part += shift[:, None] * left_vector[None, :]
+        if bias is not None:
+            part += shift[:, None] * left_key_vector[None, :]
         dq += part * left_reading[:, None]
         if DECAY != 0:
             rows = tl.sum(q_tile.to(tl.float32) * part, 1) * left_reading
             to_come += rows
             own -= rows
-            if not EARLY:
+            if HELD:
+                met = left_keys.to(tl.float32) * right_queries.to(tl.float32)
+            if NEAR:
+                right_keys, right_key_vector = arriving(
+                    key_states, key_vectors, place + 1, after, k_head, v_head, key_weights, None, key_mask, path,
+                    here + 1, end, start, stop, k_l, v_l,
+                    WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
+                )  # fmt: skip
+            elif bias is not None:
+                right_key_vector = load_vector(key_vectors, place + 1, WIDTH_K, BLOCK_K)
+            if HELD:
+                met += right_keys.to(tl.float32) * left_queries.to(tl.float32)
+                cross += tl.sum(tl.sum(met, 1), 0)
+            else:
                 right_keys = load_state(key_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+                cross += meetings(key_states, query_states, place, place + 1, WIDTH_K * WIDTH_V)
+                cross += meetings(key_states, query_states, place + 1, place, WIDTH_K * WIDTH_V)
             part = product(dy_tile, tl.trans(right_keys), PRECISION)
-            if key_vectors is not None:
-                right_vector = load_vector(key_vectors, place + 1, WIDTH_K, BLOCK_K)
-                part += shift[:, None] * right_vector[None, :]
-                cross += tl.sum(left_vector * load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K), 0)
-                cross += tl.sum(right_vector * load_vector(query_vectors, place, WIDTH_K, BLOCK_K), 0)
+            if bias is not None:
+                part += shift[:, None] * right_key_vector[None, :]
+                cross += tl.sum(left_key_vector * right_query_vector + right_key_vector * left_query_vector, 0)
             dq += part * right_reading[:, None]
             rows = tl.sum(q_tile.to(tl.float32) * part, 1) * right_reading
             begun += rows
@@ -382,7 +440,8 @@ def backward_kernel(
         gradient = cross * scale * tl.exp(total + total_rest)
         gradient += tl.cumsum(begun, 0) + tl.cumsum(to_come, 0, reverse=True) + own
         if DECAY == 1:
-            tl.store(d_decay + tile * heads + head, tl.sum(tl.where(keep, gradient, 0.0), 0))
+            share = tl.sum(tl.where(keep, gradient, 0.0), 0)
+            tl.store(d_decay + tile * heads + head, tl.where(tl.load(decay) < FLOOR, 0.0, share))
         else:
             gate = tl.load(decay + at.to(tl.int64) * decay_l, mask=keep, other=0.0)
             tl.store(d_decay + plane + at, tl.where(gate < FLOOR, 0.0, gradient), mask=keep)

@@ -17,7 +17,7 @@ from .kernels import (
     propagate_kernel,
     states_kernel,
 )
-from .parts import FLOOR, triton
+from .parts import triton
 
 
 # The name of a PyTorch operator must be unique in a process: a second definition frees the first. A copy of this file
@@ -41,7 +41,11 @@ _ONE_TILE = (128, 8)
 # benchmarks/kernel_resources.py counts both. These small tiles, and wider heads, use twice the warps.
 _FLOAT32_TILES = (64, 32)
 
-_TILES = 4  # tiles per chunk of LION-LIT, whose states are summed in any case
+# Maximum number of tiles per chunk. Without decay, states are summed in any case. With decay, the tiles of a chunk
+# compute from the tokens what they send to each other. A text of one chunk has no states in memory; texts of at most
+# _ONE_CHUNK tiles are one chunk.
+_TILES = {NONE: 4, HEAD: 2, TOKEN: 2}
+_ONE_CHUNK = 4
 _GROUP = 8  # chunks whose states are propagated at a time
 
 
@@ -139,15 +143,21 @@ class _Operator:
         largest = tile
         if self.precision != "bf16":
             largest = min(tile, _FLOAT32_TILES[exact or wide] // (2 if backward else 1))
-        tiles = _TILES if self.kind == NONE else 1
+        tiles = _TILES[self.kind]
+        if self.kind != NONE and wide:
+            tiles = 1  # states in registers are too large
+        elif self.kind != NONE and self.length <= _ONE_CHUNK * largest and cu_seqlens is None:
+            tiles = _ONE_CHUNK
         self.tiling = _tiling(self.batch, self.length, cu_seqlens, largest, tiles)
-        self.has_states = self.length > self.tiling.tile or cu_seqlens is not None
+        alone = self.tiling.tile if self.kind == NONE else self.tiling.tile * self.tiling.tiles
+        self.has_states = self.length > alone or cu_seqlens is not None
         self.sizes = {
             "WIDTH_K": self.head_dim,
             "WIDTH_V": self.value_dim,
             "BLOCK_K": _block(self.head_dim),
             "BLOCK_V": _block(self.value_dim),
             "TILE": self.tiling.tile,
+            "TILES": triton.next_power_of_2(self.tiling.tiles),
             "DECAY": self.kind,
             "PRECISION": self.precision,
             "num_warps": min(8, 2 * warps) if wide or largest < tile else warps,
@@ -165,11 +175,13 @@ class _Operator:
         states = y.new_empty(*shape, self.value_dim, dtype=dtype)
         vectors = y.new_empty(shape, dtype=torch.float32) if wants_vectors else None
         totals = None if self.kind == NONE else y.new_empty(shape[:2], dtype=torch.float32)
-        states_kernel[tiling.all_chunks, self.heads](
+        states_kernel[tiling.all_chunks * sides, self.heads](
             y, z, states, vectors, totals, bias, row_sums, self.key_mask, self.decay, tiling.table, self.path,
             *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks, tiling.tiles,
             **self.sizes, QUERIES=queries,
         )  # fmt: skip
+        if self.kind == NONE and tiling.chunks == 1:
+            return states, vectors  # the sum over one chunk
         size, block = self.head_dim * self.value_dim, 256
         propagate_kernel[tiling.sequences * self.heads, triton.cdiv(size, block) + wants_vectors, sides](
             states, vectors, totals, tiling.borders, self.heads, tiling.chunks,
@@ -208,7 +220,7 @@ class _Operator:
         query_states, query_vectors = self._states(query, d_out, bias is not None, bias, row_sums, queries=True)
         shares = d_decay
         if self.kind == HEAD:
-            shares = query.new_empty(tiling.all_chunks, self.heads, dtype=torch.float32)
+            shares = query.new_empty(self._grid(), dtype=torch.float32)
         backward_kernel[self._grid()](
             query, key, value, d_out, d_query, d_key, d_value, shares,
             key_states, key_vectors, query_states, query_vectors, bias, row_sums, self.key_mask, self.decay,
@@ -217,7 +229,7 @@ class _Operator:
             EARLY=self.early,
         )  # fmt: skip
         if self.kind == HEAD:
-            d_decay.copy_(torch.where(self.decay >= FLOOR.value, shares.sum(0), 0))
+            d_decay.copy_(shares.sum(0))
 
 
 # ------------------------------------------------------------------------------------------------ operators of PyTorch
