@@ -64,6 +64,7 @@ from .parts import (
     place_of,
     places,
     product,
+    rounded,
     span,
     store_rows,
     store_state,
@@ -155,6 +156,9 @@ def forward_kernel(
     TILES: tl.constexpr, DECAY: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows of s sum_j M_ij (q_i . k_j) v_j, and its row sums if RESULT needs them."""
+    NEAR: tl.constexpr = DECAY != 0 and TILES > 1  # other tiles of the chunk send states as well
+    FAR: tl.constexpr = NEAR or states is not None  # there are states
+    HELD: tl.constexpr = EARLY or NEAR  # states stay in registers
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     chunk = tile // tiles
     batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
@@ -172,11 +176,11 @@ def forward_kernel(
     # another.
     k_head, v_head = of_head(key, batch, head, k_b, k_h), of_head(value, batch, head, v_b, v_h)
     q_tile = load_tokens(of_head(query, batch, head, q_b, q_h), at, keep, q_l, WIDTH_K, BLOCK_K)
-    if DECAY != 0 or states is None:
+    if DECAY != 0 or not FAR:
         k_tile = load_tokens(k_head, at, kept, k_l, WIDTH_K, BLOCK_K)
         v_tile = load_tokens(v_head, at, kept, v_l, WIDTH_V, BLOCK_V)
     place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
-    if states is not None and EARLY:
+    if FAR and HELD and not NEAR:
         left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         if DECAY != 0:
             right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
@@ -184,46 +188,46 @@ def forward_kernel(
     if DECAY != 0:
         decay = of_head(decay, batch, head, decay_b, decay_h)
         e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
-        left_reading = q_tile.to(tl.float32) * tl.exp(e + e_rest)[:, None]
-        right_reading = q_tile.to(tl.float32) * tl.exp((total - f) + (total_rest - f_rest))[:, None]
-    else:
-        left_reading = q_tile
-    if DECAY != 0 and TILES > 1:
-        # What arrives at the tile: what reaches the chunk, and what the other tiles of the chunk send.
-        tokens, there = chunk_tokens(start, stop, TILE, TILES)
-        of_keys, _, before, after = chunk_exponents(decay, decay_l, path, here, start, stop, TILE, TILES, DECAY)
-        weights = tl.exp(of_keys) * unmasked(key_mask, places(path, tokens, there), there).to(tl.float32)
-        left_state, left_vector = arriving(
-            states, vectors, place, tl.exp(before), k_head, v_head, weights, None, key_mask, path, 0, here, start, stop,
-            k_l, v_l, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, RESULT != 0, PRECISION,
-        )  # fmt: skip
-        mixed += product(left_reading, left_state, PRECISION)
-        right_state, right_vector = arriving(
-            states, vectors, place + 1, tl.exp(after), k_head, v_head, weights, None, key_mask, path, here + 1,
-            tl.cdiv(stop - start, TILE), start, stop,
-            k_l, v_l, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, RESULT != 0, PRECISION,
-        )  # fmt: skip
-        mixed += product(right_reading, right_state, PRECISION)
-        if RESULT != 0:
-            row_sum += tl.sum(left_reading * left_vector[None, :] + right_reading * right_vector[None, :], 1)
-    elif states is not None:
-        if not EARLY:
-            left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-        mixed += product(left_reading, left_state, PRECISION)
-        if RESULT != 0:
-            row_sum += tl.sum(left_reading.to(tl.float32) * load_vector(vectors, place, WIDTH_K, BLOCK_K)[None, :], 1)
-        if DECAY != 0:
-            if not EARLY:
-                right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-            mixed += product(right_reading, right_state, PRECISION)
-            if RESULT != 0:
-                row_sum += tl.sum(right_reading * load_vector(vectors, place + 1, WIDTH_K, BLOCK_K)[None, :], 1)
-    if DECAY != 0 or states is None:
+        left_reading, right_reading = tl.exp(e + e_rest), tl.exp((total - f) + (total_rest - f_rest))
+    if DECAY != 0 or not FAR:
         scores = product(q_tile, tl.trans(k_tile), PRECISION)
         if DECAY != 0:
             scores *= tile_mask(e, e_rest, f, f_rest, PRECISION)
         row_sum += tl.sum(scores, 1)
         mixed += product(scores, v_tile, PRECISION)
+    if NEAR:
+        tokens, there = chunk_tokens(start, stop, TILE, TILES)
+        of_keys, _, before, after = chunk_exponents(decay, decay_l, path, here, start, stop, TILE, TILES, DECAY)
+        weights = tl.exp(of_keys) * unmasked(key_mask, places(path, tokens, there), there).to(tl.float32)
+        left_state, left_vector = arriving(
+            states, vectors, place, tl.exp(before), k_head, v_head, weights, None, key_mask, path,
+            0, here, start, stop, k_l, v_l,
+            WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, RESULT != 0, PRECISION,
+        )  # fmt: skip
+    if FAR:
+        if not HELD:
+            left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if RESULT != 0 and not NEAR:
+            left_vector = load_vector(vectors, place, WIDTH_K, BLOCK_K)
+        read = product(q_tile, left_state, PRECISION)
+        mixed += read if DECAY == 0 else read * left_reading[:, None]
+        if RESULT != 0:
+            read_sum = tl.sum(q_tile.to(tl.float32) * left_vector[None, :], 1)
+            row_sum += read_sum if DECAY == 0 else read_sum * left_reading
+    if FAR and DECAY != 0:
+        if NEAR:
+            right_state, right_vector = arriving(
+                states, vectors, place + 1, tl.exp(after), k_head, v_head, weights, None, key_mask, path,
+                here + 1, tl.cdiv(stop - start, TILE), start, stop, k_l, v_l,
+                WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, RESULT != 0, PRECISION,
+            )  # fmt: skip
+        elif not EARLY:
+            right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+        if RESULT != 0 and not NEAR:
+            right_vector = load_vector(vectors, place + 1, WIDTH_K, BLOCK_K)
+        mixed += product(q_tile, right_state, PRECISION) * right_reading[:, None]
+        if RESULT != 0:
+            row_sum += tl.sum(q_tile.to(tl.float32) * right_vector[None, :], 1) * right_reading
     mixed *= scale
     row_sum *= scale
     if RESULT == 1:
@@ -280,17 +284,18 @@ def backward_kernel(
     bias = None if bias is None else bias + plane
     row_sums = None if row_sums is None else row_sums + plane
     kept = unmasked(key_mask, at, keep)
-    weight, shift = load_weights(bias, row_sums, at, keep)
     q_head, k_head = of_head(query, batch, head, q_b, q_h), of_head(key, batch, head, k_b, k_h)
     v_head, dy_head = of_head(value, batch, head, v_b, v_h), of_head(d_out, batch, head, d_out_b, d_out_h)
-    q_tile = load_tokens(q_head, at, keep, q_l, WIDTH_K, BLOCK_K)
-    k_tile = load_tokens(k_head, at, kept, k_l, WIDTH_K, BLOCK_K)
-    v_tile = load_tokens(v_head, at, kept, v_l, WIDTH_V, BLOCK_V)
-    dy_tile = load_tokens(dy_head, at, keep, d_out_l, WIDTH_V, BLOCK_V)
     NEAR: tl.constexpr = DECAY != 0 and TILES > 1  # other tiles of the chunk send states as well
     FAR: tl.constexpr = NEAR or key_states is not None  # there are states
     HELD: tl.constexpr = EARLY or NEAR  # states stay in registers
     place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
+    place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
+    weight, shift = load_weights(bias, row_sums, at, keep)
+    q_tile = load_tokens(q_head, at, keep, q_l, WIDTH_K, BLOCK_K)
+    k_tile = load_tokens(k_head, at, kept, k_l, WIDTH_K, BLOCK_K)
+    v_tile = load_tokens(v_head, at, kept, v_l, WIDTH_V, BLOCK_V)
+    dy_tile = load_tokens(dy_head, at, keep, d_out_l, WIDTH_V, BLOCK_V)
     if FAR and HELD and not NEAR:
         left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         if DECAY != 0:
@@ -307,38 +312,48 @@ def backward_kernel(
         right_writing = writing * tl.exp((total - e) + (total_rest - e_rest))
     else:
         left_reading, left_writing = reading, writing
+
+    # The gradient of gate t is a sum over the pairs whose M_ij contains it: all pairs that `cross` the tile, and of
+    # those that end in the tile `begun` up to t, `to_come` from t on, and `own` at t.
+    cross, to_come, own = 0.0, tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
+    if DECAY != 0 or not FAR:
+        scores = product(q_tile, tl.trans(k_tile), PRECISION)
+        d_scores = product(dy_tile, tl.trans(v_tile), PRECISION) + shift[:, None]
+        factor = reading[:, None] * kept.to(tl.float32)[None, :]
+        if DECAY != 0:
+            factor *= tile_mask(e, e_rest, f, f_rest, PRECISION)
+        scores *= factor
+        if DECAY != 0:
+            pairs = scores * d_scores
+            index = tl.arange(0, TILE)
+            from_right = tl.where(index[:, None] < index[None, :], pairs, 0.0)
+            right = tl.sum(from_right, 1) - tl.sum(from_right, 0)
+            own -= right
+            # Column sums minus row sums for pairs with the key on the left, the reverse for the key on the right.
+            begun = tl.sum(pairs, 0) - tl.sum(pairs, 1) + 2 * right
+        scores, d_scores = rounded(scores, PRECISION), rounded(d_scores * factor, PRECISION)
+
+    # Each gradient is stored before the next is computed: together they need more registers than there are.
     if NEAR:
         tokens, there = chunk_tokens(start, stop, TILE, TILES)
-        others = places(path, tokens, there)
+        others, last = places(path, tokens, there), tl.cdiv(stop - start, TILE)
         of_keys, of_queries, before, after = chunk_exponents(
             decay, decay_l, path, here, start, stop, TILE, TILES, DECAY
         )
-        before, after, end = tl.exp(before), tl.exp(after), tl.cdiv(stop - start, TILE)
-        key_weights = tl.exp(of_keys) * unmasked(key_mask, others, there).to(tl.float32)
         query_weights, query_shifts = load_weights(bias, row_sums, others, there)
         query_weights *= tl.exp(of_queries)
         left_queries, left_query_vector = arriving(
-            query_states, query_vectors, place, before, q_head, dy_head, query_weights, query_shifts, None, path,
+            query_states, query_vectors, place, tl.exp(before), q_head, dy_head, query_weights, query_shifts, None, path,
             0, here, start, stop, q_l, d_out_l,
             WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
         )  # fmt: skip
         right_queries, right_query_vector = arriving(
-            query_states, query_vectors, place + 1, after, q_head, dy_head, query_weights, query_shifts, None, path,
-            here + 1, end, start, stop, q_l, d_out_l,
+            query_states, query_vectors, place + 1, tl.exp(after), q_head, dy_head, query_weights, query_shifts, None,
+            path, here + 1, last, start, stop, q_l, d_out_l,
             WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
         )  # fmt: skip
-    elif FAR and bias is not None:
-        left_query_vector = load_vector(query_vectors, place, WIDTH_K, BLOCK_K)
-        if DECAY != 0:
-            right_query_vector = load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K)
-
-    # Each gradient is stored before the next is computed: together they need more registers than there are.
     dv = tl.zeros((TILE, BLOCK_V), tl.float32)
     if DECAY != 0 or not FAR:
-        factor = reading[:, None] * kept.to(tl.float32)[None, :]
-        if DECAY != 0:
-            factor *= tile_mask(e, e_rest, f, f_rest, PRECISION)
-        scores = product(q_tile, tl.trans(k_tile), PRECISION) * factor
         dv += product(tl.trans(scores), dy_tile, PRECISION)
     if FAR:
         if not HELD:
@@ -354,26 +369,16 @@ def backward_kernel(
                 right_keys = load_state(key_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     store_rows(d_value, dv, batch, head, heads, length, at, keep, WIDTH_V, BLOCK_V)
 
-    # The gradient of gate t is a sum over the pairs whose M_ij contains it: all pairs that `cross` the tile, and of
-    # those that end in the tile `begun` up to t, `to_come` from t on, and `own` at t.
-    cross, to_come, own = 0.0, tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     dk = tl.zeros((TILE, BLOCK_K), tl.float32)
     if DECAY != 0 or not FAR:
-        d_scores = product(dy_tile, tl.trans(v_tile), PRECISION) + shift[:, None]
-        pairs = scores * d_scores
-        index = tl.arange(0, TILE)
-        from_right = tl.where(index[:, None] < index[None, :], pairs, 0.0)
-        right = tl.sum(from_right, 1) - tl.sum(from_right, 0)
-        own -= right
-        # Column sums minus row sums for pairs with the key on the left, the reverse for the key on the right.
-        begun = tl.sum(pairs, 0) - tl.sum(pairs, 1) + 2 * right
-        d_scores *= factor
         dk += product(tl.trans(d_scores), q_tile, PRECISION)
     if FAR:
         if not HELD:
             left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         part = product(v_tile, tl.trans(left_queries), PRECISION)
         if bias is not None:
+            if not NEAR:
+                left_query_vector = load_vector(query_vectors, place, WIDTH_K, BLOCK_K)
             part += left_query_vector[None, :]
         dk += part * left_writing[:, None]
         if DECAY != 0:
@@ -382,6 +387,8 @@ def backward_kernel(
                 right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             part = product(v_tile, tl.trans(right_queries), PRECISION)
             if bias is not None:
+                if not NEAR:
+                    right_query_vector = load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K)
                 part += right_query_vector[None, :]
             dk += part * right_writing[:, None]
             begun += tl.sum(k_tile.to(tl.float32) * part, 1) * right_writing
@@ -392,8 +399,9 @@ def backward_kernel(
         dq += product(d_scores, k_tile, PRECISION)
     if FAR:
         if NEAR:
+            key_weights = tl.exp(of_keys) * unmasked(key_mask, others, there).to(tl.float32)
             left_keys, left_key_vector = arriving(
-                key_states, key_vectors, place, before, k_head, v_head, key_weights, None, key_mask, path,
+                key_states, key_vectors, place, tl.exp(before), k_head, v_head, key_weights, None, key_mask, path,
                 0, here, start, stop, k_l, v_l,
                 WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
             )  # fmt: skip
@@ -413,8 +421,8 @@ def backward_kernel(
                 met = left_keys.to(tl.float32) * right_queries.to(tl.float32)
             if NEAR:
                 right_keys, right_key_vector = arriving(
-                    key_states, key_vectors, place + 1, after, k_head, v_head, key_weights, None, key_mask, path,
-                    here + 1, end, start, stop, k_l, v_l,
+                    key_states, key_vectors, place + 1, tl.exp(after), k_head, v_head, key_weights, None, key_mask, path,
+                    here + 1, last, start, stop, k_l, v_l,
                     WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
                 )  # fmt: skip
             elif bias is not None:

@@ -188,6 +188,12 @@ def pick(values, tile, TILES: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """Round to the type to which `product` rounds, if that takes fewer registers."""
+    return x.to(tl.bfloat16) if PRECISION == "bf16" else x
+
+
+@triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """Return a @ b in float32."""
     if PRECISION == "bf16":
@@ -235,7 +241,7 @@ def collect(
 
     They are sum_p w_p y_p z_p^T and sum_p w_p shift_p y_p, with weights and shifts (TILES, TILE); no shifts mean 1.
     """
-    summands = tl.zeros((TILE, BLOCK_K), tl.float32)
+    summands = tl.zeros((16, BLOCK_K), tl.float32)  # fewer rows than a tile need fewer registers
     for tile in range(first, last):
         tokens = start + tile * TILE + tl.arange(0, TILE)
         keep = tokens < stop
@@ -246,7 +252,9 @@ def collect(
         written = y_tile * pick(weights, tile, TILES)[:, None]
         state += product(tl.trans(written), z_tile, PRECISION)
         if VECTORS:
-            summands += written if shifts is None else written * pick(shifts, tile, TILES)[:, None]
+            if shifts is not None:
+                written *= pick(shifts, tile, TILES)[:, None]
+            summands += tl.sum(tl.reshape(written, (TILE // 16, 16, BLOCK_K)), 0)
     if VECTORS:
         vector += tl.sum(summands, 0)
     return state, vector
@@ -271,7 +279,7 @@ def arriving(
         state, vector, y, z, weights, shifts, key_mask, path, first, last, start, stop, y_l, z_l,
         WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, VECTORS, PRECISION,
     )  # fmt: skip
-    return state.to(tl.bfloat16) if PRECISION == "bf16" else state, vector
+    return rounded(state, PRECISION), vector
 
 
 @triton.jit
