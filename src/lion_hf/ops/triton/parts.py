@@ -247,13 +247,14 @@ def collect(
         keep = tokens < stop
         at = places(path, tokens, keep)
         keep = unmasked(key_mask, at, keep)
-        y_tile = load_tokens(y, at, keep, y_l, WIDTH_K, BLOCK_K).to(tl.float32)
+        y_tile = load_tokens(y, at, keep, y_l, WIDTH_K, BLOCK_K)
         z_tile = load_tokens(z, at, keep, z_l, WIDTH_V, BLOCK_V)
-        written = y_tile * pick(weights, tile, TILES)[:, None]
-        state += product(tl.trans(written), z_tile, PRECISION)
+        weight = pick(weights, tile, TILES)
+        state += product(tl.trans(y_tile), z_tile.to(tl.float32) * weight[:, None], PRECISION)
         if VECTORS:
             if shifts is not None:
-                written *= pick(shifts, tile, TILES)[:, None]
+                weight *= pick(shifts, tile, TILES)
+            written = y_tile.to(tl.float32) * weight[:, None]
             summands += tl.sum(tl.reshape(written, (TILE // 16, 16, BLOCK_K)), 0)
     if VECTORS:
         vector += tl.sum(summands, 0)
