@@ -50,11 +50,8 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from .parts import (
     FLOOR,
-    arriving,
     carry_over,
-    chunk_exponents,
-    chunk_tokens,
-    collect,
+    column_sums,
     load_state,
     load_tokens,
     load_vector,
@@ -85,45 +82,107 @@ def states_kernel(
     y, z, states, vectors, chunk_totals, bias, row_sums, key_mask, decay, table, path,
     y_b, y_h, y_l, z_b, z_h, z_l, decay_b, decay_h, decay_l, length, chunks, tiles,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr, DECAY: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute what a chunk sends to one side.
+    """Compute what each chunk sends to the right and to the left.
 
     States are sum_p w_p r_p y_p z_p^T for keys y and values z, or with QUERIES for queries y and output gradients z.
     Vectors are sum_p w_p y_p (times r_p bias_p for queries). Without decay both sides are the same sum, stored once.
-    Programs of both sides of a chunk are neighbours, so that they share reads.
     """
-    sides: tl.constexpr = 1 if DECAY == 0 else 2
-    chunk, side = tl.program_id(0) // sides, tl.program_id(0) % sides
-    head, heads = tl.program_id(1), tl.num_programs(1)
+    chunk, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     batch, start, stop, _ = span(chunk, table, length, chunks, tiles * TILE)
     plane = (batch * heads + head).to(tl.int64) * length
+    y, z = of_head(y, batch, head, y_b, y_h), of_head(z, batch, head, z_b, z_h)
+    bias = None if bias is None else bias + plane
+    row_sums = None if row_sums is None else row_sums + plane
     key_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * length
-    tokens, there = chunk_tokens(start, stop, TILE, TILES)
-    at = places(path, tokens, there)
-    if QUERIES:
-        weights, shifts = load_weights(
-            None if bias is None else bias + plane, None if row_sums is None else row_sums + plane, at, there
-        )
-    else:
-        weights, shifts = unmasked(key_mask, at, there).to(tl.float32), None
-    if DECAY != 0:
-        # Side 0 is the left side of the receiver, so the tokens are sent to the right edge.
-        here = TILES if side == 0 else -1
-        of_keys, of_queries, before, after = chunk_exponents(
-            of_head(decay, batch, head, decay_b, decay_h), decay_l, path, here, start, stop, TILE, TILES, DECAY
-        )
-        weights *= tl.exp(of_queries if QUERIES else of_keys)
-        if side == 0:
-            tl.store(chunk_totals + chunk * heads + head, before)
+    decay = None if decay is None else of_head(decay, batch, head, decay_b, decay_h)
     state, vector = tl.zeros((BLOCK_K, BLOCK_V), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
-    state, vector = collect(
-        state, vector, of_head(y, batch, head, y_b, y_h), of_head(z, batch, head, z_b, z_h), weights, shifts,
-        None if QUERIES else key_mask, path, 0, tl.cdiv(stop - start, TILE), start, stop, y_l, z_l,
-        WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, vectors is not None, PRECISION,
-    )  # fmt: skip
-    place = place_of(chunk, head, heads, side, DECAY)
-    store_state(states, vectors, place, state, vector, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+    for step in range(0, tl.cdiv(stop - start, TILE) if DECAY == 0 else 1):
+        begin = start + step * TILE
+        tokens = begin + tl.arange(0, TILE)
+        keep = tokens < stop
+        at = places(path, tokens, keep)
+        if QUERIES:
+            weight, shift = load_weights(bias, row_sums, at, keep)
+        else:
+            keep = unmasked(key_mask, at, keep)
+            weight = keep.to(tl.float32)
+            shift = weight
+        y_tile = load_tokens(y, at, keep, y_l, WIDTH_K, BLOCK_K)
+        z_tile = load_tokens(z, at, keep, z_l, WIDTH_V, BLOCK_V)
+        if DECAY == 0:
+            state += product(tl.trans(y_tile), z_tile.to(tl.float32) * weight[:, None], PRECISION)
+            if vectors is not None:
+                vector += column_sums(y_tile, weight * shift)
+        else:
+            e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
+            tl.store(chunk_totals + chunk * heads + head, total + total_rest)
+            for side in tl.static_range(2):  # of the receiver: what is sent to the right comes from its left, side 0
+                inner, rest = (e, e_rest) if (side == 0) != QUERIES else (f, f_rest)
+                to_edge = (total - inner) + (total_rest - rest) if side == 0 else inner + rest
+                sent = weight * tl.exp(to_edge)
+                state = product(tl.trans(y_tile), z_tile.to(tl.float32) * sent[:, None], PRECISION)
+                if vectors is not None:
+                    vector = column_sums(y_tile, sent * shift)
+                place = place_of(chunk, head, heads, side, DECAY)
+                store_state(states, vectors, place, state, vector, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+    if DECAY == 0:
+        place = place_of(chunk, head, heads, 0, DECAY)
+        store_state(states, vectors, place, state, vector, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
+
+
+@_any_length
+def walk_kernel(
+    y, z, states, vectors, bias, row_sums, key_mask, decay, table, path, borders,
+    y_b, y_h, y_l, z_b, z_h, z_l, decay_b, decay_h, decay_l, length, chunks,
+    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
+    DECAY: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute what reaches each chunk of a sequence from one side.
+
+    This is `states_kernel` and `propagate_kernel` in one, for many sequences: a program walks over the chunks of one.
+    Programs of both sides are neighbours, so that they share reads.
+    """
+    sequence, side = tl.program_id(0) // 2, tl.program_id(0) % 2
+    head, heads = tl.program_id(1), tl.num_programs(1)
+    if borders is None:
+        first, last = sequence * chunks, (sequence + 1) * chunks
+    else:
+        first, last = tl.load(borders + sequence), tl.load(borders + sequence + 1)
+    batch = sequence if table is None else 0 * sequence
+    plane = (batch * heads + head).to(tl.int64) * length
+    y, z = of_head(y, batch, head, y_b, y_h), of_head(z, batch, head, z_b, z_h)
+    bias = None if bias is None else bias + plane
+    row_sums = None if row_sums is None else row_sums + plane
+    key_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * length
+    decay = of_head(decay, batch, head, decay_b, decay_h)
+    state, vector = tl.zeros((BLOCK_K, BLOCK_V), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
+    for step in range(0, last - first):
+        chunk = first + step + side * (last - first - 1 - 2 * step)
+        store_state(
+            states, vectors, place_of(chunk, head, heads, side, DECAY), state, vector,
+            WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V,
+        )  # fmt: skip
+        _, start, stop, _ = span(chunk, table, length, chunks, TILE)
+        tokens = start + tl.arange(0, TILE)
+        keep = tokens < stop
+        at = places(path, tokens, keep)
+        e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, start, stop, TILE, DECAY)
+        if QUERIES:
+            weight, shift = load_weights(bias, row_sums, at, keep)
+            e, e_rest, f, f_rest = f, f_rest, e, e_rest
+        else:
+            keep = unmasked(key_mask, at, keep)
+            weight = keep.to(tl.float32)
+            shift = weight
+        sent = weight * tl.exp(tl.where(side == 0, (total - e) + (total_rest - e_rest), f + f_rest))
+        through = tl.exp(total + total_rest)
+        y_tile = load_tokens(y, at, keep, y_l, WIDTH_K, BLOCK_K)
+        z_tile = load_tokens(z, at, keep, z_l, WIDTH_V, BLOCK_V)
+        state = state * through + product(tl.trans(y_tile), z_tile.to(tl.float32) * sent[:, None], PRECISION)
+        if vectors is not None:
+            vector = vector * through + column_sums(y_tile, sent * shift)
 
 
 @_any_length
@@ -153,12 +212,9 @@ def forward_kernel(
     query, key, value, out, row_sums, states, vectors, key_mask, decay, table, path,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, decay_b, decay_h, decay_l, length, chunks, tiles, scale, eps,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr, DECAY: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    DECAY: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of rows of s sum_j M_ij (q_i . k_j) v_j, and its row sums if RESULT needs them."""
-    NEAR: tl.constexpr = DECAY != 0 and TILES > 1  # other tiles of the chunk send states as well
-    FAR: tl.constexpr = NEAR or states is not None  # there are states
-    HELD: tl.constexpr = EARLY or NEAR  # states stay in registers
     tile, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     chunk = tile // tiles
     batch, start, stop, first = span(chunk, table, length, chunks, tiles * TILE)
@@ -176,11 +232,11 @@ def forward_kernel(
     # another.
     k_head, v_head = of_head(key, batch, head, k_b, k_h), of_head(value, batch, head, v_b, v_h)
     q_tile = load_tokens(of_head(query, batch, head, q_b, q_h), at, keep, q_l, WIDTH_K, BLOCK_K)
-    if DECAY != 0 or not FAR:
+    if DECAY != 0 or states is None:
         k_tile = load_tokens(k_head, at, kept, k_l, WIDTH_K, BLOCK_K)
         v_tile = load_tokens(v_head, at, kept, v_l, WIDTH_V, BLOCK_V)
     place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
-    if FAR and HELD and not NEAR:
+    if states is not None and EARLY:
         left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         if DECAY != 0:
             right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
@@ -189,41 +245,26 @@ def forward_kernel(
         decay = of_head(decay, batch, head, decay_b, decay_h)
         e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
         left_reading, right_reading = tl.exp(e + e_rest), tl.exp((total - f) + (total_rest - f_rest))
-    if DECAY != 0 or not FAR:
+    if DECAY != 0 or states is None:
         scores = product(q_tile, tl.trans(k_tile), PRECISION)
         if DECAY != 0:
             scores *= tile_mask(e, e_rest, f, f_rest, PRECISION)
         row_sum += tl.sum(scores, 1)
         mixed += product(scores, v_tile, PRECISION)
-    if NEAR:
-        tokens, there = chunk_tokens(start, stop, TILE, TILES)
-        of_keys, _, before, after = chunk_exponents(decay, decay_l, path, here, start, stop, TILE, TILES, DECAY)
-        weights = tl.exp(of_keys) * unmasked(key_mask, places(path, tokens, there), there).to(tl.float32)
-        left_state, left_vector = arriving(
-            states, vectors, place, tl.exp(before), k_head, v_head, weights, None, key_mask, path,
-            0, here, start, stop, k_l, v_l,
-            WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, RESULT != 0, PRECISION,
-        )  # fmt: skip
-    if FAR:
-        if not HELD:
+    if states is not None:
+        if not EARLY:
             left_state = load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-        if RESULT != 0 and not NEAR:
+        if RESULT != 0:
             left_vector = load_vector(vectors, place, WIDTH_K, BLOCK_K)
         read = product(q_tile, left_state, PRECISION)
         mixed += read if DECAY == 0 else read * left_reading[:, None]
         if RESULT != 0:
             read_sum = tl.sum(q_tile.to(tl.float32) * left_vector[None, :], 1)
             row_sum += read_sum if DECAY == 0 else read_sum * left_reading
-    if FAR and DECAY != 0:
-        if NEAR:
-            right_state, right_vector = arriving(
-                states, vectors, place + 1, tl.exp(after), k_head, v_head, weights, None, key_mask, path,
-                here + 1, tl.cdiv(stop - start, TILE), start, stop, k_l, v_l,
-                WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, RESULT != 0, PRECISION,
-            )  # fmt: skip
-        elif not EARLY:
+    if states is not None and DECAY != 0:
+        if not EARLY:
             right_state = load_state(states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
-        if RESULT != 0 and not NEAR:
+        if RESULT != 0:
             right_vector = load_vector(vectors, place + 1, WIDTH_K, BLOCK_K)
         mixed += product(q_tile, right_state, PRECISION) * right_reading[:, None]
         if RESULT != 0:
@@ -260,7 +301,7 @@ def backward_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, d_out_b, d_out_h, d_out_l, decay_b, decay_h, decay_l,
     length, chunks, tiles, scale,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr, DECAY: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    DECAY: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one tile of queries, keys and values, and of the gates.
 
@@ -286,9 +327,6 @@ def backward_kernel(
     kept = unmasked(key_mask, at, keep)
     q_head, k_head = of_head(query, batch, head, q_b, q_h), of_head(key, batch, head, k_b, k_h)
     v_head, dy_head = of_head(value, batch, head, v_b, v_h), of_head(d_out, batch, head, d_out_b, d_out_h)
-    NEAR: tl.constexpr = DECAY != 0 and TILES > 1  # other tiles of the chunk send states as well
-    FAR: tl.constexpr = NEAR or key_states is not None  # there are states
-    HELD: tl.constexpr = EARLY or NEAR  # states stay in registers
     place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
     place = place_of(first if DECAY == 0 else chunk, head, heads, 0, DECAY)
     weight, shift = load_weights(bias, row_sums, at, keep)
@@ -296,7 +334,7 @@ def backward_kernel(
     k_tile = load_tokens(k_head, at, kept, k_l, WIDTH_K, BLOCK_K)
     v_tile = load_tokens(v_head, at, kept, v_l, WIDTH_V, BLOCK_V)
     dy_tile = load_tokens(dy_head, at, keep, d_out_l, WIDTH_V, BLOCK_V)
-    if FAR and HELD and not NEAR:
+    if key_states is not None and EARLY:
         left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         if DECAY != 0:
             right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
@@ -316,7 +354,7 @@ def backward_kernel(
     # The gradient of gate t is a sum over the pairs whose M_ij contains it: all pairs that `cross` the tile, and of
     # those that end in the tile `begun` up to t, `to_come` from t on, and `own` at t.
     cross, to_come, own = 0.0, tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
-    if DECAY != 0 or not FAR:
+    if DECAY != 0 or key_states is None:
         scores = product(q_tile, tl.trans(k_tile), PRECISION)
         d_scores = product(dy_tile, tl.trans(v_tile), PRECISION) + shift[:, None]
         factor = reading[:, None] * kept.to(tl.float32)[None, :]
@@ -334,80 +372,53 @@ def backward_kernel(
         scores, d_scores = rounded(scores, PRECISION), rounded(d_scores * factor, PRECISION)
 
     # Each gradient is stored before the next is computed: together they need more registers than there are.
-    if NEAR:
-        tokens, there = chunk_tokens(start, stop, TILE, TILES)
-        others, last = places(path, tokens, there), tl.cdiv(stop - start, TILE)
-        of_keys, of_queries, before, after = chunk_exponents(
-            decay, decay_l, path, here, start, stop, TILE, TILES, DECAY
-        )
-        query_weights, query_shifts = load_weights(bias, row_sums, others, there)
-        query_weights *= tl.exp(of_queries)
-        left_queries, left_query_vector = arriving(
-            query_states, query_vectors, place, tl.exp(before), q_head, dy_head, query_weights, query_shifts, None, path,
-            0, here, start, stop, q_l, d_out_l,
-            WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
-        )  # fmt: skip
-        right_queries, right_query_vector = arriving(
-            query_states, query_vectors, place + 1, tl.exp(after), q_head, dy_head, query_weights, query_shifts, None,
-            path, here + 1, last, start, stop, q_l, d_out_l,
-            WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
-        )  # fmt: skip
     dv = tl.zeros((TILE, BLOCK_V), tl.float32)
-    if DECAY != 0 or not FAR:
+    if DECAY != 0 or key_states is None:
         dv += product(tl.trans(scores), dy_tile, PRECISION)
-    if FAR:
-        if not HELD:
+    if key_states is not None:
+        if not EARLY:
             left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         dv += product(k_tile, left_queries, PRECISION) * left_writing[:, None]
         if DECAY != 0:
-            if not HELD:
+            if not EARLY:
                 right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             dv += product(k_tile, right_queries, PRECISION) * right_writing[:, None]
-        if HELD and not NEAR:
+        if EARLY:
             left_keys = load_state(key_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             if DECAY != 0:
                 right_keys = load_state(key_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     store_rows(d_value, dv, batch, head, heads, length, at, keep, WIDTH_V, BLOCK_V)
 
     dk = tl.zeros((TILE, BLOCK_K), tl.float32)
-    if DECAY != 0 or not FAR:
+    if DECAY != 0 or key_states is None:
         dk += product(tl.trans(d_scores), q_tile, PRECISION)
-    if FAR:
-        if not HELD:
+    if key_states is not None:
+        if not EARLY:
             left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         part = product(v_tile, tl.trans(left_queries), PRECISION)
         if bias is not None:
-            if not NEAR:
-                left_query_vector = load_vector(query_vectors, place, WIDTH_K, BLOCK_K)
+            left_query_vector = load_vector(query_vectors, place, WIDTH_K, BLOCK_K)
             part += left_query_vector[None, :]
         dk += part * left_writing[:, None]
         if DECAY != 0:
             to_come += tl.sum(k_tile.to(tl.float32) * part, 1) * left_writing
-            if not HELD:
+            if not EARLY:
                 right_queries = load_state(query_states, place + 1, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
             part = product(v_tile, tl.trans(right_queries), PRECISION)
             if bias is not None:
-                if not NEAR:
-                    right_query_vector = load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K)
+                right_query_vector = load_vector(query_vectors, place + 1, WIDTH_K, BLOCK_K)
                 part += right_query_vector[None, :]
             dk += part * right_writing[:, None]
             begun += tl.sum(k_tile.to(tl.float32) * part, 1) * right_writing
     store_rows(d_key, dk, batch, head, heads, length, at, keep, WIDTH_K, BLOCK_K)
 
     dq = tl.zeros((TILE, BLOCK_K), tl.float32)
-    if DECAY != 0 or not FAR:
+    if DECAY != 0 or key_states is None:
         dq += product(d_scores, k_tile, PRECISION)
-    if FAR:
-        if NEAR:
-            key_weights = tl.exp(of_keys) * unmasked(key_mask, others, there).to(tl.float32)
-            left_keys, left_key_vector = arriving(
-                key_states, key_vectors, place, tl.exp(before), k_head, v_head, key_weights, None, key_mask, path,
-                0, here, start, stop, k_l, v_l,
-                WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
-            )  # fmt: skip
-        elif bias is not None:
+    if key_states is not None:
+        if bias is not None:
             left_key_vector = load_vector(key_vectors, place, WIDTH_K, BLOCK_K)
-        if not HELD:
+        if not EARLY:
             left_keys = load_state(key_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
         part = product(dy_tile, tl.trans(left_keys), PRECISION)
         if bias is not None:
@@ -417,17 +428,11 @@ def backward_kernel(
             rows = tl.sum(q_tile.to(tl.float32) * part, 1) * left_reading
             to_come += rows
             own -= rows
-            if HELD:
+            if EARLY:
                 met = left_keys.to(tl.float32) * right_queries.to(tl.float32)
-            if NEAR:
-                right_keys, right_key_vector = arriving(
-                    key_states, key_vectors, place + 1, tl.exp(after), k_head, v_head, key_weights, None, key_mask, path,
-                    here + 1, last, start, stop, k_l, v_l,
-                    WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, bias is not None, PRECISION,
-                )  # fmt: skip
-            elif bias is not None:
+            if bias is not None:
                 right_key_vector = load_vector(key_vectors, place + 1, WIDTH_K, BLOCK_K)
-            if HELD:
+            if EARLY:
                 met += right_keys.to(tl.float32) * left_queries.to(tl.float32)
                 cross += tl.sum(tl.sum(met, 1), 0)
             else:

@@ -16,6 +16,7 @@ from .kernels import (
     forward_kernel,
     propagate_kernel,
     states_kernel,
+    walk_kernel,
 )
 from .parts import triton
 
@@ -41,11 +42,9 @@ _ONE_TILE = (128, 8)
 # benchmarks/kernel_resources.py counts both. These small tiles, and wider heads, use twice the warps.
 _FLOAT32_TILES = (64, 32)
 
-# Maximum number of tiles per chunk. Without decay, states are summed in any case. With decay, the tiles of a chunk
-# compute from the tokens what they send to each other. A text of one chunk has no states in memory; texts of at most
-# _ONE_CHUNK tiles are one chunk.
-_TILES = {NONE: 4, HEAD: 2, TOKEN: 2}
-_ONE_CHUNK = 4
+_TILES = 4  # tiles per chunk of LION-LIT, whose states are summed in any case
+# With at least so many programs, one for each side and head of a sequence, one kernel computes what reaches each chunk.
+_WALKS = 500
 _GROUP = 8  # chunks whose states are propagated at a time
 
 
@@ -143,21 +142,15 @@ class _Operator:
         largest = tile
         if self.precision != "bf16":
             largest = min(tile, _FLOAT32_TILES[exact or wide] // (2 if backward else 1))
-        tiles = _TILES[self.kind]
-        if self.kind != NONE and wide:
-            tiles = 1  # states in registers are too large
-        elif self.kind != NONE and self.length <= _ONE_CHUNK * largest and cu_seqlens is None:
-            tiles = _ONE_CHUNK
+        tiles = _TILES if self.kind == NONE else 1
         self.tiling = _tiling(self.batch, self.length, cu_seqlens, largest, tiles)
-        alone = self.tiling.tile if self.kind == NONE else self.tiling.tile * self.tiling.tiles
-        self.has_states = self.length > alone or cu_seqlens is not None
+        self.has_states = self.length > self.tiling.tile or cu_seqlens is not None
         self.sizes = {
             "WIDTH_K": self.head_dim,
             "WIDTH_V": self.value_dim,
             "BLOCK_K": _block(self.head_dim),
             "BLOCK_V": _block(self.value_dim),
             "TILE": self.tiling.tile,
-            "TILES": triton.next_power_of_2(self.tiling.tiles),
             "DECAY": self.kind,
             "PRECISION": self.precision,
             "num_warps": min(8, 2 * warps) if wide or largest < tile else warps,
@@ -174,8 +167,15 @@ class _Operator:
         shape = tiling.all_chunks, self.heads, sides, self.head_dim
         states = y.new_empty(*shape, self.value_dim, dtype=dtype)
         vectors = y.new_empty(shape, dtype=torch.float32) if wants_vectors else None
+        if self.kind != NONE and 2 * tiling.sequences * self.heads >= _WALKS:
+            walk_kernel[2 * tiling.sequences, self.heads](
+                y, z, states, vectors, bias, row_sums, self.key_mask, self.decay, tiling.table, self.path,
+                tiling.borders, *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks,
+                **self.sizes, QUERIES=queries,
+            )  # fmt: skip
+            return states, vectors
         totals = None if self.kind == NONE else y.new_empty(shape[:2], dtype=torch.float32)
-        states_kernel[tiling.all_chunks * sides, self.heads](
+        states_kernel[tiling.all_chunks, self.heads](
             y, z, states, vectors, totals, bias, row_sums, self.key_mask, self.decay, tiling.table, self.path,
             *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks, tiling.tiles,
             **self.sizes, QUERIES=queries,

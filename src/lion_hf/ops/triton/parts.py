@@ -134,56 +134,6 @@ def tile_mask(e, e_rest, f, f_rest, PRECISION: tl.constexpr):
     return tl.exp(tl.minimum(tl.minimum(down, up), 0.0))
 
 
-@triton.jit
-def chunk_tokens(start, stop, TILE: tl.constexpr, TILES: tl.constexpr):
-    """Return the tokens of a chunk, tile by tile, (TILES, TILE), and which of them exist."""
-    tokens = start + tl.arange(0, TILES)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    return tokens, tokens < stop
-
-
-@triton.jit
-def chunk_exponents(decay, decay_l, path, here, start, stop, TILE: tl.constexpr, TILES: tl.constexpr, DECAY: tl.constexpr):
-    """Return the exponents of the decay between each token of a chunk and the nearest edge of its tile `here`.
-
-    They are (TILES, TILE), for tokens as keys and as queries. The exponents between the left and the right edge of the
-    chunk and this tile follow. `here` may be -1 or TILES, for the edges of the chunk.
-    """
-    row, tokens = tl.arange(0, TILES), stop - start
-    if DECAY == 1:
-        high, low = load_gates(decay, tl.arange(0, TILE)[None, :] * 0, row[:, None] >= 0, 0)
-        high, low = tl.min(tl.min(high, 1), 0), tl.max(tl.max(low, 1), 0)  # all lanes hold the same value
-        index = row[:, None] * TILE + tl.arange(0, TILE)[None, :]
-        left, right = tl.minimum(here * TILE, tokens), (here + 1) * TILE
-        keys = tl.where(row[:, None] < here, left - index, index + 1 - right).to(tl.float32)
-        queries = tl.where(row[:, None] < here, left - index - 1, index - right).to(tl.float32)
-        before, after = left.to(tl.float32), tl.maximum(tokens - right, 0).to(tl.float32)
-        return keys * high + keys * low, queries * high + queries * low, before * high + before * low, after * high + after * low
-    else:
-        place, there = chunk_tokens(start, stop, TILE, TILES)
-        high, low = load_gates(decay, places(path, place, there), there, decay_l)
-        f, f_rest, total, total_rest = tl.cumsum(high, 1), tl.cumsum(low, 1), tl.sum(high, 1), tl.sum(low, 1)
-        e, e_rest = f - high, f_rest - low
-        left = row < here
-        between = (left[:, None] & (row[None, :] > row[:, None]) & (row < here)[None, :]) | (
-            (row[:, None] > here) & (row[None, :] < row[:, None]) & (row > here)[None, :]
-        )
-        gates = total + total_rest
-        beyond = tl.sum(tl.where(between, gates[None, :], 0.0), 1)[:, None]
-        left = left[:, None]
-        to_right, to_right_rest = total[:, None] - e, total_rest[:, None] - e_rest
-        keys = tl.where(left, to_right + to_right_rest, f + f_rest)
-        to_right, to_right_rest = total[:, None] - f, total_rest[:, None] - f_rest
-        queries = tl.where(left, to_right + to_right_rest, e + e_rest)
-        before, after = tl.sum(tl.where(row < here, gates, 0.0), 0), tl.sum(tl.where(row > here, gates, 0.0), 0)
-        return keys + beyond, queries + beyond, before, after
-
-
-@triton.jit
-def pick(values, tile, TILES: tl.constexpr):
-    """Return the row of a tile of (TILES, TILE) values."""
-    return tl.sum(tl.where(tl.arange(0, TILES)[:, None] == tile, values, 0.0), 0)
-
-
 # ------------------------------------------------------------------------------------------------ products
 
 
@@ -200,6 +150,12 @@ def product(a, b, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+
+
+@triton.jit
+def column_sums(x, weight):
+    """Return the sum over tokens of a tile (TILE, BLOCK) times weights (TILE,), in float32."""
+    return tl.sum(x.to(tl.float32) * weight[:, None], 0)
 
 
 # ------------------------------------------------------------------------------------------------ states
@@ -229,58 +185,6 @@ def load_state(
     """Load a state, (BLOCK_K, BLOCK_V)."""
     address, known = state_entries(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
     return tl.load(address, mask=known, other=0.0)
-
-
-@triton.jit
-def collect(
-    state, vector, y, z, weights, shifts, key_mask, path, first, last, start, stop, y_l, z_l,
-    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr, VECTORS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add what the tiles `first` to `last` - 1 of a chunk send to another tile of it, a state and a vector.
-
-    They are sum_p w_p y_p z_p^T and sum_p w_p shift_p y_p, with weights and shifts (TILES, TILE); no shifts mean 1.
-    """
-    summands = tl.zeros((16, BLOCK_K), tl.float32)  # fewer rows than a tile need fewer registers
-    for tile in range(first, last):
-        tokens = start + tile * TILE + tl.arange(0, TILE)
-        keep = tokens < stop
-        at = places(path, tokens, keep)
-        keep = unmasked(key_mask, at, keep)
-        y_tile = load_tokens(y, at, keep, y_l, WIDTH_K, BLOCK_K)
-        z_tile = load_tokens(z, at, keep, z_l, WIDTH_V, BLOCK_V)
-        weight = pick(weights, tile, TILES)
-        state += product(tl.trans(y_tile), z_tile.to(tl.float32) * weight[:, None], PRECISION)
-        if VECTORS:
-            if shifts is not None:
-                weight *= pick(shifts, tile, TILES)
-            written = y_tile.to(tl.float32) * weight[:, None]
-            summands += tl.sum(tl.reshape(written, (TILE // 16, 16, BLOCK_K)), 0)
-    if VECTORS:
-        vector += tl.sum(summands, 0)
-    return state, vector
-
-
-@triton.jit
-def arriving(
-    states, vectors, place, through, y, z, weights, shifts, key_mask, path, first, last, start, stop, y_l, z_l,
-    WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
-    TILES: tl.constexpr, VECTORS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return the state and the vector that arrive at a tile of a chunk from one side.
-
-    They are what reaches the chunk, times `through`, and what the tiles in between send (see `collect`).
-    """
-    state, vector = tl.zeros((BLOCK_K, BLOCK_V), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
-    if states is not None:
-        state += load_state(states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V).to(tl.float32) * through
-        if VECTORS:
-            vector += load_vector(vectors, place, WIDTH_K, BLOCK_K) * through
-    state, vector = collect(
-        state, vector, y, z, weights, shifts, key_mask, path, first, last, start, stop, y_l, z_l,
-        WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V, TILE, TILES, VECTORS, PRECISION,
-    )  # fmt: skip
-    return rounded(state, PRECISION), vector
 
 
 @triton.jit
