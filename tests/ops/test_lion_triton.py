@@ -39,6 +39,7 @@ def kernels(monkeypatch):
         monkeypatch.setattr(lion_triton, "_BACKWARD", (16, 4))
         monkeypatch.setattr(lion_triton, "_ONE_TILE", (32, 8))
         monkeypatch.setattr(lion_triton, "_GROUP", 2)
+        monkeypatch.setattr(lion_triton, "_WALKS", 4)
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
 
