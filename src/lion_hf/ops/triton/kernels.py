@@ -355,27 +355,26 @@ def backward_kernel(
     # those that end in the tile `begun` up to t, `to_come` from t on, and `own` at t.
     cross, to_come, own = 0.0, tl.zeros((TILE,), tl.float32), tl.zeros((TILE,), tl.float32)
     if DECAY != 0 or key_states is None:
-        # Rows are keys and columns are queries: then only one of the three gradients needs a transposition.
-        scores = product(k_tile, tl.trans(q_tile), PRECISION)
-        d_scores = product(v_tile, tl.trans(dy_tile), PRECISION) + shift[None, :]
-        factor = kept.to(tl.float32)[:, None] * reading[None, :]
+        scores = product(q_tile, tl.trans(k_tile), PRECISION)
+        d_scores = product(dy_tile, tl.trans(v_tile), PRECISION) + shift[:, None]
+        factor = reading[:, None] * kept.to(tl.float32)[None, :]
         if DECAY != 0:
-            factor *= tile_mask(-e, -e_rest, -f, -f_rest, PRECISION)
+            factor *= tile_mask(e, e_rest, f, f_rest, PRECISION)
         scores *= factor
         if DECAY != 0:
             pairs = scores * d_scores
             index = tl.arange(0, TILE)
-            from_right = tl.where(index[:, None] > index[None, :], pairs, 0.0)
-            right = tl.sum(from_right, 0) - tl.sum(from_right, 1)
+            from_right = tl.where(index[:, None] < index[None, :], pairs, 0.0)
+            right = tl.sum(from_right, 1) - tl.sum(from_right, 0)
             own -= right
-            # Sums by key minus sums by query for pairs with the key on the left, the reverse for the key on the right.
-            begun = tl.sum(pairs, 1) - tl.sum(pairs, 0) + 2 * right
+            # Column sums minus row sums for pairs with the key on the left, the reverse for the key on the right.
+            begun = tl.sum(pairs, 0) - tl.sum(pairs, 1) + 2 * right
         scores, d_scores = rounded(scores, PRECISION), rounded(d_scores * factor, PRECISION)
 
     # Each gradient is stored before the next is computed: together they need more registers than there are.
     dv = tl.zeros((TILE, BLOCK_V), tl.float32)
     if DECAY != 0 or key_states is None:
-        dv += product(scores, dy_tile, PRECISION)
+        dv += product(tl.trans(scores), dy_tile, PRECISION)
     if key_states is not None:
         if not EARLY:
             left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
@@ -392,7 +391,7 @@ def backward_kernel(
 
     dk = tl.zeros((TILE, BLOCK_K), tl.float32)
     if DECAY != 0 or key_states is None:
-        dk += product(d_scores, q_tile, PRECISION)
+        dk += product(tl.trans(d_scores), q_tile, PRECISION)
     if key_states is not None:
         if not EARLY:
             left_queries = load_state(query_states, place, WIDTH_K, WIDTH_V, BLOCK_K, BLOCK_V)
@@ -415,7 +414,7 @@ def backward_kernel(
 
     dq = tl.zeros((TILE, BLOCK_K), tl.float32)
     if DECAY != 0 or key_states is None:
-        dq += product(tl.trans(d_scores), k_tile, PRECISION)
+        dq += product(d_scores, k_tile, PRECISION)
     if key_states is not None:
         if bias is not None:
             left_key_vector = load_vector(key_vectors, place, WIDTH_K, BLOCK_K)

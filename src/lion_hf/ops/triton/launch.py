@@ -44,7 +44,7 @@ _FLOAT32_TILES = (64, 32)
 
 _TILES = 4  # tiles per chunk of LION-LIT, whose states are summed in any case
 # With at least so many programs, one for each side and head of a sequence, one kernel computes what reaches each chunk.
-_WALKS = 500
+_WALKS = 300
 _GROUP = 8  # chunks whose states are propagated at a time
 
 
