@@ -35,7 +35,7 @@ two programs add to the same number, so every run gives the same bits.
 A kernel runs one program for each head (second dimension of the grid) of each chunk (states) or tile. parts.py holds
 their building blocks. Arguments have the same order everywhere, and are None if absent:
 
-    tensors     query, key, value, outputs; states, vectors; bias, row sums, key_mask; decay; table, path
+    tensors     query, key, value, outputs; states, vectors; bias, row sums, key_mask; decay, sums; table, path
     strides     of batch, head and token, tensor by tensor; the last dimension is contiguous
     numbers     length, chunks (per text), tiles (per chunk), scale, eps
     constants   widths, the blocks that hold them, tile, then the kinds of mask, input and result
@@ -52,6 +52,7 @@ from .parts import (
     FLOOR,
     carry_over,
     column_sums,
+    load_gates,
     load_state,
     load_tokens,
     load_vector,
@@ -78,8 +79,22 @@ _any_length = triton.jit(do_not_specialize=["length", "chunks", "tiles", "decay_
 
 
 @_any_length
+def sums_kernel(sums, decay, table, path, decay_b, decay_h, decay_l, length, chunks, TILE: tl.constexpr):
+    """Compute the inclusive sums of the gates of each chunk of one tile, (B, H, L, 2), in two parts."""
+    chunk, head, heads = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    batch, start, stop, _ = span(chunk, table, length, chunks, TILE)
+    tokens = start + tl.arange(0, TILE)
+    keep = tokens < stop
+    at = places(path, tokens, keep)
+    high, low = load_gates(of_head(decay, batch, head, decay_b, decay_h), at, keep, decay_l)
+    place = sums + 2 * ((batch * heads + head).to(tl.int64) * length + at)
+    tl.store(place, tl.cumsum(high, 0), mask=keep)
+    tl.store(place + 1, tl.cumsum(low, 0), mask=keep)
+
+
+@_any_length
 def states_kernel(
-    y, z, states, vectors, chunk_totals, bias, row_sums, key_mask, decay, table, path,
+    y, z, states, vectors, chunk_totals, bias, row_sums, key_mask, decay, sums, table, path,
     y_b, y_h, y_l, z_b, z_h, z_l, decay_b, decay_h, decay_l, length, chunks, tiles,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
@@ -97,6 +112,7 @@ def states_kernel(
     row_sums = None if row_sums is None else row_sums + plane
     key_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * length
     decay = None if decay is None else of_head(decay, batch, head, decay_b, decay_h)
+    sums = None if sums is None else sums + 2 * plane
     state, vector = tl.zeros((BLOCK_K, BLOCK_V), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for step in range(0, tl.cdiv(stop - start, TILE) if DECAY == 0 else 1):
         begin = start + step * TILE
@@ -116,7 +132,7 @@ def states_kernel(
             if vectors is not None:
                 vector += column_sums(y_tile, weight * shift)
         else:
-            e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
+            e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, sums, path, decay_l, at, begin, stop, TILE, DECAY)
             tl.store(chunk_totals + chunk * heads + head, total + total_rest)
             for side in tl.static_range(2):  # of the receiver: what is sent to the right comes from its left, side 0
                 inner, rest = (e, e_rest) if (side == 0) != QUERIES else (f, f_rest)
@@ -134,7 +150,7 @@ def states_kernel(
 
 @_any_length
 def walk_kernel(
-    y, z, states, vectors, bias, row_sums, key_mask, decay, table, path, borders,
+    y, z, states, vectors, bias, row_sums, key_mask, decay, sums, table, path, borders,
     y_b, y_h, y_l, z_b, z_h, z_l, decay_b, decay_h, decay_l, length, chunks,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
@@ -157,6 +173,7 @@ def walk_kernel(
     row_sums = None if row_sums is None else row_sums + plane
     key_mask = None if key_mask is None else key_mask + batch.to(tl.int64) * length
     decay = of_head(decay, batch, head, decay_b, decay_h)
+    sums = None if sums is None else sums + 2 * plane
     state, vector = tl.zeros((BLOCK_K, BLOCK_V), tl.float32), tl.zeros((BLOCK_K,), tl.float32)
     for step in range(0, last - first):
         chunk = first + step + side * (last - first - 1 - 2 * step)
@@ -168,7 +185,7 @@ def walk_kernel(
         tokens = start + tl.arange(0, TILE)
         keep = tokens < stop
         at = places(path, tokens, keep)
-        e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, start, stop, TILE, DECAY)
+        e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, sums, path, decay_l, at, start, stop, TILE, DECAY)
         if QUERIES:
             weight, shift = load_weights(bias, row_sums, at, keep)
             e, e_rest, f, f_rest = f, f_rest, e, e_rest
@@ -209,7 +226,7 @@ def propagate_kernel(
 
 @_any_length
 def forward_kernel(
-    query, key, value, out, row_sums, states, vectors, key_mask, decay, table, path,
+    query, key, value, out, row_sums, states, vectors, key_mask, decay, sums, table, path,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, decay_b, decay_h, decay_l, length, chunks, tiles, scale, eps,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
     DECAY: tl.constexpr, RESULT: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
@@ -243,7 +260,8 @@ def forward_kernel(
     mixed, row_sum = tl.zeros((TILE, BLOCK_V), tl.float32), tl.zeros((TILE,), tl.float32)
     if DECAY != 0:
         decay = of_head(decay, batch, head, decay_b, decay_h)
-        e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
+        sums = None if sums is None else sums + 2 * plane
+        e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, sums, path, decay_l, at, begin, stop, TILE, DECAY)
         left_reading, right_reading = tl.exp(e + e_rest), tl.exp((total - f) + (total_rest - f_rest))
     if DECAY != 0 or states is None:
         scores = product(q_tile, tl.trans(k_tile), PRECISION)
@@ -297,7 +315,7 @@ def delta_kernel(
 @_any_length
 def backward_kernel(
     query, key, value, d_out, d_query, d_key, d_value, d_decay, key_states, key_vectors, query_states, query_vectors,
-    bias, row_sums, key_mask, decay, table, path,
+    bias, row_sums, key_mask, decay, sums, table, path,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, d_out_b, d_out_h, d_out_l, decay_b, decay_h, decay_l,
     length, chunks, tiles, scale,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
@@ -343,7 +361,8 @@ def backward_kernel(
     reading, writing = weight * scale, kept.to(tl.float32) * scale
     if DECAY != 0:
         decay = of_head(decay, batch, head, decay_b, decay_h)
-        e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, decay_l, at, begin, stop, TILE, DECAY)
+        sums = None if sums is None else sums + 2 * plane
+        e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, sums, path, decay_l, at, begin, stop, TILE, DECAY)
         left_reading = reading * tl.exp(e + e_rest)
         right_reading = reading * tl.exp((total - f) + (total_rest - f_rest))
         left_writing = writing * tl.exp(f + f_rest)
