@@ -3,8 +3,10 @@
 One family of kernels serves every length. Tokens are divided into chunks of one tile each. A tile of rows reads its own
 tokens directly and all others through two states, one from the left and one from the right:
 
+    sums         computes the sums of gates of tokens inside each tile
     states       computes the two states that each chunk sends on, reading its keys and values once
     propagate    turns the states that chunks send into the states that reach each chunk
+    walk         does the work of states and propagate, for many sequences: a program walks over the chunks of one
     forward      computes the outputs of one tile of rows
     backward     computes the gradients of one tile of tokens
 
@@ -132,7 +134,9 @@ def states_kernel(
             if vectors is not None:
                 vector += column_sums(y_tile, weight * shift)
         else:
-            e, e_rest, f, f_rest, total, total_rest = tile_sums(decay, sums, path, decay_l, at, begin, stop, TILE, DECAY)
+            e, e_rest, f, f_rest, total, total_rest = tile_sums(
+                decay, sums, path, decay_l, at, begin, stop, TILE, DECAY
+            )
             tl.store(chunk_totals + chunk * heads + head, total + total_rest)
             for side in tl.static_range(2):  # of the receiver: what is sent to the right comes from its left, side 0
                 inner, rest = (e, e_rest) if (side == 0) != QUERIES else (f, f_rest)

@@ -45,6 +45,8 @@ _FLOAT32_TILES = (64, 32)
 
 _TILES = 4  # tiles per chunk of LION-LIT, whose states are summed in any case
 # With at least so many programs, one for each side and head of a sequence, one kernel computes what reaches each chunk.
+# It is faster from about 300 programs on an H100: measured with 16,384 tokens and 12 heads, texts of up to 1,024 tokens
+# gain 13 %, 2,048 tokens take as long as before, longer ones take longer.
 _WALKS = 300
 _GROUP = 8  # chunks whose states are propagated at a time
 
@@ -184,7 +186,7 @@ class _Operator:
             walk_kernel[2 * tiling.sequences, self.heads](
                 y, z, states, vectors, bias, row_sums, self.key_mask, self.decay, self.sums, tiling.table, self.path,
                 tiling.borders, *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks,
-                **self.sizes, QUERIES=queries,
+                **self.sizes | {"num_stages": 2 if wants_vectors else 3}, QUERIES=queries,
             )  # fmt: skip
             return states, vectors
         totals = None if self.kind == NONE else y.new_empty(shape[:2], dtype=torch.float32)
@@ -211,7 +213,8 @@ class _Operator:
         self.sums = self._sum_gates()
         states, vectors = self._states(key, value, result != NUMERATOR)
         forward_kernel[self._grid()](
-            query, key, value, out, row_sums, states, vectors, self.key_mask, self.decay, self.sums, tiling.table, self.path,
+            query, key, value, out, row_sums, states, vectors, self.key_mask, self.decay, self.sums,
+            tiling.table, self.path,
             *_strides(query), *_strides(key), *_strides(value), *self.decay_strides,
             self.length, tiling.chunks, tiling.tiles, self.scale, eps, **self.sizes, RESULT=result, EARLY=self.early,
         )  # fmt: skip
