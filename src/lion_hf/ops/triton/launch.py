@@ -139,6 +139,7 @@ class _Operator:
         self.precision = "bf16" if dtypes == {torch.bfloat16} else "ieee" if exact else "tf32"
         wide = max(self.head_dim, self.value_dim) > 64
         self.early = self.precision == "bf16" and not wide
+        self.may_walk = not wide or self.precision == "bf16"  # larger states do not fit in registers for a whole walk
         tile, warps = _BACKWARD if backward else _FORWARD
         if self.early and tile < self.length <= _ONE_TILE[0] and cu_seqlens is None:
             tile, warps = _ONE_TILE
@@ -182,7 +183,7 @@ class _Operator:
         shape = tiling.all_chunks, self.heads, sides, self.head_dim
         states = y.new_empty(*shape, self.value_dim, dtype=dtype)
         vectors = y.new_empty(shape, dtype=torch.float32) if wants_vectors else None
-        if self.kind != NONE and 2 * tiling.sequences * self.heads >= _WALKS:
+        if self.kind != NONE and self.may_walk and 2 * tiling.sequences * self.heads >= _WALKS:
             walk_kernel[2 * tiling.sequences, self.heads](
                 y, z, states, vectors, bias, row_sums, self.key_mask, self.decay, self.sums, tiling.table, self.path,
                 tiling.borders, *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks,
@@ -191,7 +192,8 @@ class _Operator:
             return states, vectors
         totals = None if self.kind == NONE else y.new_empty(shape[:2], dtype=torch.float32)
         states_kernel[tiling.all_chunks, self.heads](
-            y, z, states, vectors, totals, bias, row_sums, self.key_mask, self.decay, self.sums, tiling.table, self.path,
+            y, z, states, vectors, totals, bias, row_sums, self.key_mask, self.decay, self.sums,
+            tiling.table, self.path,
             *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks, tiling.tiles,
             **self.sizes, QUERIES=queries,
         )  # fmt: skip
