@@ -37,7 +37,7 @@ PARTS = {
         "nn/encoder.py": ("run_blocks", "unpadded_row"),
         "ops/packing.py": ("LEAST_PADDING", "UnpaddedRow", "unpad", "map_sequences", "_split_row"),
         "ops/tokens.py": ("Tokens",),
-        "nn/softmax.py": ("_masked_and_visible",),
+        "nn/softmax.py": ("SoftmaxLayer._matrix", "SoftmaxMixer"),
     },
     "the snake scan": {
         "models/lion_layers.py": ("scans_of",),
@@ -49,7 +49,8 @@ PARTS = {
     },
     "the format switch": {
         "models/lion_layers.py": ("mixing_options",),
-        "nn/mixer.py": ("Mixer.forward", "Mixer._mixed", "require_matrix"),
+        "nn/mixer.py": ("Mixer.forward", "Mixer._mixed"),
+        "nn/mixer_checks.py": ("require_matrix",),
         "nn/operators.py": ("run_scans",),
         "ops/api.py": ("CROSSOVER", "two_sided_attention", "_lion", "_run_form", "resolve_format"),
         "ops/backend.py": ("fused_kernels",),
@@ -60,9 +61,9 @@ PARTS = {
         "nn/block.py": ("Block",),
         "nn/encoder.py": ("Encoder.__init__",),
         "models/lion_layers.py": ("LionLayer",),
-        "models/configuration_lion.py": (
-            "_SPELLINGS", "STRUCTURAL", "_LionOptions.from_dict", "_LionOptions.require_structure",
-            "_LionOptions.structure", "spellings", "_normalised",
+        "models/lion_config_base.py": (
+            "_SPELLINGS", "STRUCTURAL", "LionOptions.from_dict", "LionOptions.require_structure",
+            "LionOptions.structure", "spellings", "normalised",
         ),
     },
 }  # fmt: skip

@@ -306,6 +306,17 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(name, options, give
     assert "\n" not in str(error.value)
 
 
+def test_a_weight_that_is_stored_under_another_name_is_an_error(monkeypatch):
+    source = source_of("RobertaForMaskedLM", TEXT)
+    known = source.state_dict()
+    renamed = {name.replace("layer.1.intermediate", "layer.1.wide"): x for name, x in known.items()}
+    monkeypatch.setattr(source, "state_dict", lambda: renamed)
+    with pytest.raises(
+        ValueError, match=r"has no weight for lion.layers.1.mlp.up_proj.weight .* may name it otherwise"
+    ):
+        from_encoder(source)
+
+
 def test_code_from_the_hub_is_not_run(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "new", "auto_map": {"AutoConfig": "code.Config"}}')
     with pytest.raises(ValueError, match="GTE's encoder is code from the Hub, which is not run here"):

@@ -73,6 +73,12 @@ VIT_MSN = Family(
 _DINOV2_NAMES = {
     "embeddings.mask_token": None,
     "embeddings.": "lion_vision.embeddings.",
+    "encoder.layer.{}.attention.attention.query.": "lion_vision.layers.{}.mixer.q_proj.",  # in Transformers 5.10
+    "encoder.layer.{}.attention.attention.key.": "lion_vision.layers.{}.mixer.k_proj.",
+    "encoder.layer.{}.attention.attention.value.": "lion_vision.layers.{}.mixer.v_proj.",
+    "encoder.layer.{}.attention.output.dense.": "lion_vision.layers.{}.mixer.o_proj.",
+    "encoder.layer.{}.mlp.weights_in.": tuple(f"lion_vision.layers.{{}}.mlp.{x}_proj." for x in ("up", "gate")),
+    "encoder.layer.{}.mlp.weights_out.": "lion_vision.layers.{}.mlp.down_proj.",
     "encoder.layer.{}.attention.": "lion_vision.layers.{}.mixer.",
     "encoder.layer.{}.norm1.": "lion_vision.layers.{}.mixer_norm.",
     "encoder.layer.{}.norm2.": "lion_vision.layers.{}.mlp_norm.",

@@ -35,6 +35,8 @@ from .families import REFUSED, Family, refusal
 
 logger = logging.get_logger(__name__)
 
+# Parts of an encoder that every source has.
+_COPIED = ("embeddings.", "layers.", "norm.")
 # Options of the structure that a warm start sets anew.
 MADE_ANEW = (
     "mask_type", "order", "pos_emb", "layer_norm_after", "softmax_layers", "gate_eps", "short_conv", "token_shift",
@@ -212,6 +214,12 @@ def filled(model: PreTrainedModel, source: PreTrainedModel, weights: dict[str, T
     fitting = {name: x for name, x in weights.items() if name in own and own[name].shape == x.shape}
     missing = model.load_state_dict(fitting, strict=False).missing_keys
     new = [name for name in missing if not (name in absent or name.startswith(tuple(_made_anew(model))))]
+    inside = "" if model.base_model is model else f"{model.base_model_prefix}."
+    if alien := [name for name in new if name.startswith(tuple(f"{inside}{part}" for part in _COPIED))]:
+        raise ValueError(
+            f"{type(source).__name__} has no weight for {alien[0]} under a name that is known here; Transformers "
+            f"{transformers.__version__} may name it otherwise. Install the version that lion_hf is tested with."
+        )
     if lost := sorted(weights.keys() - fitting.keys()):
         logger.warning(f"{type(model).__name__} does not use these weights of {type(source).__name__}: {lost}")
     if new:

@@ -12,7 +12,11 @@ FEATURE_MAPS = ("identity", "elu", "unit_silu", "silu", "hedgehog")
 COSINE_MAPS = ("silu",)
 # Options of a block, see block.py, with the values that are allowed, the default first. Encoders and configurations
 # read this table.
-BLOCK_OPTIONS = {"norm_position": ("post", "pre"), "norm_type": ("layer", "rms"), "use_bias": (True, False)}
+BLOCK_OPTIONS = {
+    "norm_position": ("post", "pre"),
+    "norm_type": ("layer", "rms"),
+    "use_bias": (True, False),
+}
 # Initial decays of a mixer: those of the variant, or windows that are spread over the heads.
 DECAY_INITS = ("normal", "windows")
 # Types of the MLP, see mlp.py: "glu" is gated.

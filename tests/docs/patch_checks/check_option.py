@@ -21,10 +21,8 @@ def refused(call, *words):
 
 
 def check_forms(model, call):
-    norms = [m for m in (*model.base_model.layers.modules(), model.base_model.norm) if isinstance(m, nn.RMSNorm)]
-    assert len(norms) == 4 + (model.config.norm_position == "pre") and not any(
-        isinstance(m, nn.LayerNorm) for m in model.base_model.layers.modules()
-    )
+    norms = [module for module in model.modules() if isinstance(module, nn.RMSNorm)]
+    assert len(norms) == 4  # of the mixer and of the MLP of two layers
     results = []
     for form in FORMS:
         model.config.format = form
@@ -42,26 +40,27 @@ def check_saved(model, call):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = type(model).from_pretrained(folder).double()
-        assert loaded.config.norm_type == "rms"
+        assert loaded.config.branch_norm == "rms"
         torch.testing.assert_close(call(loaded).logits, call(model).logits, rtol=1e-9, atol=1e-12)
-        refused(lambda: type(model).from_pretrained(folder, norm_type="layer"), "norm_type", "when it is loaded")
-        other = type(model.config).from_dict({**model.config.to_dict(), "norm_type": "layer"})
-        refused(lambda: type(model).from_pretrained(folder, config=other), "norm_type", "when it is loaded")
+        refused(lambda: type(model).from_pretrained(folder, branch_norm="none"), "branch_norm", "when it is loaded")
+        other = type(model.config).from_dict({**model.config.to_dict(), "branch_norm": "none"})
+        refused(lambda: type(model).from_pretrained(folder, config=other), "branch_norm", "when it is loaded")
 
 
 torch.manual_seed(0)
 inputs, pixels = text_inputs(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
-text = lion_hf.LionForMaskedLM(text_config(norm_type="RMS", unpad=False)).double().eval()
+text = lion_hf.LionForMaskedLM(text_config(branch_norm="RMS", unpad=False)).double().eval()
 check_forms(text, lambda: text(**inputs))
 check_saved(text, lambda model: model(**inputs))
 for norm_position in ("post", "pre"):
-    config = vision_config("decay", norm_type="rms", norm_position=norm_position)
+    config = vision_config("decay", branch_norm="rms", norm_position=norm_position)
     image = lion_hf.LionForImageClassification(config).double().eval()
     check_forms(image, lambda image=image: image(pixels))
 check_saved(image, lambda model: model(pixels))
-assert isinstance(lion_hf.nn.Encoder(24, 2, 3, norm_type="rms").norm, nn.RMSNorm)
+encoder = lion_hf.nn.Encoder(24, 2, 3, branch_norm="rms")
+assert sum(isinstance(module, nn.RMSNorm) for module in encoder.modules()) == 4
 sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 bert, vit = BertForMaskedLM(BertConfig(vocab_size=61, **sizes)), ViTModel(ViTConfig(image_size=32, **sizes))
-refused(lambda: from_bert(bert, norm_type="rms"), "norm_type='rms' cannot be chosen")
-refused(lambda: from_vit(vit, norm_type="rms"), "norm_type='rms' cannot be chosen")
-refused(lambda: text_config(norm_type="batch"), "norm_type is 'batch'", "'layer', 'rms'")
+refused(lambda: from_bert(bert, branch_norm="rms"), "branch_norm='rms' cannot be chosen")
+refused(lambda: from_vit(vit, branch_norm="rms"), "branch_norm='rms' cannot be chosen")
+refused(lambda: text_config(branch_norm="batch"), "branch_norm is 'batch'", "'none', 'rms'")
