@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.band import zero_masked
@@ -21,9 +21,7 @@ class SoftmaxLayer(TokenMixer):
     def __init__(
         self, dim: int, heads: int, *, qkv_bias: bool = True, out_bias: bool = True, rope_theta: float | None = None
     ):
-        super().__init__(dim, heads, qkv_bias=qkv_bias)
-        if not out_bias:
-            self.o_proj = nn.Linear(dim, dim, bias=False)
+        super().__init__(dim, heads, qkv_bias=qkv_bias, out_bias=out_bias)
         require_theta(rope_theta, self.head_dim)
         self.rope_theta = rope_theta
 

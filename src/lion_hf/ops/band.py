@@ -82,7 +82,8 @@ def _row_by_row(query, key, value, reach: int, key_mask: Tensor | None, dropout:
 
 def _plain_attention(query, key, value, visible: Tensor, dropout: float) -> Tensor:
     """Attention of tensors of any number of dimensions: ONNX knows PyTorch's own only for four."""
-    scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-2, -1)).masked_fill(~visible, -torch.inf)
+    scale = int(query.shape[-1]) ** -0.5  # int, as torch.jit.trace would compute the power in float32
+    scores = torch.matmul(query * scale, key.transpose(-2, -1)).masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return torch.matmul(F.dropout(weights, dropout).to(value.dtype), value)
 
