@@ -140,6 +140,16 @@ def test_a_model_with_its_code_computes_the_same(tmp_path, kind, modules_cache):
     assert_same_model(theirs, model, inputs_for(kind, torch.float32))
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_adapters_of_norms_train_those_that_are_there(kind):
+    peft = pytest.importorskip("peft")
+    model = build(kind, MODERN, dtype=torch.float32)
+    adapted = peft.get_peft_model(model, peft.LNTuningConfig())
+    adapted(**inputs_for(kind, torch.float32)).logits.square().sum().backward()
+    trained = {name for name, p in adapted.named_parameters() if p.grad is not None and p.grad.any()}
+    assert sum("mlp_norm" in name for name in trained) == 3 and sum("mixer_norm" in name for name in trained) == 2
+
+
 OTHER = {
     "norm_type": "rms",
     "use_bias": False,

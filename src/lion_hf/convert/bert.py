@@ -183,7 +183,7 @@ def text_model(
     model = filled(model_class(config), source, weights)
     encoder, norm = model.base_model, model.base_model.embeddings.norm
     for layer in encoder.layers:
-        if config.norm_position == "pre" and not isinstance(layer.mixer_norm, nn.Identity):
+        if config.norm_position == "pre" and layer.mixer_norm is not None:
             norm = layer.mixer_norm
         if isinstance(layer.mixer, Mixer):
             if expands(layer.mixer):

@@ -59,7 +59,7 @@ class LionEmbeddings(nn.Module):
         self.position_embeddings = (
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if config.pos_emb else None
         )
-        self.norm = encoder_norm(config) if config.embedding_norm else nn.Identity()
+        self.norm = encoder_norm(config) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -83,7 +83,7 @@ class LionEmbeddings(nn.Module):
                 "position_ids are ignored: this model has no position table (pos_emb=False) and derives positions from "
                 "its decay."
             )
-        return self.dropout(self.norm(embeddings))
+        return self.dropout(embeddings if self.norm is None else self.norm(embeddings))
 
     def _positions(self, position_ids: Tensor | None, embeddings: Tensor) -> Tensor:
         length, skipped = embeddings.shape[1], skipped_positions(self.config)

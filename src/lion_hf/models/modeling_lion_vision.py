@@ -84,7 +84,7 @@ class LionVisionEmbeddings(nn.Module):
         self.position_embeddings = (
             nn.Parameter(torch.empty(1, positions, config.hidden_size)) if config.pos_emb else None
         )
-        self.norm = encoder_norm(config) if config.embedding_norm else nn.Identity()
+        self.norm = encoder_norm(config) if config.embedding_norm else None
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
@@ -98,9 +98,11 @@ class LionVisionEmbeddings(nn.Module):
         if bool_masked_pos is not None:
             patches = self._masked(patches, bool_masked_pos, grid)
         embeddings = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], 1)
-        if self.position_embeddings is None:
-            return self.norm(embeddings)
-        return self.dropout(self.norm(embeddings + self._positions(grid, interpolate_pos_encoding)))
+        positions = self.position_embeddings is not None
+        if positions:
+            embeddings = embeddings + self._positions(grid, interpolate_pos_encoding)
+        embeddings = embeddings if self.norm is None else self.norm(embeddings)
+        return self.dropout(embeddings) if positions else embeddings
 
     def _masked(self, patches: Tensor, bool_masked_pos: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.mask_token is None:

@@ -75,7 +75,7 @@ class Block(nn.Module):
         self._norm = norm = functools.partial(token_norm, norm_type, dim, norm_eps, use_bias)
         # In the order of computation. Optimizer states number the parameters, so this order must not change.
         if norm_position == "pre":
-            self.mixer_norm = norm() if first_norm else nn.Identity()
+            self.mixer_norm = norm() if first_norm else None
             self.mixer, self.mlp_norm, self.mlp = mixer, norm(), mlp
         else:
             self.mixer, self.mixer_norm, self.mlp, self.mlp_norm = mixer, norm(), mlp, norm()
@@ -95,7 +95,8 @@ class Block(nn.Module):
             (batch, length, dim).
         """
         if self.norm_position == "pre":
-            hidden_states = hidden_states + self._mix(self.mixer_norm(hidden_states), key_mask, mixing)
+            normed = hidden_states if self.mixer_norm is None else self.mixer_norm(hidden_states)
+            hidden_states = hidden_states + self._mix(normed, key_mask, mixing)
             return hidden_states + self._branch(self.mlp(self.mlp_norm(hidden_states)))
         hidden_states = self.mixer_norm(hidden_states + self._mix(hidden_states, key_mask, mixing))
         return self.mlp_norm(hidden_states + self._branch(self.mlp(hidden_states)))
