@@ -152,7 +152,7 @@ def blocks(arguments, timer):
                 run = runner("local", "attention", mode, length, arguments)
 
                 def sized(size=size, run=run):
-                    band.BLOCK = size
+                    band.BLOCK = dict.fromkeys(kept, size)
                     run()
 
                 candidates[size] = sized

@@ -120,7 +120,10 @@ def main():
     for dtype in arguments.dtypes:
         for width in arguments.widths:
             for decay in arguments.decays:
-                for kernel, launch, options in record(getattr(torch, dtype), width, decay, True, arguments.packed):
+                launches = []
+                for lion_triton._WALKS in (0, 1 << 30):  # with and without the kernel for many sequences
+                    launches += record(getattr(torch, dtype), width, decay, True, arguments.packed)
+                for kernel, launch, options in launches:
                     compiled = compile_launch(kernel, launch, options, arguments.capability)
                     used = resources(compiled)
                     code = compiled.asm["ptx"]

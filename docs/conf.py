@@ -49,6 +49,7 @@ getting-started
 training
 uses
 checkpoints
+linearize
 questions
 ```
 

@@ -7,6 +7,7 @@
     python examples/run_evidence.py warm_start --data DATA      # sentiment from the weights of a BERT and from scratch
     python examples/run_evidence.py warm_start_mlm --data DATA  # masked tokens from a BERT's weights and from scratch
     python examples/run_evidence.py diagonal --data DATA        # how often a token counts its score with itself
+    python examples/run_evidence.py modern --data DATA          # the options of the modern block, see ablation_evidence
     python examples/run_evidence.py text --draw                 # the table and plot again, from the stored results
 
 DATA is a folder with wiki/{train,validation}.txt, fashion-mnist/{train,test}-00000-of-00001.parquet,
@@ -350,6 +351,14 @@ def diagonal(data: Path, work: Path, results: Path) -> dict:
     return rows
 
 
+def modern(data: Path | None, work: Path, results: Path, draw_only: bool = False) -> None:
+    """Run the study of the modern block, which stores its results itself, run by run."""
+    import ablation_evidence
+
+    flags = ["--work", str(work / "modern"), "--results", str(results)]
+    ablation_evidence.main([*flags, *(["--draw"] if draw_only else ["--data", str(data)])])
+
+
 def write(kind: str, rows: dict, data: Path, folder: Path) -> None:
     """Write the results as JSON, as a Markdown table and as a plot."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -482,6 +491,7 @@ KINDS = {
     "warm_start": warm_start,
     "warm_start_mlm": warm_start_mlm,
     "diagonal": diagonal,
+    "modern": modern,
 }
 REVIEWS = ("reviews/train.csv", "reviews/validation.csv")
 WIKI = ("wiki/train.txt", "wiki/validation.txt")
@@ -494,6 +504,7 @@ NEEDED = {
     "warm_start": (*REVIEWS, "minilm/config.json"),
     "warm_start_mlm": (*WIKI, "minilm/config.json"),
     "diagonal": (*WIKI, *FASHION),
+    "modern": (*WIKI, *REVIEWS),
 }
 TITLES = {
     "text": "Masked tokens of encyclopedia text",
@@ -548,6 +559,9 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.chdir(EXAMPLES.parent)
+    if arguments.draw and arguments.kind == "modern":
+        modern(None, arguments.work, arguments.results, draw_only=True)
+        return
     if arguments.draw:
         rows = json.loads((arguments.results / f"{arguments.kind}.json").read_text())
         write_table(arguments.kind, rows, arguments.results)
@@ -557,6 +571,8 @@ def main() -> None:
     if problem:
         sys.exit(f"error: {problem}")
     rows = KINDS[arguments.kind](arguments.data, arguments.work, arguments.results)
+    if rows is None:
+        return
     if arguments.kind in ("images", "sentiment", "pooling", "warm_start"):
         baseline = most_frequent_share(*(arguments.data / name for name in NEEDED[arguments.kind][:2]))
         rows = {name: row | {"baseline": baseline} for name, row in rows.items()}

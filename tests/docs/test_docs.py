@@ -64,17 +64,28 @@ def table(page, first):
     return {cells[0]: cells[1:] for cells in ([cell.strip() for cell in row[1:-1].split("|")] for row in rows)}
 
 
+def by_model(stored):
+    """The reported runs of a file that holds them one by one, by model and task."""
+    found = {}
+    for run in stored.values():
+        if run["stage"] == "final":
+            row = found.setdefault(f"{run['model']}, {run['task']}", {"accuracy": [], "loss": []})
+            for name, values in row.items():
+                values.append(run[name])
+    return found
+
+
 def runs(experiment):
     """Mean and standard deviation of accuracy (%) and loss by model, as pages write them."""
     stored = json.loads((ROOT / "examples" / "results" / f"{experiment}.json").read_text(encoding="utf-8"))
-    for model, found in stored.items():
+    for model, found in (by_model(stored["runs"]) if "runs" in stored else stored).items():
         if "accuracy" in found:
             accuracy, loss = [100 * value for value in found["accuracy"]], found["loss"]
             spread = [stdev(values) if len(values) > 1 else 0 for values in (accuracy, loss)]
             yield model, f"{mean(accuracy):.1f} ± {spread[0]:.1f}", f"{mean(loss):.3f} ± {spread[1]:.3f}"
 
 
-EXPERIMENTS = ("text", "images", "sentiment", "pooling", "diagonal", "warm_start")
+EXPERIMENTS = ("text", "images", "sentiment", "pooling", "diagonal", "warm_start", "modern")
 README_ROWS = {
     "masked tokens of an encyclopedia, accuracy": ("text", "BERT", ""),
     "Fashion-MNIST, accuracy": ("images", "ViT", ""),

@@ -20,6 +20,7 @@ import torch
 from pages import EXTRAS, ROOT, blocks_of, check_output, commands, commands_of, dead_links, run, split
 
 import lion_hf.convert.command
+import lion_hf.linearize.command
 from lion_hf.nn.variants import VARIANTS
 from lion_hf.training.errors import UserError
 
@@ -257,13 +258,14 @@ def problem_of(words, monkeypatch):
         asked = [name for word in words for names in re.findall(r"\[([\w,-]+)\]", word) for name in names.split(",")]
         unknown = set(asked) - setup["options.extras_require"].keys()
         return f"no extras: {unknown}" if unknown else None
-    if program == "lion-convert" or words[1:3] == ["-m", "lion_hf.convert"]:
-        flags = words[1 if program == "lion-convert" else 3 :] or ["--help"]
-        try:
-            lion_hf.convert.command._parser().parse_args(flags)
-        except SystemExit as stopped:
-            return f"lion-convert refuses {flags}" if stopped.code else None
-        return None
+    for name, command in (("convert", lion_hf.convert.command), ("linearize", lion_hf.linearize.command)):
+        if program == f"lion-{name}" or words[1:3] == ["-m", f"lion_hf.{name}"]:
+            flags = words[1 if program == f"lion-{name}" else 3 :] or ["--help"]
+            try:
+                command._parser().parse_args(flags)
+            except SystemExit as stopped:
+                return f"lion-{name} refuses {flags}" if stopped.code else None
+            return None
     if words[1:3] == ["-m", "pytest"]:
         absent = [word for word in words[3:] if word.startswith("tests/") and not (ROOT / word.split("::")[0]).exists()]
         return f"no tests: {absent}" if absent else None
@@ -310,6 +312,7 @@ def test_commands_name_scripts_targets_and_flags_that_exist(page, in_checkout, m
         ("make tests", "no targets"),
         ("pip install 'lion-hf[no]'", "no extras"),
         ("lion-convert a.pth b --cls-token true", "lion-convert refuses"),
+        ("lion-linearize a b --text c --layer 1", "lion-linearize refuses"),
         ("python -m pytest tests/no.py", "no tests"),
         ("python examples/run_mln.py --output_dir outputs/a", "no script"),
         ("python examples/run_mlm.py --output_dir mlm", "not below outputs/"),

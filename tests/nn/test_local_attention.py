@@ -1,8 +1,11 @@
 """Softmax attention in a band: equal to its definition, linear in the length, padding and packing exact."""
 
 import copy
+import json
 import pickle
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -409,3 +412,31 @@ def test_onnx_takes_any_batch_and_length(tmp_path, build):
         x, real = rows(size[1], size[0], dtype=torch.float32), mask_of("right", *size)
         (found,) = session.run(None, {"x": x.numpy(), "key_mask": real.numpy()})
         torch.testing.assert_close(torch.from_numpy(found), mixer(x, real).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_benchmark_compares_layers_that_are_equal(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import bench_local
+
+    monkeypatch.setattr(bench_local, "WIDTH", 8)
+    monkeypatch.setattr(bench_local, "memory", lambda *_: 1.0)  # each in a process of its own
+    small = ["--device", "cpu", "--tokens", "40", "--window", "8", "--seconds", "0", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_local", *small, "--lengths", "40", "150", "--output", str(tmp_path)])
+    bench_local.main()
+    result = json.loads((tmp_path / "bench_local.json").read_text())["rows"]
+    assert len(result) == 2 * 2 * 2 * 3 and all(row["us/token"] > 0 for row in result)
+    assert "times the time per token, 40 to 150 tokens" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["bench_local", *small, "--blocks", "8", "16", "--lengths", "150"])
+    arguments = bench_local.parser().parse_args(sys.argv[1:])
+    assert [row["block"] for row in bench_local.blocks(arguments, bench_local.device_timer(arguments.device))] == [
+        8,
+        16,
+        8,
+        16,
+    ]
+    query, key, value = (rows(150, 1, 96, torch.float32).view(1, 150, 12, 8).transpose(1, 2) for _ in range(3))
+    local, dense, full = (
+        bench_local.attention(name, arguments)(query, key, value) for name in ("local", "dense band", "full")
+    )
+    torch.testing.assert_close(local, dense)
+    assert not torch.allclose(local, full)

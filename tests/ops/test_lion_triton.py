@@ -94,6 +94,13 @@ def assert_close(results, expected, dtype=torch.float32):
         assert error < TOLERANCE[dtype]
 
 
+@pytest.fixture(params=["walk", "propagate"])
+def walk(request, monkeypatch):
+    """Whether one kernel or two compute what reaches each chunk, whatever the number of sequences."""
+    monkeypatch.setattr(lion_triton, "_WALKS", 0 if request.param == "walk" else 10**9)
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("result", RESULTS)
@@ -124,8 +131,19 @@ def test_any_width(head_dim, value_dim, monkeypatch):
     assert_close(run(leaves, format="attention"), textbook(leaves, monkeypatch))
 
 
+@pytest.mark.parametrize("decay", DECAYS[1:3])
+@pytest.mark.parametrize("result", RESULTS)
+def test_both_ways_to_the_states(decay, result, walk, monkeypatch):
+    """Few sequences and many give the same."""
+    leaves, mask = inputs(55, decay, heads=1)
+    options = {"format": "chunk", "key_mask": mask, **RESULTS[result]}
+    if result == "normalized":
+        leaves[:2] = [x.detach().abs().requires_grad_() for x in leaves[:2]]
+    assert_close(run(leaves, **options), textbook(leaves, monkeypatch, **options))
+
+
 @pytest.mark.parametrize("decay", DECAYS)
-def test_packed_sequences_are_separate(decay, monkeypatch):
+def test_packed_sequences_are_separate(decay, walk, monkeypatch):
     """A row of sequences, some of them empty, equals the sequences computed separately."""
     leaves, mask = inputs(69, decay, heads=1)
     bounds = torch.tensor([0, 1, 1, 38, 69, 69], device=DEVICE)
@@ -374,14 +392,16 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(options):
     table = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
     rows = [dict(zip(header, row, strict=True)) for row in rows]
-    assert {row["kernel"] for row in rows} >= {"states", "propagate", "forward", "backward", "delta"}
+    assert {row["kernel"] for row in rows} >= {"states", "propagate", "walk", "forward", "backward", "delta"}
     assert all(int(row["stack (bytes)"]) < 1024 for row in rows)
     assert all(float(row["shared (KiB)"]) <= 227 for row in rows)
-    assert all(int(row["tensor core"]) > 0 for row in rows if row["kernel"] in ("states", "forward", "backward"))
+    assert all(
+        int(row["tensor core"]) > 0 for row in rows if row["kernel"] in ("states", "walk", "forward", "backward")
+    )
 
 
 @pytest.mark.parametrize("decay, normalize", [("head", False), ("token", True)])
-def test_scans_read_tokens_where_they_lie(decay, normalize, monkeypatch):
+def test_scans_read_tokens_where_they_lie(decay, normalize, walk, monkeypatch):
     """Outputs and gradients of two snake scans, without a copy of any token."""
     leaves, _ = inputs(1 + 5 * 7, decay, heads=2)
     leaves[:2] = [x.detach().abs().requires_grad_() for x in leaves[:2]]

@@ -14,11 +14,12 @@ from .checks import is_exporting, is_transformed, makes_graph
 
 
 # Fewest queries of a block. Larger blocks read more keys outside the band, smaller ones leave less to each product.
-# Measured on a CPU for reach 64, see `benchmarks/bench_local.py --blocks`.
-BLOCK = 64
+# Measured for reach 64 with `benchmarks/bench_local.py --blocks`: one CPU thread in float32, an H100 in bfloat16.
+BLOCK = {"cpu": 64, "accelerator": 128}
 
-# Texts that are longer than this many neighbourhoods are computed in blocks, which costs less from there on.
-SHORTEST = 1.5
+# One call with a mask of the whole row costs less up to this many neighbourhoods, and up to this many tokens.
+SHORT_NEIGHBOURHOODS = 1.5
+SHORT_TOKENS = {"cpu": 0, "accelerator": 1024}
 
 
 def band_attention(
@@ -48,13 +49,14 @@ def band_attention(
         (batch, heads, length, value_dim). The softmax of low precision is computed in float32.
     """
     batch, _, length, _ = query.shape
-    blocks = _Blocks.of(reach, length, plain=is_transformed(query, key, value))
+    device = "cpu" if query.device.type == "cpu" else "accelerator"
+    blocks = _Blocks.of(reach, length, BLOCK[device], plain=is_transformed(query, key, value))
     key, value = zero_masked(key_mask, key, value)
     # One graph serves all lengths, so it always computes blocks.
-    if not makes_graph() and length <= SHORTEST * blocks.width:
+    if not makes_graph() and length <= max(SHORT_NEIGHBOURHOODS * blocks.width, SHORT_TOKENS[device]):
         visible = _visible_in_row(length, reach, key_mask, cu_seqlens, query.device)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
-    if batch > 1 and query.device.type == "cpu" and not blocks.plain:
+    if batch > 1 and device == "cpu" and not blocks.plain:
         return _row_by_row(query, key, value, reach, key_mask, dropout)
     visible = _visible_in_blocks(*_owners(length, key_mask, cu_seqlens, query.device), reach, blocks)
     queries = blocks.split(query.transpose(1, 2))
@@ -163,9 +165,9 @@ class _Blocks(NamedTuple):
     exported: bool  # whether to index tokens, as torch.export cannot reshape a length that it does not know
 
     @classmethod
-    def of(cls, reach: int, length: int, plain: bool) -> "_Blocks":
+    def of(cls, reach: int, length: int, least: int, plain: bool) -> "_Blocks":
         margin = -(-reach // 8) * 8  # kernels prefer aligned masks
-        size, exported = max(BLOCK, margin), torch.jit.is_tracing() or is_exporting()
+        size, exported = max(least, margin), torch.jit.is_tracing() or is_exporting()
         # An exported graph has at least two blocks, because torch.export makes a constant of a size that is 1.
         return cls(size, margin, -(-length // size) + int(exported), plain or makes_graph(), exported)
 

@@ -56,6 +56,14 @@ class LionTrainer(Trainer):
         names = super().get_decay_parameter_names(model)
         return [name for name in names if sizes[name] > 1 and spared.isdisjoint(name.split("."))]
 
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = super().create_optimizer(*args, **kwargs)
+        # torch-optimi would choose its Triton kernels, where Triton is installed, for parameters on a CPU too.
+        for group in optimizer.param_groups if self.args.device.type == "cpu" else ():
+            if "triton" in group and group["triton"] is None:
+                group["triton"] = False
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         args = self.args
         if args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:

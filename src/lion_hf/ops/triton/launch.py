@@ -16,8 +16,10 @@ from .kernels import (
     forward_kernel,
     propagate_kernel,
     states_kernel,
+    sums_kernel,
+    walk_kernel,
 )
-from .parts import FLOOR, triton
+from .parts import triton
 
 
 # The name of a PyTorch operator must be unique in a process: a second definition frees the first. A copy of this file
@@ -42,6 +44,10 @@ _ONE_TILE = (128, 8)
 _FLOAT32_TILES = (64, 32)
 
 _TILES = 4  # tiles per chunk of LION-LIT, whose states are summed in any case
+# With at least so many programs, one for each side and head of a sequence, one kernel computes what reaches each chunk.
+# It is faster from about 300 programs on an H100: measured with 16,384 tokens and 12 heads, texts of up to 1,024 tokens
+# gain 13 %, 2,048 tokens take as long as before, longer ones take longer.
+_WALKS = 300
 _GROUP = 8  # chunks whose states are propagated at a time
 
 
@@ -154,6 +160,18 @@ class _Operator:
             "num_stages": 2,
         }
 
+    def _sum_gates(self) -> Tensor | None:
+        """Return the sums of the gates of each tile, for gates of tokens."""
+        if self.kind != TOKEN:
+            return None
+        tiling = self.tiling
+        sums = self.decay.new_empty(self.batch, self.heads, self.length, 2, dtype=torch.float32)
+        sums_kernel[tiling.all_chunks, self.heads](
+            sums, self.decay, tiling.table, self.path, *self.decay_strides, self.length, tiling.chunks,
+            TILE=tiling.tile, num_warps=1,
+        )  # fmt: skip
+        return sums
+
     def _states(self, y, z, wants_vectors, bias=None, row_sums=None, queries=False) -> tuple:
         """Return what reaches each chunk: states (chunks, H, sides, D, E) and vectors (chunks, H, sides, D) or None."""
         if not self.has_states:
@@ -164,12 +182,21 @@ class _Operator:
         shape = tiling.all_chunks, self.heads, sides, self.head_dim
         states = y.new_empty(*shape, self.value_dim, dtype=dtype)
         vectors = y.new_empty(shape, dtype=torch.float32) if wants_vectors else None
+        if self.kind != NONE and 2 * tiling.sequences * self.heads >= _WALKS:
+            walk_kernel[2 * tiling.sequences, self.heads](
+                y, z, states, vectors, bias, row_sums, self.key_mask, self.decay, self.sums, tiling.table, self.path,
+                tiling.borders, *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks,
+                **self.sizes | {"num_stages": 2 if wants_vectors else 3}, QUERIES=queries,
+            )  # fmt: skip
+            return states, vectors
         totals = None if self.kind == NONE else y.new_empty(shape[:2], dtype=torch.float32)
         states_kernel[tiling.all_chunks, self.heads](
-            y, z, states, vectors, totals, bias, row_sums, self.key_mask, self.decay, tiling.table, self.path,
+            y, z, states, vectors, totals, bias, row_sums, self.key_mask, self.decay, self.sums, tiling.table, self.path,
             *_strides(y), *_strides(z), *self.decay_strides, self.length, tiling.chunks, tiling.tiles,
             **self.sizes, QUERIES=queries,
         )  # fmt: skip
+        if self.kind == NONE and tiling.chunks == 1:
+            return states, vectors  # the sum over one chunk
         size, block = self.head_dim * self.value_dim, 256
         propagate_kernel[tiling.sequences * self.heads, triton.cdiv(size, block) + wants_vectors, sides](
             states, vectors, totals, tiling.borders, self.heads, tiling.chunks,
@@ -183,9 +210,11 @@ class _Operator:
     def forward(self, out: Tensor, row_sums: Tensor, result: int, eps: float) -> None:
         """Fill `out`, made by `_heads_last`, and `row_sums` unless `result` is NUMERATOR."""
         query, key, value, tiling = self.query, self.key, self.value, self.tiling
+        self.sums = self._sum_gates()
         states, vectors = self._states(key, value, result != NUMERATOR)
         forward_kernel[self._grid()](
-            query, key, value, out, row_sums, states, vectors, self.key_mask, self.decay, tiling.table, self.path,
+            query, key, value, out, row_sums, states, vectors, self.key_mask, self.decay, self.sums,
+            tiling.table, self.path,
             *_strides(query), *_strides(key), *_strides(value), *self.decay_strides,
             self.length, tiling.chunks, tiling.tiles, self.scale, eps, **self.sizes, RESULT=result, EARLY=self.early,
         )  # fmt: skip
@@ -204,20 +233,21 @@ class _Operator:
     def backward(self, d_out, d_query, d_key, d_value, d_decay, bias, row_sums) -> None:
         """Fill the gradients, made by `_gradients`."""
         query, key, value, tiling = self.query, self.key, self.value, self.tiling
+        self.sums = self._sum_gates()
         key_states, key_vectors = self._states(key, value, bias is not None)
         query_states, query_vectors = self._states(query, d_out, bias is not None, bias, row_sums, queries=True)
         shares = d_decay
         if self.kind == HEAD:
-            shares = query.new_empty(tiling.all_chunks, self.heads, dtype=torch.float32)
+            shares = query.new_empty(self._grid(), dtype=torch.float32)
         backward_kernel[self._grid()](
             query, key, value, d_out, d_query, d_key, d_value, shares,
-            key_states, key_vectors, query_states, query_vectors, bias, row_sums, self.key_mask, self.decay,
+            key_states, key_vectors, query_states, query_vectors, bias, row_sums, self.key_mask, self.decay, self.sums,
             tiling.table, self.path, *_strides(query), *_strides(key), *_strides(value), *_strides(d_out),
             *self.decay_strides, self.length, tiling.chunks, tiling.tiles, self.scale, **self.sizes,
             EARLY=self.early,
         )  # fmt: skip
         if self.kind == HEAD:
-            d_decay.copy_(torch.where(self.decay >= FLOOR.value, shares.sum(0), 0))
+            d_decay.copy_(shares.sum(0))
 
 
 # ------------------------------------------------------------------------------------------------ operators of PyTorch

@@ -98,10 +98,11 @@ def load_gates(decay, tokens, keep, decay_l):
 
 
 @triton.jit
-def tile_sums(decay, decay_l, at, begin, stop, TILE: tl.constexpr, DECAY: tl.constexpr):
+def tile_sums(decay, sums, path, decay_l, at, begin, stop, TILE: tl.constexpr, DECAY: tl.constexpr):
     """Return the exclusive sums e and the inclusive sums f of the gates of a tile, (TILE,), and their total.
 
-    Each has two parts. Tokens beyond the end do not decay.
+    Each has two parts. Tokens beyond the end do not decay. The inclusive sums of gates of tokens are read from `sums`:
+    kernels that compute them need more registers, and would rearrange masks, which are larger.
     """
     index = tl.arange(0, TILE)
     if DECAY == 1:
@@ -112,10 +113,16 @@ def tile_sums(decay, decay_l, at, begin, stop, TILE: tl.constexpr, DECAY: tl.con
         e, e_rest, f, f_rest = before * high, before * low, after * high, after * low
         total, total_rest = tl.min(count * high), tl.max(count * low)  # all lanes hold the same value
     else:
-        high, low = load_gates(decay, at, begin + index < stop, decay_l)
-        f, f_rest = tl.cumsum(high, 0), tl.cumsum(low, 0)
+        there = begin + index < stop
+        high, low = load_gates(decay, at, there, decay_l)
+        f = tl.load(sums + 2 * at, mask=there, other=0.0)
+        f_rest = tl.load(sums + 2 * at + 1, mask=there, other=0.0)
         e, e_rest = f - high, f_rest - low
-        total, total_rest = tl.sum(high, 0), tl.sum(low, 0)
+        last = tl.minimum(begin + TILE, stop) - 1
+        if path is not None:
+            last = tl.load(path + last, mask=begin < stop, other=0)
+        total = tl.load(sums + 2 * last, mask=begin < stop, other=0.0)
+        total_rest = tl.load(sums + 2 * last + 1, mask=begin < stop, other=0.0)
     return e, e_rest, f, f_rest, total, total_rest
 
 
@@ -138,12 +145,24 @@ def tile_mask(e, e_rest, f, f_rest, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """Round to the type to which `product` rounds, if that takes fewer registers."""
+    return x.to(tl.bfloat16) if PRECISION == "bf16" else x
+
+
+@triton.jit
 def product(a, b, PRECISION: tl.constexpr):
     """Return a @ b in float32."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+
+
+@triton.jit
+def column_sums(x, weight):
+    """Return the sum over tokens of a tile (TILE, BLOCK) times weights (TILE,), in float32."""
+    return tl.sum(x.to(tl.float32) * weight[:, None], 0)
 
 
 # ------------------------------------------------------------------------------------------------ states

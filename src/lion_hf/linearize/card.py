@@ -1,0 +1,202 @@
+"""What stands beside the weights of a linearised encoder: tokenizer, pooling and a card with what was measured."""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedTokenizerBase
+
+from ..models.configuration_lion import LionConfig
+from ..nn.variants import variant_class
+from .models import Pair, transformer_folder
+from .run import Linearizer
+
+
+# Files of a folder of sentence-transformers that do not depend on the encoder.
+_SENTENCE_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+# Ways to pool, by their names in folders of sentence-transformers.
+_POOLINGS = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
+
+_TEXT = """# {title}
+
+`{source}` with linear attention ({variant}) in {count} of its {total} layers: {layers}. {kept}
+
+It was converted by `lion-linearize` of [lion_hf](https://arxiv.org/abs/2502.16249): each of these layers learned to
+imitate the attention of the source on text without labels, with a learned feature map (Hedgehog,
+[arXiv 2402.04347](https://arxiv.org/abs/2402.04347)); then the whole model learned the source's hidden states{target}.
+
+## Measured
+
+On {held_out} pieces of text that were not trained on, of at most {max_length} tokens:
+
+| | before | after |
+|---|---|---|
+{rows}
+
+The error of a layer is that of its attention on the source's inputs: the squared distance to the source's, over the
+squared size of the source's. That of the hidden states is the same, from end to end and over all layers. These numbers
+say how close the model is to its source, not how good it is at a task. Texts longer than {max_length} tokens were not
+measured.
+
+## Training
+
+| | |
+|---|---|
+{training}
+
+## Use
+
+```python
+{use}
+```
+
+The licence of the weights is that of `{source}`.
+"""
+_USE_MODEL = """import lion_hf  # registers LION with the Auto classes
+from transformers import AutoModel, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModel.from_pretrained("path/to/this/folder")"""
+_USE_SENTENCES = """import lion_hf  # registers LION with the Auto classes
+from sentence_transformers import SentenceTransformer
+
+encoder = SentenceTransformer("path/to/this/folder")
+embeddings = encoder.encode(["a lion sleeps", "the lion sleeps in the grass"])"""
+_NAMES = {
+    "hidden": "error of the hidden states",
+    "cosine": "cosine of the last hidden states",
+    "embedding_cosine": "cosine of the embeddings",
+    "spearman": "rank correlation of the cosines of all pairs of texts",
+}
+
+
+def pooling_of(source: str) -> str | None:
+    """Return how a sentence encoder pools, "first" or "mean"; None for any other model.
+
+    Raises:
+        ValueError: if it pools in another way.
+    """
+    modules = Path(source, "modules.json")
+    if not modules.is_file():
+        return None
+    listed = json.loads(modules.read_text())
+    paths = [module["path"] for module in listed if module["type"].endswith("Pooling")]
+    if not paths:
+        return None
+    options = json.loads(Path(source, paths[0], "config.json").read_text())
+    on = [name for name, value in options.items() if name.startswith("pooling_mode_") and value is True]
+    if "pooling_mode" in options:  # newer folders store one name
+        on = [f"pooling_mode_{options['pooling_mode']}".replace("_cls", "_cls_token").replace("_mean", "_mean_tokens")]
+    if len(on) != 1 or on[0] not in _POOLINGS:
+        raise ValueError(
+            f"{source!r} pools by {', '.join(on) or 'nothing'}; supported are the mean of the tokens and the first "
+            "token. Give --target hidden to train for hidden states alone"
+        )
+    return _POOLINGS[on[0]]
+
+
+def write_folder(
+    out: Path,
+    run: Linearizer,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    after: dict,
+    text: str,
+    context: int | None = None,
+) -> None:
+    """Save model, tokenizer, card and, for a sentence encoder, the files of sentence-transformers.
+
+    Args:
+        out: the folder, which exists.
+        run: the finished run.
+        tokenizer: the source's.
+        source: name of the source.
+        after: the measurements after training.
+        text: names of the text files.
+        context: number of tokens that the result reads, if it is not that of the source.
+    """
+    run.pair.student.save_pretrained(out)
+    if context is not None:
+        tokenizer.model_max_length = context
+    tokenizer.save_pretrained(out)
+    sentences = Path(source, "modules.json").is_file()
+    if sentences:
+        _copy_sentence_files(Path(source), out, context)
+    card(run, source, after, text, sentences).save(out / "README.md")
+
+
+def _copy_sentence_files(source: Path, out: Path, context: int | None) -> None:
+    modules = json.loads((source / "modules.json").read_text())
+    inner = transformer_folder(str(source))
+    for module in modules:
+        folder = source / module["path"]
+        if module["path"] and str(folder) != inner and folder.is_dir():
+            shutil.copytree(folder, out / module["path"], dirs_exist_ok=True)
+    for name in _SENTENCE_FILES:
+        found = next((place / name for place in (source, Path(inner)) if (place / name).is_file()), None)
+        if found is not None:
+            options = json.loads(found.read_text())
+            if context is not None and "max_seq_length" in options:
+                options["max_seq_length"] = context
+            (out / name).write_text(json.dumps(options, indent=2))
+    for module in modules:
+        if str(source / module["path"]) == inner:
+            module["path"] = ""  # the encoder's files are in the folder itself
+    (out / "modules.json").write_text(json.dumps(modules, indent=2))
+
+
+def card(run: Linearizer, source: str, after: dict, text: str, sentences: bool) -> ModelCard:
+    """Build the model card (README.md), with metadata for the Hub; the arguments are those of `write_folder`."""
+    pair, before = run.pair, run.progress.before
+    config = pair.student.config
+    rows = [(f"error of layer {i}", before["layers"][str(i)], after["layers"][str(i)]) for i in pair.layers]
+    rows += [(label, before[name], after[name]) for name, label in _NAMES.items() if after.get(name) is not None]
+    variant = variant_class(config.mask_type).label
+    data = ModelCardData(
+        library_name="sentence-transformers" if sentences else "transformers",
+        pipeline_tag="sentence-similarity" if sentences else None,
+        tags=["lion", "linear-attention", "arxiv:2502.16249", "arxiv:2402.04347"],
+    )
+    content = _TEXT.format(
+        title=f"{Path(source).name} with linear attention",
+        source=source,
+        variant=variant,
+        count=len(pair.layers),
+        total=config.num_hidden_layers,
+        layers=", ".join(map(str, pair.layers)),
+        kept=_kept(pair),
+        target=" and embeddings" if run.pooling else "",
+        held_out=f"{len(run.pieces.held_out):,}",
+        max_length=run.recipe.max_length,
+        rows="\n".join(f"| {label} | {x:.4f} | {y:.4f} |" for label, x, y in rows),
+        training="\n".join(f"| {name} | {value} |" for name, value in _training(run, text).items()),
+        use=_USE_SENTENCES if sentences else _USE_MODEL,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{content}")
+
+
+def _kept(pair: Pair) -> str:
+    config: LionConfig = pair.student.config
+    parts = [
+        f"{kind} attention: {', '.join(map(str, layers))}."
+        for kind, layers in (("Softmax", config.softmax_layers), ("Local", getattr(config, "local_layers", ())))
+        if layers
+    ]
+    return " ".join(parts) or "No layer keeps softmax attention."
+
+
+def _training(run: Linearizer, text: str) -> dict[str, object]:
+    """Return what the card says about the training, by name."""
+    stages = [entry for entry in run.progress.log if entry[0] == 1]
+    return {
+        "text": text,
+        "tokens of text": f"{run.pieces.tokens:,}",
+        "steps": f"{run.progress.step:,} (first stage until about {stages[-1][1] if stages else 0:,})",
+        "minutes": f"{run.progress.seconds / 60:.1f} on {run.device.type}, {torch.get_num_threads()} threads",
+        "options": ", ".join(f"{name} {value}" for name, value in asdict(run.recipe).items()),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }

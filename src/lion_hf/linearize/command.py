@@ -1,0 +1,199 @@
+"""The command `lion-linearize`: softmax encoders become linear, by imitation of their own layers on plain text.
+
+    lion-linearize sentence-transformers/all-MiniLM-L6-v2 minilm-lion --text texts.txt
+    lion-linearize answerdotai/ModernBERT-base modern-lion --text texts.txt --minutes 120
+
+`python -m lion_hf.linearize` is equivalent.
+"""
+
+import argparse
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from ..convert.source import first_line
+from ..models.configuration_lion import spellings
+from .card import pooling_of, write_folder
+from .losses import measure
+from .models import load_pair, positions, transformer_folder
+from .run import STATE, Linearizer, Recipe
+from .text import Pieces, read_lines
+
+
+def linearize(
+    source: str,
+    out: str | Path,
+    text: Sequence[str],
+    *,
+    layers: str = "default",
+    mask_type: str = "selective",
+    windows: Sequence[float] = (16, 512),
+    context: int | None = None,
+    target: str = "auto",
+    force: bool = False,
+    device: str | None = None,
+    recipe: Recipe | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, dict]:
+    """Convert an encoder to linear attention and write it to a folder, with a card that says what was measured.
+
+    Args:
+        source: folder or Hub name of an encoder, also of sentence-transformers.
+        out: folder to write. It also keeps the state of an interrupted run, from which the same call goes on.
+        text: names of text files, one text a line, without labels.
+        layers: which layers become LION: "default" (every second one; with local attention the global ones), "all", or
+            numbers separated by commas, counted from 0.
+        mask_type: the variant of these layers, as in `LionConfig`.
+        windows: numbers of tokens that heads read at the start: (smallest, largest), or one per head.
+        context: maximum number of tokens of the result, by default that of the source. The source's position table is
+            repeated.
+        target: what the second stage trains for: "hidden" states, "embeddings" as well, or "auto": embeddings for a
+            folder of sentence-transformers.
+        force: whether to replace what a finished or interrupted run left in `out`.
+        device: such as "cuda"; by default a GPU if there is one.
+        recipe: options of the training.
+        say: receives lines of progress.
+
+    Returns:
+        The measurements on held-out text, "before" and "after"; see `lion_hf.linearize.losses.measure`.
+
+    Raises:
+        ValueError: if an argument is invalid, the source cannot be converted, there is too little text, or `out` exists
+            and does not hold the state of this run.
+        OSError: if a file cannot be read or written.
+    """
+    recipe, out = recipe or Recipe(), Path(out)
+    _require_free(out, source, force)
+    pooling = pooling_of(source) if target in ("auto", "embeddings") else None
+    if target == "embeddings" and pooling is None:
+        raise ValueError(f"--target is 'embeddings', but {source!r} is no folder of sentence-transformers")
+    lines = read_lines(text)
+    pair = load_pair(source, layers, mask_type, windows, context)
+    limit = positions(pair.teacher.config)
+    if recipe.max_length > limit:
+        raise ValueError(f"--max_length is {recipe.max_length}, but the source reads at most {limit} tokens")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for model in (pair.teacher, pair.student):
+        model.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(transformer_folder(source))
+    pieces = Pieces(lines, tokenizer, recipe.max_length, recipe.batch_size, recipe.seed)
+    names = {"source": source, "layers": pair.layers, "text": list(text), "pooling": pooling}
+    identity = names | {"mask_type": mask_type, "windows": list(windows), "context": context}
+    run = Linearizer(pair, pieces, recipe, pooling=pooling, folder=out, identity=identity, say=say)
+    batches = [{name: x.to(device) for name, x in batch.items()} for batch in pieces.measuring()]
+    if run.resume():
+        say(f"resumed at step {run.progress.step}")
+    else:
+        say(f"layers {', '.join(map(str, pair.layers))} of {pair.teacher.config.num_hidden_layers} become linear")
+        run.progress.before = measure(pair, batches, pooling)
+    run.train()
+    after = measure(pair, batches, pooling)
+    pair.student.to("cpu")
+    write_folder(out, run, tokenizer, source, after, ", ".join(Path(name).name for name in text), context)
+    (out / STATE).unlink(missing_ok=True)
+    return {"before": run.progress.before, "after": after}
+
+
+def _require_free(out: Path, source: str, force: bool) -> None:
+    """Raise ValueError unless `out` can be written; with `force`, remove what an earlier run left there."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{str(out)!r} is a file; give a folder that does not exist yet")
+    if Path(source).is_dir() and out.exists() and out.samefile(source):
+        raise ValueError("OUT is SOURCE; give another folder")
+    if not out.exists() or not any(out.iterdir()) or ((out / STATE).is_file() and not force):
+        return
+    card = out / "README.md"
+    ours = (out / STATE).is_file() or (card.is_file() and "lion-linearize" in _text(card))
+    if not force:
+        raise ValueError(f"{str(out)!r} exists and is not empty; give another folder" + ", or --force" * ours)
+    if not ours:
+        raise ValueError(f"{str(out)!r} was not written by lion-linearize, so --force does not replace it")
+    shutil.rmtree(out)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lion-linearize",
+        description="Convert a softmax encoder to linear attention: its layers learn to imitate those of the source on "
+        "text without labels. The same command resumes an interrupted run.",
+    )
+    add, recipe = parser.add_argument, {field.name: field.default for field in fields(Recipe)}
+    add("source", metavar="SOURCE", help="folder or Hub name of an encoder, also of sentence-transformers")
+    add("out", metavar="OUT", help="folder to write")
+    add("--text", nargs="+", required=True, metavar="FILE", help="text files, one text a line")
+    add(
+        "--layers",
+        default="default",
+        help="layers that become linear: all, or numbers from 0, such as 0,2,4 (default: every second one; with local "
+        "attention the global ones)",
+    )
+    add("--mask_type", type=str.lower, choices=spellings("mask_type"), default="selective", help="variant of LION")
+    add("--steps", type=int, help="steps at most")
+    add("--minutes", type=float, help="minutes at most, 0 for no limit")
+    add("--learning_rate", type=float, help="of the second stage, end to end")
+    add("--layer_learning_rate", type=float, help="of the first stage, layer by layer")
+    add("--map_learning_rate", type=float, help="of feature maps and decays in the first stage")
+    add("--first_share", type=float, help="share of the first stage, from 0 to 1")
+    add("--max_length", type=int, help="tokens of a piece of text at most; longer texts are cut")
+    add("--batch_size", type=int, help="pieces of text in a step")
+    add("--seed", type=int, help="seed of the order of the text")
+    add("--context", type=int, metavar="N", help="tokens that the result can read (default: as the source)")
+    add(
+        "--windows",
+        type=float,
+        nargs=2,
+        default=(16.0, 512.0),
+        metavar=("SMALL", "LARGE"),
+        help="tokens that heads read",
+    )
+    add("--target", choices=("auto", "hidden", "embeddings"), default="auto", help="what the second stage trains for")
+    add("--device", help="such as cuda or cpu (default: a GPU if there is one)")
+    add("--force", action="store_true", help="replace what an earlier run left in OUT")
+    for action in parser._actions:
+        if action.dest in recipe:
+            action.default = recipe[action.dest]
+            action.help += f" (default: {action.default:g})"
+    return parser
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line. Return 0, 2 after an error (one line on stderr), or 130 after an interruption."""
+    options = vars(_parser().parse_args(arguments))
+    handler = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both save the state
+    logging.disable_progress_bar()
+    try:
+        recipe = Recipe(**{field.name: options.pop(field.name) for field in fields(Recipe)})
+        found = linearize(recipe=recipe, say=_say, **options)
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.stderr.write(f"lion-linearize: error: {first_line(error).rstrip('.')}.\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("lion-linearize: interrupted; the same command goes on from the last saved state\n")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    before, after = found["before"], found["after"]
+    errors = [sum(x["layers"].values()) / len(x["layers"]) for x in (before, after)]
+    _say(f"layers, mean relative squared error: {errors[0]:.3f} before, {errors[1]:.3f} after")
+    for name in ("hidden", "cosine", "embedding_cosine", "spearman"):
+        if after.get(name) is not None:
+            _say(f"{name}: {before[name]:.4f} before, {after[name]:.4f} after")
+    _say(f"wrote {options['out']}")
+    return 0

@@ -1,0 +1,171 @@
+"""The two models of a linearisation: an exact copy of the source, and the model whose layers become linear."""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..convert.encoder import FAMILIES, from_encoder
+from ..convert.warm_start import family_of, source_config
+from ..hub import hint_if_missing
+from ..models.lion_inputs import skipped_positions
+from ..nn.mixer import Mixer, head_windows
+
+
+@dataclass
+class Pair:
+    """Source and result of a linearisation.
+
+    Args:
+        teacher: LION model with the source's attention in every layer, equal to the source, frozen.
+        student: the same model with LION in `layers`.
+        layers: numbers of the layers that are LION in the student, counted from 0.
+    """
+
+    teacher: PreTrainedModel
+    student: PreTrainedModel
+    layers: list[int]
+
+
+def transformer_folder(source: str) -> str:
+    """Return the folder of the encoder inside a folder of sentence-transformers, or else the source itself."""
+    modules = Path(source, "modules.json")
+    if not modules.is_file():
+        return source
+    first = min(json.loads(modules.read_text()), key=lambda module: module["idx"])
+    return str(Path(source, first["path"])) if first["path"] else source
+
+
+def require_encoder(source: str) -> None:
+    """Raise ValueError if there is no text encoder at a path that can be copied."""
+    path = transformer_folder(source)
+    if (hint := hint_if_missing(path)) is not None:
+        raise ValueError(f"{source!r} is neither a folder nor a name on the Hub{hint}")
+    if Path(path).is_file():
+        raise ValueError(f"{source!r} is a file; give the folder of a checkpoint, or a name on the Hub")
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise ValueError(f"{source!r} is not a checkpoint folder: it has no config.json")
+    family = family_of(source_config(path, FAMILIES), source, FAMILIES)
+    if family.kind != "text":
+        raise ValueError(f"{source!r} is an image model; lion-linearize takes text encoders")
+
+
+def default_layers(softmax_layers: Sequence[int], local_layers: Sequence[int]) -> list[int]:
+    """Return the layers that become LION by default: the global ones among local ones, or else every second one.
+
+    Args:
+        softmax_layers: layers with softmax attention over the whole text.
+        local_layers: layers with softmax attention in a band.
+    """
+    return list(softmax_layers) if local_layers else list(softmax_layers)[::2]
+
+
+def chosen_layers(asked: str, config: PreTrainedConfig) -> list[int]:
+    """Return layer numbers in ascending order.
+
+    Args:
+        asked: "default", "all", or numbers separated by commas.
+        config: configuration of a LION model that keeps every layer of its source.
+
+    Raises:
+        ValueError: if a number is no layer, or is given twice.
+    """
+    count = config.num_hidden_layers
+    if asked == "all":
+        return list(range(count))
+    if asked == "default":
+        return default_layers(config.softmax_layers, getattr(config, "local_layers", ()))
+    try:
+        layers = [int(number) for number in asked.replace(",", " ").split()]
+    except ValueError:
+        layers = []
+    if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < count for layer in layers):
+        raise ValueError(
+            f"--layers is {asked!r}; the source has {count} layers, so it must be 'all', or different numbers from 0 "
+            f"to {count - 1}, separated by commas"
+        )
+    return sorted(layers)
+
+
+def load_pair(source: str, layers: str, mask_type: str, windows: Sequence[float], context: int | None) -> Pair:
+    """Load a source and build the model that is to become linear.
+
+    The student has the source's weights in every layer. The layers that become LION have in addition a learned feature
+    map, which starts at the logits of softmax attention, and decays, which start from `windows`. Their outputs are
+    divided by their row sums, as in softmax attention.
+
+    Args:
+        source: folder or Hub name of an encoder.
+        layers: as in `chosen_layers`.
+        mask_type: the variant of the linear layers.
+        windows: numbers of tokens that heads read at the start: (smallest, largest), or one per head.
+        context: number of positions of the student; None for that of the source. Further positions repeat the
+            source's table.
+
+    Raises:
+        ValueError: if the source cannot be copied, or an argument is invalid.
+    """
+    require_encoder(source)
+    teacher = from_encoder(transformer_folder(source), mask_type, layers=[], attention_probs_dropout_prob=0.0)
+    teacher = teacher.float().eval().requires_grad_(False)
+    chosen = chosen_layers(layers, teacher.config)
+    student = student_of(teacher, chosen, windows)
+    if context is not None:
+        extend_positions(student, context)
+    return Pair(teacher, student, chosen)
+
+
+def student_of(teacher: PreTrainedModel, layers: Sequence[int], windows: Sequence[float]) -> PreTrainedModel:
+    """Return the teacher with LION in `layers`, see `load_pair`."""
+    config = copy.deepcopy(teacher.config)
+    for name in ("softmax_layers", "local_layers"):
+        if hasattr(config, name):
+            setattr(config, name, [layer for layer in getattr(config, name) if layer not in layers])
+    config.feature_map, config.normalize = "hedgehog", True
+    config.layer_norm_after, config.output_norm = False, "none"
+    student = type(teacher)(config)
+    missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
+    parts = ("q_feature.", "k_feature.", *_own_names(student))
+    new = [name for name in missing if not name.split(".mixer.")[-1].startswith(parts)]
+    if new or unexpected:
+        raise ValueError(f"these weights of the layers do not fit: {[*new, *unexpected]}")
+    for layer in layers:
+        mixer = student.base_model.layers[layer].mixer
+        mixer.set_windows(head_windows(windows, mixer.num_heads))
+    return student.eval()
+
+
+def _own_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the beginnings of the names of the weights of variants."""
+    mixers = [module for module in model.modules() if isinstance(module, Mixer)]
+    return tuple({name for mixer in mixers for name in mixer.weight_names()})
+
+
+@torch.no_grad()
+def extend_positions(model: PreTrainedModel, context: int) -> None:
+    """Let a model read up to `context` tokens: its position table, if it has one, is repeated to that length.
+
+    Raises:
+        ValueError: if the model reads more tokens already.
+    """
+    config, known, skipped = model.config, positions(model.config), skipped_positions(model.config)
+    if context < known:
+        raise ValueError(f"--context is {context}, but the source reads {known} tokens; give at least that")
+    config.max_position_embeddings = context + skipped
+    embedding = model.base_model.embeddings
+    table = getattr(embedding, "position_embeddings", None)
+    if table is None:
+        return
+    rows = torch.cat([torch.arange(skipped), skipped + torch.arange(context) % known])
+    embedding.position_embeddings = nn.Embedding(len(rows), table.embedding_dim, dtype=table.weight.dtype)
+    embedding.position_embeddings.weight.copy_(table.weight[rows])
+
+
+def positions(config: PreTrainedConfig) -> int:
+    """Return how many tokens of a text a model can read."""
+    return config.max_position_embeddings - skipped_positions(config)
