@@ -229,9 +229,9 @@ def test_the_module_runs_as_a_command_and_refuses_a_hostile_pickle_in_one_line(t
 def test_the_console_command_is_the_same_function():
     setup = configparser.ConfigParser()
     setup.read(Path(__file__).parents[2] / "setup.cfg")
-    name, _, target = setup["options.entry_points"]["console_scripts"].strip().partition(" = ")
-    module, _, function = target.partition(":")
-    assert name == "lion-convert" and getattr(importlib.import_module(module), function) is command.main
+    lines = setup["options.entry_points"]["console_scripts"].strip().splitlines()
+    module, _, function = dict(line.split(" = ") for line in lines)["lion-convert"].partition(":")
+    assert getattr(importlib.import_module(module), function) is command.main
 
 
 def changed(change, make=bare_text, mask_type="decay"):

@@ -341,11 +341,11 @@ LENGTHS = (7, 9, 12, 4, 5, 3, 1, 2, 8, 16, 17, 23, 64, 257, 256, 260, 300, 31, 6
 @pytest.mark.parametrize(
     "training, lengths, graphs",
     [
-        pytest.param(True, (7, 9, 12), 2, id="quick"),
-        pytest.param(True, LENGTHS, 6, id="training", marks=pytest.mark.slow),
-        pytest.param(False, LENGTHS, 6, id="inference", marks=pytest.mark.slow),
+        pytest.param(True, LENGTHS, 6, id="training"),
+        pytest.param(False, LENGTHS, 6, id="inference"),
     ],
 )
+@pytest.mark.slow
 def test_many_lengths_make_few_graphs(training, lengths, graphs):
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")

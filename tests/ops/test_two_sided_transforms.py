@@ -202,7 +202,6 @@ LENGTHS = (7, 9, 12, 4, 5, 3, 1, 2, 8, 16, 17, 23, 64, 257)
 
 
 def graphs():
-    yield pytest.param("tokens", "chunk", False, (7, 12, 5), id="quick")
     for kind in KINDS:
         for form in (*FORMS, "auto"):
             for training in (False, True) if form == "chunk" else (False,):
