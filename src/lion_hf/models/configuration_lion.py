@@ -266,10 +266,11 @@ class LionVisionConfig(LionOptions, BackboneConfigMixin, PreTrainedConfig):
             1 + rows * columns, hidden_size), the class token first, as DPT and Depth Anything expect them.
         apply_layernorm (`bool`, defaults to `True`):
             Whether `LionBackbone` applies the final LayerNorm to the feature maps.
-        norm_position, norm_type, use_bias, final_norm, embedding_norm, first_norm, mlp_type, feature_map, gate_eps,
-        decay_init, short_conv, token_shift, output_gate, key_heads, key_dim:
-            As in `LionConfig`, but by default norm_position is `"pre"`, embedding_norm is False and gate_eps is 0.0.
-            The embedding norm follows the position table. The convolution of the patches keeps its bias.
+        norm_position, norm_type, use_bias, final_norm, embedding_norm, first_norm, mlp_type:
+            As in `LionConfig`, but by default norm_position is `"pre"` and embedding_norm is False. The embedding norm
+            follows the position table. The convolution of the patches keeps its bias.
+        feature_map, gate_eps, decay_init, short_conv, token_shift, output_gate, key_heads, key_dim:
+            As in `LionConfig`, but gate_eps is 0.0 by default.
         normalize (`bool`, *optional*):
             Divide outputs by their row sums. By default True, unless scores of the variant or feature map may be
             negative.
