@@ -152,10 +152,9 @@ def test_traced_graphs_are_right_for_other_values_and_lengths(kind, form):
         warnings.simplefilter("ignore")
         graph = torch.jit.trace(function, tuple(inputs), check_trace=False)
     halves = [x / 2 for x in inputs]
-    # The tracer rounds numbers such as the scale to float32.
-    close(graph(*halves), function(*halves), 1e-6)
+    close(graph(*halves), function(*halves))
     if form == "attention":
-        close(graph(*others), function(*others), 1e-6)
+        close(graph(*others), function(*others))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from .backend import fused_kernels, state_no_kernels, warn_once
 from .checks import check_arguments, check_cu_seqlens, check_two_sided, is_exporting, makes_graph
 from .general import Inputs, Settings, general
 from .packing import map_sequences
-from .tokens import accumulation_dtype, walks_chunks, without_autocast
+from .tokens import accumulation_dtype, default_scale, walks_chunks, without_autocast
 
 
 # format="auto" uses the attention form up to this many tokens and the chunk form beyond, by device and kind of
@@ -168,7 +168,7 @@ def two_sided_attention(
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
     state_no_kernels(value)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(query) if scale is None else float(scale)
     settings = Settings(convention, direction, normalize, return_denominator, scale, eps, form, int(chunk_size))
 
     def run(*tensors, key_mask):
@@ -200,7 +200,7 @@ def _lion(query, key, value, log_decay, key_mask, cu_seqlens, form, chunk_size, 
     """Compute LION's own operator, with the fused kernels where they support the inputs."""
     if cu_seqlens is not None:
         check_cu_seqlens(cu_seqlens, query.shape[0], query.shape[2])
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(query) if scale is None else float(scale)
     chunk_size = int(chunk_size)  # the check accepts numpy's integers
     kernels = fused_kernels(form, query, key, value, log_decay)
     if kernels is not None:
@@ -369,7 +369,7 @@ def attention_scores(
             `bidirectional_linear_attention`.
     """
     check_arguments(query, key, key, log_decay, "attention", 1, key_mask, scale, check_values)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = default_scale(query) if scale is None else float(scale)
     with without_autocast(query.device):
         dtype, length = accumulation_dtype(query, key), query.shape[2]
         weights = scale if log_decay is None else differentiable_weights(log_decay, None, length, scale, dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import is_exporting, is_transformed, makes_graph
+from .tokens import default_scale
 
 
 # Fewest queries of a block. Larger blocks read more keys outside the band, smaller ones leave less to each product.
@@ -82,7 +83,7 @@ def _row_by_row(query, key, value, reach: int, key_mask: Tensor | None, dropout:
 
 def _plain_attention(query, key, value, visible: Tensor, dropout: float) -> Tensor:
     """Attention of tensors of any number of dimensions: ONNX knows PyTorch's own only for four."""
-    scale = int(query.shape[-1]) ** -0.5  # int, as torch.jit.trace would compute the power in float32
+    scale = default_scale(query)
     scores = torch.matmul(query * scale, key.transpose(-2, -1)).masked_fill(~visible, -torch.inf)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return torch.matmul(F.dropout(weights, dropout).to(value.dtype), value)

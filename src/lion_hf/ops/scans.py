@@ -10,7 +10,7 @@ from .api import bidirectional_linear_attention, resolve_format
 from .autograd import Options, lion
 from .backend import fused_kernels
 from .checks import check_arguments
-from .tokens import without_autocast
+from .tokens import default_scale, without_autocast
 
 
 def snake_orders(
@@ -195,13 +195,13 @@ def _lion_scans(query, key, value, log_decays, orders, format, chunk_size, norma
     kernels = fused_kernels(form, query, key, value, *log_decays)
     if form == "attention" and kernels is None:
         result = "normalized" if normalize else "numerator"
-        options = Options(form, chunk_size, query.shape[-1] ** -0.5, result, eps, list(orders))
+        options = Options(form, chunk_size, default_scale(query), result, eps, list(orders))
         with without_autocast(query.device):
             return lion(query, key, value, None, options, *log_decays).to(value.dtype)
     found = []
     for log_decay, (order, inverse) in zip(log_decays, orders, strict=True):
         if kernels is not None:
-            scale = query.shape[-1] ** -0.5
+            scale = default_scale(query)
             found.append(kernels(query, key, value, log_decay, None, None, scale, eps, "both", path=order))
         else:
             found.append(_along(order, inverse, query, key, value, log_decay, form, chunk_size))

@@ -19,6 +19,11 @@ CPU_CACHE_ELEMENTS = 2**18
 ALL = slice(None)
 
 
+def default_scale(query: Tensor) -> float:
+    """Return 1 / sqrt(head_dim), the default scale of the scores."""
+    return int(query.shape[-1]) ** -0.5  # int: torch.jit.trace would compute the power in float32
+
+
 class Tokens(NamedTuple):
     """Query, key and value, which the methods return contiguous and in the accumulation dtype.
 
