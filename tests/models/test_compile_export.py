@@ -66,13 +66,13 @@ def test_text_heads_compile_into_one_graph(head):
     "mask_type", [name if name in VARIANTS else pytest.param(name, marks=pytest.mark.slow) for name in ALL_VARIANTS]
 )
 def test_layers_compiled_one_by_one_share_their_graphs(mask_type, order):
-    """Graphs do not depend on the index of the layer."""
+    """Graphs do not depend on the index of the layer, but for HGRN2, whose gates have another bound in each layer."""
     model = lion_hf.LionForImageClassification(vision_config(mask_type, num_hidden_layers=4, order=order)).train()
     counter = CompileCounterWithBackend("eager")
     for layer in model.lion_vision.layers:
         layer.compile(backend=counter)
     model(torch.randn(2, 3, 8, 8)).logits.sum().backward()
-    assert counter.frame_count == 1
+    assert counter.frame_count == (4 if mask_type == "hgrn2" else 1)
 
 
 def pairs(variants):

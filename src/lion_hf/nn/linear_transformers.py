@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from .registry import Recurrence, Variant, at_least_float32, register_variant, without_prefix
+from .registry import Recurrence, Variant, at_least_float32, log_sigmoid, register_variant, without_prefix
 
 
 try:  # configurations read names and defaults from here, and must not require torch
     import torch
     from torch import Tensor
-    from torch.nn import functional as F
 
     from .gates import GateLinear, LowRankGate
 except ImportError:
@@ -59,7 +58,7 @@ class GatedRandomFeatures(Variant):
         logits = at_least_float32(self.decay_proj(x)).transpose(1, 2)
         query, key = per_head(query, self.heads), per_head(key, self.heads)
         key = key * torch.sigmoid(-logits).unsqueeze(-1).to(key.dtype)
-        log_decay = without_prefix(F.logsigmoid(logits), prefix_tokens)
+        log_decay = without_prefix(log_sigmoid(logits), prefix_tokens)
         return Recurrence(query, key, value, log_decay, "two_sided", {"convention": "entered"})
 
     def set_windows(self, windows: Tensor) -> None:
@@ -95,7 +94,7 @@ class GatedLinearAttention(Variant):
 
     def prepare(self, x, query, key, value, prefix_tokens) -> Recurrence:
         logits = at_least_float32(self.decay_proj(x)).unflatten(-1, (self.heads, self.key_dim)).transpose(1, 2)
-        log_decay = without_prefix(F.logsigmoid(logits) / self.temperature, prefix_tokens)
+        log_decay = without_prefix(log_sigmoid(logits) / self.temperature, prefix_tokens)
         return Recurrence(query, key, value, log_decay, "two_sided", {"convention": "entered"})
 
     def set_windows(self, windows: Tensor) -> None:

@@ -8,7 +8,7 @@ recurrence.
 import math
 from typing import Any
 
-from .registry import Recurrence, Variant, at_least_float32, register_variant, without_prefix
+from .registry import Recurrence, Variant, at_least_float32, log_sigmoid, register_variant, without_prefix
 
 
 try:  # configurations read names and defaults from here, and must not require torch
@@ -80,7 +80,7 @@ class MatrixLSTM(_Recurrent):
 
     def prepare(self, x, query, key, value, prefix_tokens) -> Recurrence:
         forget, write = (self._gate(gate, x) for gate in (self.forget_gate, self.input_gate))
-        log_decay = without_prefix(F.logsigmoid(forget), prefix_tokens)
+        log_decay = without_prefix(log_sigmoid(forget), prefix_tokens)
         arguments = {"convention": "entered", "log_weight": write, "normalize": "clamp"}
         return Recurrence(query, key, value, log_decay, "two_sided", arguments)
 
@@ -188,7 +188,7 @@ class HGRN2(_Recurrent):
         logits, bound = at_least_float32(key), self.lower_bound
         key = (1 - bound) * torch.sigmoid(-logits)
         # Both are accurate for gates close to 1, and neither is -inf for very negative logits.
-        log_decay = torch.log1p(-key) if bound else F.logsigmoid(logits)
+        log_decay = torch.log1p(-key) if bound else log_sigmoid(logits)
         log_decay = per_head(without_prefix(log_decay, prefix_tokens), self.heads)
         arguments = {"convention": "entered", "scale": 1.0}
         return Recurrence(F.silu(query), key.to(query.dtype), value, log_decay, "two_sided", arguments)

@@ -28,6 +28,7 @@ from .names import FEATURE_MAPS, MIXER_OPTIONS, did_you_mean, require_mixer_opti
 try:  # configurations read names and defaults from here, and must not require torch
     import torch
     from torch import Tensor, nn
+    from torch.nn import functional as F
 except ImportError:
     Tensor = Any
 
@@ -367,6 +368,15 @@ def variant_class(name: str) -> type[Variant]:
 def at_least_float32(x: Tensor) -> Tensor:
     """Return x unchanged if it is float64, otherwise in float32."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def log_sigmoid(logits: Tensor) -> Tensor:
+    """Return log(sigmoid(logits)) for logits (batch, heads, length, ...), a view of (batch, length, heads, ...).
+
+    `F.logsigmoid` of a view returns other strides than PyTorch's compilers assume. The gradients of graphs that are
+    compiled without a code generator then fail. Here it reads the logits as they lie in memory.
+    """
+    return F.logsigmoid(logits.transpose(1, 2)).transpose(1, 2)
 
 
 def without_prefix(log_decay: Tensor, prefix_tokens: int) -> Tensor:
