@@ -24,7 +24,7 @@ from ..models.configuration_lion import spellings
 from .card import pooling_of, write_folder
 from .losses import measure
 from .models import load_pair, positions, transformer_folder
-from .run import STATE, Linearizer, Recipe
+from .run import MIXED_PRECISIONS, STATE, Linearizer, Recipe
 from .text import Pieces, read_lines
 
 
@@ -149,6 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max_length", type=int, help="tokens of a piece of text at most; longer texts are cut")
     add("--batch_size", type=int, help="pieces of text in a step")
     add("--seed", type=int, help="seed of the order of the text")
+    add("--mixed_precision", choices=MIXED_PRECISIONS, help="of the training; auto: bf16 where the device has it")
     add("--context", type=int, metavar="N", help="tokens that the result can read (default: as the source)")
     add(
         "--windows",
@@ -164,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     for action in parser._actions:
         if action.dest in recipe:
             action.default = recipe[action.dest]
-            action.help += f" (default: {action.default:g})"
+            action.help += f" (default: {action.default if isinstance(action.default, str) else f'{action.default:g}'})"
     return parser
 
 

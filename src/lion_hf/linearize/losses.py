@@ -84,6 +84,7 @@ def embeddings(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
         mask: (batch, length), 1 for real tokens.
         pooling: "first" or "mean".
     """
+    hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     if pooling == "first":
         pooled = hidden[:, 0]
     else:

@@ -23,6 +23,7 @@ _SAVE_EVERY, _SAY_EVERY = 120, 15
 # Share of a stage in which learning rates rise.
 _WARM_UP = 0.1
 _MAX_NORM = 1.0
+MIXED_PRECISIONS = ("auto", "no", "bf16")
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Recipe:
         max_length: maximum number of tokens of a piece of text.
         batch_size: number of pieces in a batch.
         seed: seed of the order of the text.
+        mixed_precision: "bf16" trains under autocast to bfloat16, with weights in float32; "no" in float32; "auto" in
+            bfloat16 where the device computes in it. Measurements are always in float32.
     """
 
     steps: int = 3000
@@ -50,6 +53,7 @@ class Recipe:
     max_length: int = 128
     batch_size: int = 32
     seed: int = 17
+    mixed_precision: str = "auto"
 
     def __post_init__(self):
         for name in ("steps", "max_length", "batch_size"):
@@ -60,6 +64,9 @@ class Recipe:
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
         if not 0 <= self.first_share <= 1:
             raise ValueError(f"--first_share is {self.first_share}; it must be from 0 to 1")
+        if self.mixed_precision not in MIXED_PRECISIONS:
+            allowed = ", ".join(MIXED_PRECISIONS)
+            raise ValueError(f"--mixed_precision is {self.mixed_precision!r}; it must be one of {allowed}")
 
 
 @dataclass
@@ -114,6 +121,9 @@ class Linearizer:
         self.folder, self.progress = folder, Progress()
         self.identity = fingerprint({**asdict(recipe), **(identity or {})})
         self.device = pair.student.device
+        self.bf16 = recipe.mixed_precision == "bf16" or (
+            recipe.mixed_precision == "auto" and computes_in_bf16(self.device.type)
+        )
         self._start_stage()
 
     def _start_stage(self) -> None:
@@ -165,13 +175,15 @@ class Linearizer:
             group["lr"] = group["peak"] * min(1.0, (done + 1 / self.recipe.steps) / _WARM_UP) * (1 - 0.98 * done)
         batch = {name: x.to(self.device) for name, x in self.pieces.batch(self.progress.step).items()}
         self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            if self.progress.second:
+                loss = end_loss(self.pair, batch, self.pooling)
+            else:
+                with torch.no_grad(), LayerErrors(self.pair, backward=True) as comparison:
+                    states(self.pair.teacher, batch)
+                loss = sum(comparison.errors.values()) / len(self.pair.layers)
         if self.progress.second:
-            loss = end_loss(self.pair, batch, self.pooling)
             loss.backward()
-        else:
-            with torch.no_grad(), LayerErrors(self.pair, backward=True) as comparison:
-                states(self.pair.teacher, batch)
-            loss = sum(comparison.errors.values()) / len(self.pair.layers)
         for group in self.optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], _MAX_NORM)
         self.optimizer.step()
@@ -222,6 +234,13 @@ class Linearizer:
         self._start_stage()
         self.optimizer.load_state_dict(state["optimizer"])
         return True
+
+
+def computes_in_bf16(device: str) -> bool:
+    """Return whether a kind of device has instructions for products in bfloat16, so that it is faster in them."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def fingerprint(options: dict[str, object]) -> str:
