@@ -19,11 +19,12 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from ..convert.sentences import transformer_folder
 from ..convert.source import first_line
 from ..models.configuration_lion import spellings
 from .card import pooling_of, write_folder
 from .losses import measure
-from .models import load_pair, positions, transformer_folder
+from .models import load_pair, positions
 from .run import MIXED_PRECISIONS, STATE, Linearizer, Recipe
 from .text import Pieces, read_lines
 
