@@ -196,7 +196,8 @@ class Training:
         self.device, self.clip = arguments.device, arguments.max_grad_norm
         self.model, self.rows = model.to(self.device).train(), rows
         # Logits of the masked tokens alone: the same loss in less time, but of a shape that no CUDA graph can have.
-        self.sparse = self.device.type == "cpu" and hasattr(model.config, "sparse_prediction")
+        labels_of_tokens = rows.batches["labels"].dim() == 3
+        self.sparse = self.device.type == "cpu" and labels_of_tokens and hasattr(model.config, "sparse_prediction")
         if self.sparse:
             model.config.sparse_prediction = True
         self.steps = len(rows.batches["labels"])
