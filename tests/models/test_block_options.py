@@ -16,6 +16,7 @@ from lion_hf.nn import LocalMixer, Mixer, SoftmaxMixer
 CONFIGS = {"text": text_config, "image": vision_config}
 HEADS = {"text": lion_hf.LionForMaskedLM, "image": lion_hf.LionForImageClassification}
 ROPE = {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+LINEAR_ROPE = {"linear_attention": {"rope_theta": [30.0, None]}}
 # Every option with what it needs; windows are narrower than the inputs.
 OPTIONS = {
     "norm_type": {"norm_type": "rms"},
@@ -29,6 +30,8 @@ OPTIONS = {
     "decay_init": {"decay_init": "windows"},
     "local_layers": {"local_layers": [1], "local_window": 4},
     "rope_theta": {"local_layers": [1], "local_window": 4, "softmax_layers": [0], "rope_parameters": ROPE},
+    "rope of LION's layers": {"rope_parameters": LINEAR_ROPE},
+    "rope before a learned map": {"rope_parameters": LINEAR_ROPE, "feature_map": "hedgehog", "normalize": True},
 }
 MODERN = {
     "num_hidden_layers": 3,
@@ -43,7 +46,7 @@ MODERN = {
     "local_layers": [1],
     "local_window": 4,
     "softmax_layers": [2],
-    "rope_parameters": ROPE,
+    "rope_parameters": ROPE | {"linear_attention": {"rope_theta": 40.0}},
     "output_norm": "head_rms",
     "output_gate": "silu",
     "short_conv": 3,
