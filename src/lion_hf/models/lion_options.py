@@ -4,7 +4,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from operator import attrgetter, methodcaller
 from types import MappingProxyType
@@ -155,6 +155,21 @@ def linear_rope_thetas(rope: Mapping[str, Any] | None, count: int) -> list[float
     """Return theta of each of `count` layers if LION is its attention, None without RoPE."""
     thetas = ((rope or {}).get(LINEAR) or {}).get("rope_theta")
     return thetas if isinstance(thetas, list) else [thetas] * count
+
+
+def with_linear_rope(rope: Mapping[str, Any], local_layers: Collection[int], count: int) -> dict[str, Any]:
+    """Return `rope_parameters` with which LION rotates in each layer as softmax or local attention does in `rope`.
+
+    Args:
+        rope: `rope_parameters`, for all layers or by kind.
+        local_layers: layers that use the theta of local layers.
+        count: number of layers.
+    """
+    softmax, local = rope_thetas(rope)
+    thetas = [local if layer in local_layers else softmax for layer in range(count)]
+    by_kind = any(kind in rope for kind in ROPE_KINDS)
+    kinds = rope if by_kind else dict.fromkeys(ROPE_KINDS[:2], rope)
+    return plain_rope({**kinds, LINEAR: {"rope_theta": thetas}})
 
 
 _COUNTS = (
