@@ -23,7 +23,7 @@ from ..convert.source import first_line
 from ..models.configuration_lion import spellings
 from .card import pooling_of, write_folder
 from .losses import measure
-from .models import load_pair, positions, transformer_folder
+from .models import ROPES, load_pair, positions, transformer_folder
 from .run import MIXED_PRECISIONS, STATE, Linearizer, Recipe
 from .text import Pieces, read_lines
 
@@ -38,6 +38,7 @@ def linearize(
     windows: Sequence[float] = (16, 512),
     context: int | None = None,
     target: str = "auto",
+    rope: str = "auto",
     force: bool = False,
     device: str | None = None,
     recipe: Recipe | None = None,
@@ -57,6 +58,8 @@ def linearize(
             repeated.
         target: what the second stage trains for: "hidden" states, "embeddings" as well, or "auto": embeddings for a
             folder of sentence-transformers.
+        rope: whether linear layers rotate queries and keys as the source's layers do: "yes", "no", or "auto", see
+            `lion_hf.linearize.models.chosen_rope`.
         force: whether to replace what a finished or interrupted run left in `out`.
         device: such as "cuda"; by default a GPU if there is one.
         recipe: options of the training.
@@ -76,7 +79,7 @@ def linearize(
     if target == "embeddings" and pooling is None:
         raise ValueError(f"--target is 'embeddings', but {source!r} is no folder of sentence-transformers")
     lines = read_lines(text)
-    pair = load_pair(source, layers, mask_type, windows, context)
+    pair = load_pair(source, layers, mask_type, windows, context, rope)
     limit = positions(pair.teacher.config)
     if recipe.max_length > limit:
         raise ValueError(f"--max_length is {recipe.max_length}, but the source reads at most {limit} tokens")
@@ -84,9 +87,9 @@ def linearize(
     for model in (pair.teacher, pair.student):
         model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(transformer_folder(source))
-    pieces = Pieces(lines, tokenizer, recipe.max_length, recipe.batch_size, recipe.seed)
+    pieces = Pieces(lines, tokenizer, recipe.max_length, recipe.batch_size, recipe.seed, recipe.mask_share)
     names = {"source": source, "layers": pair.layers, "text": list(text), "pooling": pooling}
-    identity = names | {"mask_type": mask_type, "windows": list(windows), "context": context}
+    identity = names | {"mask_type": mask_type, "windows": list(windows), "context": context, "rope": rope}
     run = Linearizer(pair, pieces, recipe, pooling=pooling, folder=out, identity=identity, say=say)
     batches = [{name: x.to(device) for name, x in batch.items()} for batch in pieces.measuring()]
     if run.resume():
@@ -148,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--first_share", type=float, help="share of the first stage, from 0 to 1")
     add("--max_length", type=int, help="tokens of a piece of text at most; longer texts are cut")
     add("--batch_size", type=int, help="pieces of text in a step")
+    add("--mask_share", type=float, help="share of the tokens that are masked in training, from 0 to 1")
     add("--seed", type=int, help="seed of the order of the text")
     add("--mixed_precision", choices=MIXED_PRECISIONS, help="of the training; auto: bf16 where the device has it")
     add("--context", type=int, metavar="N", help="tokens that the result can read (default: as the source)")
@@ -160,6 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens that heads read",
     )
     add("--target", choices=("auto", "hidden", "embeddings"), default="auto", help="what the second stage trains for")
+    add(
+        "--rope", choices=ROPES, default="auto", help="whether linear layers rotate queries and keys as the source's do"
+    )
     add("--device", help="such as cuda or cpu (default: a GPU if there is one)")
     add("--force", action="store_true", help="replace what an earlier run left in OUT")
     for action in parser._actions:

@@ -14,7 +14,13 @@ from ..convert.encoder import FAMILIES, from_encoder
 from ..convert.warm_start import family_of, source_config
 from ..hub import hint_if_missing
 from ..models.lion_inputs import skipped_positions
+from ..models.lion_options import rope_thetas, with_linear_rope
 from ..nn.mixer import Mixer, head_windows
+
+
+# Whether the linear layers of a source with rotary positions rotate their queries and keys as well.
+ROPES = ("auto", "yes", "no")
+AUTO_ROPE = False
 
 
 @dataclass
@@ -92,7 +98,32 @@ def chosen_layers(asked: str, config: PreTrainedConfig) -> list[int]:
     return sorted(layers)
 
 
-def load_pair(source: str, layers: str, mask_type: str, windows: Sequence[float], context: int | None) -> Pair:
+def chosen_rope(asked: str, config: PreTrainedConfig) -> bool:
+    """Return whether queries and keys of the linear layers rotate as those of the source's layers do.
+
+    Args:
+        asked: one of `ROPES`. "auto" is what was closer to the source in docs/linearize.md.
+        config: configuration of a LION model that keeps every layer of its source.
+
+    Raises:
+        ValueError: if the source does not rotate and `asked` is "yes".
+    """
+    if asked not in ROPES:
+        raise ValueError(f"--rope is {asked!r}; it must be one of {', '.join(ROPES)}")
+    rotates = any(rope_thetas(config.rope_parameters))
+    if asked == "yes" and not rotates:
+        raise ValueError("--rope is 'yes', but the source has no rotary positions; leave --rope out")
+    return asked == "yes" or (asked == "auto" and rotates and AUTO_ROPE)
+
+
+def load_pair(
+    source: str,
+    layers: str,
+    mask_type: str,
+    windows: Sequence[float],
+    context: int | None,
+    rope: str = "auto",
+) -> Pair:
     """Load a source and build the model that is to become linear.
 
     The student has the source's weights in every layer. The layers that become LION have in addition a learned feature
@@ -106,6 +137,7 @@ def load_pair(source: str, layers: str, mask_type: str, windows: Sequence[float]
         windows: numbers of tokens that heads read at the start: (smallest, largest), or one per head.
         context: number of positions of the student; None for that of the source. Further positions repeat the
             source's table.
+        rope: as in `chosen_rope`.
 
     Raises:
         ValueError: if the source cannot be copied, or an argument is invalid.
@@ -114,15 +146,20 @@ def load_pair(source: str, layers: str, mask_type: str, windows: Sequence[float]
     teacher = from_encoder(transformer_folder(source), mask_type, layers=[], attention_probs_dropout_prob=0.0)
     teacher = teacher.float().eval().requires_grad_(False)
     chosen = chosen_layers(layers, teacher.config)
-    student = student_of(teacher, chosen, windows)
+    student = student_of(teacher, chosen, windows, chosen_rope(rope, teacher.config))
     if context is not None:
         extend_positions(student, context)
     return Pair(teacher, student, chosen)
 
 
-def student_of(teacher: PreTrainedModel, layers: Sequence[int], windows: Sequence[float]) -> PreTrainedModel:
-    """Return the teacher with LION in `layers`, see `load_pair`."""
+def student_of(
+    teacher: PreTrainedModel, layers: Sequence[int], windows: Sequence[float], rope: bool = False
+) -> PreTrainedModel:
+    """Return the teacher with LION in `layers`, see `load_pair`; `rope`: whether these rotate as the teacher's do."""
     config = copy.deepcopy(teacher.config)
+    if rope:
+        local = getattr(config, "local_layers", ())
+        config.rope_parameters = with_linear_rope(config.rope_parameters, local, config.num_hidden_layers)
     for name in ("softmax_layers", "local_layers"):
         if hasattr(config, name):
             setattr(config, name, [layer for layer in getattr(config, name) if layer not in layers])
