@@ -21,12 +21,13 @@ from transformers import AutoTokenizer, ImageProcessingMixin, PreTrainedTokenize
 from transformers.utils import logging
 
 from ..convert.encoder import FAMILIES
+from ..convert.sentences import transformer_folder
 from ..convert.source import first_line
 from ..convert.warm_start import source_config
 from ..models.configuration_lion import spellings
 from .card import pooling_of, write_folder
 from .losses import measure
-from .models import ROPES, Pair, kind_of, load_pair, positions, transformer_folder
+from .models import ROPES, Pair, kind_of, load_pair, positions
 from .run import MIXED_PRECISIONS, STATE, Data, Linearizer, Recipe
 from .text import Pieces, read_lines
 

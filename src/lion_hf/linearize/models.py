@@ -1,7 +1,6 @@
 """The two models of a linearisation: an exact copy of the source, and the model whose layers become linear."""
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..convert.encoder import FAMILIES, from_encoder
+from ..convert.sentences import transformer_folder
 from ..convert.warm_start import family_of, source_config
 from ..hub import hint_if_missing
 from ..models.configuration_lion import LionVisionConfig
@@ -37,15 +37,6 @@ class Pair:
     teacher: PreTrainedModel
     student: PreTrainedModel
     layers: list[int]
-
-
-def transformer_folder(source: str) -> str:
-    """Return the folder of the encoder inside a folder of sentence-transformers, or else the source itself."""
-    modules = Path(source, "modules.json")
-    if not modules.is_file():
-        return source
-    first = min(json.loads(modules.read_text()), key=lambda module: module["idx"])
-    return str(Path(source, first["path"])) if first["path"] else source
 
 
 def kind_of(source: str) -> str:
