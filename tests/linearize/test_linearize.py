@@ -296,6 +296,14 @@ def test_batches_depend_on_the_step_alone_and_long_texts_become_pieces(source, t
     assert len(pieces.measuring()) == -(-len(pieces.held_out) // 4)
 
 
+def test_rows_have_few_lengths_and_never_more_tokens_than_the_source_reads(source, text):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    pieces = Pieces(Path(text).read_text().splitlines(), tokenizer, 19, 2, 5)
+    lengths = {batch["input_ids"].shape[1] for batch in (*map(pieces.batch, range(60)), *pieces.measuring())}
+    assert 1 < len(lengths) and lengths <= {8, 16, 19}
+    assert max(map(len, pieces.training)) in lengths
+
+
 def test_a_share_of_the_tokens_of_training_is_masked_and_no_special_one(source, text):
     lines = Path(text).read_text().splitlines()
     plain, masked, again = (
