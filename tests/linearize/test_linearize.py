@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, ModernBertConfig, RobertaConfig, ViTConfig
+from transformers import AutoModel, AutoTokenizer, ModernBertConfig, RobertaConfig
 
 from lion_hf.linearize import Recipe, linearize, load_pair
 from lion_hf.linearize.command import main
@@ -162,12 +162,6 @@ def test_other_encoders_are_compared_on_their_own_inputs_and_can_read_more(name,
     extend_positions(pair.student, 90)
     torch.testing.assert_close(states(pair.student, inputs)[-1][real], before[real], rtol=0, atol=0)
     assert states(pair.student, {"input_ids": torch.full((1, 90), 9)})[-1].isfinite().all()
-
-
-def test_an_image_model_is_refused(tmp_path):
-    ViTConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is an image model; lion-linearize takes text encoders"):
-        load_pair(str(tmp_path), "default", "selective", (4, 64), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
