@@ -310,6 +310,7 @@ MISTAKES = [
     ("{tmp}/free {out} --images {images}", "does not give all images the same size"),
     ("{tmp}/five {out} --images {images}", "reads images of 5 channels; supported are 1 and 3"),
     ("{source} {out} --images {images} --context 99", "--context is 99, but '{source}' is an image model"),
+    ("{source} {out} --images {images} --mask_share 0.1", "--mask_share is 0.1, but '{source}' is an image model"),
     ("{source} {out} --images {images} --target embeddings", "--target is 'embeddings', which is for sentence"),
     ("{source} {out} --images {images} --layers 2", "--layers is '2'; the source has 2 layers"),
 ]

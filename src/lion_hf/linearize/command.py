@@ -26,7 +26,7 @@ from ..convert.warm_start import source_config
 from ..models.configuration_lion import spellings
 from .card import pooling_of, write_folder
 from .losses import measure
-from .models import Pair, kind_of, load_pair, positions, transformer_folder
+from .models import ROPES, Pair, kind_of, load_pair, positions, transformer_folder
 from .run import MIXED_PRECISIONS, STATE, Data, Linearizer, Recipe
 from .text import Pieces, read_lines
 
@@ -42,6 +42,7 @@ def linearize(
     windows: Sequence[float] | None = None,
     context: int | None = None,
     target: str = "auto",
+    rope: str = "auto",
     force: bool = False,
     device: str | None = None,
     recipe: Recipe | None = None,
@@ -65,6 +66,8 @@ def linearize(
             repeated. Only for text.
         target: what the second stage trains for: "hidden" states, "embeddings" as well, or "auto": embeddings for a
             folder of sentence-transformers.
+        rope: whether linear layers rotate queries and keys as the source's layers do: "yes", "no", or "auto", see
+            `lion_hf.linearize.models.chosen_rope`.
         force: whether to replace what a finished or interrupted run left in `out`.
         device: such as "cuda"; by default a GPU if there is one.
         recipe: options of the training.
@@ -83,7 +86,7 @@ def linearize(
     if bool(text) == bool(images):
         raise ValueError("give either --text or --images, what the source reads")
     _require_free(out, source, force)
-    options = {"layers": layers, "mask_type": mask_type, "windows": windows, "context": context}
+    options = {"layers": layers, "mask_type": mask_type, "windows": windows, "context": context, "rope": rope}
     if images:
         task = _image_task(source, images, recipe, target, options, say)
     else:
@@ -92,7 +95,7 @@ def linearize(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for model in (pair.teacher, pair.student):
         model.to(device)
-    identity = task.identity | {"source": source, "layers": pair.layers, "mask_type": mask_type}
+    identity = task.identity | options | {"source": source, "layers": pair.layers}
     run = Linearizer(pair, task.data, recipe, pooling=task.pooling, folder=out, identity=identity, say=say)
     batches = [{name: x.to(device) for name, x in batch.items()} for batch in task.data.measuring()]
     if run.resume():
@@ -140,9 +143,8 @@ def _text_task(source: str, text: Sequence[str], recipe: Recipe, target: str, op
     if recipe.max_length > limit:
         raise ValueError(f"--max_length is {recipe.max_length}, but the source reads at most {limit} tokens")
     tokenizer = AutoTokenizer.from_pretrained(transformer_folder(source))
-    pieces = Pieces(lines, tokenizer, recipe.max_length, recipe.batch_size, recipe.seed)
-    identity = {"text": text, "pooling": pooling, "windows": options["windows"], "context": options["context"]}
-    return _Task(pair, pieces, tokenizer, pooling, identity)
+    pieces = Pieces(lines, tokenizer, recipe.max_length, recipe.batch_size, recipe.seed, recipe.mask_share)
+    return _Task(pair, pieces, tokenizer, pooling, {"text": text, "pooling": pooling})
 
 
 def _image_task(
@@ -154,6 +156,8 @@ def _image_task(
         raise ValueError(f"{source!r} is a text encoder; give --text, what it reads, instead of --images")
     if target == "embeddings":
         raise ValueError("--target is 'embeddings', which is for sentence encoders; image models learn hidden states")
+    if recipe.mask_share:
+        raise ValueError(f"--mask_share is {recipe.mask_share}, but {source!r} is an image model; leave it out")
     rows, processor, config = Rows(images), load_processor(source), source_config(source, FAMILIES)
     size, known = image_size(processor, config), config.image_size
     known = (known, known) if isinstance(known, int) else tuple(known)
@@ -161,8 +165,7 @@ def _image_task(
     if size != known:
         say(f"images have {size[0]} x {size[1]} pixels; the position table for {known[0]} x {known[1]} is resized")
     data = Images(rows, processor, config.num_channels, recipe.batch_size, recipe.seed, say)
-    identity = {"images": images, "number": len(rows), "size": size, "windows": options["windows"]}
-    return _Task(pair, data, processor, None, identity)
+    return _Task(pair, data, processor, None, {"images": images, "number": len(rows), "size": size})
 
 
 def _names(given: str | Path | Sequence[str | Path]) -> list[str]:
@@ -223,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--first_share", type=float, help="share of the first stage, from 0 to 1")
     add("--max_length", type=int, help="tokens of a piece of text at most; longer texts are cut")
     add("--batch_size", type=int, help="pieces of text, or images, in a step")
+    add("--mask_share", type=float, help="share of the tokens that are masked in training, from 0 to 1")
     add("--seed", type=int, help="seed of the order of the text or images")
     add("--mixed_precision", choices=MIXED_PRECISIONS, help="of the training; auto: bf16 where the device has it")
     add("--context", type=int, metavar="N", help="tokens that the result can read (default: as the source)")
@@ -234,6 +238,9 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens that heads read at the start (default: 16 512; for images 4 and the number of patches)",
     )
     add("--target", choices=("auto", "hidden", "embeddings"), default="auto", help="what the second stage trains for")
+    add(
+        "--rope", choices=ROPES, default="auto", help="whether linear layers rotate queries and keys as the source's do"
+    )
     add("--device", help="such as cuda or cpu (default: a GPU if there is one)")
     add("--force", action="store_true", help="replace what an earlier run left in OUT")
     for action in parser._actions:

@@ -15,7 +15,13 @@ from ..convert.warm_start import family_of, source_config
 from ..hub import hint_if_missing
 from ..models.configuration_lion import LionVisionConfig
 from ..models.lion_inputs import skipped_positions
+from ..models.lion_options import rope_thetas, with_linear_rope
 from ..nn.mixer import Mixer, head_windows
+
+
+# Whether the linear layers of a source with rotary positions rotate their queries and keys as well.
+ROPES = ("auto", "yes", "no")
+AUTO_ROPE = False
 
 
 @dataclass
@@ -99,12 +105,31 @@ def default_windows(config: PreTrainedConfig) -> tuple[float, float]:
     return 4.0, max(4.0, rows * columns)
 
 
+def chosen_rope(asked: str, config: PreTrainedConfig) -> bool:
+    """Return whether queries and keys of the linear layers rotate as those of the source's layers do.
+
+    Args:
+        asked: one of `ROPES`. "auto" is what was closer to the source in docs/linearize.md.
+        config: configuration of a LION model that keeps every layer of its source.
+
+    Raises:
+        ValueError: if the source does not rotate and `asked` is "yes".
+    """
+    if asked not in ROPES:
+        raise ValueError(f"--rope is {asked!r}; it must be one of {', '.join(ROPES)}")
+    rotates = any(rope_thetas(config.rope_parameters))
+    if asked == "yes" and not rotates:
+        raise ValueError("--rope is 'yes', but the source has no rotary positions; leave --rope out")
+    return asked == "yes" or (asked == "auto" and rotates and AUTO_ROPE)
+
+
 def load_pair(
     source: str,
     layers: str = "default",
     mask_type: str = "selective",
     windows: Sequence[float] | None = None,
     context: int | None = None,
+    rope: str = "auto",
     *,
     image_size: Sequence[int] | None = None,
 ) -> Pair:
@@ -122,6 +147,7 @@ def load_pair(
             512), for images (4, number of patches).
         context: number of positions of the student; None for that of the source. Further positions repeat the
             source's table. Only for text.
+        rope: as in `chosen_rope`.
         image_size: (height, width) of the images in pixels; None for those of the source. Only for images.
 
     Raises:
@@ -135,15 +161,21 @@ def load_pair(
     )
     teacher = teacher.float().eval().requires_grad_(False)
     chosen = chosen_layers(layers, teacher.config)
-    student = student_of(teacher, chosen, default_windows(teacher.config) if windows is None else windows)
+    windows = default_windows(teacher.config) if windows is None else windows
+    student = student_of(teacher, chosen, windows, chosen_rope(rope, teacher.config))
     if context is not None:
         extend_positions(student, context)
     return Pair(teacher, student, chosen)
 
 
-def student_of(teacher: PreTrainedModel, layers: Sequence[int], windows: Sequence[float]) -> PreTrainedModel:
-    """Return the teacher with LION in `layers`, see `load_pair`."""
+def student_of(
+    teacher: PreTrainedModel, layers: Sequence[int], windows: Sequence[float], rope: bool = False
+) -> PreTrainedModel:
+    """Return the teacher with LION in `layers`, see `load_pair`; `rope`: whether these rotate as the teacher's do."""
     config = copy.deepcopy(teacher.config)
+    if rope:
+        local = getattr(config, "local_layers", ())
+        config.rope_parameters = with_linear_rope(config.rope_parameters, local, config.num_hidden_layers)
     for name in ("softmax_layers", "local_layers"):
         if hasattr(config, name):
             setattr(config, name, [layer for layer in getattr(config, name) if layer not in layers])

@@ -39,6 +39,7 @@ class Recipe:
         layer_learning_rate: peak learning rate of projections in the first stage.
         max_length: maximum number of tokens of a piece of text. Images do not use it.
         batch_size: number of pieces of text, or of images, in a batch.
+        mask_share: share of the tokens that the tokenizer's mask token replaces in training, in [0, 1]. Only for text.
         seed: seed of the order of the text or images.
         mixed_precision: "bf16" trains under autocast to bfloat16, with weights in float32; "no" in float32; "auto" in
             bfloat16 where the device computes in it. Measurements are always in float32.
@@ -52,6 +53,7 @@ class Recipe:
     layer_learning_rate: float = 2e-3
     max_length: int = 128
     batch_size: int = 32
+    mask_share: float = 0.0
     seed: int = 17
     mixed_precision: str = "auto"
 
@@ -62,8 +64,9 @@ class Recipe:
         for name in ("learning_rate", "map_learning_rate", "layer_learning_rate", "minutes"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
-        if not 0 <= self.first_share <= 1:
-            raise ValueError(f"--first_share is {self.first_share}; it must be from 0 to 1")
+        for name in ("first_share", "mask_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be from 0 to 1")
         if self.mixed_precision not in MIXED_PRECISIONS:
             allowed = ", ".join(MIXED_PRECISIONS)
             raise ValueError(f"--mixed_precision is {self.mixed_precision!r}; it must be one of {allowed}")
