@@ -169,7 +169,7 @@ def test_linear_layers_rotate_as_the_sources_layers_did(tmp_path):
     """Each with the theta of its own layer. At the start the products of z are the logits of the source's attention."""
     config = ModernBertConfig(**SIZES, **TOKENS, max_position_embeddings=40, local_attention=4, initializer_range=0.2)
     AutoModel.from_config(config).save_pretrained(tmp_path)
-    pairs = {rope: load_pair(str(tmp_path), "0,1", "selective", (4, 64), None, rope) for rope in ("yes", "no")}
+    pairs = {rope: load_pair(str(tmp_path), "0,1", "selective", (4, 64), None, rope=rope) for rope in ("yes", "no")}
     thetas = {rope: [layer.mixer.rope_theta for layer in pair.student.layers] for rope, pair in pairs.items()}
     assert thetas == {"yes": [160000.0, 10000.0, 10000.0, 160000.0], "no": [None, None, 10000.0, 160000.0]}
     pair = pairs["yes"]
@@ -189,9 +189,9 @@ def test_linear_layers_rotate_as_the_sources_layers_did(tmp_path):
 def test_a_source_without_rope_cannot_give_it(source):
     assert not load_pair(source, "all", "selective", (4, 64), None).student.config.rope_parameters
     with pytest.raises(ValueError, match="--rope is 'yes', but the source has no rotary positions"):
-        load_pair(source, "all", "selective", (4, 64), None, "yes")
+        load_pair(source, "all", "selective", (4, 64), None, rope="yes")
     with pytest.raises(ValueError, match="--rope is 'maybe'; it must be one of auto, yes, no"):
-        load_pair(source, "all", "selective", (4, 64), None, "maybe")
+        load_pair(source, "all", "selective", (4, 64), None, rope="maybe")
 
 
 @pytest.mark.parametrize("prefix", ["Bert", "ModernBert"])

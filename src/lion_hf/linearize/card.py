@@ -2,7 +2,6 @@
 was measured."""
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,15 +10,14 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
 
+from ..convert.sentences import copy_sentence_files, modules_of, sentence_folder
 from ..models.configuration_lion import LionConfig, LionVisionConfig
 from ..models.modeling_lion_vision import LionForImageClassification
 from ..nn.variants import variant_class
-from .models import Pair, transformer_folder
+from .models import Pair
 from .run import Linearizer
 
 
-# Files of a folder of sentence-transformers that do not depend on the encoder.
-_SENTENCE_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
 # Ways to pool, by their names in folders of sentence-transformers.
 _POOLINGS = {"pooling_mode_cls_token": "first", "pooling_mode_mean_tokens": "mean"}
 
@@ -89,14 +87,12 @@ def pooling_of(source: str) -> str | None:
     Raises:
         ValueError: if it pools in another way.
     """
-    modules = Path(source, "modules.json")
-    if not modules.is_file():
-        return None
-    listed = json.loads(modules.read_text())
-    paths = [module["path"] for module in listed if module["type"].endswith("Pooling")]
+    folder = sentence_folder(source)
+    modules = [] if folder is None else modules_of(folder)
+    paths = [module["path"] for module in modules if module["type"].endswith("Pooling")]
     if not paths:
         return None
-    options = json.loads(Path(source, paths[0], "config.json").read_text())
+    options = json.loads((folder / paths[0] / "config.json").read_text(encoding="utf-8"))
     on = [name for name, value in options.items() if name.startswith("pooling_mode_") and value is True]
     if "pooling_mode" in options:  # newer folders store one name
         on = [f"pooling_mode_{options['pooling_mode']}".replace("_cls", "_cls_token").replace("_mean", "_mean_tokens")]
@@ -132,30 +128,10 @@ def write_folder(
     if context is not None:
         companion.model_max_length = context
     companion.save_pretrained(out)
-    sentences = Path(source, "modules.json").is_file()
-    if sentences:
-        _copy_sentence_files(Path(source), out, context)
-    card(run, source, after, data, sentences).save(out / "README.md")
-
-
-def _copy_sentence_files(source: Path, out: Path, context: int | None) -> None:
-    modules = json.loads((source / "modules.json").read_text())
-    inner = transformer_folder(str(source))
-    for module in modules:
-        folder = source / module["path"]
-        if module["path"] and str(folder) != inner and folder.is_dir():
-            shutil.copytree(folder, out / module["path"], dirs_exist_ok=True)
-    for name in _SENTENCE_FILES:
-        found = next((place / name for place in (source, Path(inner)) if (place / name).is_file()), None)
-        if found is not None:
-            options = json.loads(found.read_text())
-            if context is not None and "max_seq_length" in options:
-                options["max_seq_length"] = context
-            (out / name).write_text(json.dumps(options, indent=2))
-    for module in modules:
-        if str(source / module["path"]) == inner:
-            module["path"] = ""  # the encoder's files are in the folder itself
-    (out / "modules.json").write_text(json.dumps(modules, indent=2))
+    sentences = sentence_folder(source)
+    if sentences is not None:
+        copy_sentence_files(sentences, out, context)
+    card(run, source, after, data, sentences is not None).save(out / "README.md")
 
 
 def card(run: Linearizer, source: str, after: dict, data: str, sentences: bool) -> ModelCard:

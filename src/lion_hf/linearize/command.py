@@ -21,12 +21,13 @@ from transformers import AutoTokenizer, ImageProcessingMixin, PreTrainedTokenize
 from transformers.utils import logging
 
 from ..convert.encoder import FAMILIES
+from ..convert.sentences import transformer_folder
 from ..convert.source import first_line
 from ..convert.warm_start import source_config
 from ..models.configuration_lion import spellings
 from .card import pooling_of, write_folder
 from .losses import measure
-from .models import ROPES, Pair, kind_of, load_pair, positions, transformer_folder
+from .models import ROPES, Pair, kind_of, load_pair, positions
 from .run import MIXED_PRECISIONS, STATE, Data, Linearizer, Recipe
 from .text import Pieces, read_lines
 
@@ -95,7 +96,7 @@ def linearize(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for model in (pair.teacher, pair.student):
         model.to(device)
-    identity = task.identity | options | {"source": source, "layers": pair.layers}
+    identity = task.identity | {"source": source, "layers": pair.layers, "mask_type": mask_type}
     run = Linearizer(pair, task.data, recipe, pooling=task.pooling, folder=out, identity=identity, say=say)
     batches = [{name: x.to(device) for name, x in batch.items()} for batch in task.data.measuring()]
     if run.resume():
@@ -144,7 +145,8 @@ def _text_task(source: str, text: Sequence[str], recipe: Recipe, target: str, op
         raise ValueError(f"--max_length is {recipe.max_length}, but the source reads at most {limit} tokens")
     tokenizer = AutoTokenizer.from_pretrained(transformer_folder(source))
     pieces = Pieces(lines, tokenizer, recipe.max_length, recipe.batch_size, recipe.seed, recipe.mask_share)
-    return _Task(pair, pieces, tokenizer, pooling, {"text": text, "pooling": pooling})
+    identity = {"text": text, "pooling": pooling} | {name: options[name] for name in ("windows", "context", "rope")}
+    return _Task(pair, pieces, tokenizer, pooling, identity)
 
 
 def _image_task(
@@ -165,7 +167,8 @@ def _image_task(
     if size != known:
         say(f"images have {size[0]} x {size[1]} pixels; the position table for {known[0]} x {known[1]} is resized")
     data = Images(rows, processor, config.num_channels, recipe.batch_size, recipe.seed, say)
-    return _Task(pair, data, processor, None, {"images": images, "number": len(rows), "size": size})
+    identity = {"images": images, "number": len(rows), "size": size, "windows": options["windows"]}
+    return _Task(pair, data, processor, None, identity)
 
 
 def _names(given: str | Path | Sequence[str | Path]) -> list[str]:

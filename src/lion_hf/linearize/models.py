@@ -1,7 +1,6 @@
 """The two models of a linearisation: an exact copy of the source, and the model whose layers become linear."""
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..convert.encoder import FAMILIES, from_encoder
+from ..convert.sentences import transformer_folder
 from ..convert.warm_start import family_of, source_config
 from ..hub import hint_if_missing
 from ..models.configuration_lion import LionVisionConfig
@@ -37,15 +37,6 @@ class Pair:
     teacher: PreTrainedModel
     student: PreTrainedModel
     layers: list[int]
-
-
-def transformer_folder(source: str) -> str:
-    """Return the folder of the encoder inside a folder of sentence-transformers, or else the source itself."""
-    modules = Path(source, "modules.json")
-    if not modules.is_file():
-        return source
-    first = min(json.loads(modules.read_text()), key=lambda module: module["idx"])
-    return str(Path(source, first["path"])) if first["path"] else source
 
 
 def kind_of(source: str) -> str:
@@ -97,14 +88,6 @@ def chosen_layers(asked: str, config: PreTrainedConfig) -> list[int]:
     return sorted(layers)
 
 
-def default_windows(config: PreTrainedConfig) -> tuple[float, float]:
-    """Return the numbers of tokens that the first and the last head read at the start."""
-    if not isinstance(config, LionVisionConfig):
-        return 16.0, 512.0
-    rows, columns = config.grid_size
-    return 4.0, max(4.0, rows * columns)
-
-
 def chosen_rope(asked: str, config: PreTrainedConfig) -> bool:
     """Return whether queries and keys of the linear layers rotate as those of the source's layers do.
 
@@ -123,14 +106,22 @@ def chosen_rope(asked: str, config: PreTrainedConfig) -> bool:
     return asked == "yes" or (asked == "auto" and rotates and AUTO_ROPE)
 
 
+def default_windows(config: PreTrainedConfig) -> tuple[float, float]:
+    """Return the numbers of tokens that the first and the last head read at the start."""
+    if not isinstance(config, LionVisionConfig):
+        return 16.0, 512.0
+    rows, columns = config.grid_size
+    return 4.0, max(4.0, rows * columns)
+
+
 def load_pair(
     source: str,
     layers: str = "default",
     mask_type: str = "selective",
     windows: Sequence[float] | None = None,
     context: int | None = None,
-    rope: str = "auto",
     *,
+    rope: str = "auto",
     image_size: Sequence[int] | None = None,
 ) -> Pair:
     """Load a source and build the model that is to become linear.

@@ -39,7 +39,7 @@ class Recipe:
         layer_learning_rate: peak learning rate of projections in the first stage.
         max_length: maximum number of tokens of a piece of text. Images do not use it.
         batch_size: number of pieces of text, or of images, in a batch.
-        mask_share: share of the tokens that the tokenizer's mask token replaces in training, in [0, 1]. Only for text.
+        mask_share: share of the tokens that the tokenizer's mask token replaces in training, in [0, 1].
         seed: seed of the order of the text or images.
         mixed_precision: "bf16" trains under autocast to bfloat16, with weights in float32; "no" in float32; "auto" in
             bfloat16 where the device computes in it. Measurements are always in float32.
