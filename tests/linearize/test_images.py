@@ -1,6 +1,7 @@
 """`lion-linearize --images`: what it reads, that image encoders learn, resume exactly, and load as others do."""
 
 import io
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from lion_hf.linearize import Recipe, linearize, load_pair
 from lion_hf.linearize.command import main
 from lion_hf.linearize.images import Images, Rows, image_size, load_processor
 from lion_hf.linearize.losses import class_loss, end_loss, measure, states, states_and_logits
-from lion_hf.linearize.run import Linearizer
+from lion_hf.linearize.run import STATE, Linearizer
 
 
 RECIPE = Recipe(steps=40, minutes=0, batch_size=8)
@@ -291,6 +292,20 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(source, images, tmp_path
     assert linearize(source, tmp_path / "out", **arguments) == whole
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]
+
+
+def test_sigterm_saves_the_state_where_ctrl_c_is_ignored(source, images, tmp_path, monkeypatch, capsys):
+    """As in the background of a script."""
+    monkeypatch.setattr(Linearizer, "_step", lambda *_: signal.raise_signal(signal.SIGTERM) or 0.0)
+    handlers = [(kind, signal.getsignal(kind)) for kind in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main([source, str(tmp_path / "out"), "--images", images, "--steps", "3"]) == 130
+        assert signal.getsignal(signal.SIGTERM) == handlers[1][1]
+    finally:
+        for kind, handler in handlers:
+            signal.signal(kind, handler)
+    assert (tmp_path / "out" / STATE).is_file() and "interrupted; the same command" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
