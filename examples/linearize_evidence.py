@@ -75,7 +75,7 @@ def training_text(data: Path, work: Path) -> list[str]:
 
 def convert(data: Path, work: Path, options: argparse.Namespace) -> dict:
     """Run `lion-linearize` for each model, and return what its card says."""
-    texts, rows = training_text(data, work), {}
+    texts = training_text(data, work)
 
     def one(name: str, layers: str) -> tuple[str, dict]:
         out, record = work / layers, work / f"{layers}.json"
@@ -88,15 +88,16 @@ def convert(data: Path, work: Path, options: argparse.Namespace) -> dict:
             with open(work / f"{layers}.log", "a") as log:
                 program = [sys.executable, "-m", "lion_hf.linearize", *command[1:]]
                 subprocess.run(program, check=True, stdout=log, stderr=subprocess.STDOUT, env=threads)
-            record.write_text(json.dumps({"minutes": (time.monotonic() - begun) / 60}))
+            command = shlex.join(command).replace(str(data), "DATA").replace(str(work), "WORK")
+            minutes = (time.monotonic() - begun) / 60
+            record.write_text(json.dumps({"minutes": minutes, "threads": options.threads, "command": command}))
         card = (out / "README.md").read_text(encoding="utf-8")
         table = [line for line in card.splitlines() if line.startswith("| ")]
-        command = shlex.join(command).replace(str(data), "DATA").replace(str(work), "WORK")
-        return name, {"command": command, "card": table, **json.loads(record.read_text())}
+        return name, {**json.loads(record.read_text()), "card": table}
 
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = dict(pool.map(lambda item: one(*item), MODELS.items()))
-    return {"models": rows, "threads": options.threads}
+    return {"models": rows}
 
 
 @torch.no_grad()
@@ -261,7 +262,7 @@ def conversion_table(rows: dict) -> list[str]:
     """Return the lines on the conversions: time, command, and the card's table."""
     lines = []
     for name, row in rows["models"].items():
-        lines += [f"**{name}**: {row['minutes']:.1f} minutes, {rows['threads']} threads. `{row['command']}`", ""]
+        lines += [f"**{name}**: {row['minutes']:.1f} minutes, {row['threads']} threads. `{row['command']}`", ""]
         lines += ["| | before | after |", "|---|---|---|", *(line for line in row["card"] if line.count("|") == 4), ""]
         lines += ["| | |", "|---|---|", *(line for line in row["card"] if line.count("|") == 3), ""]
     return lines

@@ -87,6 +87,7 @@ def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
     gone = (
         "model_name_or_path",
         "warm_start",
+        "warm_start_layers",
         "warm_start_distillation",
         "tokenizer_name",
         "dataset_name",

@@ -63,6 +63,7 @@ SMOKE = {
     "dataset_name": None,
     "model_name_or_path": None,
     "warm_start": None,
+    "warm_start_layers": None,
     "warm_start_distillation": None,
     "teacher": None,
     "train_file": None,

@@ -66,6 +66,7 @@ SMALL_MODEL = {
 SMOKE = {
     "model_name_or_path": None,
     "warm_start": None,
+    "warm_start_layers": None,
     "warm_start_distillation": None,
     "train_file": None,
     "validation_file": None,
@@ -186,7 +187,7 @@ def check_arguments(data: TextArguments, model: MlmModelArguments, config) -> No
     """Raise a `UserError` for arguments that do not fit together."""
     if not data.max_length >= 3 or not 0 < data.mlm_probability < 1 or not 0 < data.eval_mlm_probability < 1:
         raise UserError("--max_length must be at least 3, and masking probabilities between 0 and 1")
-    if data.packing and config.model_type != LionConfig.model_type:
+    if data.packing and config.model_type != LionConfig.model_type and not model.warm_start:
         raise UserError(f"--packing is an option of LION; a {config.model_type!r} model does not have it")
     if data.packing and model.warm_start_distillation:
         raise UserError("--packing cannot be combined with --warm_start_distillation, whose teacher reads padded rows")

@@ -75,8 +75,7 @@ def test_tables_show_the_stored_numbers(evidence, tmp_path, monkeypatch, capsys)
     shown = capsys.readouterr().out
     for text in (
         "29.6 minutes, 2 threads", "| error of layer 0 | 0.6000 | 0.1234 |", "| 0.971 | 0.903 | 0.980 |",
-        "| 83.40 | 83.00 to 83.80 | 1.10 |",
-        "| BERT | all | no | 15% | 5.610 | 4.610 | 0.110 | 24.80 | 1.20 | 2.5 |",
+        "| 83.40 | 83.00 to 83.80 | 1.10 |", "| BERT | all | no | 15% | 5.610 | 4.610 | 0.110 | 24.80 | 1.20 | 2.5 |",
         "| 8,192 tokens |", "| 0.880 / 0.910 |",
     ):  # fmt: skip
         assert text in shown

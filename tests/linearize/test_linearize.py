@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, RobertaConfig, ViTConfig
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, RobertaConfig
 
 from lion_hf.linearize import Recipe, linearize, load_pair
 from lion_hf.linearize.command import main
@@ -169,7 +169,7 @@ def test_linear_layers_rotate_as_the_sources_layers_did(tmp_path):
     """Each with the theta of its own layer. At the start the products of z are the logits of the source's attention."""
     config = ModernBertConfig(**SIZES, **TOKENS, max_position_embeddings=40, local_attention=4, initializer_range=0.2)
     AutoModel.from_config(config).save_pretrained(tmp_path)
-    pairs = {rope: load_pair(str(tmp_path), "0,1", "selective", (4, 64), None, rope) for rope in ("yes", "no")}
+    pairs = {rope: load_pair(str(tmp_path), "0,1", "selective", (4, 64), None, rope=rope) for rope in ("yes", "no")}
     thetas = {rope: [layer.mixer.rope_theta for layer in pair.student.layers] for rope, pair in pairs.items()}
     assert thetas == {"yes": [160000.0, 10000.0, 10000.0, 160000.0], "no": [None, None, 10000.0, 160000.0]}
     pair = pairs["yes"]
@@ -189,9 +189,9 @@ def test_linear_layers_rotate_as_the_sources_layers_did(tmp_path):
 def test_a_source_without_rope_cannot_give_it(source):
     assert not load_pair(source, "all", "selective", (4, 64), None).student.config.rope_parameters
     with pytest.raises(ValueError, match="--rope is 'yes', but the source has no rotary positions"):
-        load_pair(source, "all", "selective", (4, 64), None, "yes")
+        load_pair(source, "all", "selective", (4, 64), None, rope="yes")
     with pytest.raises(ValueError, match="--rope is 'maybe'; it must be one of auto, yes, no"):
-        load_pair(source, "all", "selective", (4, 64), None, "maybe")
+        load_pair(source, "all", "selective", (4, 64), None, rope="maybe")
 
 
 @pytest.mark.parametrize("prefix", ["Bert", "ModernBert"])
@@ -213,12 +213,6 @@ def test_the_head_of_a_masked_language_model_is_kept(prefix, source, text, tmp_p
     for name, weight in pair.teacher.head.state_dict().items():
         if name != "decoder.weight":  # tied to the embeddings, which learn
             assert torch.equal(found.head.state_dict()[name], weight)
-
-
-def test_an_image_model_is_refused(tmp_path):
-    ViTConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is an image model; lion-linearize takes text encoders"):
-        load_pair(str(tmp_path), "default", "selective", (4, 64), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -300,6 +294,14 @@ def test_batches_depend_on_the_step_alone_and_long_texts_become_pieces(source, t
     words = sum(len(line.split()) for line in lines)
     assert sum(len(piece) - 2 for piece in pieces.training + pieces.held_out) == words
     assert len(pieces.measuring()) == -(-len(pieces.held_out) // 4)
+
+
+def test_rows_have_few_lengths_and_never_more_tokens_than_the_source_reads(source, text):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    pieces = Pieces(Path(text).read_text().splitlines(), tokenizer, 19, 2, 5)
+    lengths = {batch["input_ids"].shape[1] for batch in (*map(pieces.batch, range(60)), *pieces.measuring())}
+    assert 1 < len(lengths) and lengths <= {8, 16, 19}
+    assert max(map(len, pieces.training)) in lengths
 
 
 def test_a_share_of_the_tokens_of_training_is_masked_and_no_special_one(source, text):

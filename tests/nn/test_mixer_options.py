@@ -6,7 +6,7 @@ from small_models import ALL_VARIANTS, FORMS
 from torch.nn import functional as F
 
 import lion_hf
-from lion_hf.nn import Encoder, Mixer
+from lion_hf.nn import Encoder, LocalMixer, Mixer, SoftmaxMixer
 from lion_hf.nn.names import MIXER_OPTIONS
 from lion_hf.nn.variants import VARIANTS
 
@@ -290,6 +290,28 @@ def test_options_that_make_no_sense_are_refused(options, message):
     if len(config) == len(options):
         with pytest.raises(Exception, match=f"{next(iter(config))}"):
             lion_hf.LionConfig(hidden_size=DIM, num_attention_heads=HEADS, **config)
+
+
+@pytest.mark.parametrize(
+    "build, given, meant",
+    [
+        (Mixer, "outputgate", "output_gate"),
+        (Mixer, "Short_conv", "short_conv"),
+        (LocalMixer, "windows", "window"),
+        (SoftmaxMixer, "rope_teta", "rope_theta"),
+        (Encoder, "outputgate", "output_gate"),
+        (Encoder, "local_layer", "local_layers"),
+    ],
+)
+def test_a_misspelt_option_is_told_with_the_nearest_one(build, given, meant):
+    sizes = {"depth": 2} if build is Encoder else {}
+    message = f"{build.__name__} has no option '{given}'. Did you mean '{meant}'"
+    for layers in ([], [0, 1]) if build is Encoder else ([],):  # also where no layer would read it
+        options = {"softmax_layers": layers} if build is Encoder else {}
+        with pytest.raises(TypeError, match=message):
+            build(dim=8, heads=2, **sizes, **options, **{given: None})
+    with pytest.raises(TypeError, match=f"{build.__name__} has no option 'colour'. Its options are dim, .*heads, "):
+        build(8, **sizes, heads=2, colour="red")
 
 
 def test_softmax_layers_have_no_direction():

@@ -19,12 +19,14 @@ from ..hub import holds_lion, save_with_code
 from .companions import image_processor, load_tokenizer, model_card
 from .plan import Plan, plan_conversion
 from .reverse import authors_checkpoint, lost_names, read_folder, require_same_meaning
+from .sentences import SENTENCE_FILES, modules_of, sentence_folder
 from .source import ConversionError, interpret, read_source
 
 
 # Names of files that a conversion can write.
 _WRITTEN = ("config.json", "README.md", "*.safetensors", "*.safetensors.index.json", "*.py", "preprocessor_config.json")
 _WRITTEN += ("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json")
+_WRITTEN += SENTENCE_FILES
 
 
 @contextmanager
@@ -66,16 +68,22 @@ def require_writable(out: Path, source: Path | None, force: bool, folder: bool) 
         raise ConversionError(f"{out} would overwrite the source; give another path.")
     if folder and not holds_lion(out):
         raise ConversionError(f"{out} holds something other than a LION checkpoint; empty it, or give another path.")
-    foreign = next((x.name for x in sorted(out.iterdir()) if x.is_dir() or not _is_ours(x)), None) if folder else None
+    foreign = _foreign(out) if folder else None
     if foreign:
         raise ConversionError(f"{out} also holds {foreign}, which would be lost; move it, or give another path.")
     if not folder and not zipfile.is_zipfile(out):
         raise ConversionError(f"{out} is not a checkpoint and is not replaced; remove it, or give another path.")
 
 
-def _is_ours(file: Path) -> bool:
-    """Return whether a conversion writes files of this name."""
-    return any(file.match(pattern) for pattern in _WRITTEN)
+def _foreign(out: Path) -> str | None:
+    """Return the name of something in a folder that no conversion writes there."""
+    try:
+        modules = {module["path"] for module in modules_of(out)} if sentence_folder(out) else set()
+    except ValueError:
+        return "a malformed modules.json"
+    ours = {x for x in out.iterdir() if x.is_file() and any(x.match(pattern) for pattern in _WRITTEN)}
+    ours |= {x for x in out.iterdir() if x.is_dir() and x.name in modules}
+    return next((x.name for x in sorted(out.iterdir()) if x not in ours), None)
 
 
 def write_folder(plan: Plan, out: Path, tokenizer: PreTrainedTokenizerBase | None, with_code: bool) -> None:

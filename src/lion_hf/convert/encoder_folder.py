@@ -13,6 +13,7 @@ from ..models.configuration_lion import LionConfig
 from ..nn.variants import variant_class
 from .checkpoint import published, require_writable
 from .encoder import from_encoder
+from .sentences import copy_sentence_files, sentence_folder, transformer_folder
 from .source import ConversionError, first_line
 
 
@@ -37,10 +38,14 @@ lion_hf covers its code, not these weights.
 
 
 def is_encoder(source: str | Path) -> bool:
-    """Return whether a path is a folder with a configuration, or can only be a name on the Hub such as "user/name"."""
+    """Return whether a path is a folder of an encoder, or can only be a name on the Hub such as "user/name".
+
+    Raises:
+        ConversionError: if it is a malformed folder of sentence-transformers.
+    """
     path = Path(source)
     if path.exists():
-        return (path / "config.json").is_file()
+        return Path(transformer_folder(path), "config.json").is_file()
     if str(source).count("/") != 1 or str(source).endswith(_SUFFIXES) or hint_if_missing(source) is not None:
         return False
     try:
@@ -63,7 +68,7 @@ def convert_encoder(
 ) -> tuple[PreTrainedModel, list[str]]:
     """Convert another encoder to a folder for `AutoModelForX.from_pretrained`, with `from_encoder`.
 
-    The folder is written completely or not at all.
+    The folder is written completely or not at all. If the source is one of sentence-transformers, the result is too.
 
     Args:
         source: folder of the source, or its name on the Hub.
@@ -87,16 +92,20 @@ def convert_encoder(
         out = Path(out).resolve()
         require_writable(out, Path(source) if Path(source).exists() else None, force, folder=True)
     try:
-        model = from_encoder(source, mask_type, layers=layers, **options)
+        sentences = sentence_folder(source)
+        inner = transformer_folder(source)
+        model = from_encoder(inner, mask_type, layers=layers, **options)
     except ValueError as error:
         raise ConversionError(first_line(error)) from error
-    companion, notes = _companion(source, tokenizer, model)
+    companion, notes = _companion(inner, tokenizer, model)
     if out is not None:
         with published(out) as new:
             save_with_code(model, new) if with_code else model.save_pretrained(new)
             if companion is not None:
                 companion.save_pretrained(new)
-            _card(model, str(source)).save(new / "README.md")
+            if sentences is not None:
+                copy_sentence_files(sentences, new)
+            _card(model, str(source), sentences is not None).save(new / "README.md")
     return model, notes
 
 
@@ -135,10 +144,11 @@ def describe_layers(model: PreTrainedModel) -> list[tuple[str, str]]:
     return [(kind, ", ".join(map(str, layers))) for kind, layers in kinds.items() if layers]
 
 
-def _card(model: PreTrainedModel, source: str) -> ModelCard:
+def _card(model: PreTrainedModel, source: str, sentences: bool) -> ModelCard:
     variant = variant_class(model.config.mask_type).label
     data = ModelCardData(
-        library_name="transformers",
+        library_name="sentence-transformers" if sentences else "transformers",
+        pipeline_tag="sentence-similarity" if sentences else None,
         base_model=None if Path(source).exists() else source,
         tags=["lion", "linear-attention", "arxiv:2502.16249"],
     )

@@ -1,7 +1,6 @@
 """The two models of a linearisation: an exact copy of the source, and the model whose layers become linear."""
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..convert.encoder import FAMILIES, from_encoder
+from ..convert.sentences import transformer_folder
 from ..convert.warm_start import family_of, source_config
 from ..hub import hint_if_missing
+from ..models.configuration_lion import LionVisionConfig
 from ..models.lion_inputs import skipped_positions
 from ..models.lion_options import rope_thetas, with_linear_rope
 from ..nn.mixer import Mixer, head_windows
@@ -38,17 +39,8 @@ class Pair:
     layers: list[int]
 
 
-def transformer_folder(source: str) -> str:
-    """Return the folder of the encoder inside a folder of sentence-transformers, or else the source itself."""
-    modules = Path(source, "modules.json")
-    if not modules.is_file():
-        return source
-    first = min(json.loads(modules.read_text()), key=lambda module: module["idx"])
-    return str(Path(source, first["path"])) if first["path"] else source
-
-
-def require_encoder(source: str) -> None:
-    """Raise ValueError if there is no text encoder at a path that can be copied."""
+def kind_of(source: str) -> str:
+    """Return "text" or "image". Raises ValueError if there is no encoder at a path that can be copied."""
     path = transformer_folder(source)
     if (hint := hint_if_missing(path)) is not None:
         raise ValueError(f"{source!r} is neither a folder nor a name on the Hub{hint}")
@@ -56,9 +48,7 @@ def require_encoder(source: str) -> None:
         raise ValueError(f"{source!r} is a file; give the folder of a checkpoint, or a name on the Hub")
     if Path(path).is_dir() and not Path(path, "config.json").is_file():
         raise ValueError(f"{source!r} is not a checkpoint folder: it has no config.json")
-    family = family_of(source_config(path, FAMILIES), source, FAMILIES)
-    if family.kind != "text":
-        raise ValueError(f"{source!r} is an image model; lion-linearize takes text encoders")
+    return family_of(source_config(path, FAMILIES), source, FAMILIES).kind
 
 
 def default_layers(softmax_layers: Sequence[int], local_layers: Sequence[int]) -> list[int]:
@@ -116,13 +106,23 @@ def chosen_rope(asked: str, config: PreTrainedConfig) -> bool:
     return asked == "yes" or (asked == "auto" and rotates and AUTO_ROPE)
 
 
+def default_windows(config: PreTrainedConfig) -> tuple[float, float]:
+    """Return the numbers of tokens that the first and the last head read at the start."""
+    if not isinstance(config, LionVisionConfig):
+        return 16.0, 512.0
+    rows, columns = config.grid_size
+    return 4.0, max(4.0, rows * columns)
+
+
 def load_pair(
     source: str,
-    layers: str,
-    mask_type: str,
-    windows: Sequence[float],
-    context: int | None,
+    layers: str = "default",
+    mask_type: str = "selective",
+    windows: Sequence[float] | None = None,
+    context: int | None = None,
+    *,
     rope: str = "auto",
+    image_size: Sequence[int] | None = None,
 ) -> Pair:
     """Load a source and build the model that is to become linear.
 
@@ -134,18 +134,25 @@ def load_pair(
         source: folder or Hub name of an encoder.
         layers: as in `chosen_layers`.
         mask_type: the variant of the linear layers.
-        windows: numbers of tokens that heads read at the start: (smallest, largest), or one per head.
+        windows: numbers of tokens that heads read at the start: (smallest, largest), or one per head. Default: (16,
+            512), for images (4, number of patches).
         context: number of positions of the student; None for that of the source. Further positions repeat the
-            source's table.
+            source's table. Only for text.
         rope: as in `chosen_rope`.
+        image_size: (height, width) of the images in pixels; None for those of the source. Only for images.
 
     Raises:
         ValueError: if the source cannot be copied, or an argument is invalid.
     """
-    require_encoder(source)
-    teacher = from_encoder(transformer_folder(source), mask_type, layers=[], attention_probs_dropout_prob=0.0)
+    if kind_of(source) == "image" and context is not None:
+        raise ValueError(f"--context is {context}, but {source!r} is an image model; leave it out")
+    options = {} if image_size is None else {"image_size": image_size}
+    teacher = from_encoder(
+        transformer_folder(source), mask_type, layers=[], attention_probs_dropout_prob=0.0, **options
+    )
     teacher = teacher.float().eval().requires_grad_(False)
     chosen = chosen_layers(layers, teacher.config)
+    windows = default_windows(teacher.config) if windows is None else windows
     student = student_of(teacher, chosen, windows, chosen_rope(rope, teacher.config))
     if context is not None:
         extend_positions(student, context)
@@ -164,7 +171,9 @@ def student_of(
         if hasattr(config, name):
             setattr(config, name, [layer for layer in getattr(config, name) if layer not in layers])
     config.feature_map, config.normalize = "hedgehog", True
-    config.layer_norm_after, config.output_norm = False, "none"
+    config.output_norm = "none"
+    if hasattr(config, "layer_norm_after"):  # images have none
+        config.layer_norm_after = False
     student = type(teacher)(config)
     missing, unexpected = student.load_state_dict(teacher.state_dict(), strict=False)
     parts = ("q_feature.", "k_feature.", *_own_names(student))

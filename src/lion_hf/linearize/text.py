@@ -10,6 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 # Batches are formed from this many batches' worth of pieces, sorted by length, so that little is padded.
 _POOL = 32
+# Rows have a multiple of this many tokens: of each new shape PyTorch's CPU libraries keep what they prepared, so that
+# memory grows with the number of different lengths.
+_MULTIPLE = 8
 # Number of pieces to measure on, at most.
 _HELD_OUT = 256
 
@@ -63,6 +66,7 @@ class Pieces:
         mask_share: float = 0.0,
     ):
         self.tokenizer, self.batch_size, self.seed, self.mask_share = tokenizer, batch_size, seed, mask_share
+        self.max_length = max_length
         if mask_share and tokenizer.mask_token_id is None:
             raise ValueError(f"--mask_share is {mask_share}, but the source's tokenizer has no mask token")
         order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -109,7 +113,7 @@ class Pieces:
         return [self._padded(pieces[i : i + self.batch_size]) for i in range(0, len(pieces), self.batch_size)]
 
     def _padded(self, pieces: Sequence[list[int]]) -> dict[str, Tensor]:
-        length = max(map(len, pieces))
+        length = min(-(-max(map(len, pieces)) // _MULTIPLE) * _MULTIPLE, self.max_length)
         pad = self.tokenizer.pad_token_id or 0
         ids = torch.tensor([piece + [pad] * (length - len(piece)) for piece in pieces])
         mask = torch.tensor([[1] * len(piece) + [0] * (length - len(piece)) for piece in pieces])

@@ -1,6 +1,7 @@
 """A stack of blocks over tokens of text, images or anything else, with key masks, packing and unpadding."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,7 +14,7 @@ from .local_attention import LocalMixer
 from .mixer import Mixer
 from .mixer_checks import NO_MATRIX_OF_PACKED_ROWS
 from .mlp import MLP
-from .names import BLOCK_OPTIONS, MLP_TYPES, require_name, require_rate
+from .names import BLOCK_OPTIONS, MLP_TYPES, require_name, require_options, require_rate
 from .norms import token_norm
 from .softmax import SoftmaxMixer
 
@@ -132,6 +133,7 @@ class Encoder(nn.Module):
         options: further options of `Block`, and of `Mixer` such as `normalize`, `prefix_tokens` or `output_gate`.
 
     Raises:
+        TypeError: for an option that there is not.
         ValueError: if a name is unknown, a number is out of range, `dim` is not a multiple of `heads`, or
             `attention_dropout` is set although all mixers normalise their outputs, which disables it.
     """
@@ -166,6 +168,8 @@ class Encoder(nn.Module):
         **options,
     ):
         super().__init__()
+        own = (name for name in inspect.signature(Encoder.__init__).parameters if name != "options")
+        require_options(type(self), options, (*own, *inspect.signature(Mixer.__init__).parameters))
         require_name("mlp_type", mlp_type, MLP_TYPES)
         _check_layers(depth, softmax_layers, local_layers, options.get("direction", "both"))
         require_rate("attention_dropout", attention_dropout)

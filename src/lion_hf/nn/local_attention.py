@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops.band import band, band_attention
+from .names import tells_misspelt
 from .softmax import SoftmaxLayer
 
 
@@ -34,6 +35,7 @@ class LocalMixer(SoftmaxLayer):
             `rope_theta` is not positive, or heads have an odd width with it.
     """
 
+    @tells_misspelt
     def __init__(
         self,
         dim: int,

@@ -31,6 +31,7 @@ from .names import (
     require_name,
     require_rate,
     require_size,
+    tells_misspelt,
 )
 from .norms import OutputNorm
 from .operators import OPERATORS, Operator, Path, has_matrix, matrix_of_identity, require_operator, run_scans
@@ -161,6 +162,7 @@ class Mixer(TokenMixer):
     masked ones count as 0, and each prefix token is a sequence of its own.
 
     Raises:
+        TypeError: for an option that there is not.
         ValueError: if a name is unknown, a number is out of range, `dim` is not a multiple of `heads`, `gate_eps` is
             negative or not finite; if the feature map is "identity" although outputs are normalised and the variant
             does not use it by default, or outputs of a signed variant or feature map are normalised; if `norm` and
@@ -169,6 +171,7 @@ class Mixer(TokenMixer):
             support it.
     """
 
+    @tells_misspelt
     def __init__(
         self,
         dim: int,

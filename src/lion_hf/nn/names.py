@@ -1,8 +1,10 @@
 """Allowed values of options, names and numbers. They are separate because configurations check them without torch."""
 
 import difflib
+import functools
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
 
 
@@ -49,6 +51,27 @@ def did_you_mean(value: object, allowed: Iterable[str]) -> str:
     """Return a sentence, after a space, with the allowed name nearest to a wrong one; empty if none is near."""
     near = difflib.get_close_matches(value.lower(), allowed, 1, 0.75) if isinstance(value, str) else []
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def tells_misspelt(init: Callable) -> Callable:
+    """Decorate the `__init__` of a module: a keyword that it does not have raises TypeError with the nearest name."""
+    parameters = inspect.signature(init).parameters
+
+    @functools.wraps(init)
+    def checked(self, *args, **options):
+        require_options(type(self), options, parameters)
+        init(self, *args, **options)
+
+    return checked
+
+
+def require_options(owner: type, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError if a name is not that of an option of a class."""
+    known = [name for name in known if name != "self"]
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        hint = did_you_mean(unknown, known) or f" Its options are {', '.join(known)}."
+        raise TypeError(f"{owner.__name__} has no option {unknown!r}.{hint}")
 
 
 def require_rate(option: str, value: object) -> None:

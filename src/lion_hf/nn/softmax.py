@@ -10,7 +10,7 @@ from ..ops.band import zero_masked
 from ..ops.checks import check_cu_seqlens
 from ..ops.packing import map_sequences
 from .mixer import NO_MATRIX_OF_PACKED_ROWS, Path, TokenMixer
-from .names import require_rate
+from .names import require_rate, tells_misspelt
 from .registry import at_least_float32
 from .rotary import apply_rotary, require_theta
 
@@ -18,6 +18,7 @@ from .rotary import apply_rotary, require_theta
 class SoftmaxLayer(TokenMixer):
     """Base class of the mixers that use softmax attention. Subclasses say which tokens a token reads."""
 
+    @tells_misspelt
     def __init__(
         self, dim: int, heads: int, *, qkv_bias: bool = True, out_bias: bool = True, rope_theta: float | None = None
     ):

@@ -19,14 +19,15 @@ from ..nn.variants import VARIANTS
 logger = logging.get_logger(__name__)
 
 # Model arguments that are not options of a configuration, or are passed separately.
-_NO_OPTIONS = ("model_name_or_path", "model_type", "warm_start", "warm_start_distillation", "preset", "format")
+_NO_OPTIONS = ("model_name_or_path", "model_type", "preset", "format")
+_NO_OPTIONS += ("warm_start", "warm_start_layers", "warm_start_distillation")
 # Options that change no parameter, so that existing models accept them too.
 LIVE_OPTIONS = ("classifier_pooling", "sparse_prediction")
 
 
 @dataclass
 class ModelArguments:
-    """The model: new by preset or by flags, new with the weights of a BERT or ViT, or an existing checkpoint."""
+    """The model: new by preset or by flags, new with the weights of another encoder, or an existing checkpoint."""
 
     _argument_group_name = "model"
 
@@ -40,7 +41,18 @@ class ModelArguments:
         },
     )
     warm_start: str | None = field(
-        default=None, metadata={"help": "Hub name or folder of a BERT or ViT whose weights initialise a new LION."}
+        default=None,
+        metadata={
+            "help": "Hub name or folder of an encoder whose weights initialise a new LION: BERT, RoBERTa, DistilBERT, "
+            "ModernBERT, ViT, DINOv2, ..."
+        },
+    )
+    warm_start_layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Layers of --warm_start, counted from 0, that become LION, or all, or none. Default: all of BERT "
+            "and ViT, those with global attention of ModernBERT, 0, 2, 4 ... of others."
+        },
     )
     warm_start_distillation: float = field(
         default=0.0,
@@ -151,6 +163,9 @@ class ModelArguments:
             raise ValueError(
                 f"--warm_start_distillation is {self.warm_start_distillation}; it must be finite and at least 0"
             )
+        if self.warm_start_layers and not self.warm_start:
+            raise ValueError("--warm_start_layers requires --warm_start, the model whose layers become LION")
+        _ = self.layers_to_become_lion  # raises for a wrong value
         if self.warm_start_distillation and not self.warm_start:
             raise ValueError(
                 "--warm_start_distillation requires --warm_start, the model whose hidden states are the target"
@@ -160,6 +175,21 @@ class ModelArguments:
     def source(self) -> str | None:
         """Existing model that provides the weights and the tokenizer or image processor."""
         return self.model_name_or_path or self.warm_start
+
+    @property
+    def layers_to_become_lion(self) -> str | list[int] | None:
+        """Value of `--warm_start_layers`: "all", the numbers of the layers, or None for the default of the source."""
+        if self.warm_start_layers is None or self.warm_start_layers == ["all"]:
+            return self.warm_start_layers and "all"
+        if self.warm_start_layers == ["none"]:
+            return []
+        try:
+            return [int(number) for number in " ".join(map(str, self.warm_start_layers)).replace(",", " ").split()]
+        except ValueError:
+            given = " ".join(self.warm_start_layers)
+            raise ValueError(
+                f"--warm_start_layers is {given!r}; it must be all, none, or numbers of layers such as 0 2 4"
+            ) from None
 
     def describes_a_model(self) -> bool:
         """Return whether any argument chooses a model or its parameters."""

@@ -2,15 +2,35 @@
 
 import torch
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from ..convert import hidden_state_distillation_loss
+from ..convert import from_encoder, hidden_state_distillation_loss
+from ..convert.encoder import FAMILIES
+from ..models.modeling_lion import LionModel
+from ..models.modeling_lion_vision import LionVisionModel
 from .arguments import ModelArguments
 from .errors import user_errors
+from .models import ALL_BECOME_LION
 
 
 # Inputs of an encoder among the entries of a batch.
 _ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
+
+
+def frozen_encoder(name: str, device: torch.device) -> PreTrainedModel:
+    """Return the encoder of a checkpoint. Its hidden states are those of a LION: of the embeddings and of each layer.
+
+    Sources differ in the inputs that they accept and in what they call hidden states. A LION that keeps every layer of
+    the source computes the same, so it is the teacher, except for BERT and ViT, which agree with LION in both.
+    """
+    with user_errors(f"cannot load the teacher {name!r}", OSError, ValueError):
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind in FAMILIES and kind not in ALL_BECOME_LION:
+            base = LionModel if FAMILIES[kind].kind == "text" else LionVisionModel
+            model = from_encoder(name, layers=[], model_class=base).float()
+        else:
+            model = AutoModel.from_pretrained(name)
+    return model.eval().requires_grad_(False).to(device)
 
 
 class HiddenStateTeacher:
@@ -23,8 +43,7 @@ class HiddenStateTeacher:
     """
 
     def __init__(self, name: str, weight: float, device: torch.device):
-        with user_errors(f"cannot load the teacher {name!r}", OSError, ValueError):
-            self.model = AutoModel.from_pretrained(name).eval().requires_grad_(False).to(device)
+        self.model = frozen_encoder(name, device)
         self.weight = weight
 
     @classmethod

@@ -27,7 +27,7 @@ from ..models.configuration_lion import LionVisionConfig
 from .arguments import ModelArguments
 from .errors import user_errors
 from .images import ImageArguments, target_size
-from .models import build_model, known_config
+from .models import ALL_BECOME_LION, build_model, known_config
 
 
 SMALL_MODEL = {
@@ -91,10 +91,25 @@ def check_model(arguments: ImageModelArguments) -> PreTrainedConfig:
 def get_model(arguments: ImageModelArguments, labels: dict[str, Any]) -> PreTrainedModel:
     """Return the model to train; an existing one is adapted to `image_size`, if that is given."""
     side = arguments.image_size
+    of_other_kind = arguments.warm_start and check_model(arguments).model_type not in ALL_BECOME_LION
+    if of_other_kind:  # sets the start of decays for this size too; DINOv2 is larger than what its processor gives
+        side = side or processed_size(arguments.warm_start)
     if arguments.source:
-        arguments = dataclasses.replace(arguments, image_size=None)
+        arguments = dataclasses.replace(arguments, image_size=side if of_other_kind else None)
     model = build_model(AutoModelForImageClassification, LionVisionConfig.model_type, arguments, SMALL_MODEL, labels)
-    return at_image_size(model, side) if arguments.source and side else model
+    return at_image_size(model, side) if arguments.source and side and not of_other_kind else model
+
+
+def source_processor(name: str):
+    """Return the image processor of an existing model."""
+    with user_errors(f"{name!r} has no image processor", OSError, ValueError):
+        return AutoImageProcessor.from_pretrained(name, backend="pil")
+
+
+def processed_size(name: str) -> int | list[int]:
+    """Return the side, or height and width, of the images that the processor of an existing model gives."""
+    height, width = target_size(source_processor(name))
+    return height if height == width else [height, width]
 
 
 def at_image_size(model: PreTrainedModel, side: int) -> PreTrainedModel:
@@ -136,9 +151,7 @@ def make_processor(config: PreTrainedConfig, model: ImageModelArguments, data: I
     """Return the processor of the existing model, or a new one, changed by the arguments. Evaluation uses it."""
     options: dict[str, Any] = {}
     if model.source:
-        name = model.source
-        with user_errors(f"{name!r} has no image processor", OSError, ValueError):
-            processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        processor = source_processor(model.source)
         height, width = (model.image_size,) * 2 if model.image_size else target_size(processor)
         known = processor.size.shortest_edge or processor.size.height
         ratio = target_size(processor)[0] / known if processor.do_center_crop else 1.0

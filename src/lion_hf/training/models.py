@@ -1,6 +1,7 @@
-"""Build the model that the arguments describe: new, with the weights of a BERT or ViT, or existing."""
+"""Build the model that the arguments describe: new, with the weights of another encoder, or existing."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
-from ..convert import config_from_bert, config_from_vit, from_bert, from_vit
+from ..convert import config_from_bert, config_from_encoder, config_from_vit, from_bert, from_encoder, from_vit
+from ..convert.encoder import FAMILIES, kept_layers
 from ..models.configuration_lion import MODERN_PRESETS, PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
 from .arguments import LIVE_OPTIONS, ModelArguments
 from .errors import UserError, require_folder_or_hub_name, user_errors
@@ -17,6 +19,8 @@ from .errors import UserError, require_folder_or_hub_name, user_errors
 # All presets by name, those of the paper first.
 NAMED = {**PRESETS, **MODERN_PRESETS}
 LION_TYPES = ("lion", "lion_vision")
+# Functions that derive a configuration, and a model, from sources of which all layers become LION by default.
+ALL_BECOME_LION = {"bert": (config_from_bert, from_bert), "vit": (config_from_vit, from_vit)}
 # Types of baselines that the size flags fit, for text and for images.
 BASELINES = {"lion": ("bert", "modernbert"), "lion_vision": ("vit", "deit")}
 # Models of an Auto class, in words.
@@ -65,7 +69,7 @@ def require_head(config: PreTrainedConfig, auto_class, name: str) -> None:
 def build_model(
     auto_class, model_type: str, model: ModelArguments, defaults: dict[str, Any], fixed: dict[str, Any]
 ) -> PreTrainedModel:
-    """Return the model to train: existing, with the weights of a BERT or ViT, a preset, or of the sizes of the flags.
+    """Return the model to train: existing, with the weights of another encoder, a preset, or of the sizes of the flags.
 
     Args:
         auto_class: an Auto class such as `AutoModelForMaskedLM`.
@@ -76,7 +80,7 @@ def build_model(
     """
     config = known_config(auto_class, model_type, model, defaults, fixed)
     if model.warm_start:
-        return _warm_started(auto_class, model_type, model, fixed)
+        return _warm_started(auto_class, model_type, model, config, fixed)
     if not model.model_name_or_path:
         with user_errors("wrong model options", ValueError):
             return auto_class.from_config(config)
@@ -108,7 +112,7 @@ def known_config(
     if model.model_name_or_path:
         return _config_to_go_on_with(auto_class, model)
     if model.warm_start:
-        return _config_to_start_from(auto_class, model_type, model)
+        return _config_to_start_from(auto_class, model)
     allowed = (model_type, *BASELINES[model_type])
     model_type = model.model_type or model_type
     if model_type not in allowed:
@@ -142,18 +146,37 @@ def _config_to_go_on_with(auto_class, model: ModelArguments) -> PreTrainedConfig
     return config
 
 
-def _config_to_start_from(auto_class, model_type: str, model: ModelArguments) -> PreTrainedConfig:
+def _config_to_start_from(auto_class, model: ModelArguments) -> PreTrainedConfig:
     """Return the configuration of `--warm_start`; raise if no LION with the given options can start from it."""
-    config, source = existing_config(model.warm_start, auto_class, "--warm_start"), BASELINES[model_type][0]
-    if config.model_type != source:
+    name = model.warm_start
+    config = existing_config(name, auto_class, "--warm_start")
+    if config.model_type in LION_TYPES:
         raise UserError(
-            f"--warm_start requires a {source!r} model, but {model.warm_start!r} is a {config.model_type!r} model; "
-            "to continue from a LION use --model_name_or_path"
+            f"--warm_start: {name!r} is a LION already; to continue from a LION use --model_name_or_path instead"
         )
-    derive = config_from_bert if source == "bert" else config_from_vit
-    with user_errors(f"cannot start from {model.warm_start!r}", ValueError):
-        derive(config, format=model.format, **model.overrides())
+    with user_errors(f"cannot start from {name!r}", ValueError):
+        derive, _, options = _conversion(config, model)
+        derive(config, **options)
     return config
+
+
+def _conversion(source: PreTrainedConfig, model: ModelArguments) -> tuple[Callable, Callable, dict[str, Any]]:
+    """Return the functions that derive a configuration and a model from a source, and their options."""
+    options, layers = model.overrides() | {"format": model.format}, model.layers_to_become_lion
+    if source.model_type not in ALL_BECOME_LION:
+        named = next((name for name in ("softmax_layers", "local_layers") if name in options), None)
+        if named:
+            raise UserError(
+                f"--{named} cannot be combined with --warm_start of a {source.model_type!r} model; give the layers "
+                "that become LION as --warm_start_layers"
+            )
+        return config_from_encoder, from_encoder, options | {"layers": layers}
+    if layers is not None:
+        if "softmax_layers" in options:
+            raise UserError("--softmax_layers and --warm_start_layers decide the same; give one of them")
+        family = FAMILIES[source.model_type]
+        options["softmax_layers"], _ = kept_layers(family, source, source.num_hidden_layers, layers)
+    return *ALL_BECOME_LION[source.model_type], options
 
 
 def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any]) -> dict[str, Any]:
@@ -188,9 +211,12 @@ def _options_of_baseline(model_type: str, model: ModelArguments) -> dict[str, An
     return overrides
 
 
-def _warm_started(auto_class, model_type: str, model: ModelArguments, fixed: dict[str, Any]) -> PreTrainedModel:
+def _warm_started(
+    auto_class, model_type: str, model: ModelArguments, source: PreTrainedConfig, fixed: dict[str, Any]
+) -> PreTrainedModel:
     """Return a LION with the weights of `--warm_start`, in float32 for training."""
-    start, config_class = {"lion": (from_bert, LionConfig), "lion_vision": (from_vit, LionVisionConfig)}[model_type]
-    options = model.overrides() | {k: v for k, v in fixed.items() if k in LABEL_OPTIONS} | {"format": model.format}
+    model_class = auto_class._model_mapping[{"lion": LionConfig, "lion_vision": LionVisionConfig}[model_type]]
+    _, start, options = _conversion(source, model)
+    options |= {k: v for k, v in fixed.items() if k in LABEL_OPTIONS}
     with user_errors(f"cannot start from {model.warm_start!r}", OSError, ValueError, StrictDataclassError):
-        return start(model.warm_start, model_class=auto_class._model_mapping[config_class], **options).float()
+        return start(model.warm_start, model_class=model_class, **options).float()

@@ -18,6 +18,7 @@ from torch.utils.data import get_worker_info
 from transformers import AutoTokenizer, BertTokenizer, TrainingArguments
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
+from ..models.lion_inputs import skipped_positions
 from .arguments import DataArguments, ModelArguments, require_at_least
 from .data import Key, load_file, load_named, load_splits, parts_of, random_numbers, require_columns, say_split_off
 from .errors import UserError, require_folder_or_hub_name, user_errors
@@ -27,6 +28,8 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # With fewer tokens there is room for so few characters that most words are unknown.
 MIN_VOCABULARY = 32
 VOCABULARY = 4096
+# Files with a vocabulary, at least one of which is in the folder of a tokenizer.
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model")
 
 
 @dataclass
@@ -263,9 +266,11 @@ def get_tokenizer(
             texts = (row["text"] for row in islice(iter(train), 100_000 if data.streaming else None))
             size = data.train_tokenizer or data.vocab_size or VOCABULARY
             train_tokenizer(list(texts), size, max(512, data.max_length)).save_pretrained(name)
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in VOCABULARIES):
         other = ". If it is the checkpoint of another model, use another --output_dir" if checkpoint else ""
-        raise UserError(f"{name!r} holds no tokenizer: it has neither tokenizer.json nor vocab.txt{other}")
+        raise UserError(
+            f"{name!r} holds no tokenizer: it has no tokenizer.json or {', '.join(VOCABULARIES[1:])}{other}"
+        )
     require_folder_or_hub_name(name, "--tokenizer_name")
     with user_errors(f"cannot load a tokenizer from {name!r}", OSError, ValueError):
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -359,6 +364,7 @@ def model_options(tokenizer, max_length: int) -> dict[str, int]:
 def require_room(config, tokenizer, max_length: int) -> None:
     """Raise a `UserError` if a model has too few positions for the length, or too few tokens for the tokenizer."""
     positions = getattr(config, "max_position_embeddings", max_length)
+    positions -= skipped_positions(config) if config.model_type == "lion" else 0
     if getattr(config, "pos_emb", True) and max_length > positions:
         raise UserError(f"--max_length {max_length} exceeds the model's {positions} positions")
     if len(tokenizer) > config.vocab_size:
