@@ -25,7 +25,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 SEED = 17
 LAYERS = {"half": "default", "all": "all"}
 MASKED = 0.15  # share of the tokens that are masked in training, besides none
-STEPS = 500
+STEPS = 300
 BATCH = 100  # rows
 
 
@@ -47,7 +47,7 @@ class Source(NamedTuple):
 
 SOURCES = {
     "ModernBERT": Source(MODERNBERT, 2e-3, 1200, ("no", "yes")),
-    BERT: Source({"model_type": "bert"}, 1e-3, 3000, ("no",)),
+    BERT: Source({"model_type": "bert"}, 1e-3, 1200, ("no",)),
 }
 
 

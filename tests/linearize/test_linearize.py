@@ -169,9 +169,12 @@ def test_linear_layers_rotate_as_the_sources_layers_did(tmp_path):
     """Each with the theta of its own layer. At the start the products of z are the logits of the source's attention."""
     config = ModernBertConfig(**SIZES, **TOKENS, max_position_embeddings=40, local_attention=4, initializer_range=0.2)
     AutoModel.from_config(config).save_pretrained(tmp_path)
-    pairs = {rope: load_pair(str(tmp_path), "0,1", "selective", (4, 64), None, rope=rope) for rope in ("yes", "no")}
+    pairs = {
+        rope: load_pair(str(tmp_path), "0,1", "selective", (4, 64), None, rope=rope) for rope in ("yes", "no", "auto")
+    }
     thetas = {rope: [layer.mixer.rope_theta for layer in pair.student.layers] for rope, pair in pairs.items()}
-    assert thetas == {"yes": [160000.0, 10000.0, 10000.0, 160000.0], "no": [None, None, 10000.0, 160000.0]}
+    rotated = [160000.0, 10000.0, 10000.0, 160000.0]
+    assert thetas == {"yes": rotated, "auto": rotated, "no": [None, None, *rotated[2:]]}
     pair = pairs["yes"]
     pair.teacher.double(), pair.student.double()
     x = torch.randn(1, 7, 32, dtype=torch.float64)

@@ -67,8 +67,8 @@ def linearize(
             repeated. Only for text.
         target: what the second stage trains for: "hidden" states, "embeddings" as well, or "auto": embeddings for a
             folder of sentence-transformers.
-        rope: whether linear layers rotate queries and keys as the source's layers do: "yes", "no", or "auto", see
-            `lion_hf.linearize.models.chosen_rope`.
+        rope: whether linear layers rotate queries and keys as the source's layers did: "yes", "no", or "auto": if these
+            did.
         force: whether to replace what a finished or interrupted run left in `out`.
         device: such as "cuda"; by default a GPU if there is one.
         recipe: options of the training.
@@ -242,7 +242,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--target", choices=("auto", "hidden", "embeddings"), default="auto", help="what the second stage trains for")
     add(
-        "--rope", choices=ROPES, default="auto", help="whether linear layers rotate queries and keys as the source's do"
+        "--rope",
+        choices=ROPES,
+        default="auto",
+        help="whether linear layers rotate queries and keys as the source's did (default: auto, if these did)",
     )
     add("--device", help="such as cuda or cpu (default: a GPU if there is one)")
     add("--force", action="store_true", help="replace what an earlier run left in OUT")
