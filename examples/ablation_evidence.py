@@ -14,8 +14,9 @@ seeds on the whole training file, and the validation file is evaluated. These mo
 sentences in the same way, once with a classifier that reads the first token and once with the mean of the tokens. No
 choice depends on a validation file, nor does that of the options to leave out of the modern block.
 
-Finished runs are stored one by one and not repeated. On a GPU several models are trained side by side, see
-`ablation_training.py`; the results then differ from those of a CPU by rounding.
+Finished runs are stored one by one and not repeated; `--text_only` leaves the review sentences for later. On a GPU
+several models are trained side by side, see `ablation_training.py`; the results then differ from those of a CPU by
+rounding.
 """
 
 import argparse
@@ -411,13 +412,16 @@ class Groups:
         runs: finished runs, which grow.
         only: names of models, or None for all.
         size: models in a group.
+        text_only: whether to leave out the review sentences.
     """
 
-    def __init__(self, runs: dict[str, dict], only: Sequence[str] | None, size: int):
-        self.runs, self.only, self.size, self.given = runs, only, size, set()
+    def __init__(self, runs: dict[str, dict], only: Sequence[str] | None, size: int, text_only: bool = False):
+        self.runs, self.only, self.size, self.text_only, self.given = runs, only, size, text_only, set()
 
     def __call__(self) -> dict[str, Model]:
         models = all_models(self.runs)
+        if self.text_only:
+            models = {name: model._replace(poolings=()) for name, model in models.items()}
         due = [name for name in models if self.only is None or name in self.only]
         due = [name for name in due if (name, models[name].reported) not in self.given]
         names = [name for name in due if missing(self.runs, name, models[name])][: self.size]
@@ -431,6 +435,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--work", type=Path, default=Path("outputs/evidence/modern"), help="folder for rows and models")
     found.add_argument("--results", type=Path, default=Path("examples/results"), help="folder for the results")
     found.add_argument("--only", nargs="+", metavar="NAME", help="names of the models to train (see --list)")
+    found.add_argument("--text_only", action="store_true", help="leave out the review sentences for now")
     found.add_argument("--workers", type=int, default=1, help="processes that train models at the same time")
     found.add_argument("--together", type=int, default=1, help="models that a process trains side by side on a GPU")
     found.add_argument("--minutes", type=float, default=math.inf, help="start no run after this many minutes")
@@ -479,7 +484,7 @@ def train_all(arguments: argparse.Namespace, runs: dict[str, dict], file: Path, 
     maker(keep).prepare()
     processes = Processes(arguments.workers, maker)
     try:
-        return len(processes.train(Groups(runs, arguments.only, arguments.together), keep))
+        return len(processes.train(Groups(runs, arguments.only, arguments.together, arguments.text_only), keep))
     finally:
         processes.end()
 

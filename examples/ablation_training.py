@@ -195,6 +195,11 @@ class Training:
         trainer = LionTrainer(model=model, args=arguments)
         self.device, self.clip = arguments.device, arguments.max_grad_norm
         self.model, self.rows = model.to(self.device).train(), rows
+        # Logits of the masked tokens alone: the same loss in less time, but of a shape that no CUDA graph can have.
+        labels_of_tokens = rows.batches["labels"].dim() == 3
+        self.sparse = self.device.type == "cpu" and labels_of_tokens and hasattr(model.config, "sparse_prediction")
+        if self.sparse:
+            model.config.sparse_prediction = True
         self.steps = len(rows.batches["labels"])
         self.batches = {name: values.to(self.device) for name, values in rows.batches.items()}
         self.rates = torch.tensor(scheduled_rates(trainer, self.steps), device=self.device)
@@ -221,8 +226,11 @@ class Training:
         batch = {name: values.index_select(0, self.at)[0].long() for name, values in self.batches.items()}
         self.rate.copy_(self.rates.index_select(0, self.at)[0])
         self.optimizer.zero_grad(set_to_none=True)
-        labels = batch.pop("labels")
-        loss = summed_loss(self.model(**batch), labels)
+        if self.sparse:
+            loss = self.model(**batch).loss
+        else:
+            labels = batch.pop("labels")
+            loss = summed_loss(self.model(**batch), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()

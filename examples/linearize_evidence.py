@@ -12,6 +12,8 @@ sentence and label) and brown/{train,validation}.csv (column text), long documen
   pairs, and on pairs of each text with its nearest neighbours by the source.
 - sentiment: source and conversions fine-tuned on labels, with the same settings. Each has its learning rate chosen on
   held-out rows of the training file; the validation file is read once for each seed.
+- masked: masked language models that are trained for it, converted, and compared on the same masked tokens, see
+  `linearize_masked.py`. It needs wiki alone.
 - length: embeddings of long texts that are read whole, against the mean of the source's embeddings of 256 tokens each.
 
 Finished steps are not repeated. Results go to examples/results/linearize.{json,md}.
@@ -30,13 +32,14 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+from linearize_masked import masked, masked_table
 from run_evidence import run
 from transformers import AutoModel, AutoTokenizer
 
 from lion_hf.linearize.losses import embeddings, pair_cosines, spearman
 
 
-PARTS = ("convert", "embeddings", "sentiment", "length")
+PARTS = ("convert", "embeddings", "sentiment", "length", "masked")
 SEEDS = (17, 18, 19, 20, 21)
 RATES = (5e-5, 1e-4, 2e-4)
 MODELS = {"every second layer linear": "default", "all layers linear": "all"}
@@ -72,7 +75,7 @@ def training_text(data: Path, work: Path) -> list[str]:
 
 def convert(data: Path, work: Path, options: argparse.Namespace) -> dict:
     """Run `lion-linearize` for each model, and return what its card says."""
-    texts, rows = training_text(data, work), {}
+    texts = training_text(data, work)
 
     def one(name: str, layers: str) -> tuple[str, dict]:
         out, record = work / layers, work / f"{layers}.json"
@@ -85,15 +88,16 @@ def convert(data: Path, work: Path, options: argparse.Namespace) -> dict:
             with open(work / f"{layers}.log", "a") as log:
                 program = [sys.executable, "-m", "lion_hf.linearize", *command[1:]]
                 subprocess.run(program, check=True, stdout=log, stderr=subprocess.STDOUT, env=threads)
-            record.write_text(json.dumps({"minutes": (time.monotonic() - begun) / 60}))
+            command = shlex.join(command).replace(str(data), "DATA").replace(str(work), "WORK")
+            minutes = (time.monotonic() - begun) / 60
+            record.write_text(json.dumps({"minutes": minutes, "threads": options.threads, "command": command}))
         card = (out / "README.md").read_text(encoding="utf-8")
-        table = [line for line in card.splitlines() if line.startswith("| ")]
-        command = shlex.join(command).replace(str(data), "DATA").replace(str(work), "WORK")
-        return name, {"command": command, "card": table, **json.loads(record.read_text())}
+        table = [line for line in card.splitlines() if line.startswith("| ") and not line.startswith("| |")]
+        return name, {**json.loads(record.read_text()), "card": table}
 
     with ThreadPoolExecutor(options.jobs) as pool:
         rows = dict(pool.map(lambda item: one(*item), MODELS.items()))
-    return {"models": rows, "threads": options.threads}
+    return {"models": rows}
 
 
 @torch.no_grad()
@@ -247,6 +251,7 @@ def write(rows: dict, folder: Path) -> None:
         ("embeddings", embedding_table),
         ("sentiment", sentiment_table),
         ("length", length_table),
+        ("masked", masked_table),
     ):
         if part in rows:
             lines += [*table(rows[part]), ""]
@@ -257,7 +262,7 @@ def conversion_table(rows: dict) -> list[str]:
     """Return the lines on the conversions: time, command, and the card's table."""
     lines = []
     for name, row in rows["models"].items():
-        lines += [f"**{name}**: {row['minutes']:.1f} minutes, {rows['threads']} threads. `{row['command']}`", ""]
+        lines += [f"**{name}**: {row['minutes']:.1f} minutes, threads: {row['threads']}. `{row['command']}`", ""]
         lines += ["| | before | after |", "|---|---|---|", *(line for line in row["card"] if line.count("|") == 4), ""]
         lines += ["| | |", "|---|---|", *(line for line in row["card"] if line.count("|") == 3), ""]
     return lines
@@ -337,20 +342,22 @@ def main() -> None:
     add("--draw", action="store_true", help="write the tables again from the stored results")
     options = parser.parse_args()
     options.seeds, options.rates, options.texts, options.lengths = SEEDS, RATES, TEXTS, LENGTHS
-    options.rows = "4800"
+    options.rows, options.source_steps = "4800", None
     if options.smoke:
         options.flags = "--steps 4 --minutes 0 --max_length 16 --batch_size 4"
         options.seeds, options.rates, options.texts, options.lengths = SEEDS[:1], RATES[:1], 3, (512,)
-        options.rows = "32 --max_eval_samples 40"
+        options.rows, options.source_steps = "32 --max_eval_samples 40", 2
     stored = options.results / "linearize.json"
     rows = json.loads(stored.read_text()) if stored.is_file() else {}
     if not options.draw:
-        missing = [name for name in NEEDED if options.data is None or not (options.data / name).is_file()]
+        needed = [name for name in NEEDED if name.startswith("wiki") or set(options.parts) != {"masked"}]
+        missing = [name for name in needed if options.data is None or not (options.data / name).is_file()]
         if missing:
             sys.exit(f"error: --data {str(options.data)!r} lacks {', '.join(missing)}")
         options.flags += f" --device {options.device}"
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         functions = {"convert": convert, "embeddings": measure_embeddings, "sentiment": sentiment, "length": length}
+        functions["masked"] = masked
         for part in options.parts:
             rows[part] = functions[part](options.data, options.work.resolve(), options)
             write(rows, options.results)

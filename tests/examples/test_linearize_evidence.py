@@ -38,6 +38,15 @@ def test_neighbours_are_those_of_the_source(evidence, vectors):
     assert found["random"] > 0.3 and abs(found["neighbours"] - found["random"]) > 0.1
 
 
+def predicted(loss, accuracy):
+    """Return what a model predicts of masked tokens; the first half of the rows is harder by 1 nat."""
+    halves = {"reported": (loss, accuracy), "compared": (loss + 1, accuracy)}
+    numbers = {
+        f"{half} {name}": x for half, pair in halves.items() for name, x in zip(("loss", "accuracy"), pair, strict=True)
+    }
+    return numbers | {f"{half} tokens": 100 for half in halves}
+
+
 def test_tables_show_the_stored_numbers(evidence, tmp_path, monkeypatch, capsys):
     models = [evidence.SOURCE, *evidence.MODELS]
     score = {"random": 0.9712, "neighbours": 0.9034, "cosine": 0.98}
@@ -45,11 +54,20 @@ def test_tables_show_the_stored_numbers(evidence, tmp_path, monkeypatch, capsys)
     card = ["| error of layer 0 | 0.6000 | 0.1234 |", "| steps | 1,200 |"]
     rows = {
         "convert": {
-            "threads": 2,
-            "models": {name: {"command": "lion-linearize", "minutes": 29.6, "card": card} for name in models[1:]},
+            "models": {
+                name: {"command": "lion-linearize", "minutes": 29.6, "threads": 2, "card": card} for name in models[1:]
+            },
         },
         "embeddings": {"texts": {"reviews": 1007}, "models": {name: {"reviews": score} for name in models[1:]}},
         "sentiment": {models[0]: row, models[1]: row | {"accuracy": [0.83, 0.838]}},
+        "masked": {
+            "unigram entropy": 6.66,
+            "sources": {"BERT": predicted(4.5, 0.26) | {"steps": 3000}},
+            "conversions": [
+                {"source": "BERT", "layers": "all", "rope": "no", "mask_share": 0.15, "minutes": 2.5, "command": "x"}
+                | predicted(4.61, 0.248)
+            ],
+        },
         "length": {models[2]: {"8192": {"texts": 32, "random": 0.88, "cosine": 0.91}}},
     }
     (tmp_path / "linearize.json").write_text(json.dumps(rows))
@@ -57,8 +75,9 @@ def test_tables_show_the_stored_numbers(evidence, tmp_path, monkeypatch, capsys)
     evidence.main()
     shown = capsys.readouterr().out
     for text in (
-        "29.6 minutes, 2 threads", "| error of layer 0 | 0.6000 | 0.1234 |", "| 0.971 | 0.903 | 0.980 |",
-        "| 83.40 | 83.00 to 83.80 | 1.10 |", "| 8,192 tokens |", "| 0.880 / 0.910 |",
+        "29.6 minutes, threads: 2", "| error of layer 0 | 0.6000 | 0.1234 |", "| 0.971 | 0.903 | 0.980 |",
+        "| 83.40 | 83.00 to 83.80 | 1.10 |", "| BERT | all | no | 15% | 5.610 | 4.610 | 0.110 | 24.80 | 1.20 | 2.5 |",
+        "| 8,192 tokens |", "| 0.880 / 0.910 |",
     ):  # fmt: skip
         assert text in shown
 

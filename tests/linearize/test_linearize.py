@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, ModernBertConfig, RobertaConfig, ViTConfig
+import transformers
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, ModernBertConfig, RobertaConfig
 
 from lion_hf.linearize import Recipe, linearize, load_pair
 from lion_hf.linearize.command import main
@@ -164,10 +165,57 @@ def test_other_encoders_are_compared_on_their_own_inputs_and_can_read_more(name,
     assert states(pair.student, {"input_ids": torch.full((1, 90), 9)})[-1].isfinite().all()
 
 
-def test_an_image_model_is_refused(tmp_path):
-    ViTConfig(num_hidden_layers=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is an image model; lion-linearize takes text encoders"):
-        load_pair(str(tmp_path), "default", "selective", (4, 64), None)
+def test_linear_layers_rotate_as_the_sources_layers_did(tmp_path):
+    """Each with the theta of its own layer. At the start the products of z are the logits of the source's attention."""
+    config = ModernBertConfig(**SIZES, **TOKENS, max_position_embeddings=40, local_attention=4, initializer_range=0.2)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    pairs = {
+        rope: load_pair(str(tmp_path), "0,1", "selective", (4, 64), None, rope=rope) for rope in ("yes", "no", "auto")
+    }
+    thetas = {rope: [layer.mixer.rope_theta for layer in pair.student.layers] for rope, pair in pairs.items()}
+    rotated = [160000.0, 10000.0, 10000.0, 160000.0]
+    assert thetas == {"yes": rotated, "auto": rotated, "no": [None, None, *rotated[2:]]}
+    pair = pairs["yes"]
+    pair.teacher.double(), pair.student.double()
+    x = torch.randn(1, 7, 32, dtype=torch.float64)
+    for layer in (0, 1):
+        theirs, ours = (model.layers[layer].mixer for model in (pair.teacher, pair.student))
+        z = [features.log() for features in ours.recurrences(x)[0][:2]]
+        z = [(y[..., :16] - y[..., 16:]) / 2 for y in z]
+        logits = theirs(x, output_attentions=True)[1].log()
+        near = logits.isfinite()
+        shift = (z[0] @ z[1].mT - logits).masked_fill(~near, 0)
+        expected = (shift.sum(-1) / near.sum(-1))[..., None].expand_as(shift)  # softmax does not see it
+        torch.testing.assert_close(shift[near], expected[near], rtol=1e-9, atol=1e-9)
+
+
+def test_a_source_without_rope_cannot_give_it(source):
+    assert not load_pair(source, "all", "selective", (4, 64), None).student.config.rope_parameters
+    with pytest.raises(ValueError, match="--rope is 'yes', but the source has no rotary positions"):
+        load_pair(source, "all", "selective", (4, 64), None, rope="yes")
+    with pytest.raises(ValueError, match="--rope is 'maybe'; it must be one of auto, yes, no"):
+        load_pair(source, "all", "selective", (4, 64), None, rope="maybe")
+
+
+@pytest.mark.parametrize("prefix", ["Bert", "ModernBert"])
+def test_the_head_of_a_masked_language_model_is_kept(prefix, source, text, tmp_path):
+    """With all layers kept, the predictions are the source's; training leaves the head as it is."""
+    kind, config = (getattr(transformers, f"{prefix}{name}") for name in ("ForMaskedLM", "Config"))
+    special = TOKENS if prefix == "ModernBert" else {}
+    torch.manual_seed(0)
+    model = kind(config(**SIZES, **special, max_position_embeddings=40, initializer_range=0.2)).eval()
+    model.save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "source")
+    pair = load_pair(str(tmp_path / "source"), "all", "selective", (4, 64), None)
+    ids = torch.randint(5, 65, (2, 9))
+    torch.testing.assert_close(pair.teacher(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    recipe = Recipe(steps=2, minutes=0, max_length=12, batch_size=2)
+    linearize(str(tmp_path / "source"), tmp_path / "out", [text], recipe=recipe)
+    found = AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert type(found).__name__ == type(pair.student).__name__ == "LionForMaskedLM"
+    for name, weight in pair.teacher.head.state_dict().items():
+        if name != "decoder.weight":  # tied to the embeddings, which learn
+            assert torch.equal(found.head.state_dict()[name], weight)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -249,6 +297,33 @@ def test_batches_depend_on_the_step_alone_and_long_texts_become_pieces(source, t
     words = sum(len(line.split()) for line in lines)
     assert sum(len(piece) - 2 for piece in pieces.training + pieces.held_out) == words
     assert len(pieces.measuring()) == -(-len(pieces.held_out) // 4)
+
+
+def test_rows_have_few_lengths_and_never_more_tokens_than_the_source_reads(source, text):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    pieces = Pieces(Path(text).read_text().splitlines(), tokenizer, 19, 2, 5)
+    lengths = {batch["input_ids"].shape[1] for batch in (*map(pieces.batch, range(60)), *pieces.measuring())}
+    assert len(lengths) > 1 and lengths <= {8, 16, 19}
+    assert max(map(len, pieces.training)) in lengths
+
+
+def test_a_share_of_the_tokens_of_training_is_masked_and_no_special_one(source, text):
+    lines = Path(text).read_text().splitlines()
+    plain, masked, again = (
+        Pieces(lines, AutoTokenizer.from_pretrained(source), 16, 64, 5, share) for share in (0.0, 0.3, 0.3)
+    )
+    for step in (3, 40):
+        batch, expected = masked.batch(step), plain.batch(step)
+        torch.testing.assert_close(batch, again.batch(step))
+        ids, before = batch["input_ids"], expected["input_ids"]
+        changed = ids != before
+        assert (ids[changed] == 4).all() and (before[changed] > 4).all()
+        assert changed.sum() / (before > 4).sum() == pytest.approx(0.3, abs=0.06)
+    assert not torch.equal(masked.batch(3)["input_ids"] == 4, masked.batch(4)["input_ids"] == 4)
+    torch.testing.assert_close(masked.measuring(), plain.measuring())
+    without = AutoTokenizer.from_pretrained(source, mask_token=None)
+    with pytest.raises(ValueError, match="--mask_share is 0.3, but the source's tokenizer has no mask token"):
+        Pieces(lines, without, 16, 4, 5, 0.3)
 
 
 # -------------------------------------------------------------------------------------------------------------- errors

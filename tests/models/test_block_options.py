@@ -16,6 +16,7 @@ from lion_hf.nn import LocalMixer, Mixer, SoftmaxMixer
 CONFIGS = {"text": text_config, "image": vision_config}
 HEADS = {"text": lion_hf.LionForMaskedLM, "image": lion_hf.LionForImageClassification}
 ROPE = {"full_attention": {"rope_theta": 500.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 50.0}}
+LINEAR_ROPE = {"linear_attention": {"rope_theta": [30.0, None]}}
 # Every option with what it needs; windows are narrower than the inputs.
 OPTIONS = {
     "norm_type": {"norm_type": "rms"},
@@ -29,6 +30,8 @@ OPTIONS = {
     "decay_init": {"decay_init": "windows"},
     "local_layers": {"local_layers": [1], "local_window": 4},
     "rope_theta": {"local_layers": [1], "local_window": 4, "softmax_layers": [0], "rope_parameters": ROPE},
+    "rope of LION's layers": {"rope_parameters": LINEAR_ROPE},
+    "rope before a learned map": {"rope_parameters": LINEAR_ROPE, "feature_map": "hedgehog", "normalize": True},
 }
 MODERN = {
     "num_hidden_layers": 3,
@@ -43,7 +46,7 @@ MODERN = {
     "local_layers": [1],
     "local_window": 4,
     "softmax_layers": [2],
-    "rope_parameters": ROPE,
+    "rope_parameters": ROPE | {"linear_attention": {"rope_theta": 40.0}},
     "output_norm": "head_rms",
     "output_gate": "silu",
     "short_conv": 3,
@@ -376,6 +379,43 @@ def test_thetas_reach_the_layers_of_their_kind():
     assert [layer.mixer.rope_theta for layer in encoder.layers] == [500.0, 50.0]
     encoder = lion_hf.nn.Encoder(24, 2, 3, rope_theta=500.0, **options)
     assert [layer.mixer.rope_theta for layer in encoder.layers] == [500.0, 500.0]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_rope_of_lions_own_layers_is_a_kind_of_its_own(kind, tmp_path):
+    def thetas(config):
+        return [layer.mixer.rope_theta for layer in HEADS[kind](config).base_model.layers]
+
+    config = CONFIGS[kind]
+    assert thetas(config(softmax_layers=[1], rope_theta=9.0)) == [None, 9.0]  # the flat form is not for them
+    assert thetas(config(softmax_layers=[1], rope_parameters=ROPE)) == [None, 500.0]
+    assert thetas(config(softmax_layers=[1], rope_parameters=LINEAR_ROPE)) == [30.0, None]
+    assert thetas(config(rope_parameters={"linear_attention": {"rope_theta": 7}})) == [7.0, 7.0]
+    assert config(rope_parameters={"linear_attention": {"rope_theta": [None, None]}}).rope_parameters is None
+    model = build(kind, {"rope_parameters": LINEAR_ROPE}, dtype=torch.float32)
+    with torch.no_grad():
+        plain = build(kind, {}, dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())  # the same names and shapes
+        assert not torch.allclose(*(m(**inputs_for(kind, torch.float32)).logits for m in (plain, model)), atol=1e-4)
+    model.config.rope_parameters = {"linear_attention": {"rope_theta": 31.0}}
+    with pytest.raises(ValueError, match="config.rope_parameters is .* but the model was built with"):
+        model.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rope_parameters": {"linear_attention": {"rope_theta": [9.0]}}}, "has 1 thetas .* each of the 2 layers"),
+        ({"rope_parameters": {"linear_attention": {"rope_theta": [9.0, 1.0]}}}, "rope_theta is 1.0; it must be"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": [9.0, 9.0]}}}, "rope_theta is .9.0, 9.0.; it must be"),
+        ({"rope_parameters": LINEAR_ROPE, "mask_type": "hgrn2"}, "keys of HGRN2 are gates, which cannot be rotated"),
+        ({"rope_parameters": LINEAR_ROPE, "key_dim": 5}, "key_dim is 5 with rope_parameters"),
+    ],
+)
+def test_rope_that_does_not_fit_the_layers_is_refused(options, message):
+    for kind in (LionConfig, LionVisionConfig):
+        with pytest.raises(Exception, match=message):
+            kind(**{"num_hidden_layers": 2, **options})
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

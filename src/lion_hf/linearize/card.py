@@ -1,4 +1,5 @@
-"""What stands beside the weights of a linearised encoder: tokenizer, pooling and a card with what was measured."""
+"""What stands beside the weights of a linearised encoder: tokenizer or image processor, pooling, and a card with what
+was measured."""
 
 import json
 from dataclasses import asdict
@@ -7,10 +8,11 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedTokenizerBase
+from transformers import ImageProcessingMixin, PreTrainedTokenizerBase
 
 from ..convert.sentences import copy_sentence_files, modules_of, sentence_folder
-from ..models.configuration_lion import LionConfig
+from ..models.configuration_lion import LionConfig, LionVisionConfig
+from ..models.modeling_lion_vision import LionForImageClassification
 from ..nn.variants import variant_class
 from .models import Pair
 from .run import Linearizer
@@ -24,12 +26,12 @@ _TEXT = """# {title}
 `{source}` with linear attention ({variant}) in {count} of its {total} layers: {layers}. {kept}
 
 It was converted by `lion-linearize` of [lion_hf](https://arxiv.org/abs/2502.16249): each of these layers learned to
-imitate the attention of the source on text without labels, with a learned feature map (Hedgehog,
+imitate the attention of the source on {data} without labels, with a learned feature map (Hedgehog,
 [arXiv 2402.04347](https://arxiv.org/abs/2402.04347)); then the whole model learned the source's hidden states{target}.
 
 ## Measured
 
-On {held_out} pieces of text that were not trained on, of at most {max_length} tokens:
+On {measured}:
 
 | | before | after |
 |---|---|---|
@@ -37,8 +39,7 @@ On {held_out} pieces of text that were not trained on, of at most {max_length} t
 
 The error of a layer is that of its attention on the source's inputs: the squared distance to the source's, over the
 squared size of the source's. That of the hidden states is the same, from end to end and over all layers. These numbers
-say how close the model is to its source, not how good it is at a task. Texts longer than {max_length} tokens were not
-measured.
+say how close the model is to its source, not how good it is at a task.{limits}
 
 ## Training
 
@@ -64,11 +65,19 @@ from sentence_transformers import SentenceTransformer
 
 encoder = SentenceTransformer("path/to/this/folder")
 embeddings = encoder.encode(["a lion sleeps", "the lion sleeps in the grass"])"""
+_USE_IMAGES = """import lion_hf  # registers LION with the Auto classes
+from transformers import AutoImageProcessor, {auto}
+
+processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
+model = {auto}.from_pretrained("path/to/this/folder")"""
+# Options of the recipe that images do not use.
+_TEXT_OPTIONS = ("max_length", "mask_share")
 _NAMES = {
     "hidden": "error of the hidden states",
     "cosine": "cosine of the last hidden states",
     "embedding_cosine": "cosine of the embeddings",
     "spearman": "rank correlation of the cosines of all pairs of texts",
+    "agreement": "share of images with the class of the source",
 }
 
 
@@ -98,65 +107,92 @@ def pooling_of(source: str) -> str | None:
 def write_folder(
     out: Path,
     run: Linearizer,
-    tokenizer: PreTrainedTokenizerBase,
+    companion: PreTrainedTokenizerBase | ImageProcessingMixin,
     source: str,
     after: dict,
-    text: str,
+    data: str,
     context: int | None = None,
 ) -> None:
-    """Save model, tokenizer, card and, for a sentence encoder, the files of sentence-transformers.
+    """Save model, tokenizer or image processor, card and, for a sentence encoder, the files of sentence-transformers.
 
     Args:
         out: the folder, which exists.
         run: the finished run.
-        tokenizer: the source's.
+        companion: the source's tokenizer or image processor.
         source: name of the source.
         after: the measurements after training.
-        text: names of the text files.
+        data: names of the text files, or of the folders and files of images.
         context: number of tokens that the result reads, if it is not that of the source.
     """
     run.pair.student.save_pretrained(out)
     if context is not None:
-        tokenizer.model_max_length = context
-    tokenizer.save_pretrained(out)
+        companion.model_max_length = context
+    companion.save_pretrained(out)
     sentences = sentence_folder(source)
     if sentences is not None:
         copy_sentence_files(sentences, out, context)
-    card(run, source, after, text, sentences is not None).save(out / "README.md")
+    card(run, source, after, data, sentences is not None).save(out / "README.md")
 
 
-def card(run: Linearizer, source: str, after: dict, text: str, sentences: bool) -> ModelCard:
+def card(run: Linearizer, source: str, after: dict, data: str, sentences: bool) -> ModelCard:
     """Build the model card (README.md), with metadata for the Hub; the arguments are those of `write_folder`."""
     pair, before = run.pair, run.progress.before
     config = pair.student.config
     rows = [(f"error of layer {i}", before["layers"][str(i)], after["layers"][str(i)]) for i in pair.layers]
     rows += [(label, before[name], after[name]) for name, label in _NAMES.items() if after.get(name) is not None]
-    variant = variant_class(config.mask_type).label
-    data = ModelCardData(
+    metadata = ModelCardData(
         library_name="sentence-transformers" if sentences else "transformers",
         pipeline_tag="sentence-similarity" if sentences else None,
         tags=["lion", "linear-attention", "arxiv:2502.16249", "arxiv:2402.04347"],
     )
+    words = _text_words(run, sentences)
+    if isinstance(config, LionVisionConfig):
+        words = _image_words(run, "agreement" in after)
+        metadata.pipeline_tag = "image-classification" if _classifies(pair) else "image-feature-extraction"
     content = _TEXT.format(
         title=f"{Path(source).name} with linear attention",
         source=source,
-        variant=variant,
+        variant=variant_class(config.mask_type).label,
         count=len(pair.layers),
         total=config.num_hidden_layers,
         layers=", ".join(map(str, pair.layers)),
         kept=_kept(pair),
-        target=" and embeddings" if run.pooling else "",
-        held_out=f"{len(run.pieces.held_out):,}",
-        max_length=run.recipe.max_length,
         rows="\n".join(f"| {label} | {x:.4f} | {y:.4f} |" for label, x, y in rows),
-        training="\n".join(f"| {name} | {value} |" for name, value in _training(run, text).items()),
-        use=_USE_SENTENCES if sentences else _USE_MODEL,
+        training="\n".join(f"| {name} | {value} |" for name, value in _training(run, data).items()),
+        **words,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{content}")
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{content}")
+
+
+def _text_words(run: Linearizer, sentences: bool) -> dict[str, str]:
+    limit = run.recipe.max_length
+    return {
+        "data": "text",
+        "target": " and embeddings" if run.pooling else "",
+        "measured": f"{len(run.data.held_out):,} pieces of text that were not trained on, of at most {limit} tokens",
+        "limits": f" Texts longer than\n{limit} tokens were not measured.",
+        "use": _USE_SENTENCES if sentences else _USE_MODEL,
+    }
+
+
+def _image_words(run: Linearizer, classes: bool) -> dict[str, str]:
+    height, width = (patches * run.pair.student.config.patch_size for patches in run.pair.student.config.grid_size)
+    auto = "AutoModelForImageClassification" if _classifies(run.pair) else "AutoModel"
+    return {
+        "data": "images",
+        "target": " and its classes. The classifier is the source's" if classes else "",
+        "measured": f"{len(run.data.held_out):,} images that were not trained on, of {height} x {width} pixels",
+        "limits": "",
+        "use": _USE_IMAGES.format(auto=auto),
+    }
+
+
+def _classifies(pair: Pair) -> bool:
+    return isinstance(pair.student, LionForImageClassification)
 
 
 def _kept(pair: Pair) -> str:
-    config: LionConfig = pair.student.config
+    config: LionConfig | LionVisionConfig = pair.student.config
     parts = [
         f"{kind} attention: {', '.join(map(str, layers))}."
         for kind, layers in (("Softmax", config.softmax_layers), ("Local", getattr(config, "local_layers", ())))
@@ -165,14 +201,18 @@ def _kept(pair: Pair) -> str:
     return " ".join(parts) or "No layer keeps softmax attention."
 
 
-def _training(run: Linearizer, text: str) -> dict[str, object]:
+def _training(run: Linearizer, data: str) -> dict[str, object]:
     """Return what the card says about the training, by name."""
     stages = [entry for entry in run.progress.log if entry[0] == 1]
-    return {
-        "text": text,
-        "tokens of text": f"{run.pieces.tokens:,}",
+    options = asdict(run.recipe)
+    if isinstance(run.pair.student.config, LionVisionConfig):
+        options = {name: value for name, value in options.items() if name not in _TEXT_OPTIONS}
+        amount = {"images": data, "number of images": f"{len(run.data.training):,}"}
+    else:
+        amount = {"text": data, "tokens of text": f"{run.data.tokens:,}"}
+    return amount | {
         "steps": f"{run.progress.step:,} (first stage until about {stages[-1][1] if stages else 0:,})",
         "minutes": f"{run.progress.seconds / 60:.1f} on {run.device.type}, {torch.get_num_threads()} threads",
-        "options": ", ".join(f"{name} {value}" for name, value in asdict(run.recipe).items()),
+        "options": ", ".join(f"{name} {value}" for name, value in options.items()),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }

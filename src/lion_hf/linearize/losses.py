@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..convert.warm_start import hidden_state_distillation_loss
+from ..models.modeling_lion_vision import LionForImageClassification, LionVisionPreTrainedModel
 from .models import Pair
 
 
@@ -107,7 +108,8 @@ def embedding_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def end_loss(pair: Pair, batch: Batch, pooling: str | None) -> Tensor:
-    """Return the distance of the student's hidden states and, for sentence encoders, embeddings to the source's.
+    """Return the distance of the student's hidden states to the source's, and for sentence encoders also of its
+    embeddings, for image classifiers of its classes.
 
     Args:
         pair: source and student.
@@ -115,46 +117,78 @@ def end_loss(pair: Pair, batch: Batch, pooling: str | None) -> Tensor:
         pooling: how the sentence encoder pools, see `embeddings`; None if the source is none.
     """
     with torch.no_grad():
-        target = states(pair.teacher, batch)
-    hidden = states(pair.student, batch)
-    mask = batch["attention_mask"]
+        target, classes = states_and_logits(pair.teacher, batch)
+    hidden, logits = states_and_logits(pair.student, batch)
+    mask = batch.get("attention_mask")
     loss = hidden_state_distillation_loss(hidden[1:], target[1:], mask).mean()
+    if classes is not None:
+        loss = loss + class_loss(logits, classes)
     if pooling is None:
         return loss
     return loss + embedding_loss(embeddings(hidden[-1], mask, pooling), embeddings(target[-1], mask, pooling))
 
 
+def class_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean Kullback-Leibler divergence of the student's class probabilities from the source's, in nats.
+
+    Args:
+        student: logits, (batch, classes).
+        teacher: the source's, of the same shape.
+    """
+    student, teacher = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (student, teacher))
+    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+
+
 def states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, ...]:
-    """Return the hidden states of an encoder: embeddings, then the output of each layer."""
-    return model.base_model(**batch, output_hidden_states=True).hidden_states
+    """Return the hidden states of an encoder: embeddings, then the output of each layer, the last after all norms."""
+    return states_and_logits(model, batch)[0]
+
+
+def states_and_logits(model: PreTrainedModel, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """Return the hidden states of an encoder, and the logits if it is an image classifier with one class per image."""
+    config = model.config
+    one_class = getattr(config, "problem_type", None) in (None, "single_label_classification") and config.num_labels > 1
+    classifies = isinstance(model, LionForImageClassification) and one_class
+    outputs = (model if classifies else model.base_model)(**batch, output_hidden_states=True)
+    hidden = outputs.hidden_states
+    if isinstance(model, LionVisionPreTrainedModel) and model.base_model.norm is not None:
+        hidden = (*hidden[:-1], model.base_model.norm(hidden[-1]))
+    return hidden, outputs.logits if classifies else None
 
 
 @torch.no_grad()
 def measure(pair: Pair, batches: Iterable[Batch], pooling: str | None) -> dict[str, object]:
-    """Compare source and student on texts.
+    """Compare source and student on texts or images.
 
     Returns:
         "layers": relative squared error of the attention of each linear layer on the source's inputs; "hidden": that
-        of all hidden states, end to end; "cosine": mean cosine of the last hidden states of real tokens; and for
-        sentence encoders "embedding_cosine" and "spearman": the mean cosine of the embeddings, and the rank correlation
-        of source and student in the cosines of all pairs of texts.
+        of all hidden states, end to end; "cosine": mean cosine of the last hidden states of real tokens; for sentence
+        encoders "embedding_cosine" and "spearman": the mean cosine of the embeddings, and the rank correlation of
+        source and student in the cosines of all pairs of texts; and for image classifiers "agreement": the share of
+        images to which both give the same class.
     """
-    layers, hidden, cosine, texts, ours, theirs = [], 0.0, 0.0, 0, [], []
+    layers, hidden, cosine, texts, agreement, ours, theirs = [], 0.0, 0.0, 0, 0, [], []
     for batch in batches:
         with LayerErrors(pair) as comparison:
-            target = states(pair.teacher, batch)
+            target, classes = states_and_logits(pair.teacher, batch)
         layers.append([comparison.errors[i] for i in pair.layers])
-        outputs, mask = states(pair.student, batch), batch["attention_mask"]
+        outputs, logits = states_and_logits(pair.student, batch)
+        mask = batch.get("attention_mask")
         hidden += hidden_state_distillation_loss(outputs[1:], target[1:], mask).sum().item()
         alike = F.cosine_similarity(outputs[-1], target[-1], dim=-1)
+        mask = torch.ones_like(alike) if mask is None else mask
         cosine += ((alike * mask).sum(1) / mask.sum(1)).sum().item()
         texts += len(mask)
+        if classes is not None:
+            agreement += (logits.argmax(-1) == classes.argmax(-1)).sum().item()
         if pooling is not None:
             ours.append(embeddings(outputs[-1], mask, pooling))
             theirs.append(embeddings(target[-1], mask, pooling))
     errors = torch.tensor(layers).mean(0).tolist()
     found = {"layers": dict(zip(map(str, pair.layers), errors, strict=True))}
     found |= {"hidden": hidden / texts, "cosine": cosine / texts}
+    if classes is not None:
+        found["agreement"] = agreement / texts
     if pooling is not None:
         ours, theirs = torch.cat(ours), torch.cat(theirs)
         found["embedding_cosine"] = (ours * theirs).sum(-1).mean().item()

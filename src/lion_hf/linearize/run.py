@@ -4,17 +4,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from .losses import LayerErrors, end_loss, states
 from .models import Pair
-from .text import Pieces
 
 
 STATE = "linearize_state.pt"
@@ -37,9 +37,10 @@ class Recipe:
         learning_rate: peak learning rate of the second stage.
         map_learning_rate: peak learning rate of feature maps in the first stage.
         layer_learning_rate: peak learning rate of projections in the first stage.
-        max_length: maximum number of tokens of a piece of text.
-        batch_size: number of pieces in a batch.
-        seed: seed of the order of the text.
+        max_length: maximum number of tokens of a piece of text. Images do not use it.
+        batch_size: number of pieces of text, or of images, in a batch.
+        mask_share: share of the tokens that the tokenizer's mask token replaces in training, in [0, 1].
+        seed: seed of the order of the text or images.
         mixed_precision: "bf16" trains under autocast to bfloat16, with weights in float32; "no" in float32; "auto" in
             bfloat16 where the device computes in it. Measurements are always in float32.
     """
@@ -52,6 +53,7 @@ class Recipe:
     layer_learning_rate: float = 2e-3
     max_length: int = 128
     batch_size: int = 32
+    mask_share: float = 0.0
     seed: int = 17
     mixed_precision: str = "auto"
 
@@ -62,8 +64,9 @@ class Recipe:
         for name in ("learning_rate", "map_learning_rate", "layer_learning_rate", "minutes"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name} is {getattr(self, name)}; it must be a finite number, 0 or more")
-        if not 0 <= self.first_share <= 1:
-            raise ValueError(f"--first_share is {self.first_share}; it must be from 0 to 1")
+        for name in ("first_share", "mask_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be from 0 to 1")
         if self.mixed_precision not in MIXED_PRECISIONS:
             allowed = ", ".join(MIXED_PRECISIONS)
             raise ValueError(f"--mixed_precision is {self.mixed_precision!r}; it must be one of {allowed}")
@@ -93,12 +96,25 @@ class Progress:
         return min(max(self.step / recipe.steps, timed), 1.0)
 
 
+class Data(Protocol):
+    """What a run learns from: `Pieces` of text, or `Images`. `training` and `held_out` are its parts."""
+
+    training: Sequence
+    held_out: Sequence
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """Return the inputs of a step, which depend on the step alone."""
+
+    def measuring(self) -> list[dict[str, Tensor]]:
+        """Return the inputs to measure on."""
+
+
 class Linearizer:
     """Trains the student of a pair.
 
     Args:
         pair: source and student.
-        pieces: the text.
+        data: the text or images.
         recipe: options of the training.
         pooling: how a sentence encoder pools; None if the source is none.
         folder: where the state is kept; None to keep none.
@@ -109,7 +125,7 @@ class Linearizer:
     def __init__(
         self,
         pair: Pair,
-        pieces: Pieces,
+        data: Data,
         recipe: Recipe,
         *,
         pooling: str | None = None,
@@ -117,7 +133,7 @@ class Linearizer:
         identity: dict[str, object] | None = None,
         say: Callable[[str], None] = lambda line: None,
     ):
-        self.pair, self.pieces, self.recipe, self.pooling, self.say = pair, pieces, recipe, pooling, say
+        self.pair, self.data, self.recipe, self.pooling, self.say = pair, data, recipe, pooling, say
         self.folder, self.progress = folder, Progress()
         self.identity = fingerprint({**asdict(recipe), **(identity or {})})
         self.device = pair.student.device
@@ -173,7 +189,7 @@ class Linearizer:
         done = (share - first) / max(1 - first, 1e-9) if self.progress.second else share / max(first, 1e-9)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, (done + 1 / self.recipe.steps) / _WARM_UP) * (1 - 0.98 * done)
-        batch = {name: x.to(self.device) for name, x in self.pieces.batch(self.progress.step).items()}
+        batch = {name: x.to(self.device) for name, x in self.data.batch(self.progress.step).items()}
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             if self.progress.second:

@@ -53,9 +53,10 @@ class LionConfig(LionOptions, PreTrainedConfig):
             Width of this window: token i reads the tokens j with `|i - j| <= local_window // 2`.
         rope_parameters (`dict`, *optional*):
             Rotary positions (RoPE) in softmax and local layers: `{"rope_type": "default", "rope_theta": 10000.0}`, or
-            such a dict by kind of layer, `"full_attention"` for softmax layers and `"sliding_attention"` for local ones
-            (a kind that is missing has none). No other type is supported. `rope_theta=10000.0` is short for the first
-            form. By default none.
+            such a dict by kind of layer, `"full_attention"` for softmax layers, `"sliding_attention"` for local ones
+            and `"linear_attention"` for the others, which rotate queries and keys before the feature map (a kind that
+            is missing has none). `rope_theta` of the last kind may be a list, with a number or None for each layer of
+            the model. No other type is supported. `rope_theta=10000.0` is short for the first form. By default none.
         unpad (`bool`, *optional*):
             Remove padding (masked tokens `pad_token_id` at both ends of rows) before the first layer and put its
             embeddings back after the last. Only outputs at padding change; a row of padding only keeps its first
@@ -241,7 +242,8 @@ class LionVisionConfig(LionOptions, BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         mask_type, format, chunk_size, softmax_layers, local_layers, local_window, rope_parameters:
-            As in `LionConfig`. Windows and RoPE count the tokens row by row, the class token first.
+            As in `LionConfig`. Windows and RoPE count the tokens row by row, the class token first, whatever `order`
+            is.
         order (`str`, defaults to `"normal"`):
             `"normal"` reads patches row by row; `"s"` (or `"snake"`) averages two snake scans, along rows and along
             columns (the natural variants of the paper). It has no effect without decay.

@@ -19,7 +19,7 @@ from ..nn.names import BLOCK_OPTIONS, MIXER_OPTIONS
 from ..nn.norms import token_norm
 from ..nn.softmax import SoftmaxMixer
 from ..nn.variants import variant_class
-from .lion_options import rope_thetas
+from .lion_options import linear_rope_thetas, rope_thetas
 
 
 class LionMixer(Mixer):
@@ -38,6 +38,7 @@ class LionMixer(Mixer):
             gate_eps=config.gate_eps,
             decay_init=config.decay_init,
             decay_windows=initial_windows(config),
+            rope_theta=linear_rope_thetas(config.rope_parameters, config.num_hidden_layers)[layer_idx],
             **biases_of(config),
             layer_idx=layer_idx,
             num_layers=config.num_hidden_layers,
@@ -277,7 +278,10 @@ def _built_options(encoder: nn.Module) -> dict[str, object]:
     variant = next((mixer.variant for mixer in mixers if isinstance(mixer, Mixer)), None)
     hidden = {*_MIXER_OPTIONS} if variant is None else {"order"} if variant.scans_taken(2) == 1 else set()
     hidden |= set() if layers["local_layers"] else {"local_window"}
-    hidden |= set() if any(layers.values()) else {"rope_parameters"}
+    if not any(layers.values()):  # then only RoPE of LION's own layers counts
+        count, stated = len(mixers), (encoder._built["rope_parameters"], encoder.config.rope_parameters)
+        thetas = [linear_rope_thetas(rope, count) for rope in stated]
+        hidden |= {"rope_parameters"} if thetas[0] == thetas[1] else set()
     return {name: value for name, value in encoder._built.items() if name not in hidden} | layers
 
 

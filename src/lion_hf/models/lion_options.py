@@ -4,7 +4,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from operator import attrgetter, methodcaller
 from types import MappingProxyType
@@ -95,7 +95,9 @@ def sorted_layers(name: str, value: Any) -> list[int]:
 
 
 # Layers with rotary positions by their names in Transformers: those of `softmax_layers` and those of `local_layers`.
-ROPE_KINDS = ("full_attention", "sliding_attention")
+# LION's own layers have a third name, and rotate only where it is stated.
+LINEAR = "linear_attention"
+ROPE_KINDS = ("full_attention", "sliding_attention", LINEAR)
 
 
 def plain_rope(value: Any) -> dict[str, Any] | None:
@@ -111,12 +113,14 @@ def plain_rope(value: Any) -> dict[str, Any] | None:
             raise ValueError(
                 f"rope_parameters names the layers {unknown[0]!r}; allowed are {', '.join(map(repr, ROPE_KINDS))}."
             )
-        kinds = {kind: _one_rope(value.get(kind)) for kind in ROPE_KINDS}
+        kinds = {kind: _one_rope(value.get(kind), kind) for kind in ROPE_KINDS}
+        if kinds[LINEAR] is None:
+            del kinds[LINEAR]
         return kinds if any(kinds.values()) else None
     return _one_rope(value)
 
 
-def _one_rope(value: Any) -> dict[str, Any] | None:
+def _one_rope(value: Any, layers: str | None = None) -> dict[str, Any] | None:
     if not value:
         return None
     stated = dict(value) if isinstance(value, Mapping) else {"rope_type": value}
@@ -128,16 +132,44 @@ def _one_rope(value: Any) -> dict[str, Any] | None:
             "{'rope_type': 'default', 'rope_theta': 10000.0}, for all layers or by kind of layer "
             f"({', '.join(map(repr, ROPE_KINDS))}). Leave other entries out."
         )
-    require_size("rope_theta", theta)
-    if isinstance(theta, bool) or theta <= 1:
-        raise ValueError(f"rope_theta is {theta!r}; it must be a number above 1, such as 10000.")
-    return {"rope_type": "default", "rope_theta": float(theta)}
+    if layers == LINEAR and isinstance(theta, (list, tuple)):
+        thetas = [None if x is None else _theta(x) for x in theta]
+        return {"rope_type": "default", "rope_theta": thetas} if any(thetas) else None
+    return {"rope_type": "default", "rope_theta": _theta(theta)}
+
+
+def _theta(value: Any) -> float:
+    require_size("rope_theta", value)
+    if isinstance(value, bool) or value <= 1:
+        raise ValueError(f"rope_theta is {value!r}; it must be a number above 1, such as 10000.")
+    return float(value)
 
 
 def rope_thetas(rope: Mapping[str, Any] | None) -> tuple[float | None, float | None]:
     """Return theta of the softmax layers and of the local layers, None without RoPE."""
-    kinds = [None if rope is None else rope.get(kind) if kind in rope else rope for kind in ROPE_KINDS]
+    kinds = [None if rope is None else rope.get(kind) if kind in rope else rope for kind in ROPE_KINDS[:2]]
     return tuple(None if kind is None else kind.get("rope_theta") for kind in kinds)
+
+
+def linear_rope_thetas(rope: Mapping[str, Any] | None, count: int) -> list[float | None]:
+    """Return theta of each of `count` layers if LION is its attention, None without RoPE."""
+    thetas = ((rope or {}).get(LINEAR) or {}).get("rope_theta")
+    return thetas if isinstance(thetas, list) else [thetas] * count
+
+
+def with_linear_rope(rope: Mapping[str, Any], local_layers: Collection[int], count: int) -> dict[str, Any]:
+    """Return `rope_parameters` with which LION rotates in each layer as softmax or local attention does in `rope`.
+
+    Args:
+        rope: `rope_parameters`, for all layers or by kind.
+        local_layers: layers that use the theta of local layers.
+        count: number of layers.
+    """
+    softmax, local = rope_thetas(rope)
+    thetas = [local if layer in local_layers else softmax for layer in range(count)]
+    by_kind = any(kind in rope for kind in ROPE_KINDS)
+    kinds = rope if by_kind else dict.fromkeys(ROPE_KINDS[:2], rope)
+    return plain_rope({**kinds, LINEAR: {"rope_theta": thetas}})
 
 
 _COUNTS = (
@@ -215,16 +247,42 @@ def _check_layers(config: Any) -> None:
             "in a window. Remove the layers from one of the lists."
         )
     head_dim = config.hidden_size // config.num_attention_heads
-    if config.rope_parameters is not None and head_dim % 2:
+    if any(rope_thetas(config.rope_parameters)) and head_dim % 2:
         raise ValueError(
             f"rope_parameters is set, but heads are {head_dim} wide (hidden_size / num_attention_heads); RoPE rotates "
             "pairs of features. Choose an even width, or rope_parameters=None."
         )
+    _check_linear_rope(config, head_dim)
     windows = config.decay_windows
     if windows is not None and len(windows) not in (2, config.num_attention_heads):
         raise ValueError(
             f"decay_windows is {windows!r}; it must be (smallest, largest) or one number per head, "
             f"{config.num_attention_heads} here."
+        )
+
+
+def _check_linear_rope(config: Any, head_dim: int) -> None:
+    """Raise ValueError if RoPE in LION's own layers does not fit their number, their variant or the width of keys."""
+    count = config.num_hidden_layers
+    thetas = linear_rope_thetas(config.rope_parameters, count)
+    if len(thetas) != count:
+        raise ValueError(
+            f"rope_parameters has {len(thetas)} thetas for {LINEAR!r}; it must be a number, or a list with one number "
+            f"or None for each of the {count} layers."
+        )
+    variant = variant_class(config.mask_type)
+    if not any(thetas):
+        return
+    if not variant.rope:
+        raise ValueError(
+            f"mask_type is {config.mask_type!r} with rope_parameters for {LINEAR!r}, but keys of {variant.label} are "
+            "gates, which cannot be rotated. Leave this kind of layer out of rope_parameters."
+        )
+    width = config.key_dim or head_dim
+    if width % 2:
+        raise ValueError(
+            f"key_dim is {width} with rope_parameters for {LINEAR!r}; RoPE rotates pairs of features. Choose an even "
+            "width."
         )
 
 

@@ -127,6 +127,8 @@ class Encoder(nn.Module):
         local_window: width of this window in tokens; 128 by default.
         rope_theta: base of the rotary positions (RoPE) in softmax and local layers; None (default) without.
         local_rope_theta: that of the local layers; `rope_theta` by default.
+        linear_rope_theta: that of the layers with a `Mixer`, see there: a number, or one number or None for each block;
+            None (default) without.
         unpad: whether to remove padding from batches, see `unpadding` of `run_blocks`.
         options: further options of `Block`, and of `Mixer` such as `normalize`, `prefix_tokens` or `output_gate`.
 
@@ -161,6 +163,7 @@ class Encoder(nn.Module):
         local_window: int = 128,
         rope_theta: float | None = None,
         local_rope_theta: float | None = None,
+        linear_rope_theta: float | Sequence[float | None] | None = None,
         unpad: bool | None = None,
         **options,
     ):
@@ -174,6 +177,12 @@ class Encoder(nn.Module):
         block_options = {"norm_position": norm_position, "norm_type": norm_type, "use_bias": use_bias}
         block_options |= {"norm_eps": norm_eps, "dropout": dropout}
         block_options |= {name: options.pop(name) for name in BLOCK_OPTIONS if name in options}
+        thetas = linear_rope_theta if isinstance(linear_rope_theta, Sequence) else [linear_rope_theta] * depth
+        if len(thetas) != depth:
+            raise ValueError(
+                f"linear_rope_theta is {linear_rope_theta!r}; it must be a number, or a list with an entry for each of "
+                f"the {depth} blocks."
+            )
         biases = {"qkv_bias": options.pop("qkv_bias", True) and use_bias, "out_bias": use_bias}
 
         def block(i: int) -> Block:
@@ -183,7 +192,8 @@ class Encoder(nn.Module):
                 theta = rope_theta if local_rope_theta is None else local_rope_theta
                 mixer = LocalMixer(dim, heads, window=local_window, rope_theta=theta, **biases)
             else:
-                mixer = Mixer(dim, heads, variant, layer_idx=i, num_layers=depth, **biases, **options)
+                place = {"layer_idx": i, "num_layers": depth, "rope_theta": thetas[i]}
+                mixer = Mixer(dim, heads, variant, **place, **biases, **options)
             mlp = MLP(
                 dim,
                 4 * dim if hidden is None else hidden,

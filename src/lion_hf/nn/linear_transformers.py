@@ -19,7 +19,8 @@ class RetNet(Variant):
     """RetNet (arXiv 2307.08621): LION-D with the fixed decays 1 - 2**(-5 - h) for h = 0, 1, ... up to the last head.
 
     Heads read from about 63 tokens on, twice as far from one head to the next. As in the paper, each head of the output
-    is normalised and multiplied by a gate silu(gate_proj(x)). Rotary positions are left out.
+    is normalised and multiplied by a gate silu(gate_proj(x)). Rotary positions, which the paper has, are off by default
+    (`rope_theta`).
     """
 
     label = "RetNet"

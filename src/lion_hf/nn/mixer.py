@@ -19,6 +19,7 @@ from .mixer_checks import (
     head_windows,
     require_added,
     require_matrix,
+    require_rope,
     require_stated,
 )
 from .names import (
@@ -35,6 +36,7 @@ from .names import (
 from .norms import OutputNorm
 from .operators import OPERATORS, Operator, Path, has_matrix, matrix_of_identity, require_operator, run_scans
 from .registry import Recurrence, Variant, variant_class
+from .rotary import apply_rotary
 
 
 _GATES = {"silu": F.silu, "sigmoid": torch.sigmoid}
@@ -132,6 +134,10 @@ class Mixer(TokenMixer):
         gate_eps: added to the decays of "selective" before their logarithm; 1e-7 in the authors' text models.
         qkv_bias: whether the projections of query, key, value and output gate have a bias.
         out_bias: whether the projection of the output, and the LayerNorm of `norm`, have a bias.
+        rope_theta: base of the angles of rotary position embeddings, which rotate query and key before the feature map,
+            see `lion_hf.nn.rotary.apply_rotary`; None (default) for none. Positions are indices in the row, whatever
+            the order of the scans is, and count from the first real token of each row or packed sequence: behind a
+            feature map, scores depend on the positions themselves, not only on the distance.
         decay_init: "normal" (default): the initial decays of the variant. "windows": those of `set_windows`.
         decay_windows: windows of `decay_init="windows"`, in tokens: (smallest, largest), by default (4, 512), or one
             per head.
@@ -160,7 +166,9 @@ class Mixer(TokenMixer):
         ValueError: if a name is unknown, a number is out of range, `dim` is not a multiple of `heads`, `gate_eps` is
             negative or not finite; if the feature map is "identity" although outputs are normalised and the variant
             does not use it by default, or outputs of a signed variant or feature map are normalised; if `norm` and
-            `output_norm` are both set, or several scans have one direction; for windows as in `head_windows`.
+            `output_norm` are both set, or several scans have one direction; for windows as in `head_windows`; if
+            `rope_theta` is not positive, or heads of query and key have an odd width with it, or the variant does not
+            support it.
     """
 
     @tells_misspelt
@@ -178,6 +186,7 @@ class Mixer(TokenMixer):
         gate_eps: float = 0.0,
         qkv_bias: bool = True,
         out_bias: bool = True,
+        rope_theta: float | None = None,
         decay_init: str = "normal",
         decay_windows: Sequence[float] = (4, 512),
         layer_idx: int = 0,
@@ -198,6 +207,8 @@ class Mixer(TokenMixer):
         self.normalize = chosen_normalize(self.variant, normalize, feature_map)
         self.feature_map = chosen_feature_map(self.variant, feature_map, self.normalize)
         self.scans = self.variant.scans_taken(scans)
+        require_rope(self.variant, rope_theta, self.key_dim)
+        self.rope_theta = rope_theta
         require_size("gate_eps", gate_eps)
         require_name("scans", scans, (1, 2))
         if not isinstance(prefix_tokens, int) or prefix_tokens < 0:
@@ -331,7 +342,7 @@ class Mixer(TokenMixer):
 
         Args:
             x: (batch, length, dim).
-            key_mask: as in `forward`. Only mixers with `short_conv` or `token_shift` read it here.
+            key_mask: as in `forward`. Only mixers with `short_conv`, `token_shift` or `rope_theta` read it here.
             cu_seqlens: as in `forward`, see `key_mask`.
         """
         return self._prepared(x, Sequences(key_mask, cu_seqlens, self.prefix_tokens))[0]
@@ -350,6 +361,8 @@ class Mixer(TokenMixer):
                 for name, y in (("q", query), ("k", key), ("v", value))
             )
         query, key, value = self.split_heads(query, key, value)
+        if self.rope_theta is not None:
+            query, key = apply_rotary(query, key, self.rope_theta, sequences.cu_seqlens, sequences.key_mask)
         maps = [getattr(self, name) for name in self._learned_maps()] or [FUNCTIONS[self.feature_map]] * 2
         query, key = (feature_map(y) for feature_map, y in zip(maps, (query, key), strict=True))
         decayed = inputs.get("decay", x)
@@ -510,6 +523,11 @@ class Mixer(TokenMixer):
             f"scans={self.scans}"
         ) + "".join(
             f", {name}={getattr(self, name)!r}"
-            for name, off in {**MIXER_OPTIONS, "direction": "both", "key_heads": self.num_heads}.items()
+            for name, off in {
+                **MIXER_OPTIONS,
+                "direction": "both",
+                "key_heads": self.num_heads,
+                "rope_theta": None,
+            }.items()
             if getattr(self, name) != (self.head_dim if name == "key_dim" else off)
         )

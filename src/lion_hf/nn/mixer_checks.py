@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..ops.checks import values_can_be_read
 from .names import COSINE_MAPS, FEATURE_MAPS, require_name
 from .registry import DECAY_SHAPES, Recurrence, Variant
+from .rotary import require_theta
 
 
 # Number of dimensions of the log-decay, by the attribute `decay` of the variant.
@@ -121,6 +122,16 @@ def chosen_feature_map(variant: type[Variant], name: str | None, normalize: bool
             "'elu' or 'unit_silu', or set normalize=False."
         )
     return name
+
+
+def require_rope(variant: type[Variant], rope_theta: float | None, key_dim: int) -> None:
+    """Raise ValueError if queries and keys cannot be rotated, see `require_theta`, or the variant does not allow it."""
+    require_theta(rope_theta, key_dim)
+    if rope_theta is not None and not variant.rope:
+        raise ValueError(
+            f"rope_theta is {rope_theta!r}, but keys of {variant.label} are gates, which cannot be rotated. Leave "
+            "rope_theta out, or choose another variant."
+        )
 
 
 def require_matrix(format: str, output_attentions: bool, cu_seqlens: Tensor | None) -> None:

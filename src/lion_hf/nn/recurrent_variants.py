@@ -167,6 +167,7 @@ class HGRN2(_Recurrent):
     spellings = ("hgrn-2",)
     description = "HGRN2 on both sides: forget gates for each channel and token, bounded from below in upper layers."
     decay = "token_channel"
+    rope = False  # keys are gates
     preset = {"output_norm": "head_rms"}
     float32_weights = ("k_proj",)
 

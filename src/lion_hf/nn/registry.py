@@ -85,6 +85,9 @@ class Variant:
         feature_map (str): class attribute: default function of query and key of normalised mixers: "identity", "elu"
             or "unit_silu" (default).
         normalize (bool): class attribute: whether mixers divide outputs by their row sums by default; True.
+        rope (bool): class attribute: whether queries and keys may be rotated by their positions (`rope_theta`); True by
+            default. Set it to False if `prepare` reads one of them as something else than a direction, such as the
+            logits of gates.
         signed (bool): class attribute: whether scores may be negative; False by default. Mixers then never divide
             outputs by their row sums, and image models normalise the output of each mixer (RMS norm) instead.
         text_normalize (bool): class attribute: whether text models divide outputs by their row sums by default; False,
@@ -125,6 +128,7 @@ class Variant:
     decay: str | None = None
     feature_map = "unit_silu"
     normalize = True
+    rope = True
     signed = False
     text_normalize = False
     preset: Mapping[str, Any] = MappingProxyType({})

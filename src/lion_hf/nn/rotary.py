@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..ops.band import sequence_of_tokens
-from ..ops.checks import is_abstract
+from ..ops.checks import is_abstract, values_can_be_read
 
 
 # Cosines and sines by (width, theta, device, dtype), for the longest row so far. They are no part of any module, so
@@ -32,7 +32,13 @@ def require_theta(rope_theta: object, head_dim: int) -> None:
         )
 
 
-def apply_rotary(query: Tensor, key: Tensor, theta: float, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def apply_rotary(
+    query: Tensor,
+    key: Tensor,
+    theta: float,
+    cu_seqlens: Tensor | None = None,
+    key_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Rotate query and key, so that their products depend on the distance of the tokens.
 
     The features i and `i + head_dim // 2` of the token at position p rotate by the angle
@@ -44,17 +50,35 @@ def apply_rotary(query: Tensor, key: Tensor, theta: float, cu_seqlens: Tensor | 
         theta: base of the angles, positive; 10000.0 is usual.
         cu_seqlens: (sequences + 1,), bounds of the sequences of a packed row, whose positions start from 0 in each
             sequence. Otherwise positions are indices in the row.
+        key_mask: (batch, length), bool, True for real tokens. If it is given, positions count from the first real token
+            of each row or sequence. Products of rotated queries and keys do not depend on where positions start, but
+            other functions of them do.
 
     Returns:
         Query and key, in their shape and dtype.
     """
     length = query.shape[2]
     cosine, sine = _table(length, query.shape[3], float(theta), query)
-    if cu_seqlens is not None:
-        owner = sequence_of_tokens(cu_seqlens, length, query.device)
-        positions = torch.arange(length, device=query.device) - cu_seqlens.to(query.device, torch.int64)[owner]
+    positions = _positions(length, cu_seqlens, key_mask, query.device)
+    if positions is not None:
         cosine, sine = cosine[positions], sine[positions]
     return _rotated(query, cosine, sine), _rotated(key, cosine, sine)
+
+
+def _positions(length: int, cu_seqlens: Tensor | None, key_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return the positions of the tokens of a packed row (length,), or of each row (batch, 1, length) if some begin
+    with padding; None if they are 0, 1, 2, ..."""
+    token = torch.arange(length, device=device)
+    if cu_seqlens is not None:
+        owner = sequence_of_tokens(cu_seqlens, length, device)
+        first = cu_seqlens.to(device, torch.int64)
+        if key_mask is not None:
+            places = token.masked_fill(~key_mask[0], length)
+            first = torch.full_like(first, length).scatter_reduce(0, owner, places, "amin")
+        return (token - first[owner]).clamp(min=0)
+    if key_mask is None or not length or (values_can_be_read(key_mask) and bool(key_mask[:, 0].all())):
+        return None
+    return (token - key_mask.to(torch.int32).argmax(1, keepdim=True)).clamp(min=0).unsqueeze(1)
 
 
 def _rotated(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
