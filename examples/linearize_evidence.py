@@ -92,7 +92,7 @@ def convert(data: Path, work: Path, options: argparse.Namespace) -> dict:
             minutes = (time.monotonic() - begun) / 60
             record.write_text(json.dumps({"minutes": minutes, "threads": options.threads, "command": command}))
         card = (out / "README.md").read_text(encoding="utf-8")
-        table = [line for line in card.splitlines() if line.startswith("| ")]
+        table = [line for line in card.splitlines() if line.startswith("| ") and not line.startswith("| |")]
         return name, {**json.loads(record.read_text()), "card": table}
 
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -262,7 +262,7 @@ def conversion_table(rows: dict) -> list[str]:
     """Return the lines on the conversions: time, command, and the card's table."""
     lines = []
     for name, row in rows["models"].items():
-        lines += [f"**{name}**: {row['minutes']:.1f} minutes, {row['threads']} threads. `{row['command']}`", ""]
+        lines += [f"**{name}**: {row['minutes']:.1f} minutes, threads: {row['threads']}. `{row['command']}`", ""]
         lines += ["| | before | after |", "|---|---|---|", *(line for line in row["card"] if line.count("|") == 4), ""]
         lines += ["| | |", "|---|---|", *(line for line in row["card"] if line.count("|") == 3), ""]
     return lines

@@ -54,8 +54,9 @@ def test_tables_show_the_stored_numbers(evidence, tmp_path, monkeypatch, capsys)
     card = ["| error of layer 0 | 0.6000 | 0.1234 |", "| steps | 1,200 |"]
     rows = {
         "convert": {
-            "threads": 2,
-            "models": {name: {"command": "lion-linearize", "minutes": 29.6, "card": card} for name in models[1:]},
+            "models": {
+                name: {"command": "lion-linearize", "minutes": 29.6, "threads": 2, "card": card} for name in models[1:]
+            },
         },
         "embeddings": {"texts": {"reviews": 1007}, "models": {name: {"reviews": score} for name in models[1:]}},
         "sentiment": {models[0]: row, models[1]: row | {"accuracy": [0.83, 0.838]}},
@@ -74,7 +75,7 @@ def test_tables_show_the_stored_numbers(evidence, tmp_path, monkeypatch, capsys)
     evidence.main()
     shown = capsys.readouterr().out
     for text in (
-        "29.6 minutes, 2 threads", "| error of layer 0 | 0.6000 | 0.1234 |", "| 0.971 | 0.903 | 0.980 |",
+        "29.6 minutes, threads: 2", "| error of layer 0 | 0.6000 | 0.1234 |", "| 0.971 | 0.903 | 0.980 |",
         "| 83.40 | 83.00 to 83.80 | 1.10 |", "| BERT | all | no | 15% | 5.610 | 4.610 | 0.110 | 24.80 | 1.20 | 2.5 |",
         "| 8,192 tokens |", "| 0.880 / 0.910 |",
     ):  # fmt: skip

@@ -160,7 +160,9 @@ def test_a_decay_from_a_checkpoint_is_the_run_that_planned_it(mlm, tmp_path):
     mlm("planned", *packing, "--max_steps=9", "--decay_steps=3")
     mlm("stable", *packing, "--max_steps=6", "--decay_steps=0")
     assert set(list(logged(tmp_path / "stable", "learning_rate").values())[2:]) == {0.001}
-    mlm("decayed", *packing, "--decay_steps=3", f"--decay_from={tmp_path / 'stable'}")
+    mlm("decayed", *packing, "--decay_steps=3", f"--decay_from={tmp_path / 'stable'}", "--learning_rate=0.5")
+    said = torch.load(tmp_path / "decayed/training_args.bin", weights_only=False)
+    assert said.learning_rate == 0.001, "the rate is that of the checkpoint, and so is the one that is told"
     late = {step: loss for step, loss in logged(tmp_path / "planned").items() if step > 6}
     assert len(late) == 3 and logged(tmp_path / "decayed") == logged(tmp_path / "stable") | late
     rates = list(logged(tmp_path / "decayed", "learning_rate").values())

@@ -1,6 +1,7 @@
 """`lion-linearize --images`: what it reads, that image encoders learn, resume exactly, and load as others do."""
 
 import io
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from lion_hf.linearize import Recipe, linearize, load_pair
 from lion_hf.linearize.command import main
 from lion_hf.linearize.images import Images, Rows, image_size, load_processor
 from lion_hf.linearize.losses import class_loss, end_loss, measure, states, states_and_logits
-from lion_hf.linearize.run import Linearizer
+from lion_hf.linearize.run import STATE, Linearizer
 
 
 RECIPE = Recipe(steps=40, minutes=0, batch_size=8)
@@ -115,18 +116,19 @@ def test_pixels_are_those_of_the_processor_and_only_a_batch_is_decoded(source, i
 def test_images_that_do_not_decode_are_left_out_with_one_line(source, tmp_path):
     for number in range(40):
         picture(number).save(tmp_path / f"{number}.png")
-    for file in sorted(tmp_path.iterdir())[::2]:
-        file.write_bytes(file.read_bytes()[:60])
     lines = []
-    given = data(source, str(tmp_path), batch_size=40, say=lines.append)
-    held_out = len(given.held_out)
-    assert len(given.batch(0)["pixel_values"]) + sum(len(x["pixel_values"]) for x in given.measuring()) >= 20
-    assert len(given.held_out) < held_out or held_out == 2
-    assert len(lines) == 1 and " does not decode (" in lines[0]
-    for file in tmp_path.iterdir():
-        file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"does not decode \(.*\); nor does any other of 2 images"):
-        data(source, str(tmp_path)).measuring()
+    given = data(source, str(tmp_path), batch_size=38, say=lines.append)
+    held_out, training = given.held_out, given.training
+    for number in (held_out[0], *training[::3]):
+        file = given.rows[number][1]
+        file.write_bytes(file.read_bytes()[:60])
+    assert len(held_out) == 2 and len(training) == 38
+    assert len(given.batch(0)["pixel_values"]) == 25  # the whole epoch
+    assert len(given.measuring()[0]["pixel_values"]) == 1 and given.held_out == held_out[1:]
+    assert len(lines) == 1 and "png does not decode (" in lines[0]
+    given.rows[held_out[1]][1].write_bytes(b"")
+    with pytest.raises(ValueError, match=r"does not decode \(.*\), and no other of 1 images does"):
+        given.measuring()
 
 
 def test_orientation_and_channels(tmp_path, source):
@@ -236,8 +238,8 @@ def test_dinov2_is_compared_at_the_size_of_its_processor(tmp_path):
 def test_it_learns_the_source_and_the_folder_holds_what_it_learned(source, images, tmp_path):
     found = linearize(source, tmp_path / "out", images=[images], layers="all", recipe=RECIPE)
     before, after = found["before"], found["after"]
-    assert 0, (before, after)
-    assert all(after["layers"][i] < 0.8 * before["layers"][i] for i in "01") and after["hidden"] < before["hidden"]
+    assert all(after["layers"][i] < 0.5 * before["layers"][i] for i in "01")
+    assert after["hidden"] < 0.5 * before["hidden"]
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert model.config.model_type == "lion_vision" and model.config.softmax_layers == []
@@ -245,7 +247,7 @@ def test_it_learns_the_source_and_the_folder_holds_what_it_learned(source, image
     assert torch.equal(model.classifier.weight, original.classifier.weight)
     inputs = processor([picture(number) for number in range(8)], return_tensors="pt")
     states = [AutoModel.from_pretrained(name)(**inputs).last_hidden_state for name in (source, tmp_path / "out")]
-    assert torch.nn.functional.cosine_similarity(*states, dim=-1).mean() > 0.8
+    assert torch.nn.functional.cosine_similarity(*states, dim=-1).mean() > 0.9
     card = (tmp_path / "out" / "README.md").read_text()
     for text in (
         "pipeline_tag: image-classification",
@@ -292,6 +294,20 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(source, images, tmp_path
     assert weights[0] == weights[1]
 
 
+def test_sigterm_saves_the_state_where_ctrl_c_is_ignored(source, images, tmp_path, monkeypatch, capsys):
+    """As in the background of a script."""
+    monkeypatch.setattr(Linearizer, "_step", lambda *_: signal.raise_signal(signal.SIGTERM) or 0.0)
+    handlers = [(kind, signal.getsignal(kind)) for kind in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert main([source, str(tmp_path / "out"), "--images", images, "--steps", "3"]) == 130
+        assert signal.getsignal(signal.SIGTERM) == handlers[1][1]
+    finally:
+        for kind, handler in handlers:
+            signal.signal(kind, handler)
+    assert (tmp_path / "out" / STATE).is_file() and "interrupted; the same command" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -309,6 +325,7 @@ MISTAKES = [
     ("{tmp}/free {out} --images {images}", "does not give all images the same size"),
     ("{tmp}/five {out} --images {images}", "reads images of 5 channels; supported are 1 and 3"),
     ("{source} {out} --images {images} --context 99", "--context is 99, but '{source}' is an image model"),
+    ("{source} {out} --images {images} --mask_share 0.1", "--mask_share is 0.1, but '{source}' is an image model"),
     ("{source} {out} --images {images} --target embeddings", "--target is 'embeddings', which is for sentence"),
     ("{source} {out} --images {images} --layers 2", "--layers is '2'; the source has 2 layers"),
 ]

@@ -303,7 +303,7 @@ def test_rows_have_few_lengths_and_never_more_tokens_than_the_source_reads(sourc
     tokenizer = AutoTokenizer.from_pretrained(source)
     pieces = Pieces(Path(text).read_text().splitlines(), tokenizer, 19, 2, 5)
     lengths = {batch["input_ids"].shape[1] for batch in (*map(pieces.batch, range(60)), *pieces.measuring())}
-    assert 1 < len(lengths) and lengths <= {8, 16, 19}
+    assert len(lengths) > 1 and lengths <= {8, 16, 19}
     assert max(map(len, pieces.training)) in lengths
 
 

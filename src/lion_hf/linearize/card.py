@@ -71,7 +71,7 @@ from transformers import AutoImageProcessor, {auto}
 processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
 model = {auto}.from_pretrained("path/to/this/folder")"""
 # Options of the recipe that images do not use.
-_TEXT_OPTIONS = ("max_length",)
+_TEXT_OPTIONS = ("max_length", "mask_share")
 _NAMES = {
     "hidden": "error of the hidden states",
     "cosine": "cosine of the last hidden states",

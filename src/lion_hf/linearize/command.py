@@ -264,7 +264,8 @@ def _say(line: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line. Return 0, 2 after an error (one line on stderr), or 130 after an interruption."""
     options = vars(_parser().parse_args(arguments))
-    handler = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # both save the state
+    # SIGTERM saves the state as Ctrl-C does, also in the background of a script, where shells ignore Ctrl-C.
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     logging.disable_progress_bar()
     try:
         recipe = Recipe(**{field.name: options.pop(field.name) for field in fields(Recipe)})

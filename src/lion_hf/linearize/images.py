@@ -103,7 +103,7 @@ def _files(name: str) -> _Files:
     )
     if not found:
         parquet = next(folder.rglob("*.parquet"), None)
-        hint = "" if parquet is None else f"; parquet files are given by name, such as {str(parquet)!r}"
+        hint = "" if parquet is None else f"; give parquet files by name, such as {str(parquet)!r}"
         raise ValueError(f"{name!r} holds no images{hint}")
     return _Files(found)
 
@@ -231,7 +231,7 @@ class Images:
             if isinstance(image, Exception)
         ]
         if len(bad) == len(images):
-            raise ValueError(f"{bad[0]}; nor does any other of {len(bad)} images")
+            raise ValueError(f"{bad[0]}, and no other of {len(bad)} images does")
         if bad and not self._said:
             self._said = True
             self.say(f"{bad[0]}; this image and others that do not decode are left out")

@@ -4,6 +4,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -37,6 +38,8 @@ def checkpoint_to_resume(training: LionTrainingArguments) -> str | None:
 def start_of_decay(decay_from: str | None, training: LionTrainingArguments) -> str | None:
     """Return the checkpoint of the stable phase that a decay continues, and set `max_steps` to the end of the decay.
 
+    `learning_rate` becomes the peak of the stable phase, which the schedule of the checkpoint has.
+
     Args:
         decay_from: that checkpoint, or a run whose last one it is; None for a run that starts in another way.
         training: the arguments, with whole `decay_steps`.
@@ -56,6 +59,9 @@ def start_of_decay(decay_from: str | None, training: LionTrainingArguments) -> s
         raise UserError(f"--decay_from {decay_from!r} is not a complete checkpoint: {problem}")
     state = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json"))
     training.max_steps = state.global_step + int(training.decay_steps)
+    schedule = Path(folder) / "scheduler.pt"
+    if schedule.is_file():
+        training.learning_rate = torch.load(schedule, map_location="cpu", weights_only=True)["base_lrs"][0]
     return str(folder)
 
 
