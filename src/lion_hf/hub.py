@@ -205,7 +205,7 @@ def push(
 ) -> list[UploadFile]:
     """Save a model with its code and card into a folder, and upload the files of that folder to the Hub.
 
-    Only files directly in the folder, and pictures that the card shows, are uploaded. Other files that are already
+    Only files directly in the folder, pictures that the card shows, and modules of sentence-transformers are uploaded. Other files that are already
     there are uploaded too: use a new folder, or check the result of a dry run first.
 
     Args:
@@ -337,11 +337,17 @@ def _pictures(card: Path, home: Path) -> list[str]:
 def files_to_upload(folder: Path) -> list[UploadFile]:
     """Return the files directly in the folder: the model, its code, tokenizer or processor, and card.
 
-    They are sorted by name. Pictures that the card shows are included; other files in subfolders (checkpoints of a
-    training run, logs) and hidden files are left out.
+    They are sorted by name. Pictures that the card shows, and the modules of sentence-transformers, are included; other
+    files in subfolders (checkpoints of a training run, logs) and hidden files are left out.
     """
     names = {file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
     names |= set(_pictures(folder / "README.md", folder))
+    if "modules.json" in names:
+        from .convert.sentences import modules_of  # which needs this module
+
+        inside = [folder / module["path"] for module in modules_of(folder) if module["path"]]
+        files = [file for path in inside if path.is_dir() for file in path.rglob("*") if file.is_file()]
+        names |= {file.relative_to(folder).as_posix() for file in files}
     return [UploadFile(name, (folder / name).stat().st_size) for name in sorted(names)]
 
 

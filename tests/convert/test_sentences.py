@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel, BertTokenizer
 
 from lion_hf.convert import command
 from lion_hf.convert.sentences import sentence_folder, transformer_folder
+from lion_hf.hub import files_to_upload
 from lion_hf.linearize.card import pooling_of
 
 
@@ -70,6 +71,11 @@ def test_a_sentence_encoder_stays_one(tmp_path, inner):
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "library_name: sentence-transformers" in card and "pipeline_tag: sentence-similarity" in card
     assert pooling_of(str(out)) == pooling_of(str(source)) == "mean"
+    (out / "checkpoint-1").mkdir()
+    (out / "checkpoint-1/model.safetensors").write_text("")
+    uploaded = {file.path for file in files_to_upload(out)}
+    assert {"modules.json", "1_Pooling/config.json", "2_Dense/pytorch_model.bin", "model.safetensors"} <= uploaded
+    assert not any(name.startswith("checkpoint") for name in uploaded)
 
 
 @pytest.mark.parametrize("layers", ["none", "all"])
