@@ -203,6 +203,33 @@ def test_nan_in_one_row_stays_there(length):
     assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
 
 
+@pytest.mark.parametrize("build", [LocalMixer, SoftmaxMixer], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("lengths", [(9, 5, 6), (90, 3, 0, 130, 70)], ids=str)
+@pytest.mark.parametrize("spoilt", [0, 1, -1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nan_in_one_packed_sequence_stays_there(build, lengths, spoilt, masked):
+    """In outputs and input gradients, whichever of query, key and value it reaches."""
+    mixer, row = build(DIM, HEADS, rope_theta=100.0), rows(sum(lengths), 1, dtype=torch.float32)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    real = torch.ones(1, sum(lengths), dtype=torch.bool) if masked else None
+    start = bounds.tolist()[spoilt % len(lengths)]
+    end = start + lengths[spoilt]
+    others = torch.ones(sum(lengths), dtype=torch.bool)
+    others[start:end] = False
+    if masked:
+        real[0, others] = torch.rand(int(others.sum())) > 0.2
+    results = []
+    for value in (None, torch.nan):
+        x = row.clone()
+        if value is not None:
+            x[0, start], x[0, end - 1] = value, value
+        y = mixer(x.requires_grad_(), real, cu_seqlens=bounds)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for clean, found in zip(*results, strict=True):
+        torch.testing.assert_close(found[0, others], clean[0, others], rtol=1e-5, atol=1e-6)
+        assert found[0, start].isnan().any(), "NaN is not lost"
+
+
 @pytest.mark.parametrize("length", [20, 300])
 @pytest.mark.parametrize("wanted", [False, True], ids=["band", "matrix"])
 def test_tokens_that_see_no_key_read_0_with_finite_gradients(wanted, length):

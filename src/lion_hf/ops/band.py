@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import is_exporting, is_transformed, makes_graph
+from .checks import is_exporting, is_transformed, makes_graph, values_can_be_read
+from .packing import map_sequences
 from .tokens import default_scale
 
 
@@ -43,12 +44,31 @@ def band_attention(
         key_mask: (batch, length), bool, True for real tokens; None without padding. A masked key has weight 0, and its
             key and value may be NaN. The output of a token that reads no key is 0.
         cu_seqlens: (sequences + 1,), bounds of the sequences of a packed row (batch 1), which do not read each other.
-            NaN in one sequence may reach the tokens of the next one that are near it.
+            NaN in one of them stays there, except in graphs, in torch.func and on accelerators, where it may reach the
+            tokens of the next one that are near it; the gradient of NaN from above may reach them everywhere.
         dropout: dropout rate of the attention weights, in [0, 1).
 
     Returns:
         (batch, heads, length, value_dim). The softmax of low precision is computed in float32.
     """
+    mixed = _band_attention(query, key, value, reach, key_mask, cu_seqlens, dropout)
+    # The weight of a key of another sequence is 0, and 0 times NaN is NaN.
+    if cu_seqlens is None or is_transformed(query, key, value) or not values_can_be_read(mixed) or _is_finite(mixed):
+        return mixed
+
+    def alone(query, key, value, key_mask):
+        return _band_attention(query, key, value, reach, key_mask, None, dropout)
+
+    return map_sequences(alone, cu_seqlens, key_mask, query, key, value)
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Return whether a sum of all values is finite, which is so only if they are. It may overflow if they are large."""
+    return bool(x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite())
+
+
+def _band_attention(query, key, value, reach: int, key_mask, cu_seqlens, dropout: float) -> Tensor:
+    """Attention of a row, or of all sequences of a packed row at once."""
     batch, _, length, _ = query.shape
     device = "cpu" if query.device.type == "cpu" else "accelerator"
     blocks = _Blocks.of(reach, length, BLOCK[device], plain=is_transformed(query, key, value))
@@ -77,7 +97,7 @@ def _row_by_row(query, key, value, reach: int, key_mask: Tensor | None, dropout:
     """Attention of each row by itself. The neighbourhoods of one row are views; those of a batch would be copies."""
     masks = [None] * len(query) if key_mask is None else key_mask.split(1)
     rows = zip(query.split(1), key.split(1), value.split(1), masks, strict=True)
-    mixed = [band_attention(q, k, v, reach, key_mask=mask, dropout=dropout).transpose(1, 2) for q, k, v, mask in rows]
+    mixed = [_band_attention(q, k, v, reach, mask, None, dropout).transpose(1, 2) for q, k, v, mask in rows]
     return torch.cat(mixed).transpose(1, 2)
 
 

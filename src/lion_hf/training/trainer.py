@@ -147,14 +147,17 @@ class LionTrainer(Trainer):
         """Return the loss of `Trainer`. With `sparse_prediction` it is the model's own, which selects the logits."""
         config = getattr(self.model, "config", None)
         if not getattr(config, "sparse_prediction", False) or "labels" not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if num_items_in_batch is not None and self.args.n_gpu > 1:
+                # Trainer expects one loss for each device of DataParallel, but `summed_loss` is that of all.
+                loss = loss / self.args.n_gpu
+            return (loss, outputs) if return_outputs else loss
         items = {}
         if num_items_in_batch is not None:  # a step may have no label at all
             items["num_items_in_batch"] = torch.as_tensor(num_items_in_batch).clamp(min=1)
         outputs = model(**inputs, **items)
         # DataParallel returns one loss for each of its devices.
-        summed = bool(items) and self.args.average_tokens_across_devices
-        loss = outputs["loss"].sum() if summed else outputs["loss"].mean()
+        loss = outputs["loss"].sum() if items else outputs["loss"].mean()
         if self.args.label_smoothing_factor:
             labels = inputs["labels"]
             labels = labels[labels != config.sparse_pred_ignore_index]
@@ -163,9 +166,15 @@ class LionTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def summed_over_devices(self, loss: torch.Tensor, num_items_in_batch) -> torch.Tensor:
-        """Scale a loss that was divided by the labels of all processes, because gradients are averaged over these."""
-        averaged = num_items_in_batch is not None and self.args.average_tokens_across_devices
-        return loss * self.accelerator.num_processes if averaged else loss
+        """Scale a loss that was divided by the labels of all processes, because gradients are averaged over these.
+
+        Without `average_tokens_across_devices`, Trainer divides the number of labels by the devices of DataParallel.
+        """
+        if num_items_in_batch is None:
+            return loss
+        if self.args.average_tokens_across_devices:
+            return loss * self.accelerator.num_processes
+        return loss / max(1, self.args.n_gpu)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         """Log before every evaluation and save, and at the end.
