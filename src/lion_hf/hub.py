@@ -205,8 +205,8 @@ def push(
 ) -> list[UploadFile]:
     """Save a model with its code and card into a folder, and upload the files of that folder to the Hub.
 
-    Only files directly in the folder, pictures that the card shows, and modules of sentence-transformers are uploaded. Other files that are already
-    there are uploaded too: use a new folder, or check the result of a dry run first.
+    Only files directly in the folder, pictures that the card shows, and modules of sentence-transformers are uploaded.
+    Other files that are already there are uploaded too: use a new folder, or check the result of a dry run first.
 
     Args:
         model: any LION model of this package.
