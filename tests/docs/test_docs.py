@@ -90,9 +90,8 @@ README_ROWS = {
     "masked tokens of an encyclopedia, accuracy": ("text", "BERT", ""),
     "Fashion-MNIST, accuracy": ("images", "ViT", ""),
     "sentiment of reviews, after that, from the first token": ("sentiment", "BERT", ""),
-    "sentiment, from scratch, LION from the mean of the tokens": ("pooling", "BERT, first", ", mean"),
-    "sentiment, started from a trained BERT": ("warm_start", "BERT, the source", ", warm"),
 }
+README_TABLE = ROOT / "README.md", "masked tokens of an encyclopedia, accuracy"
 
 
 @pytest.mark.parametrize("row", README_ROWS)
@@ -100,9 +99,34 @@ def test_accuracies_of_the_readme_are_those_of_the_stored_runs(row):
     experiment, baseline, suffix = README_ROWS[row]
     stored = {model: accuracy.split()[0] for model, accuracy, _ in runs(experiment)}
     expected = [stored[baseline], *(stored[f"{name}{suffix}"] for name in ("LION-LIT", "LION-D", "LION-S"))]
-    *cells, command = table(ROOT / "README.md", "masked tokens of an encyclopedia, accuracy")[row]
+    *cells, command = table(*README_TABLE)[row]
     assert cells == [f"{value} %" for value in expected]
     assert command == f"`run_evidence.py {experiment}`"
+
+
+def test_the_readme_tells_the_stored_results_of_the_modern_block_and_of_linear_conversions():
+    shown, modern = table(*README_TABLE), {model: accuracy.split()[0] for model, accuracy, _ in runs("modern")}
+    expected = [f"{modern[f'{name}, text']} %" for name in ("ModernBERT", "LION-D, modern", "LION-S, modern")]
+    assert [cell for cell in shown["masked tokens, modern block against ModernBERT"][:-1] if cell] == expected
+    stored = json.loads((ROOT / "examples/results/linearize.json").read_text(encoding="utf-8"))
+    sentiment = [stored["sentiment"][name]["accuracy"] for name in ("the source", "all layers linear")]
+    cells = shown["all-MiniLM-L6-v2 made linear, all layers: sentiment of reviews"]
+    assert [cells[0], cells[3]] == [f"{100 * mean(values):.1f} %" for values in sentiment]
+    found = stored["embeddings"]["models"]["all layers linear"]["reviews"]
+    cells = shown["its embeddings: rank correlation of all pairs, of neighbours"]
+    assert cells[3] == f"{found['random']:.2f}, {found['neighbours']:.2f}"
+
+
+def test_the_page_of_conversions_tells_the_stored_results():
+    stored = json.loads((ROOT / "examples/results/linearize.json").read_text(encoding="utf-8"))
+    page, names = ROOT / "docs/linearize.md", {"every second": "every second layer linear", "all": "all layers linear"}
+    for shown, name in names.items():
+        kinds = stored["embeddings"]["models"][name]
+        cells = [f"{kinds[kind][how]:.3f}" for kind in ("encyclopedia", "reviews") for how in ("random", "neighbours")]
+        assert table(page, "every second")[shown] == cells
+    for name, row in stored["sentiment"].items():
+        values = [100 * value for value in row["accuracy"]]
+        assert table(page, "the source")[name] == [f"{mean(values):.1f}", f"{min(values):.1f} to {max(values):.1f}"]
 
 
 def test_figures_of_the_results_are_those_of_the_stored_runs():
@@ -113,7 +137,7 @@ def test_figures_of_the_results_are_those_of_the_stored_runs():
 
 
 def test_times_of_the_readme_are_those_of_the_benchmarks():
-    shown = table(ROOT / "README.md", "masked tokens of an encyclopedia, accuracy")
+    shown = table(*README_TABLE)
     page = ROOT / "docs" / "benchmarks.md"
     cpu, gpu = table(page, "128"), table(page, "text 128")
     by_length = [[cpu[length][variant] for length in ("512", "2048", "8192")] for variant in range(3)]
