@@ -33,6 +33,7 @@ bench: .venv/installed
 	$(BIN)/python benchmarks/bench_models.py
 	$(BIN)/python benchmarks/bench_packing.py
 	$(BIN)/python benchmarks/bench_masked_loss.py
+	$(BIN)/python benchmarks/bench_modern.py
 
 # One card per preset; `python model_cards/generate.py --check` lists those that are out of date.
 cards: .venv/installed

@@ -343,9 +343,8 @@ def files_to_upload(folder: Path) -> list[UploadFile]:
     names = {file.name for file in folder.iterdir() if file.is_file() and not file.name.startswith(".")}
     names |= set(_pictures(folder / "README.md", folder))
     if "modules.json" in names:
-        from .convert.sentences import modules_of  # which needs this module
-
-        inside = [folder / module["path"] for module in modules_of(folder) if module["path"]]
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        inside = [folder / module["path"] for module in modules if module["path"]]
         files = [file for path in inside if path.is_dir() for file in path.rglob("*") if file.is_file()]
         names |= {file.relative_to(folder).as_posix() for file in files}
     return [UploadFile(name, (folder / name).stat().st_size) for name in sorted(names)]
