@@ -127,6 +127,12 @@ def test_the_page_of_conversions_tells_the_stored_results():
     for name, row in stored["sentiment"].items():
         values = [100 * value for value in row["accuracy"]]
         assert table(page, "the source")[name] == [f"{mean(values):.1f}", f"{min(values):.1f} to {max(values):.1f}"]
+    for shown, name in {name: name for name in names.values()} | {
+        "the source in windows of 512 tokens": "the source, windows of 512 tokens",
+        "the first 512 tokens alone": "the source, the first 512 tokens",
+    }.items():
+        row = stored["length"][name]
+        assert table(page, "tokens")[shown] == [f"{cell['random']:.3f}" for cell in row.values()]
 
 
 def test_figures_of_the_results_are_those_of_the_stored_runs():
