@@ -127,10 +127,10 @@ def test_the_page_of_conversions_tells_the_stored_results():
     for name, row in stored["sentiment"].items():
         values = [100 * value for value in row["accuracy"]]
         assert table(page, "the source")[name] == [f"{mean(values):.1f}", f"{min(values):.1f} to {max(values):.1f}"]
-    for shown, name in {name: name for name in names.values()} | {
-        "the source in windows of 512 tokens": "the source, windows of 512 tokens",
-        "the first 512 tokens alone": "the source, the first 512 tokens",
-    }.items():
+    of_length = {name: name for name in names.values()}
+    of_length["the source in windows of 512 tokens"] = "the source, windows of 512 tokens"
+    of_length["the first 512 tokens alone"] = "the source, the first 512 tokens"
+    for shown, name in of_length.items():
         row = stored["length"][name]
         assert table(page, "tokens")[shown] == [f"{cell['random']:.3f}" for cell in row.values()]
 
