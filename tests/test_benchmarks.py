@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import ModernBertConfig, ModernBertModel
 
-from lion_hf import bidirectional_linear_attention
+from lion_hf import LionConfig, LionModel, bidirectional_linear_attention
 from lion_hf.ops.api import CROSSOVER
 
 
@@ -102,6 +103,31 @@ def test_models_are_timed_in_both_precisions(monkeypatch, tmp_path):
     assert len(rows) == len(cases) == 2 * 2 * (5 + 7 + 7)
     assert all(row["ratio"] == 1 for row in rows if row["model"] in ("bert", "vit"))
     assert all(row["over float32"] == 1 for row in rows if row["precision"] == "float32")
+
+
+def test_the_modern_block_is_timed_against_modernbert(monkeypatch, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 50368}
+
+    def small(name, layers):
+        if name == "modernbert":
+            return ModernBertModel(ModernBertConfig(num_hidden_layers=layers, **sizes))
+        return LionModel(LionConfig.from_preset("lion-s-modern-base", num_hidden_layers=layers, **sizes))
+
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    script = importlib.import_module("bench_modern")
+    monkeypatch.setattr(script, "model", small)
+    monkeypatch.setattr(script, "peak_memory", lambda *_: 2.0)  # in a process of its own
+    lengths = "--lengths", "8", "20", "--tokens", "16", "--rounds", "1"
+    rows = run_script(monkeypatch, "bench_modern", tmp_path, *lengths, "--padded", "--bf16")
+    assert [(row["tokens"], row["rows"], row["mode"], row["precision"], row["model"]) for row in rows] == [
+        (length, kind, mode, precision, name)
+        for kind in ("full", "padded")
+        for length in (8, 20)
+        for mode in ("inference", "train")
+        for precision in ("float32", "bfloat16")
+        for name in ("modernbert", "lion-s-modern")
+    ]
+    assert all(row["ratio"] == 1 for row in rows if row["model"] == "modernbert")
 
 
 def test_packing_is_timed_on_documents_of_a_folder(monkeypatch, tmp_path):
@@ -283,6 +309,7 @@ def test_cost_per_token_is_compared_between_two_lengths(bench, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not measure peak memory")
 def test_peak_memory_of_one_option_is_measured_in_a_new_process(bench):
     import bench_ops

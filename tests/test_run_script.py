@@ -80,9 +80,10 @@ def test_a_script_runs_as_alone_and_it_and_its_processes_know_lion(scripts):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["fails.py"], *(pytest.param(x, marks=pytest.mark.slow) for x in (["fails.py", "quietly"], ["wrong.py"]))],
+    [["fails.py"], ["fails.py", "quietly"], ["wrong.py"]],
     ids=str,
 )
+@pytest.mark.slow
 def test_exit_codes_and_tracebacks_are_those_of_the_script_alone(scripts, arguments):
     alone = run(scripts / "below", *arguments)
     with_lion = run(scripts / "below", "-m", "lion_hf", *arguments)

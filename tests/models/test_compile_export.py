@@ -16,11 +16,10 @@ import lion_hf
 
 # Rows and tokens: two chunks of 3, the second not full. Short, because graphs of the rnn form can grow with the length.
 SHORT = (3, 5)
-# Quick tests have the variants of the paper and these: the mean of scans with their own keys, and decays per channel
-# with a token shift. The slow ones have all.
+# Quick tests have the variants of the paper and one with decays per channel and a token shift. The slow ones have all.
 SAMPLED = [
     *(pytest.param(name) for name in VARIANTS),
-    *(pytest.param(x, marks=() if x in ("mamba2", "rwkv6") else pytest.mark.slow) for x in ALL_VARIANTS[3:]),
+    *(pytest.param(x, marks=() if x == "rwkv6" else pytest.mark.slow) for x in ALL_VARIANTS[3:]),
 ]
 ANY_BATCH, ANY_LENGTH = torch.export.Dim("batch"), torch.export.Dim("length")
 ANY_IMAGE = {0: ANY_BATCH, 2: 4 * torch.export.Dim("rows", min=2), 3: 4 * torch.export.Dim("columns", min=2)}
@@ -188,10 +187,7 @@ def test_text_export_takes_any_batch_at_one_length_in_the_linear_forms(mask_type
     "mask_type, order",
     [
         ("selective", "normal"),
-        *(
-            pytest.param(x, "s", marks=() if x in ("selective", "mamba2") else pytest.mark.slow)
-            for x in ALL_VARIANTS[2:]
-        ),
+        *(pytest.param(x, "s", marks=() if x == "selective" else pytest.mark.slow) for x in ALL_VARIANTS[2:]),
     ],
 )
 def test_image_export_takes_any_batch(mask_type, order, form):

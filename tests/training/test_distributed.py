@@ -89,7 +89,13 @@ def assert_same_run(one: Path, other: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     "command, accumulations",
-    [(mlm_command, (1, 2)), (image_command, (1, 2)), (bert_command, (2,)), (warm_command, (2,))],
+    [
+        (mlm_command, (1, 2)),
+        *(
+            pytest.param(command, counts, marks=pytest.mark.slow)
+            for command, counts in ((image_command, (1, 2)), (bert_command, (2,)), (warm_command, (2,)))
+        ),
+    ],
     ids=lambda x: getattr(x, "__name__", None),
 )
 def test_two_processes_train_as_one(tmp_path, command, accumulations):
