@@ -154,6 +154,14 @@ def test_times_of_the_readme_are_those_of_the_benchmarks():
     assert shown["on a GPU: 512, 2,048 and 8,192 tokens"][1:4] == by_length
 
 
+def test_times_of_the_modern_block_are_those_of_the_benchmarks():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    section = page.partition("## The modern block against ModernBERT")[2]
+    found = [re.search(rf"^\| {length} \| ([\d.]+) ", section, re.MULTILINE)[1] for length in ("512", "2,048", "8,192")]
+    shown = table(*README_TABLE)["time of inference on a CPU against it: 512, 2,048 and 8,192 tokens"]
+    assert shown[3] == ", ".join(found)
+
+
 def test_migration_names_every_preset_of_a_size_and_every_text_model():
     named = set(re.findall(r"`(lion-[\w-]+)`", text("migration.md")))
     assert {name for name in lion_hf.PRESETS if "tiny" in name or "patch" not in name} <= named
