@@ -330,7 +330,8 @@ assert (kernels >= {"launch", "lion_ops_triton_launch"}) == (os.environ["LION_BA
 """
 
 
-@pytest.mark.parametrize("backend", [pytest.param("torch", marks=pytest.mark.slow), "triton"])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_package_and_a_copy_of_its_code_work_in_one_process(tmp_path, backend):
     if backend == "triton":
         pytest.importorskip("triton")

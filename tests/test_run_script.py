@@ -66,6 +66,7 @@ def scripts(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_script_runs_as_alone_and_it_and_its_processes_know_lion(scripts):
     arguments = ["below/knows_lion.py", "--help", "x", "--", "--import", "y"]
     alone = run(scripts, *arguments)

@@ -509,6 +509,7 @@ for script in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_leaves_no_empty_folder(tmp_path):
     """The folder is made first, so that a run does not fail at its end where nothing can be written."""
     code = "import sys; from lion_hf.training.errors import make_output_dir, run, UserError\n"

@@ -16,10 +16,10 @@ import lion_hf
 
 # Rows and tokens: two chunks of 3, the second not full. Short, because graphs of the rnn form can grow with the length.
 SHORT = (3, 5)
-# Quick tests have the variants of the paper and one with decays per channel and a token shift. The slow ones have all.
+# Quick tests have the variants of the paper, the slow ones all.
 SAMPLED = [
     *(pytest.param(name) for name in VARIANTS),
-    *(pytest.param(x, marks=() if x == "rwkv6" else pytest.mark.slow) for x in ALL_VARIANTS[3:]),
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ALL_VARIANTS[3:]),
 ]
 ANY_BATCH, ANY_LENGTH = torch.export.Dim("batch"), torch.export.Dim("length")
 ANY_IMAGE = {0: ANY_BATCH, 2: 4 * torch.export.Dim("rows", min=2), 3: 4 * torch.export.Dim("columns", min=2)}
@@ -105,7 +105,7 @@ def test_snake_scans_compile_without_gradients(mask_type):
         torch.testing.assert_close(compiled(pixels).logits, model(pixels).logits)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mask_type", ["lit", "decay"])
 def test_position_ids_compile_into_one_graph(mask_type, batch):
     """In one row they could mean packed texts, which a graph rejects at run time. Without a table they are ignored."""
@@ -118,6 +118,7 @@ def test_position_ids_compile_into_one_graph(mask_type, batch):
             compiled(input_ids=inputs["input_ids"], position_ids=torch.tensor([[0, 1, 0, 1, 2]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", [lion_hf.LionForMaskedImageModeling, lion_hf.LionBackbone])
 def test_further_image_heads_compile_and_export(head):
     model = spread_decays(head(vision_config(order="s", format="attention", num_hidden_layers=1))).eval()

@@ -232,9 +232,8 @@ def test_a_cuda_graph_replays_with_new_inputs(packed):
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
-@pytest.mark.parametrize(
-    "result", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("result", [0, 1, 2])
 def test_operators_of_pytorch_are_what_they_say(result):
     """Forward and backward declare correct mutations, shapes, strides and dtypes, and work under compilers."""
     leaves, mask = inputs(20, "token")
