@@ -76,6 +76,14 @@ AS_PRESETS = {
     "local_layers": [1, 2],
 }
 
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# LION's own layers rotate queries and keys too, or alone: there the model has no softmax attention at all.
+ALL_ROTATED = {k: v for k, v in AS_PRESETS.items() if k != "rope_theta"} | {
+    "rope_parameters": {"sliding_attention": ROPE, "linear_attention": ROPE}
+}
+LINEAR_ROPE = {"rope_parameters": {"linear_attention": ROPE}}
+ALL_LINEAR = {k: v for k, v in ALL_ROTATED.items() if k not in LOCAL} | LINEAR_ROPE | OPTIONS["convolution"]
+
 
 class Model(NamedTuple):
     """A model of the study.
@@ -116,7 +124,10 @@ def fixed_models() -> dict[str, Model]:
         **leave_one_out,
         **{f"LION-S, {name}": Model(LION_S | options, ("first",)) for name, options in OPTIONS.items()},
         "LION-S, local layers without RoPE": Model(LION_S | LOCAL, ("first",)),
+        "LION-S, RoPE in linear layers": Model(LION_S | LINEAR_ROPE, ("first",)),
         "LION-S, as the presets": Model(AS_PRESETS),
+        "LION-S, as the presets, RoPE in all layers": Model(ALL_ROTATED),
+        "LION-S, as the presets, RoPE and convolution for local layers": Model(ALL_LINEAR),
         "LION-D, published": Model(LION_D),
     }
 
