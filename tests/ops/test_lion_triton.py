@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases_triton import DECAYS, DEVICE, DTYPES, ON_GPU, RESULTS, assert_close, inputs, lion_triton, run, textbook
+from cases_triton import kernels as kernels
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
@@ -14,84 +16,6 @@ from lion_hf.nn.features import unit_silu
 from lion_hf.ops import backend
 from lion_hf.ops.api import bidirectional_linear_attention
 from lion_hf.ops.scans import averaged_scans, snake_orders
-
-
-lion_triton = pytest.importorskip("lion_hf.ops.triton.launch", reason="Triton is not installed", exc_type=ImportError)
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
-# Relative error of the whole tensor; bfloat16 rounds scores and states to 8 bits.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-DECAYS = ["none", "head", "token", "saturated"]
-RESULTS = {"numerator": {}, "normalized": {"normalize": True}, "both": {"return_denominator": True}}
-
-
-@pytest.fixture(autouse=True)
-def kernels(monkeypatch):
-    """Force the kernels, and fill new memory with NaN.
-
-    Without a GPU tiles are small, so that few tokens make several tiles and chunks.
-    """
-    monkeypatch.setattr(backend, "BACKEND", "triton")
-    if not ON_GPU:
-        monkeypatch.setattr(lion_triton, "_FORWARD", (16, 4))
-        monkeypatch.setattr(lion_triton, "_BACKWARD", (16, 4))
-        monkeypatch.setattr(lion_triton, "_ONE_TILE", (32, 8))
-        monkeypatch.setattr(lion_triton, "_GROUP", 2)
-    for name in ("new_empty", "new_empty_strided"):
-        monkeypatch.setattr(torch.Tensor, name, poisoned(getattr(torch.Tensor, name)))
-
-
-def poisoned(new):
-    def full_of_nan(self, *shape, **options):
-        made = new(self, *shape, **options)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    return full_of_nan
-
-
-def inputs(length, decay, *, batch=1, heads=2, head_dim=16, value_dim=24, dtype=torch.float32, seed=0):
-    """Return leaves with the strides of a layer, views of (batch, length, heads, width), and a mask with holes."""
-    generator = torch.Generator().manual_seed(seed)
-    widths = head_dim, head_dim, value_dim
-    leaves = [torch.randn(batch, length, heads, w, generator=generator).to(dtype).transpose(1, 2) for w in widths]
-    gates = -0.5 * torch.rand(batch, length, heads, generator=generator)
-    if decay == "head":
-        leaves.append(-0.5 * torch.rand(heads, generator=generator))
-    elif decay != "none":
-        if decay == "saturated":
-            gates[torch.rand(gates.shape, generator=generator) < 0.2] = -1e4
-            gates[:, -1] = -torch.inf
-        leaves.append(gates.transpose(1, 2))
-    mask = torch.rand(batch, length, generator=generator) < 0.8
-    return [x.to(DEVICE).requires_grad_() for x in leaves], mask.to(DEVICE)
-
-
-def run(leaves, **options):
-    """Return the outputs and the gradients of a fixed weighted sum of them."""
-    query, key, value, *decay = leaves
-    out = bidirectional_linear_attention(query, key, value, *decay, **options)
-    out = out if isinstance(out, tuple) else (out,)
-    generator = torch.Generator().manual_seed(1)
-    total = sum(
-        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.double).to(x.device)).sum() for x in out
-    )
-    return [*out, *torch.autograd.grad(total, leaves)]
-
-
-def textbook(leaves, monkeypatch, **options):
-    """Return the same from the attention form in float64."""
-    with monkeypatch.context() as patch:
-        patch.setattr(backend, "BACKEND", "torch")
-        return run([x.detach().double().requires_grad_() for x in leaves], **options | {"format": "attention"})
-
-
-def assert_close(results, expected, dtype=torch.float32):
-    for result, want in zip(results, expected, strict=True):
-        assert result.isfinite().all()
-        error = (result.double() - want).norm() / want.norm().clamp(min=1e-6)
-        assert error < TOLERANCE[dtype]
 
 
 @pytest.fixture(params=["walk", "propagate"])
@@ -237,7 +161,7 @@ def test_a_cuda_graph_replays_with_new_inputs(packed):
 def test_operators_of_pytorch_are_what_they_say(result):
     """Forward and backward declare correct mutations, shapes, strides and dtypes, and work under compilers."""
     leaves, mask = inputs(20, "token")
-    torch.library.opcheck(lion_triton._mix, (*leaves, mask, None, None, 0.25, 1e-6, result))
+    torch.library.opcheck(lion_triton._mix.operator, (*leaves, mask, None, None, 0.25, 1e-6, result))
 
 
 def test_backend_is_chosen_and_explained(monkeypatch):
@@ -303,13 +227,6 @@ def test_transforms_and_forward_mode_use_the_forms_in_pytorch(decay, monkeypatch
     for function, values in zip(functions, found, strict=True):
         torch.testing.assert_close(values, results(function))
         assert values[0].abs().max() > 0
-
-
-def test_second_derivatives_are_refused():
-    leaves, _ = inputs(5, "token")
-    (gradient,) = torch.autograd.grad(bidirectional_linear_attention(*leaves).sum(), leaves[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="do not support second derivatives.*attention_scores"):
-        torch.autograd.grad(gradient.sum(), leaves[1])
 
 
 FLOAT, HALF, BRAIN = torch.float32, torch.float16, torch.bfloat16
@@ -418,39 +335,6 @@ def test_scans_read_tokens_where_they_lie(decay, normalize, walk, monkeypatch):
         expected = run([x.detach().double().requires_grad_() for x in leaves])
     monkeypatch.setattr(torch.Tensor, "index_select", None)
     assert_close(run(leaves), expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", [20, 64])
-def test_features_of_images(width, dtype, monkeypatch):
-    """Values and gradients of first and second order are correct for views with the strides of heads."""
-    x = (3 * torch.randn(2, 19, 3, width)).to(DEVICE, dtype).transpose(1, 2).requires_grad_()
-    weight = torch.randn(x.shape).to(DEVICE)
-
-    def run(x, first_order):
-        y = unit_silu(x)
-        (dx,) = torch.autograd.grad((y * weight).sum(), x, create_graph=not first_order)
-        return [y, dx] if first_order else [torch.autograd.grad((dx * weight).sum(), x)[0]]
-
-    results = run(x, True) + run(x, False)
-    assert results[0].stride() == x.stride()
-    monkeypatch.setattr(backend, "BACKEND", "torch")
-    wide = x.detach().double().requires_grad_()
-    assert_close(results, run(wide, True) + run(wide, False), dtype)
-
-
-@pytest.mark.parametrize("both", [False, True])
-def test_outputs_may_be_changed_in_place(both):
-    leaves, mask = inputs(34, "token")
-
-    def gradients(change):
-        out = bidirectional_linear_attention(*leaves, key_mask=mask, return_denominator=both)
-        out = out if both else (out,)
-        for x in out:
-            x.add_(change)
-        return torch.autograd.grad(sum(x.sum() for x in out), leaves)
-
-    assert all(torch.equal(a, b) for a, b in zip(gradients(1), gradients(0), strict=True))
 
 
 @pytest.mark.parametrize("name", ["query", "value", "log_decay"])

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..ops.autograd import call_function
-from ..ops.backend import fused_unit_silu
+from ..ops.backend import fused_normed_silu
 from .registry import at_least_float32
 
 
@@ -134,12 +134,17 @@ def elu(x: Tensor) -> Tensor:
 
 def unit_silu(x: Tensor) -> Tensor:
     """Return silu(x) + 1/2, normalised to length 1. All its entries are positive."""
-    fused = fused_unit_silu(x)
-    return fused(x) if fused else call_function(UnitSiLU.forward, UnitSiLU, _TransformableUnitSiLU, x)[0]
+    fused = fused_normed_silu(x)
+    if fused is not None:
+        return fused[0](x, **_NORMED["unit_silu"])
+    return call_function(UnitSiLU.forward, UnitSiLU, _TransformableUnitSiLU, x)[0]
 
 
 def silu(x: Tensor) -> Tensor:
     """Return silu(x), normalised to length 1. Its sign varies, so outputs must not be divided by their row sums."""
+    fused = fused_normed_silu(x)
+    if fused is not None:
+        return fused[0](x, **_NORMED["silu"])
     return call_function(CosineSiLU.forward, CosineSiLU, _TransformableCosineSiLU, x)[0]
 
 
@@ -149,3 +154,15 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "unit_silu": unit_silu,
     "silu": silu,
 }
+
+# What is added to silu(x) and to its squared norm, for the maps that have fused kernels.
+_NORMED = {"unit_silu": {"shift": 0.5, "eps": 0.0}, "silu": {"shift": 0.0, "eps": COSINE_EPS}}
+
+
+def of_both(name: str, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a feature map of `FUNCTIONS` of query and key, which have the same shape, from one launch if possible."""
+    fused = fused_normed_silu(query, key) if name in _NORMED else None
+    if fused is not None:
+        return fused[1](query, key, **_NORMED[name])
+    function = FUNCTIONS[name]
+    return function(query), function(key)

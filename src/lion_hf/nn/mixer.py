@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops.checks import check_key_mask, is_exporting, makes_graph
-from .features import FUNCTIONS
+from .features import of_both
 from .gates import autocasts
 from .learned_features import MODULES, require_positive_scores
 from .local import Sequences, neighbours, short_conv
@@ -363,8 +363,10 @@ class Mixer(TokenMixer):
         query, key, value = self.split_heads(query, key, value)
         if self.rope_theta is not None:
             query, key = apply_rotary(query, key, self.rope_theta, sequences.cu_seqlens, sequences.key_mask)
-        maps = [getattr(self, name) for name in self._learned_maps()] or [FUNCTIONS[self.feature_map]] * 2
-        query, key = (feature_map(y) for feature_map, y in zip(maps, (query, key), strict=True))
+        if self.feature_map in MODULES:
+            query, key = self.q_feature(query), self.k_feature(key)
+        else:
+            query, key = of_both(self.feature_map, query, key)
         decayed = inputs.get("decay", x)
         recurrences = [view.prepare(decayed, query, key, value, self.prefix_tokens) for view in self.views()]
         for recurrence in recurrences:

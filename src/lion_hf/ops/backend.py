@@ -68,17 +68,17 @@ def state_no_kernels(value: Tensor) -> None:
         )
 
 
-def fused_unit_silu(x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """Return the feature map of ops/triton if it supports this input, otherwise None.
+def fused_normed_silu(*tensors: Tensor) -> tuple[Callable, Callable] | None:
+    """Return `normed_silu` and `normed_silu_of_both` of ops/triton if they support these inputs, otherwise None.
 
-    It is not used in graphs, whose compilers fuse the PyTorch operators themselves.
+    They are not used in graphs, whose compilers fuse the PyTorch operators themselves.
     """
-    if BACKEND == "torch" or not (BACKEND or x.is_cuda) or x.dtype == torch.float64:
+    if BACKEND == "torch" or not (BACKEND or tensors[0].is_cuda):
         return None
-    if is_abstract(x) or is_transformed(x):
+    if any(x.dtype == torch.float64 or is_abstract(x) for x in tensors) or is_transformed(*tensors):
         return None
     try:
-        from .triton.features import unit_silu
+        from .triton.features import normed_silu, normed_silu_of_both
     except ImportError:  # fused_kernels logs the warning
         return None
-    return unit_silu
+    return normed_silu, normed_silu_of_both

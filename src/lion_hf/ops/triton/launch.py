@@ -1,14 +1,13 @@
 """LION's operator on a GPU: PyTorch operators with gradients that launch the kernels of kernels.py."""
 
-import functools
 import re
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .direct import KernelOperator
 from .kernels import (
     INTERPRETED,
     backward_kernel,
@@ -255,20 +254,7 @@ class _Operator:
 # ------------------------------------------------------------------------------------------------ operators of PyTorch
 
 
-def _on_its_device(launch: Callable) -> Callable:
-    """Make the device of the query current during a call: Triton launches on the current device."""
-
-    @functools.wraps(launch)
-    def on_device(query, *arguments):
-        with torch.cuda.device_of(query):
-            return launch(query, *arguments)
-
-    return on_device
-
-
-@torch.library.custom_op(f"{_NAMESPACE}::mix", mutates_args=())
-@_on_its_device
-def _mix(
+def _launch_mix(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -281,7 +267,7 @@ def _mix(
     result: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the output (numerator or normalised) and the row sums: c for BOTH, c + eps for NORMALIZED, else empty."""
-    query, key, value = (_last_contiguous(x) for x in (query, key, value))
+    query, key, value = _last_contiguous(query), _last_contiguous(key), _last_contiguous(value)
     out, row_sums = _outputs(query, value, result)
     if out.numel() or row_sums.numel():
         operator = _Operator(query, key, value, log_decay, key_mask, cu_seqlens, path, scale)
@@ -289,8 +275,7 @@ def _mix(
     return out, row_sums
 
 
-@_mix.register_fake
-def _(query, key, value, log_decay, key_mask, cu_seqlens, path, scale, eps, result):
+def _fake_mix(query, key, value, log_decay, key_mask, cu_seqlens, path, scale, eps, result):
     return _outputs(query, value, result)
 
 
@@ -299,9 +284,7 @@ def _outputs(query: Tensor, value: Tensor, result: int) -> tuple[Tensor, Tensor]
     return out, query.new_empty(query.shape[:3] if result else (0,), dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::mix_backward", mutates_args=())
-@_on_its_device
-def _mix_backward(
+def _launch_mix_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -330,8 +313,9 @@ def _mix_backward(
     return grads
 
 
-@_mix_backward.register_fake
-def _(query, key, value, log_decay, key_mask, cu_seqlens, path, out, row_sums, d_out, d_row_sums, scale):
+def _fake_mix_backward(
+    query, key, value, log_decay, key_mask, cu_seqlens, path, out, row_sums, d_out, d_row_sums, scale
+):
     return _gradients(query, key, value, log_decay)
 
 
@@ -350,8 +334,9 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, d_out, d_row_sums):
     result, scale = ctx.options
     d_row_sums = d_row_sums if result == BOTH else None
-    *grads, d_decay = _mix_backward(*ctx.saved_tensors, d_out, d_row_sums, scale)
-    return *grads, None if ctx.saved_tensors[3] is None else d_decay, *[None] * 6
+    saved = ctx.saved_tensors
+    *grads, d_decay = _mix_backward(*saved, d_out, d_row_sums, scale)
+    return *grads, None if saved[3] is None else d_decay, *[None] * 6
 
 
 def _refuse(ctx, *gradients):
@@ -361,8 +346,10 @@ def _refuse(ctx, *gradients):
     )
 
 
-_mix.register_autograd(_differentiate, setup_context=_save)
-_mix_backward.register_autograd(_refuse)
+_mix = KernelOperator(f"{_NAMESPACE}::mix", _launch_mix, fake=_fake_mix, differentiate=_differentiate, save=_save)
+_mix_backward = KernelOperator(
+    f"{_NAMESPACE}::mix_backward", _launch_mix_backward, fake=_fake_mix_backward, differentiate=_refuse
+)
 
 
 def fused_linear_attention(
