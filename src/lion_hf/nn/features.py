@@ -160,7 +160,7 @@ _NORMED = {"unit_silu": {"shift": 0.5, "eps": 0.0}, "silu": {"shift": 0.0, "eps"
 
 
 def of_both(name: str, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a feature map of `FUNCTIONS` of query and key, which have the same shape, from one launch if possible."""
+    """Return a feature map of `FUNCTIONS` of query and key, which have one shape and dtype."""
     fused = fused_normed_silu(query, key) if name in _NORMED else None
     if fused is not None:
         return fused[1](query, key, **_NORMED[name])

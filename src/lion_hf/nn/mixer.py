@@ -101,8 +101,10 @@ class TokenMixer(nn.Module):
 
     def split_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value (batch, length, heads * width) as (batch, heads, length, width)."""
-        shape, keys = (self.num_heads, self.head_dim), (self.key_heads, self.key_dim)
-        return tuple(y.view(*y.shape[:-1], *s).transpose(1, 2) for y, s in ((query, keys), (key, keys), (value, shape)))
+        rows = value.shape[:-1]
+        query = query.view(*rows, self.key_heads, self.key_dim).transpose(1, 2)
+        key = key.view(*rows, self.key_heads, self.key_dim).transpose(1, 2)
+        return query, key, value.view(*rows, self.num_heads, self.head_dim).transpose(1, 2)
 
 
 class Mixer(TokenMixer):
@@ -353,7 +355,8 @@ class Mixer(TokenMixer):
         if self.token_shift:
             shifted = neighbours(x, self.direction, sequences)
             inputs = next(self.views()).shift(x, shifted)
-        query, key, value = (getattr(self, f"{name}_proj")(inputs.get(name, x)) for name in "qkv")
+        query, key = self.q_proj(inputs.get("q", x)), self.k_proj(inputs.get("k", x))
+        value = self.v_proj(inputs.get("v", x))
         if self.short_conv:
             dtype = value.dtype  # query and key may be logits of gates, in a wider dtype than the convolutions
             query, key, value = (
@@ -410,8 +413,9 @@ class Mixer(TokenMixer):
                 packed; if the variant does not support the given mask; if two scans are given no
                 paths, or a mask.
         """
-        require_rate("dropout", dropout)
-        dropout = dropout if self.training and not self.normalize else 0.0
+        if dropout:
+            require_rate("dropout", dropout)
+            dropout = dropout if self.training and not self.normalize else 0.0
         key_mask = self.checked_mask(x, key_mask)
         self._check_call(x.shape[1], key_mask, cu_seqlens, paths)
         x = self._in_autocast_dtype(x)

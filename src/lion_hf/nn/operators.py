@@ -64,7 +64,8 @@ def require_operator(variant: type[Variant], recurrences: Sequence[Recurrence]) 
             f"{variant.label} requests the operator {first.operator!r}; it must be one of its operators = "
             f"{variant.operators!r} and of the existing operators {', '.join(map(repr, OPERATORS))}."
         )
-    if not OPERATORS[first.operator].options and not _same(recurrences, arguments=True):
+    several = len(recurrences) > 1
+    if several and not OPERATORS[first.operator].options and not _same(recurrences, arguments=True):
         raise ValueError(
             f"{variant.label} changes query, key or value, which several scans share. It supports a single "
             "scan only: set scans = 1 in its class."

@@ -99,10 +99,11 @@ class TokenDecay(Variant):
         self.add("decay_proj", GateLinear(self.dim, self.heads))
 
     def prepare(self, x, query, key, value, prefix_tokens) -> Recurrence:
-        gated = x[:, prefix_tokens:] if prefix_tokens else x
-        logits = at_least_float32(self.decay_proj(gated))
-        log_decay = log_one_minus_sigmoid(logits, self.mixer.gate_eps).transpose(1, 2)
-        return Recurrence(query, key, value, F.pad(log_decay, (prefix_tokens, 0)) if prefix_tokens else log_decay)
+        logits = at_least_float32(self.decay_proj(x))  # of all tokens: a part of x would be copied
+        log_decay = log_one_minus_sigmoid(logits, self.mixer.gate_eps)
+        if prefix_tokens:
+            log_decay[:, :prefix_tokens] = 0
+        return Recurrence(query, key, value, log_decay.transpose(1, 2))
 
     def set_windows(self, windows: Tensor) -> None:
         self.decay_proj.weight.zero_()

@@ -71,11 +71,14 @@ def state_no_kernels(value: Tensor) -> None:
 def fused_normed_silu(*tensors: Tensor) -> tuple[Callable, Callable] | None:
     """Return `normed_silu` and `normed_silu_of_both` of ops/triton if they support these inputs, otherwise None.
 
+    All inputs have one shape and dtype.
+
     They are not used in graphs, whose compilers fuse the PyTorch operators themselves.
     """
-    if BACKEND == "torch" or not (BACKEND or tensors[0].is_cuda):
+    x = tensors[0]
+    if BACKEND == "torch" or not (BACKEND or x.is_cuda) or x.dtype == torch.float64:
         return None
-    if any(x.dtype == torch.float64 or is_abstract(x) for x in tensors) or is_transformed(*tensors):
+    if is_abstract(x) or is_transformed(*tensors):
         return None
     try:
         from .triton.features import normed_silu, normed_silu_of_both

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..checks import makes_graph
 
 
-_PLAIN = frozenset([Tensor, torch.nn.Parameter, type(None), bool, int, float])
+_PLAIN = frozenset([Tensor, torch.nn.Parameter])
 
 
 def _on_its_device(launch: Callable) -> Callable:
@@ -29,16 +29,15 @@ def _on_its_device(launch: Callable) -> Callable:
     return on_device
 
 
-def is_watched(arguments: Sequence) -> bool:
-    """Whether anything but autograd takes part in a call with these arguments, the first of which is a tensor."""
+def is_watched(tensors: Sequence[Tensor]) -> bool:
+    """Whether anything but autograd takes part in a call with these tensors."""
     return (
         makes_graph()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or not _PLAIN.issuperset(map(type, arguments))
-        or not _PLAIN.issuperset(map(type, arguments))
-        or arguments[0].is_meta
-        or any(isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x) for x in arguments)
+        or not _PLAIN.issuperset(map(type, tensors))
+        or tensors[0].is_meta
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))  # is_grads_batched=True
     )
 
 
@@ -83,8 +82,9 @@ class KernelOperator:
         self.differentiable = Function.apply
 
     def __call__(self, *arguments):
-        if is_watched(arguments):
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        if is_watched(tensors):
             return self.operator(*arguments)
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return self.differentiable(*arguments)
         return self.launch(*arguments)
