@@ -4,8 +4,8 @@
     python benchmarks/bench_local.py --device cpu --longest_dense 4096
     python benchmarks/bench_local.py --blocks 32 64 128 256     # block sizes of local attention, at --lengths
 
-One layer (12 heads of width 64, window 128, RoPE) with its projections, and its attention alone. On a GPU "local" is the
-fused kernels and "blocks" the form in PyTorch. All candidates of one length are timed in turn in one process. Peak
+One layer (12 heads of width 64, window 128, RoPE) with its projections, and its attention alone. On a GPU "local" means
+the fused kernels and "blocks" the form in PyTorch. All candidates of one length are timed in turn in one process. Peak
 memory counts what one call adds; on a CPU each case has its own process.
 """
 
