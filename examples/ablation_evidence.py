@@ -59,7 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "windows": {"decay_init": "windows", "decay_windows": [4, 64]},
     "local layers": LOCAL | {"rope_theta": 10000.0},
 }
-LION_S, LION_D = {"mask_type": "selective"}, {"mask_type": "decay"}
+LION_S, LION_D, LION_LIT = ({"mask_type": name} for name in ("selective", "decay", "lit"))
 PUBLISHED, MODERN = "LION-S, published", "LION-S, modern"
 BERT = "BERT"
 MODERNBERT = {"model_type": "modernbert", "intermediate_size": 512, "local_attention": 32}
@@ -75,6 +75,7 @@ PRESET_BLOCK = {
     "local_layers": [1, 2],
     "local_window": LOCAL["local_window"],
 }
+ROTATED = "RoPE in linear layers"
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LOCAL_ROPE = {"rope_theta": 10000.0}
 LINEAR_ROPE = {"rope_parameters": {"linear_attention": ROPE}}
@@ -84,8 +85,8 @@ WINDOWS, CONVOLUTION = OPTIONS["windows"], OPTIONS["convolution"]
 PRESET_BLOCKS = {
     "": PRESET_BLOCK | LOCAL_ROPE,
     ", windows": PRESET_BLOCK | LOCAL_ROPE | WINDOWS,
-    ", RoPE in linear layers": PRESET_BLOCK | BOTH_ROPES,
-    ", RoPE in linear layers, windows": PRESET_BLOCK | BOTH_ROPES | WINDOWS,
+    f", {ROTATED}": PRESET_BLOCK | BOTH_ROPES,
+    f", {ROTATED}, windows": PRESET_BLOCK | BOTH_ROPES | WINDOWS,
     ", RoPE for local layers": ALL_LINEAR,
     ", RoPE and convolution for local layers, windows": ALL_LINEAR | CONVOLUTION | WINDOWS,
 }
@@ -130,9 +131,12 @@ def fixed_models() -> dict[str, Model]:
         **leave_one_out,
         **{f"LION-S, {name}": Model(LION_S | options, ("first",)) for name, options in OPTIONS.items()},
         "LION-S, local layers without RoPE": Model(LION_S | LOCAL, ("first",)),
-        "LION-S, RoPE in linear layers": Model(LION_S | LINEAR_ROPE, ("first",)),
+        f"LION-S, {ROTATED}": Model(LION_S | LINEAR_ROPE, ("first",)),
         **{f"LION-S, preset block{name}": Model(options) for name, options in PRESET_BLOCKS.items()},
         "LION-D, published": Model(LION_D),
+        f"LION-D, {ROTATED}": Model(LION_D | LINEAR_ROPE, ()),
+        "LION-LIT, published": Model(LION_LIT, ()),
+        f"LION-LIT, {ROTATED}": Model(LION_LIT | LINEAR_ROPE, ()),
     }
 
 
@@ -156,7 +160,7 @@ def long_models() -> dict[str, Model]:
     windows = {"local_window": 128, "local_attention": 128, "decay_windows": [4, LONG]}
     found = {}
     for name, model in fixed_models().items():
-        if name in (PUBLISHED, "ModernBERT", "LION-S, windows") or "preset block" in name or "RoPE in" in name:
+        if name in (PUBLISHED, "ModernBERT", "LION-S, windows", f"LION-S, {ROTATED}") or "preset block" in name:
             options = model.options | {k: v for k, v in windows.items() if k in model.options}
             found[name] = Model(options, ())
     return found
