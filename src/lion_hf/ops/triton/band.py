@@ -16,9 +16,12 @@ A token reads one interval of its row: the tokens within `reach`, which are in t
 Whether i reads j is therefore two comparisons, and i reads j exactly if j reads i. Masked keys are read by nobody, and
 are loaded as 0. A query that reads no key has lse = inf, so that its weights are 0 in the backward pass too.
 
-No two programs add to the same number, so every run gives the same bits. The grid is (rows * tiles, heads). Arguments
-are in the order of kernels.py: tensors, strides of batch, head and token, numbers, constants. They are None if absent.
-`bounds` (2, length) holds the first token and the end of the sequence of each token of a packed row.
+No two programs add to the same number, so every run gives the same bits. With HEADS_FIRST, programs of one tile and all
+heads run together, and read memory that is contiguous in the layers: (batch, length, heads, width). Otherwise programs
+of one head do.
+
+Arguments are in the order of kernels.py: tensors, strides of batch, head and token, numbers, constants. They are None
+if absent. `bounds` (2, length) holds the first token and the end of the sequence of each token of a packed row.
 """
 
 from .parts import load_tokens, of_head, store_rows, tl, triton, unmasked
@@ -44,13 +47,17 @@ def interval(bounds, tokens, length, reach):
 
 
 @triton.jit
-def tile_of(bounds, tiles, length, reach, TILE: tl.constexpr):
-    """Return the row of the batch, the tokens (TILE,) of this program, and the first and the last that they read."""
-    batch = tl.program_id(0) // tiles
-    begin = (tl.program_id(0) % tiles) * TILE
+def tile_of(bounds, tiles, heads, length, reach, TILE: tl.constexpr, HEADS_FIRST: tl.constexpr):
+    """Return the row of the batch, the head, the tokens (TILE,) of this program, and the first and last they read."""
+    if HEADS_FIRST:
+        head, place = tl.program_id(0) % heads, tl.program_id(0) // heads
+    else:
+        places = tl.num_programs(0) // heads
+        head, place = tl.program_id(0) // places, tl.program_id(0) % places
+    begin = (place % tiles) * TILE
     first, _ = interval(bounds, begin, length, reach)
     _, last = interval(bounds, tl.minimum(begin + TILE, length) - 1, length, reach)
-    return batch, begin + tl.arange(0, TILE), first, last
+    return place // tiles, head, begin + tl.arange(0, TILE), first, last
 
 
 @triton.jit
@@ -73,13 +80,12 @@ def product(a, b, PRECISION: tl.constexpr):
 @_any_length
 def forward_kernel(
     query, key, value, out, lse, key_mask, bounds,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, length, tiles, reach, scale,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, length, tiles, heads, reach, scale,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Compute the outputs of one tile of queries, and lse. `scale` is s log2(e)."""
-    head, heads = tl.program_id(1), tl.num_programs(1)
-    batch, rows, first, last = tile_of(bounds, tiles, length, reach, TILE)
+    batch, head, rows, first, last = tile_of(bounds, tiles, heads, length, reach, TILE, HEADS_FIRST)
     keep = rows < length
     low, high = interval(bounds, rows, length, reach)
     key, value = of_head(key, batch, head, k_b, k_h), of_head(value, batch, head, v_b, v_h)
@@ -114,13 +120,12 @@ def forward_kernel(
 def queries_kernel(
     query, key, value, out, d_out, d_query, lse, delta, key_mask, bounds,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l, d_out_b, d_out_h, d_out_l,
-    length, tiles, reach, scale, s,
+    length, tiles, heads, reach, scale, s,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one tile of queries, and delta."""
-    head, heads = tl.program_id(1), tl.num_programs(1)
-    batch, rows, first, last = tile_of(bounds, tiles, length, reach, TILE)
+    batch, head, rows, first, last = tile_of(bounds, tiles, heads, length, reach, TILE, HEADS_FIRST)
     keep = rows < length
     low, high = interval(bounds, rows, length, reach)
     key, value = of_head(key, batch, head, k_b, k_h), of_head(value, batch, head, v_b, v_h)
@@ -151,13 +156,12 @@ def queries_kernel(
 @_any_length
 def keys_kernel(
     query, key, value, d_out, d_key, d_value, lse, delta, key_mask, bounds,
-    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, d_out_b, d_out_h, d_out_l, length, tiles, reach, scale, s,
+    q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, d_out_b, d_out_h, d_out_l, length, tiles, heads, reach, scale, s,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, HEADS_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one tile of keys and values. Scores are transposed, (keys, queries)."""
-    head, heads = tl.program_id(1), tl.num_programs(1)
-    batch, rows, first, last = tile_of(bounds, tiles, length, reach, TILE)
+    batch, head, rows, first, last = tile_of(bounds, tiles, heads, length, reach, TILE, HEADS_FIRST)
     keep = rows < length
     low, high = interval(bounds, rows, length, reach)
     there = unmasked(None if key_mask is None else key_mask + batch.to(tl.int64) * length, rows, keep)

@@ -28,6 +28,8 @@ _WIDE = {
     "ieee": {"forward": (32, 16, 8, 2), "queries": (32, 16, 4, 2), "keys": (32, 16, 4, 2)},
 }
 
+_HEADS_FIRST = True  # the order of programs, see band.py
+
 
 class _Launcher:
     """The launches for one set of inputs; see the docstring of band.py."""
@@ -52,12 +54,13 @@ class _Launcher:
         longest = max(16, triton.next_power_of_2(self.length))
         tile = min(tile, longest)
         tiles = triton.cdiv(self.length, tile)
-        kernel[self.batch * tiles, self.heads](
+        kernel[(self.batch * tiles * self.heads,)](
             *tensors, self.key_mask, self.bounds, *(stride for x in strided for stride in _strides(x)),
-            self.length, tiles, self.reach, self.scale * math.log2(math.e), *numbers,
+            self.length, tiles, self.heads, self.reach, self.scale * math.log2(math.e), *numbers,
             WIDTH_K=self.head_dim, WIDTH_V=self.value_dim,
             BLOCK_K=_block(self.head_dim), BLOCK_V=_block(self.value_dim),
-            TILE=tile, STEP=min(step, longest), PRECISION=self.precision, num_warps=warps, num_stages=stages,
+            TILE=tile, STEP=min(step, longest), PRECISION=self.precision, HEADS_FIRST=_HEADS_FIRST,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
     def forward(self, out: Tensor, lse: Tensor) -> None:
