@@ -4,11 +4,13 @@
     python benchmarks/bench_local.py --device cpu --longest_dense 4096
     python benchmarks/bench_local.py --blocks 32 64 128 256     # block sizes of local attention, at --lengths
 
-One layer (12 heads of width 64, window 128, RoPE) with its projections, and its attention alone. All candidates of one
-length are timed in turn in one process. Peak memory counts what one call adds; on a CPU each case has its own process.
+One layer (12 heads of width 64, window 128, RoPE) with its projections, and its attention alone. On a GPU "local" means
+the fused kernels and "blocks" the form in PyTorch. All candidates of one length are timed in turn in one process. Peak
+memory counts what one call adds; on a CPU each case has its own process.
 """
 
 import argparse
+from unittest import mock
 
 import torch
 from common import (
@@ -32,7 +34,7 @@ from torch.nn import functional as F
 
 from lion_hf.nn.local_attention import LocalMixer
 from lion_hf.nn.softmax import SoftmaxMixer
-from lion_hf.ops import band
+from lion_hf.ops import backend, band
 
 
 HEADS, WIDTH = 12, 64
@@ -52,7 +54,8 @@ def layer(name, arguments):
     dim, options = HEADS * WIDTH, {"rope_theta": 10000.0}
     if name != "full":
         options["window"] = arguments.window
-    mixer = {"local": LocalMixer, "dense band": DenseMixer, "full": SoftmaxMixer}[name](dim, HEADS, **options)
+    build = {"local": LocalMixer, "blocks": LocalMixer, "dense band": DenseMixer, "full": SoftmaxMixer}[name]
+    mixer = build(dim, HEADS, **options)
     return mixer.to(arguments.device, DTYPES[arguments.dtype])
 
 
@@ -80,11 +83,11 @@ def runner(name, part, mode, length, arguments):
     direction = torch.randn_like(function(*tensors)) if mode != "forward" else None
 
     def run():
-        if mode == "forward":
-            with torch.inference_mode():
-                function(*tensors)
-        else:
-            function(*tensors).backward(direction)
+        chosen = "torch" if name == "blocks" else backend.BACKEND
+        with mock.patch.object(backend, "BACKEND", chosen), torch.inference_mode(mode == "forward"):
+            out = function(*tensors)
+        if mode != "forward":
+            out.backward(direction)
             for x in tensors:
                 x.grad = None
 
@@ -105,9 +108,8 @@ def memory(name, mode, length, arguments):
 def compared(arguments, timer):
     rows = []
     for length in arguments.lengths:
-        names = [
-            name for name in ("local", "dense band", "full") if name == "local" or length <= arguments.longest_dense
-        ]
+        names = ["local", *["blocks"] * (arguments.device != CPU)]
+        names += ["dense band", "full"] if length <= arguments.longest_dense else []
         for mode in MODES:
             cases = [(part, name) for part in ("layer", "attention") for name in names]
             candidates = {case: runner(case[1], case[0], mode, length, arguments) for case in cases}
@@ -149,7 +151,7 @@ def blocks(arguments, timer):
         for mode in MODES:
             candidates = {}
             for size in arguments.blocks:
-                run = runner("local", "attention", mode, length, arguments)
+                run = runner("blocks", "attention", mode, length, arguments)
 
                 def sized(size=size, run=run):
                     band.BLOCK = dict.fromkeys(kept, size)

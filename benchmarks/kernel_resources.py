@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_resources.py                        # Hopper: H100, H200
     python benchmarks/kernel_resources.py --capability 80 --widths 64 128 --dtypes bfloat16 float32
+    python benchmarks/kernel_resources.py --local --widths 64 128      # the kernels of local attention instead
 
 The table lists registers per thread (at most 255; the rest is spilled to memory and counted as stack), shared memory
 per block, and the number of tensor core instructions. The launches of a forward and a backward pass are recorded, not
@@ -9,6 +10,7 @@ run. The compiler comes with Triton.
 """
 
 import argparse
+import contextlib
 import re
 import subprocess
 import tempfile
@@ -20,6 +22,7 @@ from common import print_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lion_hf.ops.triton import band_launch
 from lion_hf.ops.triton import launch as lion_triton
 
 
@@ -48,13 +51,23 @@ class Recorder:
         return record
 
 
+@contextlib.contextmanager
+def recorded(module):
+    """Record the launches of the kernels of a module, in place of running them."""
+    launches = []
+    kernels = {name: x for name, x in vars(module).items() if name.endswith("_kernel")}
+    for name, kernel in kernels.items():
+        setattr(module, name, Recorder(kernel, launches))
+    try:
+        yield launches
+    finally:
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+
+
 def record(dtype, width, decay, normalized, packed):
     """Return the launches of a forward and a backward pass in chunks."""
-    launches = []
-    kernels = {name: x for name, x in vars(lion_triton).items() if name.endswith("_kernel")}
-    for name, kernel in kernels.items():
-        setattr(lion_triton, name, Recorder(kernel, launches))
-    try:
+    with recorded(lion_triton) as launches:
         x = torch.zeros(2 - packed, 4, 1024, width, dtype=dtype)
         gates = {"none": None, "head": torch.zeros(4), "token": torch.zeros(x.shape[:3])}[decay]
         bounds = torch.tensor([0, 500, 1024]) if packed else None
@@ -62,9 +75,29 @@ def record(dtype, width, decay, normalized, packed):
         out, sums = lion_triton._mix(x, x, x, gates, None, bounds, None, 0.125, 1e-6, result)
         kept = (out, sums) if normalized else (None, None)
         lion_triton._mix_backward(x, x, x, gates, None, bounds, None, *kept, out, None, 0.125)
-    finally:
-        for name, kernel in kernels.items():
-            setattr(lion_triton, name, kernel)
+    return launches
+
+
+def record_local(dtype, width, masked, packed):
+    """Return the launches of a forward and a backward pass of local attention."""
+    with recorded(band_launch) as launches:
+        x = torch.zeros(2 - packed, 4, 1024, width, dtype=dtype)
+        mask = torch.ones(len(x), 1024, dtype=torch.bool) if masked else None
+        bounds = torch.zeros(2, 1024, dtype=torch.int32) if packed else None
+        out, lse = band_launch._band(x, x, x, mask, bounds, 64)
+        band_launch._band_backward(x, x, x, mask, bounds, out, lse, out, 64)
+    return launches
+
+
+def record_all(arguments, dtype, width):
+    """Return all launches for one dtype and width, and the kind of decay or of mask of each."""
+    if arguments.local:
+        kinds = {"masked": True, "no mask": False}
+        return [(kind, x) for kind in kinds for x in record_local(dtype, width, kinds[kind], arguments.packed)]
+    launches = []
+    for decay in arguments.decays:
+        for lion_triton._WALKS in (0, 1 << 30):  # with and without the kernel for many sequences
+            launches += [(decay, x) for x in record(dtype, width, decay, True, arguments.packed)]
     return launches
 
 
@@ -108,6 +141,7 @@ def main():
         choices=["none", "head", "token"],
         help="kinds of decay",
     )
+    parser.add_argument("--local", action="store_true", help="compile the kernels of local attention")
     parser.add_argument("--packed", action="store_true", help="compile for packed texts")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 in float32 products")
     for name in ("forward", "backward"):
@@ -119,28 +153,24 @@ def main():
     rows = []
     for dtype in arguments.dtypes:
         for width in arguments.widths:
-            for decay in arguments.decays:
-                launches = []
-                for lion_triton._WALKS in (0, 1 << 30):  # with and without the kernel for many sequences
-                    launches += record(getattr(torch, dtype), width, decay, True, arguments.packed)
-                for kernel, launch, options in launches:
-                    compiled = compile_launch(kernel, launch, options, arguments.capability)
-                    used = resources(compiled)
-                    code = compiled.asm["ptx"]
-                    rows.append(
-                        {
-                            "kernel": kernel.__name__.strip("_").removesuffix("_kernel"),
-                            "dtype": dtype,
-                            "width": width,
-                            "decay": decay,
-                            "tile": launch.get("TILE", ""),
-                            "warps": options.get("num_warps", ""),
-                            "registers": used["REG"],
-                            "stack (bytes)": used["STACK"],
-                            "shared (KiB)": compiled.metadata.shared / 1024,
-                            "tensor core": code.count("wgmma.mma") + code.count("mma.sync"),
-                        }
-                    )
+            for kind, (kernel, launch, options) in record_all(arguments, getattr(torch, dtype), width):
+                compiled = compile_launch(kernel, launch, options, arguments.capability)
+                used = resources(compiled)
+                code = compiled.asm["ptx"]
+                rows.append(
+                    {
+                        "kernel": kernel.__name__.strip("_").removesuffix("_kernel"),
+                        "dtype": dtype,
+                        "width": width,
+                        "mask" if arguments.local else "decay": kind,
+                        "tile": launch.get("TILE", ""),
+                        "warps": options.get("num_warps", ""),
+                        "registers": used["REG"],
+                        "stack (bytes)": used["STACK"],
+                        "shared (KiB)": compiled.metadata.shared / 1024,
+                        "tensor core": code.count("wgmma.mma") + code.count("mma.sync"),
+                    }
+                )
     print_table(list({tuple(row.items()): row for row in rows}.values()))
 
 

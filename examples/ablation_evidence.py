@@ -4,6 +4,7 @@
     python examples/ablation_evidence.py --data DATA --only BERT      # some models, by name
     python examples/ablation_evidence.py --draw                       # tables and plot again, from the stored results
     python examples/ablation_evidence.py --list                       # the models and their options
+    python examples/ablation_evidence.py --data DATA --length 512     # some models on rows of 512 tokens, text only
 
 `python examples/run_evidence.py modern --data DATA` is the same as the first line. DATA is a folder with
 wiki/{train,validation}.txt and reviews/{train,validation}.csv.
@@ -58,31 +59,37 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "windows": {"decay_init": "windows", "decay_windows": [4, 64]},
     "local layers": LOCAL | {"rope_theta": 10000.0},
 }
-LION_S, LION_D = {"mask_type": "selective"}, {"mask_type": "decay"}
+LION_S, LION_D, LION_LIT = ({"mask_type": name} for name in ("selective", "decay", "lit"))
 PUBLISHED, MODERN = "LION-S, published", "LION-S, modern"
 BERT = "BERT"
 MODERNBERT = {"model_type": "modernbert", "intermediate_size": 512, "local_attention": 32}
-# The block of the presets lion-s-modern-*, with two local layers between layers of LION.
-AS_PRESETS = {
+# The block of the presets lion-s-modern-* with local layers between layers of LION, and what was tried with it.
+PRESET_BLOCK = {
     **LION_S,
     **OPTIONS["pre-norm"],
     **OPTIONS["gated MLP"],
     **OPTIONS["no biases"],
     **OPTIONS["feature map silu"],
-    **OPTIONS["windows"],
-    **OPTIONS["local layers"],
     "first_norm": False,
     "output_norm": "head_rms",
     "local_layers": [1, 2],
+    "local_window": LOCAL["local_window"],
 }
-
+ROTATED = "RoPE in linear layers"
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-# LION's own layers rotate queries and keys too, or alone: there the model has no softmax attention at all.
-ALL_ROTATED = {k: v for k, v in AS_PRESETS.items() if k != "rope_theta"} | {
-    "rope_parameters": {"sliding_attention": ROPE, "linear_attention": ROPE}
-}
+LOCAL_ROPE = {"rope_theta": 10000.0}
 LINEAR_ROPE = {"rope_parameters": {"linear_attention": ROPE}}
-ALL_LINEAR = {k: v for k, v in ALL_ROTATED.items() if k not in LOCAL} | LINEAR_ROPE | OPTIONS["convolution"]
+BOTH_ROPES = {"rope_parameters": {"sliding_attention": ROPE, "linear_attention": ROPE}}
+ALL_LINEAR = {k: v for k, v in PRESET_BLOCK.items() if k not in LOCAL} | LINEAR_ROPE
+WINDOWS, CONVOLUTION = OPTIONS["windows"], OPTIONS["convolution"]
+PRESET_BLOCKS = {
+    "": PRESET_BLOCK | LOCAL_ROPE,
+    ", windows": PRESET_BLOCK | LOCAL_ROPE | WINDOWS,
+    f", {ROTATED}": PRESET_BLOCK | BOTH_ROPES,
+    f", {ROTATED}, windows": PRESET_BLOCK | BOTH_ROPES | WINDOWS,
+    ", RoPE for local layers": ALL_LINEAR,
+    ", RoPE and convolution for local layers, windows": ALL_LINEAR | CONVOLUTION | WINDOWS,
+}
 
 
 class Model(NamedTuple):
@@ -124,11 +131,12 @@ def fixed_models() -> dict[str, Model]:
         **leave_one_out,
         **{f"LION-S, {name}": Model(LION_S | options, ("first",)) for name, options in OPTIONS.items()},
         "LION-S, local layers without RoPE": Model(LION_S | LOCAL, ("first",)),
-        "LION-S, RoPE in linear layers": Model(LION_S | LINEAR_ROPE, ("first",)),
-        "LION-S, as the presets": Model(AS_PRESETS),
-        "LION-S, as the presets, RoPE in all layers": Model(ALL_ROTATED),
-        "LION-S, as the presets, RoPE and convolution for local layers": Model(ALL_LINEAR),
+        f"LION-S, {ROTATED}": Model(LION_S | LINEAR_ROPE, ("first",)),
+        **{f"LION-S, preset block{name}": Model(options) for name, options in PRESET_BLOCKS.items()},
         "LION-D, published": Model(LION_D),
+        f"LION-D, {ROTATED}": Model(LION_D | LINEAR_ROPE, ()),
+        "LION-LIT, published": Model(LION_LIT, ()),
+        f"LION-LIT, {ROTATED}": Model(LION_LIT | LINEAR_ROPE, ()),
     }
 
 
@@ -145,6 +153,41 @@ def all_models(runs: dict[str, dict]) -> dict[str, Model]:
     """Return all models. That without the option that hurts most, if any hurts, is reported too."""
     models, chosen = fixed_models(), chosen_model(runs)
     return models if chosen is None else models | {chosen: models[chosen]._replace(poolings=POOLINGS, reported=True)}
+
+
+def long_models() -> dict[str, Model]:
+    """Return the models of rows of `LONG` tokens, with windows for that length. Their review sentences are left out."""
+    windows = {"local_window": 128, "local_attention": 128, "decay_windows": [4, LONG]}
+    found = {}
+    for name, model in fixed_models().items():
+        if name in (PUBLISHED, "ModernBERT", "LION-S, windows", f"LION-S, {ROTATED}") or "preset block" in name:
+            options = model.options | {k: v for k, v in windows.items() if k in model.options}
+            found[name] = Model(options, ())
+    return found
+
+
+class Part(NamedTuple):
+    """A part of the study: rows of one length.
+
+    Attributes:
+        name: name of the files of its results.
+        models: gives its models for finished runs.
+        recipe: flags of masked language modelling.
+    """
+
+    name: str
+    models: Callable[[dict[str, dict]], dict[str, Model]]
+    recipe: str
+
+
+LONG = 512
+LONG_RECIPE = run_evidence.TEXT_RECIPE.replace("--max_length 64 ", f"--max_length {LONG} ").replace(
+    "--per_device_train_batch_size 16 ", "--per_device_train_batch_size 2 "
+)
+PARTS = {
+    64: Part("modern", all_models, run_evidence.TEXT_RECIPE),
+    LONG: Part(f"modern_{LONG}", lambda runs: long_models(), LONG_RECIPE),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -211,6 +254,7 @@ class Study:
         deadline: time after which no run starts.
         steps: trains this many steps only, to try the script.
         cpu: do not use a GPU.
+        length: tokens of a row.
     """
 
     def __init__(
@@ -222,12 +266,15 @@ class Study:
         deadline: float = math.inf,
         steps: int | None = None,
         cpu: bool = False,
+        length: int = 64,
     ):
         self.data, self.work, self.runs, self.report = data, work, runs, report
         self.deadline, self.steps, self.cpu = deadline, steps, cpu
         few = f" --max_steps {steps}" if steps else ""
         device = f" --use_cpu {str(cpu).lower()}"
-        self.flags = {"text": run_evidence.TEXT_RECIPE, "sentiment": run_evidence.SENTIMENT_RECIPE}
+        self.flags = {"text": PARTS[length].recipe, "sentiment": run_evidence.SENTIMENT_RECIPE}
+        self.chosen = [] if length == 64 else ["--length", str(length)]
+        self.tasks = ("text", "sentiment") if length == 64 else ("text",)
         self.flags = {name: flags.replace(" --use_cpu true", device) + few for name, flags in self.flags.items()}
 
     def train(self, models: dict[str, Model]) -> None:
@@ -251,7 +298,7 @@ class Study:
             record = run._asdict() | training.evaluate() | training.rows.known
             record |= {"steps": training.steps, "seconds": round(seconds, 2), "options": models[run.model].options}
             record |= {"parameters": training.model.num_parameters(), "device": device_name(training.device)}
-            command = ["python", "examples/ablation_evidence.py", "--data", "DATA", "--only", run.model]
+            command = ["python", "examples/ablation_evidence.py", "--data", "DATA", *self.chosen, "--only", run.model]
             self.runs[run.key] = record | {"command": shlex.join(command)}
             if run.task == "text" and run.stage == "final":
                 training.model.save_pretrained(self.encoder(run))
@@ -288,7 +335,7 @@ class Study:
 
     def prepare(self) -> None:
         """Make all rows, before several processes need them."""
-        for task in ("text", "sentiment"):
+        for task in self.tasks:
             self.rows(task, "rate", SEEDS[0])
             for seed in SEEDS:
                 self.rows(task, "final", seed)
@@ -424,13 +471,22 @@ class Groups:
         only: names of models, or None for all.
         size: models in a group.
         text_only: whether to leave out the review sentences.
+        find_models: gives all models for finished runs.
     """
 
-    def __init__(self, runs: dict[str, dict], only: Sequence[str] | None, size: int, text_only: bool = False):
+    def __init__(
+        self,
+        runs: dict[str, dict],
+        only: Sequence[str] | None,
+        size: int,
+        text_only: bool = False,
+        find_models: Callable[[dict[str, dict]], dict[str, Model]] = all_models,
+    ):
         self.runs, self.only, self.size, self.text_only, self.given = runs, only, size, text_only, set()
+        self.find_models = find_models
 
     def __call__(self) -> dict[str, Model]:
-        models = all_models(self.runs)
+        models = self.find_models(self.runs)
         if self.text_only:
             models = {name: model._replace(poolings=()) for name, model in models.items()}
         due = [name for name in models if self.only is None or name in self.only]
@@ -446,6 +502,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--work", type=Path, default=Path("outputs/evidence/modern"), help="folder for rows and models")
     found.add_argument("--results", type=Path, default=Path("examples/results"), help="folder for the results")
     found.add_argument("--only", nargs="+", metavar="NAME", help="names of the models to train (see --list)")
+    found.add_argument("--length", type=int, choices=PARTS, default=64, help="tokens of a row (default: 64)")
     found.add_argument("--text_only", action="store_true", help="leave out the review sentences for now")
     found.add_argument("--workers", type=int, default=1, help="processes that train models at the same time")
     found.add_argument("--together", type=int, default=1, help="models that a process trains side by side on a GPU")
@@ -461,15 +518,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.time()
     arguments = parser().parse_args(argv)
     os.chdir(EXAMPLES.parent)
-    file = arguments.results / "modern.json"
+    part = PARTS[arguments.length]
+    file = arguments.results / f"{part.name}.json"
     runs = read_runs(file)
     if arguments.list:
-        print("\n".join(f"{name}: {model.options}" for name, model in all_models(runs).items()))
+        print("\n".join(f"{name}: {model.options}" for name, model in part.models(runs).items()))
         return
     failed = 0 if arguments.draw else train_all(arguments, runs, file, begin + 60 * arguments.minutes)
     if runs:
-        write_table(all_models(runs), runs, arguments.results)
-        draw(all_models(runs), runs, arguments.results)
+        write_table(part.models(runs), runs, file.with_suffix(".md"))
+        draw(part.models(runs), runs, file.with_suffix(".png"))
     if failed:
         sys.exit(f"error: {failed} models failed, see above")
 
@@ -478,8 +536,8 @@ def train_all(arguments: argparse.Namespace, runs: dict[str, dict], file: Path, 
     """Train what is missing, also models that follow from results; return how many failed."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("LION_BACKEND", "torch")  # the same forms on every device
-    problem = run_evidence.problem_with("modern", arguments.data, arguments.results)
-    unknown = set(arguments.only or ()) - set(fixed_models())
+    problem, part = run_evidence.problem_with("modern", arguments.data, arguments.results), PARTS[arguments.length]
+    unknown = set(arguments.only or ()) - set(part.models(runs))
     if problem or unknown:
         sys.exit(f"error: {problem or f'--only names {sorted(unknown)}; --list prints the models'}")
 
@@ -488,14 +546,16 @@ def train_all(arguments: argparse.Namespace, runs: dict[str, dict], file: Path, 
         store(file, runs)
         print(f"{time.strftime('%H:%M:%S')} {key}: loss {record['loss']:.3f}, accuracy {record['accuracy']:.4f}")
 
-    options = {"data": arguments.data, "work": arguments.work.resolve(), "runs": runs, "deadline": deadline}
+    work = arguments.work.resolve() / ("" if arguments.length == 64 else str(arguments.length))
+    options = {"data": arguments.data, "work": work, "runs": runs, "deadline": deadline, "length": arguments.length}
     import torch
 
     maker = StudyMaker(options | {"steps": arguments.steps, "cpu": arguments.cpu or not torch.cuda.is_available()})
     maker(keep).prepare()
+    groups = Groups(runs, arguments.only, arguments.together, arguments.text_only, part.models)
     processes = Processes(arguments.workers, maker)
     try:
-        return len(processes.train(Groups(runs, arguments.only, arguments.together, arguments.text_only), keep))
+        return len(processes.train(groups, keep))
     finally:
         processes.end()
 

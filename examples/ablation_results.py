@@ -42,7 +42,7 @@ def differences(runs: dict[str, dict], model: str, reference: str) -> list[float
     return [here[seed] - there[seed] for seed in here if seed in there]
 
 
-def write_table(models: dict, runs: dict[str, dict], folder: Path) -> None:
+def write_table(models: dict, runs: dict[str, dict], file: Path) -> None:
     """Write the results as Markdown tables. `models` maps names to descriptions; the first is the reference.
 
     A model is a row when all its seeds are done.
@@ -57,8 +57,9 @@ def write_table(models: dict, runs: dict[str, dict], folder: Path) -> None:
     devices = sorted({run["device"] for run in runs.values()})
     lines += ["", f"Device: {'; '.join(devices)}. The options of the models:", ""]
     lines += [f"- {name}: `{model.options}`" for name, model in models.items() if sweep(runs, name, "text")]
-    lines += ["", "A run is repeated by `python examples/ablation_evidence.py --data DATA --only NAME`."]
-    (folder / "modern.md").write_text("\n".join(lines).lstrip("\n") + "\n")
+    given = next(iter(runs.values()))["command"].partition(" --only")[0] if runs else ""
+    lines += ["", f"A run is repeated by `{given} --only NAME`."]
+    file.write_text("\n".join(lines).lstrip("\n") + "\n")
 
 
 def results_table(names: Sequence[str], runs: dict[str, dict], reference: str) -> list[str]:
@@ -104,7 +105,7 @@ def held_out_tables(models: dict, runs: dict[str, dict]) -> list[str]:
     return lines
 
 
-def draw(models: dict, runs: dict[str, dict], folder: Path) -> None:
+def draw(models: dict, runs: dict[str, dict], file: Path) -> None:
     """Draw the masked loss of each reported model less that of the first, and its sentiment accuracies."""
     reference = next(iter(models))
     names = [name for name in models if name != reference and differences(runs, name, reference)]
@@ -130,5 +131,5 @@ def draw(models: dict, runs: dict[str, dict], folder: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
     figure.suptitle("Options of the modern block, each seed and mean", fontsize=9)
-    figure.savefig(folder / "modern.png", dpi=120)
+    figure.savefig(file, dpi=120)
     plt.close(figure)

@@ -46,10 +46,10 @@ EXAMPLES = Path(__file__).parent
 SEEDS = (17, 18, 19)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SENTIMENT_RATES = (1e-4, 3e-4, 1e-3)
-TEXT_MODELS = {
-    "LION-LIT": "--mask_type lit",
-    "LION-D": "--mask_type decay",
-    "LION-S": "--mask_type selective",
+TEXT_MODELS = {  # as published, without rotary positions
+    "LION-LIT": "--mask_type lit --linear_rope_theta 0",
+    "LION-D": "--mask_type decay --linear_rope_theta 0",
+    "LION-S": "--mask_type selective --linear_rope_theta 0",
     "BERT": "--model_type bert",
 }
 TEXT_RECIPE = (
@@ -89,6 +89,7 @@ POOLING_MODELS = {
 } | {"BERT, first": TEXT_MODELS["BERT"]}
 # The sentiment recipe for an encoder of 22 M parameters, each model at the better of two learning rates.
 WARM_RATES = (1e-4, 3e-4)
+SCRATCH = "--pos_emb true --layer_norm_after true --linear_rope_theta 0"
 WARM_RECIPE = (
     "--task custom --sentence1_column sentence --max_length 48 --max_train_samples 4800 --num_train_epochs 1 "
     "--per_device_train_batch_size 16 --eval_strategy no --save_strategy no --disable_tqdm true --use_cpu true"
@@ -111,10 +112,10 @@ DIAGONAL_TASKS = {
         "run_mlm.py",
         "0.1",
         (1e-3, 1.4e-3, 2e-3),
-        "--max_length 64 --vocab_size 2048 --hidden_size 128 --num_hidden_layers 4 --num_attention_heads 2 "
-        "--hidden_dropout_prob 0 --per_device_train_batch_size 16 --max_steps 600 --lr_floor 0.02 "
-        "--max_eval_samples 2000 --logging_steps 50 --eval_strategy no --save_strategy no --disable_tqdm true "
-        "--use_cpu true",
+        "--linear_rope_theta 0 --max_length 64 --vocab_size 2048 --hidden_size 128 --num_hidden_layers 4 "
+        "--num_attention_heads 2 --hidden_dropout_prob 0 --per_device_train_batch_size 16 --max_steps 600 "
+        "--lr_floor 0.02 --max_eval_samples 2000 --logging_steps 50 --eval_strategy no --save_strategy no "
+        "--disable_tqdm true --use_cpu true",
     ),
     "images": (
         "run_image_classification.py",
@@ -135,7 +136,7 @@ def warm_models(encoder: Path) -> dict[str, str]:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     shape = " ".join(f"--{name} {config[name]}" for name in names)
     half = " ".join(map(str, range(1, config["num_hidden_layers"], 2)))
-    scratch = f"--tokenizer_name {shlex.quote(str(encoder))} {shape} --pos_emb true --layer_norm_after true"
+    scratch = f"--tokenizer_name {shlex.quote(str(encoder))} {shape} {SCRATCH}"
     variants = {"LION-LIT": "lit", "LION-D": "decay", "LION-S": "selective"}
     return {
         "BERT, the source": f"--model_name_or_path {shlex.quote(str(encoder))}",

@@ -51,7 +51,7 @@ from lion_hf.training.glue.suite import plan_runs, run_suite, stop_with_parent, 
 from lion_hf.training.glue.summary import RESULT
 from lion_hf.training.glue.tasks import CUSTOM, TASKS, GlueTask, suited_rate
 from lion_hf.training.hidden_teacher import HiddenStateTeacher
-from lion_hf.training.models import build_model, known_config, require_head
+from lion_hf.training.models import SMALL_TEXT_MODEL, build_model, known_config, require_head
 from lion_hf.training.parsing import given_values, parse_arguments
 from lion_hf.training.reports import (
     Report,
@@ -66,14 +66,6 @@ from lion_hf.training.trainer import LionTrainer
 
 
 logger = logging.get_logger(__name__)
-
-SMALL_MODEL = {
-    "mask_type": "selective",
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "classifier_pooling": "mean",  # with little data the first token learns nothing, see docs/results.md
-}
 
 
 def smoke_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -192,8 +184,8 @@ def make_model(task: GlueTask, model_args: TextModelArguments, tokenizer, max_le
     fixed = model_options(tokenizer, max_length) | label_options(task)
     if model_args.model_type != "modernbert":
         fixed["attention_probs_dropout_prob"] = 0.0
-    config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL)
-    model = build_model(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL, fixed)
+    config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_TEXT_MODEL)
+    model = build_model(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_TEXT_MODEL, fixed)
     require_room(model.config, tokenizer, max_length)
     trained_head = config.num_labels == 1 and any("SequenceClassification" in x for x in config.architectures or [])
     if mean is not None and not trained_head:
@@ -216,7 +208,7 @@ def run_task(
     if data.max_length < 8:
         raise UserError(f"--max_length is {data.max_length}; it must be at least 8")
     check_vocabulary(data, model_args)
-    config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_MODEL)
+    config = known_config(AutoModelForSequenceClassification, LionConfig.model_type, model_args, SMALL_TEXT_MODEL)
     if not training.do_train:
         require_head(config, AutoModelForSequenceClassification, model_args.model_name_or_path)
     apply_recipe(training, task, config.hidden_size)

@@ -34,7 +34,7 @@ from lion_hf.training.arguments import LionTrainingArguments, TextModelArguments
 from lion_hf.training.checkpoints import check_disk, check_resumable, checkpoint_to_resume, start_of_decay
 from lion_hf.training.errors import UserError, run, say
 from lion_hf.training.hidden_teacher import HiddenStateTeacher
-from lion_hf.training.models import build_model, known_config, require_head
+from lion_hf.training.models import SMALL_TEXT_MODEL, build_model, known_config, require_head
 from lion_hf.training.parsing import parse_arguments
 from lion_hf.training.recipes import phase_runs, take
 from lion_hf.training.reports import Report, command_line, finish, model_name, train_and_evaluate
@@ -55,13 +55,6 @@ from lion_hf.training.text import (
 from lion_hf.training.trainer import LionTrainer
 
 
-SMALL_MODEL = {
-    "mask_type": "selective",
-    "hidden_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "classifier_pooling": "mean",  # with little data the first token learns nothing, see docs/results.md
-}
 # The values that --smoke sets in any recipe.
 SMOKE = {
     "model_name_or_path": None,
@@ -227,7 +220,7 @@ def train(argv: Sequence[str], command: Sequence[str]) -> dict[str, float]:
     begun = start_of_decay(training.decay_from, training)
     if begun and not model_args.describes_a_model():
         model_args.model_name_or_path = begun
-    config = known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL)
+    config = known_config(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_TEXT_MODEL)
     check_arguments(data, model_args, config)
     if training.learning_rate is None:
         training.learning_rate = suited_rate(config, model_args)
@@ -243,7 +236,7 @@ def train(argv: Sequence[str], command: Sequence[str]) -> dict[str, float]:
     validation = freeze_masks(validation, MaskingCollator(tokenizer, data.eval_mlm_probability, training.seed))
 
     fixed = model_options(tokenizer, data.max_length)
-    model = build_model(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_MODEL, fixed)
+    model = build_model(AutoModelForMaskedLM, LionConfig.model_type, model_args, SMALL_TEXT_MODEL, fixed)
     require_room(model.config, tokenizer, data.max_length)
     set_length_limit(tokenizer, model.config)
     if checkpoint:

@@ -18,7 +18,7 @@ STORED = Path(__file__).parents[2] / "examples" / "results"
 
 def record(model, task, stage, rate, seed, loss):
     extra = {"unigram_entropy": 6.6} if task == "text" else {}
-    common = {"accuracy": 1 / (1 + loss), "parameters": 2_600_000, "device": "a processor"}
+    common = {"accuracy": 1 / (1 + loss), "parameters": 2_600_000, "device": "a processor", "command": "a command"}
     return {"model": model, "task": task, "stage": stage, "rate": rate, "seed": seed, "loss": loss} | common | extra
 
 
@@ -63,8 +63,8 @@ def test_the_option_that_hurts_most_on_held_out_rows_is_left_out():
     found = runs(windows=4.9, convolution=4.8)
     chosen = f"{MODERN} without convolution"
     assert chosen_model(found) == chosen
-    reported = [name for name, model in all_models(found).items() if " without " in name and model.reported]
-    assert reported == [chosen, "LION-S, local layers without RoPE"]
+    reported = [name for name, model in all_models(found).items() if f"{MODERN} without " in name and model.reported]
+    assert reported == [chosen]
     found.popitem(), found.pop(f"{MODERN} without RMSNorm | text | rate | 0.004 | 17")
     assert chosen_model(found) is None and not all_models(found)[chosen].reported
 
@@ -102,6 +102,28 @@ def test_models_differ_from_the_published_one_as_their_names_say():
     for model in models.values():
         if "mask_type" in model.options:
             LionConfig(num_hidden_layers=4, hidden_size=192, num_attention_heads=3, **model.options)
+
+
+def test_long_rows_have_as_many_tokens_in_a_step_and_windows_for_their_length():
+    from ablation_evidence import LONG, PARTS, PUBLISHED, fixed_models
+    from ablation_training import TEXT_CLASSES
+
+    from lion_hf.training.parsing import parse_arguments
+
+    sizes = []
+    for length, part in PARTS.items():
+        argv = [*part.recipe.split(), "--output_dir", "unused"]
+        _, data, training = parse_arguments(TEXT_CLASSES, argv)
+        sizes.append(training.per_device_train_batch_size * data.max_length)
+        assert data.max_length == length and training.max_steps == 1200
+    assert len(set(sizes)) == 1
+    models, short = PARTS[LONG].models({}), fixed_models()
+    assert next(iter(models)) == PUBLISHED and set(models) < set(short)
+    name, windows = "LION-S, preset block, windows", {"local_window": 128, "decay_windows": [4, 512]}
+    assert models[name].options == short[name].options | windows
+    for name, model in models.items():
+        assert model.reported and set(model.tasks()) == {"text"}
+        assert set(model.options) == set(short[name].options)
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
@@ -232,8 +254,8 @@ def test_the_table_gives_means_differences_and_held_out_losses(tmp_path):
     finals += [record(BERT, "text", "final", 1e-3, seed, 4.9 + 0.2 * i) for i, seed in enumerate((17, 18, 19))]
     finals += [record(BERT, "sentiment, first", "final", 1e-4, seed, 0.25) for seed in (17, 18, 19)]
     runs = stored(*finals, *rate_runs(PUBLISHED, [7.125, 6, 5, 4]))
-    write_table(fixed_models(), runs, tmp_path)
-    draw(fixed_models(), runs, tmp_path)
+    write_table(fixed_models(), runs, tmp_path / "modern.md")
+    draw(fixed_models(), runs, tmp_path / "modern.png")
     text = (tmp_path / "modern.md").read_text()
     assert "| BERT | 2.60 | 5.100 ± 0.200 | -0.100, +0.000, +0.100 |" in text and "| 80.0 ± 0.0 |  |" in text
     assert f"| {PUBLISHED} | 7.125 | 6.000 | 5.000 | 4.000 |" in text

@@ -460,3 +460,21 @@ def test_a_modern_preset_learns_with_fewer_layers_and_another_vocabulary():
     inputs = text_inputs(batch=2, length=70)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [LionConfig, LionVisionConfig])
+def test_rope_of_lions_own_layers_is_added_to_that_of_the_others(tmp_path, kind):
+    config = kind(linear_rope_theta=20.0)
+    assert config.rope_parameters == {
+        "full_attention": None,
+        "sliding_attention": None,
+        "linear_attention": {"rope_type": "default", "rope_theta": 20.0},
+    }
+    both = kind(rope_theta=500.0, linear_rope_theta=[20, None], num_hidden_layers=2)
+    assert (both.rope_theta, both.local_rope_theta, both.linear_rope_theta) == (500.0, 500.0, [20.0, None])
+    both.linear_rope_theta = None
+    assert both.linear_rope_theta is None and both.rope_theta == 500.0
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, linear_rope_theta=20.0).linear_rope_theta == 20.0
+    with pytest.raises(ValueError, match="contradicts the checkpoint"):
+        AutoConfig.from_pretrained(tmp_path, linear_rope_theta=30.0)

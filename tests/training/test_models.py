@@ -13,7 +13,7 @@ from lion_hf.hub import hint_if_missing
 from lion_hf.training.arguments import TextModelArguments
 from lion_hf.training.data import load_named
 from lion_hf.training.errors import UserError
-from lion_hf.training.models import build_model
+from lion_hf.training.models import SMALL_TEXT_MODEL, build_model
 
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
@@ -70,3 +70,26 @@ def test_a_name_on_the_hub_stays_one_beside_a_folder_of_its_owner(where, tmp_pat
         monkeypatch.setattr("lion_hf.hub.HfApi.repo_info", lambda self, *args, **kwargs: "found")
     assert hint_if_missing("user/tiger" if where == "other" else "user/model-32") is None
     assert hint_if_missing("bert-base-uncased") is None
+
+
+def test_new_text_models_rotate_where_that_was_compared_and_no_flag_or_preset_says_otherwise():
+    def theta(**arguments):
+        options = {"vocab_size": 61}
+        return build_model(
+            AutoModelForMaskedLM, "lion", TextModelArguments(**arguments), SMALL_TEXT_MODEL, options
+        ).config
+
+    small = {"num_hidden_layers": 1, "hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2}
+    for name in (None, "lit", "decay", "LION-S"):
+        config = theta(**small, mask_type=name)
+        assert config.linear_rope_theta == 10000.0 and config.rope_theta is None
+        assert theta(**small, mask_type=name, linear_rope_theta=0).linear_rope_theta is None
+    for name in ("hgrn2", "gla"):
+        assert theta(**small, mask_type=name).linear_rope_theta is None
+    assert theta(**small, mask_type="gla", linear_rope_theta=50, rope_theta=30).rope_parameters == {
+        "full_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "linear_attention": {"rope_type": "default", "rope_theta": 50.0},
+    }
+    assert theta(**small, preset="lion-s-base").linear_rope_theta is None
+    assert not hasattr(theta(**small, model_type="bert"), "linear_rope_theta")

@@ -56,7 +56,9 @@ class LionConfig(LionOptions, PreTrainedConfig):
             such a dict by kind of layer, `"full_attention"` for softmax layers, `"sliding_attention"` for local ones
             and `"linear_attention"` for the others, which rotate queries and keys before the feature map (a kind that
             is missing has none). `rope_theta` of the last kind may be a list, with a number or None for each layer of
-            the model. No other type is supported. `rope_theta=10000.0` is short for the first form. By default none.
+            the model. No other type is supported. `rope_theta=10000.0` is short for the first form, and
+            `linear_rope_theta=10000.0` adds RoPE in LION's own layers, where new text models learn more with it
+            (examples/results/modern.md). By default none.
         unpad (`bool`, *optional*):
             Remove padding (masked tokens `pad_token_id` at both ends of rows) before the first layer and put its
             embeddings back after the last. Only outputs at padding change; a row of padding only keeps its first

@@ -21,7 +21,17 @@ from ..nn.names import (
 )
 from ..nn.variants import VARIANTS, variant_class
 from .lion_adapters import register_adapters
-from .lion_options import is_known, misspelt_option, plain, plain_rope, plain_windows, rope_thetas, sorted_layers
+from .lion_options import (
+    LINEAR,
+    is_known,
+    misspelt_option,
+    plain,
+    plain_rope,
+    plain_windows,
+    rope_thetas,
+    sorted_layers,
+    with_linear_theta,
+)
 from .lion_presets import MODERN_PRESETS, PAPER_PRESETS
 
 
@@ -144,6 +154,9 @@ class LionOptions:
             normalised("order", kwargs.pop("order"), cls)  # an error unless it has no effect here
         if "rope_theta" in kwargs:
             kwargs["rope_parameters"] = rope_of_theta(kwargs.pop("rope_theta"))
+        if "linear_rope_theta" in kwargs:
+            rope = kwargs.get("rope_parameters", config_dict.get("rope_parameters"))
+            kwargs["rope_parameters"] = with_linear_theta(rope, kwargs.pop("linear_rope_theta"))
         _drop_undecided(kwargs)
         cls.require_structure(config_dict, {name: kwargs[name] for name in STRUCTURAL if name in kwargs})
         result = super().from_dict(cls._arguments(config_dict), **kwargs)
@@ -204,11 +217,19 @@ class LionOptions:
         """Theta of RoPE in local layers, None without RoPE; `rope_parameters` sets it."""
         return rope_thetas(self.rope_parameters)[1]
 
+    @property
+    def linear_rope_theta(self) -> float | list[float | None] | None:
+        """Theta of RoPE in LION's own layers, or one for each layer; None without RoPE. Setting it sets it there."""
+        return ((self.rope_parameters or {}).get(LINEAR) or {}).get("rope_theta")
+
     def convert_rope_params_to_dict(self, **kwargs) -> dict[str, Any]:
-        """Called by Transformers at construction: fold `rope_theta` and `rope_scaling` into `rope_parameters`."""
+        """Called by Transformers at construction: fold `rope_theta`, `rope_scaling` and `linear_rope_theta` into
+        `rope_parameters`."""
         theta, scaling = kwargs.pop("rope_theta", None), kwargs.pop("rope_scaling", None)
         if self.rope_parameters is None and (scaling or theta is not None):
             self.rope_parameters = scaling or rope_of_theta(theta)
+        if "linear_rope_theta" in kwargs:
+            self.linear_rope_theta = kwargs.pop("linear_rope_theta")
         return kwargs
 
     def standardize_rope_params(self) -> None:
@@ -283,6 +304,8 @@ def in_plain_values(cls: type) -> type:
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "rope_theta":
             name, value = "rope_parameters", rope_of_theta(value)
+        elif name == "linear_rope_theta":
+            name, value = "rope_parameters", with_linear_theta(self.rope_parameters, value)
         value = normalised(name, plain(value), type(self))
         if name not in self.__dataclass_fields__ and (meant := misspelt_option(type(self), name)):
             logger.warning_once(

@@ -157,6 +157,13 @@ def linear_rope_thetas(rope: Mapping[str, Any] | None, count: int) -> list[float
     return thetas if isinstance(thetas, list) else [thetas] * count
 
 
+def with_linear_theta(rope: Mapping[str, Any] | None, theta: Any) -> dict[str, Any] | None:
+    """Return `rope_parameters` with RoPE of this theta in LION's own layers: a number or a list, None for no RoPE."""
+    by_kind = any(kind in (rope or {}) for kind in ROPE_KINDS)
+    kinds = rope if by_kind else dict.fromkeys(ROPE_KINDS[:2], rope)
+    return plain_rope({**kinds, LINEAR: None if theta is None else {"rope_theta": theta}})
+
+
 def with_linear_rope(rope: Mapping[str, Any], local_layers: Collection[int], count: int) -> dict[str, Any]:
     """Return `rope_parameters` with which LION rotates in each layer as softmax or local attention does in `rope`.
 
@@ -166,10 +173,7 @@ def with_linear_rope(rope: Mapping[str, Any], local_layers: Collection[int], cou
         count: number of layers.
     """
     softmax, local = rope_thetas(rope)
-    thetas = [local if layer in local_layers else softmax for layer in range(count)]
-    by_kind = any(kind in rope for kind in ROPE_KINDS)
-    kinds = rope if by_kind else dict.fromkeys(ROPE_KINDS[:2], rope)
-    return plain_rope({**kinds, LINEAR: {"rope_theta": thetas}})
+    return with_linear_theta(rope, [local if layer in local_layers else softmax for layer in range(count)])
 
 
 _COUNTS = (

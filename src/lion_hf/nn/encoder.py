@@ -169,7 +169,8 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         own = (name for name in inspect.signature(Encoder.__init__).parameters if name != "options")
-        require_options(type(self), options, (*own, *inspect.signature(Mixer.__init__).parameters))
+        known = (*own, *BLOCK_OPTIONS, *inspect.signature(Mixer.__init__).parameters)
+        require_options(type(self), options, dict.fromkeys(known))
         require_name("mlp_type", mlp_type, MLP_TYPES)
         _check_layers(depth, softmax_layers, local_layers, options.get("direction", "both"))
         require_rate("attention_dropout", attention_dropout)

@@ -12,6 +12,7 @@ class LocalMixer(SoftmaxLayer):
     """Softmax attention to the tokens near each token, in place of a `Mixer`.
 
     Token i reads the tokens j with `|i - j| <= window // 2`. Time and memory are linear in the length, on every device.
+    On a GPU fused kernels compute it, see `lion_hf.ops.band.band_attention`.
 
     Example::
 

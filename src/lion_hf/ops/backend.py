@@ -68,6 +68,24 @@ def state_no_kernels(value: Tensor) -> None:
         )
 
 
+def fused_band_attention(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Callable | None:
+    """Return the operator of ops/triton for softmax attention in a band if it supports these inputs, otherwise None.
+
+    PyTorch computes the same, so nothing is said where the operator is not used, also with LION_BACKEND=triton: for
+    float64, wide heads and dropout, in exported and traced graphs, in torch.func and in forward mode.
+    """
+    if BACKEND == "torch" or not (BACKEND or query.is_cuda) or dropout or is_exporting() or torch.jit.is_tracing():
+        return None
+    if is_transformed(query, key, value):
+        return None
+    try:
+        from .triton.band_launch import fused_band
+        from .triton.launch import unsupported
+    except ImportError:
+        return None
+    return fused_band if unsupported(query, key, value) is None else None
+
+
 def fused_normed_silu(*tensors: Tensor) -> tuple[Callable, Callable] | None:
     """Return `normed_silu` and `normed_silu_of_both` of ops/triton if they support these inputs, otherwise None.
 

@@ -1,7 +1,8 @@
 """Softmax attention in a band: each token reads the tokens near it, in time and memory linear in the length.
 
-Blocks of queries read their neighbourhood, the block itself and `reach` tokens on both sides of it, in one call of
-PyTorch's `scaled_dot_product_attention`. Its mask has one small part per block, so no (length, length) tensor exists.
+On a GPU a fused kernel computes it (triton/band.py). Elsewhere, and for what the kernel does not support, blocks of
+queries read their neighbourhood, the block itself and `reach` tokens on both sides of it, in one call of PyTorch's
+`scaled_dot_product_attention`. Its mask has one small part per block, so no (length, length) tensor exists.
 """
 
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backend import fused_band_attention
 from .checks import is_exporting, is_transformed, makes_graph, values_can_be_read
 from .packing import map_sequences
 from .tokens import default_scale
@@ -49,7 +51,9 @@ def band_attention(
         dropout: dropout rate of the attention weights, in [0, 1).
 
     Returns:
-        (batch, heads, length, value_dim). The softmax of low precision is computed in float32.
+        (batch, heads, length, value_dim). The softmax of low precision is computed in float32. On a GPU with Triton, a
+        fused kernel computes outputs and gradients, except with dropout, in float64, for heads wider than 128, in
+        exported graphs and in torch.func; it has no second derivatives.
     """
     mixed = _band_attention(query, key, value, reach, key_mask, cu_seqlens, dropout)
     # The weight of a key of another sequence is 0, and 0 times NaN is NaN.
@@ -69,6 +73,10 @@ def _is_finite(x: Tensor) -> bool:
 
 def _band_attention(query, key, value, reach: int, key_mask, cu_seqlens, dropout: float) -> Tensor:
     """Attention of a row, or of all sequences of a packed row at once."""
+    fused = fused_band_attention(query, key, value, dropout)
+    if fused is not None:
+        bounds = None if cu_seqlens is None else _bounds(cu_seqlens, query.shape[2], query.device)
+        return fused(query, key, value, reach, key_mask, bounds)
     batch, _, length, _ = query.shape
     device = "cpu" if query.device.type == "cpu" else "accelerator"
     blocks = _Blocks.of(reach, length, BLOCK[device], plain=is_transformed(query, key, value))
@@ -127,6 +135,12 @@ def sequence_of_tokens(cu_seqlens: Tensor, length: int, device: torch.device) ->
     """Return the index (length,) of the sequence that each token of a packed row belongs to."""
     cu_seqlens = cu_seqlens.to(device=device, dtype=torch.int64)
     return torch.searchsorted(cu_seqlens, torch.arange(length, device=device), right=True) - 1
+
+
+def _bounds(cu_seqlens: Tensor, length: int, device: torch.device) -> Tensor:
+    """Return the first token and the end of the sequence of each token of a packed row, (2, length), int32."""
+    own = sequence_of_tokens(cu_seqlens, length, device).clamp(0, cu_seqlens.numel() - 2)
+    return cu_seqlens.to(device)[torch.stack([own, own + 1])].to(torch.int32)
 
 
 # ------------------------------------------------------------------------------------------------------------- masks

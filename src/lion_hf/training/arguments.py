@@ -92,6 +92,13 @@ class ModelArguments:
     rope_theta: float | None = field(
         default=None, metadata={"help": "Rotary positions with this base in softmax and local layers. Default: none."}
     )
+    linear_rope_theta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rotary positions with this base in LION's own layers; 0 for none, as in the paper. Default: 10000 "
+            "for new text models of --mask_type lit, decay and selective without --preset, otherwise none."
+        },
+    )
     norm_position: str | None = field(
         default=None, metadata={"help": "Norm after (post) or before (pre) attention and MLP."}
     )
@@ -157,8 +164,9 @@ class ModelArguments:
 
     def __post_init__(self):
         counts = {name for name, value in dataclasses.asdict(self).items() if type(value) is int}
-        require_at_least(self, 1, *(counts - {"short_conv"}))
-        require_at_least(self, 0, "short_conv")
+        or_none = {"short_conv", "linear_rope_theta"}  # 0 for none
+        require_at_least(self, 1, *(counts - or_none))
+        require_at_least(self, 0, *or_none)
         if not 0 <= self.warm_start_distillation < math.inf:
             raise ValueError(
                 f"--warm_start_distillation is {self.warm_start_distillation}; it must be finite and at least 0"
@@ -198,8 +206,10 @@ class ModelArguments:
 
     def overrides(self) -> dict[str, Any]:
         """Return the configuration options that were given, by name."""
-        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-        return {k: v for k, v in given.items() if k not in _NO_OPTIONS}
+        given = {k: v for k, v in dataclasses.asdict(self).items() if v is not None and k not in _NO_OPTIONS}
+        if "linear_rope_theta" in given:
+            given["linear_rope_theta"] = given["linear_rope_theta"] or None
+        return given
 
 
 @dataclass

@@ -12,6 +12,7 @@ from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 from ..convert import config_from_bert, config_from_encoder, config_from_vit, from_bert, from_encoder, from_vit
 from ..convert.encoder import FAMILIES, kept_layers
 from ..models.configuration_lion import MODERN_PRESETS, PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
+from ..models.lion_config_base import spellings
 from .arguments import LIVE_OPTIONS, ModelArguments
 from .errors import UserError, require_folder_or_hub_name, user_errors
 
@@ -32,7 +33,19 @@ PURPOSES = {
 }
 LABEL_OPTIONS = ("id2label", "label2id", "problem_type", "num_labels")
 # Options that only LION has; new models of other types are built without their defaults.
-LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate", "classifier_pooling")
+LION_OPTIONS = (*STRUCTURAL, "cls_tok", "drop_path_rate", "classifier_pooling", "linear_rope_theta")
+# The new text model of the scripts if no flag says otherwise. The mean of the tokens and rotary positions, which the
+# models of the paper do not have, make the difference on small data (docs/results.md).
+SMALL_TEXT_MODEL = {
+    "mask_type": "selective",
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "classifier_pooling": "mean",
+    "linear_rope_theta": 10000.0,
+}
+# The variants that were compared with and without rotary positions. Others have the default of their own.
+ROTATED = ("lit", "decay", "selective")
 
 
 def existing_config(name_or_path: str, auto_class, flag: str | None = None) -> PreTrainedConfig:
@@ -188,11 +201,18 @@ def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any
     presets = [name for name, sizes in NAMED.items() if ("patch_size" in sizes) == (model_type == "lion_vision")]
     if not model.preset:
         overrides = {**defaults, **overrides}
+        if "linear_rope_theta" not in model.overrides() and _variant_name(overrides) not in ROTATED:
+            overrides.pop("linear_rope_theta", None)
     elif model.preset.lower() not in presets:
         raise UserError(f"--preset is {model.preset!r}; allowed are {', '.join(presets)}")
     if "hidden_size" in overrides:
         overrides.setdefault("intermediate_size", 4 * overrides["hidden_size"])
     return (NAMED[model.preset.lower()] if model.preset else {}) | overrides
+
+
+def _variant_name(options: dict[str, Any]) -> str | None:
+    given = options.get("mask_type")
+    return spellings("mask_type").get(str(given).lower(), given)
 
 
 def _options_of_baseline(model_type: str, model: ModelArguments) -> dict[str, Any]:
