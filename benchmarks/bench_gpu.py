@@ -1,9 +1,10 @@
-"""Benchmarks on a GPU: the operator, training steps, images of any size, and the search for kernel constants.
+"""Benchmarks on a GPU: operator, training steps, the modern block, images of any size, search for kernel constants.
 
     pip install flash-linear-attention           # optional: adds two causal calls of simple_gla to `operator`
     python benchmarks/bench_gpu.py autotune      # prints the constants to set before the other parts are run
     python benchmarks/bench_gpu.py operator
     python benchmarks/bench_gpu.py training
+    python benchmarks/bench_gpu.py modern
     python benchmarks/bench_gpu.py resolution
 
 All candidates of one length are timed in turn, with the device's clock and from cold caches; the median is printed. The
@@ -14,6 +15,8 @@ time that the host needs to launch small kernels is hidden. Minimum repeats and 
     training      5, 5 s    bfloat16 autocast, AdamW. Images: base, 256 of 224 pixels. Text: encoders of BERT-large's
                             shape without a head, 32k tokens. Eager and with every layer compiled. Random weights, no
                             dropout
+    modern        3, 3 s    lion-s-modern-base and Transformers' ModernBERT-base, without a head, 16k tokens, bfloat16
+                            autocast; inference and training steps
     resolution    3, 3 s    base, batches of 8, bfloat16 autocast
 
 Each part should take less than 8 minutes on an H100, most of it for compilation. `PART --help` lists the options that

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 
+import bench_modern
 import torch
 from common import (
     ALL_VARIANTS,
@@ -19,6 +20,7 @@ from common import (
     print_table,
     save,
     text_models,
+    token_axis,
 )
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -115,6 +117,54 @@ def training(arguments) -> None:
     save("gpu_training", arguments.output, rows, picture, panels=panels, device=device, goals=goals(rows))
 
 
+# ------------------------------------------------------------------------------------------------ modern block
+
+
+def modern(arguments) -> None:
+    device, timer, rows = arguments.device, device_timer(arguments.device), []
+    for length in arguments.lengths:
+        with device:
+            models = {name: bench_modern.model(name, arguments.layers) for name in bench_modern.MODELS}
+        shape = max(1, arguments.batch_tokens // length), length
+        ids = {"input_ids": torch.randint(10, 50000, shape, device=device)}
+        runs = {}
+        for name, model in models.items():
+            runs |= {(name, mode): in_mode(model, mode, ids, device) for mode in bench_modern.MODES}
+        times = alternate(runs, arguments.seconds, arguments.rounds, timer, failures())
+        for (name, mode), seconds in times.items():
+            memory = device_memory(runs[name, mode], device) if not math.isnan(seconds) else math.nan
+            row = {"tokens": length, "mode": mode, "model": name, "ms": 1e3 * seconds}
+            peer = times[bench_modern.MODELS[0], mode]
+            rows.append({**row, "/ ModernBERT": seconds / peer, "peak MiB": memory})
+        print_table(rows[-len(times) :])
+
+    def picture(axis):
+        for mode in bench_modern.MODES:
+            drawn = [row for row in rows if (row["mode"], row["model"]) == (mode, bench_modern.MODELS[1])]
+            axis.plot([row["tokens"] for row in drawn], [row["/ ModernBERT"] for row in drawn], "o-", label=mode)
+        axis.axhline(1, color="grey", linewidth=0.8)
+        axis.set(ylabel="time / ModernBERT with SDPA")
+        token_axis(axis, arguments.lengths)
+        axis.legend()
+
+    save("gpu_modern", arguments.output, rows, picture, device=device)
+
+
+def in_mode(model: nn.Module, mode: str, inputs: dict[str, Tensor], device: torch.device) -> Callable[[], None]:
+    """Return a training step, or a forward pass, of a model that is timed in both modes."""
+    step = training_step(model, inputs, device)
+
+    def forward():
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
+            model(**inputs)
+
+    def run():
+        model.train(mode == "train")
+        (step if mode == "train" else forward)()
+
+    return run
+
+
 # ------------------------------------------------------------------------------------------------ resolution
 
 
@@ -161,6 +211,11 @@ def add_parts(parts) -> None:
     parser.add_argument("--image_batch", type=count, default=256, help="images in a batch")
     parser.add_argument("--no_images", action="store_true", help="time text models only")
     parser.add_argument("--no_compile", action="store_true", help="time eager models only")
+    options = gpu_options(modern, seconds=3.0, rounds=3)
+    parser = parts.add_parser("modern", parents=[options], help="the modern block against ModernBERT")
+    parser.add_argument("--lengths", type=count, nargs="+", default=[128, 512, 2048, 8192], help="tokens in a text")
+    parser.add_argument("--batch_tokens", type=count, default=16384, help="tokens in a batch (at least one row)")
+    parser.add_argument("--layers", type=count, default=22, help="layers of both models")
     options = gpu_options(resolution, seconds=3.0, rounds=3)
     parser = parts.add_parser("resolution", parents=[options], help="inference of image models by resolution")
     parser.add_argument(

@@ -289,7 +289,9 @@ def test_a_gpu_or_the_backend_chooses_the_kernels(monkeypatch, kernels):
 def test_operators_of_pytorch_are_what_they_say(packed):
     """Forward and backward declare correct mutations, shapes, strides and dtypes, and work under compilers."""
     bounds = torch.tensor([[0] * 8 + [8] * 12, [8] * 8 + [20] * 12], dtype=torch.int32, device=DEVICE)
-    torch.library.opcheck(launch._band, (*inputs(20), None if packed else holes(1, 20), bounds if packed else None, 3))
+    torch.library.opcheck(
+        launch._band.operator, (*inputs(20), None if packed else holes(1, 20), bounds if packed else None, 3)
+    )
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: the interpreter runs the kernels in both ways alike")

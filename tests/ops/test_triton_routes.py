@@ -137,6 +137,7 @@ def test_gradients_of_a_batch_of_gradients(route):
         assert_close([x[i] for x in batched], [x.double() for x in single])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["reentrant", "not reentrant", "selective"])
 def test_activations_are_recomputed(how, route):
     """Checkpointing gives the same gradients, and policies of selective checkpointing find the operators."""

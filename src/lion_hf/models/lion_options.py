@@ -280,7 +280,7 @@ def _check_linear_rope(config: Any, head_dim: int) -> None:
     if not variant.rope:
         raise ValueError(
             f"mask_type is {config.mask_type!r} with rope_parameters for {LINEAR!r}, but keys of {variant.label} are "
-            "gates, which cannot be rotated. Leave this kind of layer out of rope_parameters."
+            "gates, which cannot be rotated. Leave it out, or set linear_rope_theta=None beside a preset."
         )
     width = config.key_dim or head_dim
     if width % 2:

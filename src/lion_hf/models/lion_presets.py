@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from .lion_options import ROPE_KINDS
+
 
 def _presets() -> Mapping[str, Mapping[str, Any]]:
     variants = {"lit": "lit", "d": "decay", "s": "selective"}
@@ -35,6 +37,9 @@ def _sizes(mask_type: str, width: int, layers: int, heads: int) -> dict[str, Any
 PAPER_PRESETS: Mapping[str, Mapping[str, Any]] = _presets()
 
 
+_ROPE = MappingProxyType({"rope_type": "default", "rope_theta": 10000.0})
+
+
 def _modern(width: int, layers: int, heads: int, hidden: int) -> Mapping[str, Any]:
     """Return the block of ModernBERT (arXiv 2412.13663), with LION-S where that has global attention."""
     return MappingProxyType(
@@ -56,7 +61,7 @@ def _modern(width: int, layers: int, heads: int, hidden: int) -> Mapping[str, An
             "mask_type": "selective",
             "local_layers": tuple(i for i in range(layers) if i % 3),
             "local_window": 128,
-            "rope_parameters": MappingProxyType({"rope_type": "default", "rope_theta": 10000.0}),
+            "rope_parameters": MappingProxyType(dict.fromkeys(ROPE_KINDS, _ROPE)),
             "decay_init": "windows",
             "feature_map": "silu",
             "output_norm": "head_rms",

@@ -16,9 +16,8 @@ A token reads one interval of its row: the tokens within `reach`, which are in t
 Whether i reads j is therefore two comparisons, and i reads j exactly if j reads i. Masked keys are read by nobody, and
 are loaded as 0. A query that reads no key has lse = inf, so that its weights are 0 in the backward pass too.
 
-No two programs add to the same number, so every run gives the same bits. With HEADS_FIRST, programs of one tile and all
-heads run together, and read memory that is contiguous in the layers: (batch, length, heads, width). Otherwise programs
-of one head do.
+No two programs add to the same number, so every run gives the same bits. Programs of one tile and all heads run
+together, and read memory that is contiguous in the layers: (batch, length, heads, width).
 
 Arguments are in the order of kernels.py: tensors, strides of batch, head and token, numbers, constants. They are None
 if absent. `bounds` (2, length) holds the first token and the end of the sequence of each token of a packed row.
@@ -47,13 +46,9 @@ def interval(bounds, tokens, length, reach):
 
 
 @triton.jit
-def tile_of(bounds, tiles, heads, length, reach, TILE: tl.constexpr, HEADS_FIRST: tl.constexpr):
+def tile_of(bounds, tiles, heads, length, reach, TILE: tl.constexpr):
     """Return the row of the batch, the head, the tokens (TILE,) of this program, and the first and last they read."""
-    if HEADS_FIRST:
-        head, place = tl.program_id(0) % heads, tl.program_id(0) // heads
-    else:
-        places = tl.num_programs(0) // heads
-        head, place = tl.program_id(0) // places, tl.program_id(0) % places
+    head, place = tl.program_id(0) % heads, tl.program_id(0) // heads
     begin = (place % tiles) * TILE
     first, _ = interval(bounds, begin, length, reach)
     _, last = interval(bounds, tl.minimum(begin + TILE, length) - 1, length, reach)
@@ -82,10 +77,10 @@ def forward_kernel(
     query, key, value, out, lse, key_mask, bounds,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, length, tiles, heads, reach, scale,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the outputs of one tile of queries, and lse. `scale` is s log2(e)."""
-    batch, head, rows, first, last = tile_of(bounds, tiles, heads, length, reach, TILE, HEADS_FIRST)
+    batch, head, rows, first, last = tile_of(bounds, tiles, heads, length, reach, TILE)
     keep = rows < length
     low, high = interval(bounds, rows, length, reach)
     key, value = of_head(key, batch, head, k_b, k_h), of_head(value, batch, head, v_b, v_h)
@@ -122,10 +117,10 @@ def queries_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, out_b, out_h, out_l, d_out_b, d_out_h, d_out_l,
     length, tiles, heads, reach, scale, s,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one tile of queries, and delta."""
-    batch, head, rows, first, last = tile_of(bounds, tiles, heads, length, reach, TILE, HEADS_FIRST)
+    batch, head, rows, first, last = tile_of(bounds, tiles, heads, length, reach, TILE)
     keep = rows < length
     low, high = interval(bounds, rows, length, reach)
     key, value = of_head(key, batch, head, k_b, k_h), of_head(value, batch, head, v_b, v_h)
@@ -158,10 +153,10 @@ def keys_kernel(
     query, key, value, d_out, d_key, d_value, lse, delta, key_mask, bounds,
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, d_out_b, d_out_h, d_out_l, length, tiles, heads, reach, scale, s,
     WIDTH_K: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr, HEADS_FIRST: tl.constexpr,
+    TILE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of one tile of keys and values. Scores are transposed, (keys, queries)."""
-    batch, head, rows, first, last = tile_of(bounds, tiles, heads, length, reach, TILE, HEADS_FIRST)
+    batch, head, rows, first, last = tile_of(bounds, tiles, heads, length, reach, TILE)
     keep = rows < length
     low, high = interval(bounds, rows, length, reach)
     there = unmasked(None if key_mask is None else key_mask + batch.to(tl.int64) * length, rows, keep)

@@ -8,17 +8,17 @@ from torch import Tensor
 
 from ..tokens import default_scale
 from .band import forward_kernel, keys_kernel, queries_kernel
-from .launch import _block, _heads_last, _last_contiguous, _on_its_device, _strides, _tf32_is_allowed
-from .parts import triton
+from .direct import KernelOperator
+from .launch import _block, _heads_last, _last_contiguous, _power_of_2, _strides, _tf32_is_allowed
 
 
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)  # as in launch.py
 
 # (tokens of a program, tokens that it reads at a time, warps, stages of the pipeline) of each kernel, by the precision
 # of products, for heads of at most 64 features. Registers and shared memory limit them; benchmarks/kernel_resources.py
-# counts both. Wider heads take the tiles of _WIDE.
+# counts both. Those of half precision were measured on an H100 with a reach of 64. Wider heads take the tiles of _WIDE.
 _NARROW = {
-    "half": {"forward": (64, 64, 4, 3), "queries": (64, 64, 4, 2), "keys": (64, 64, 4, 2)},
+    "half": {"forward": (64, 64, 4, 3), "queries": (64, 64, 4, 3), "keys": (64, 32, 4, 3)},
     "tf32": {"forward": (64, 32, 4, 2), "queries": (64, 32, 4, 2), "keys": (64, 32, 4, 2)},
     "ieee": {"forward": (32, 32, 4, 2), "queries": (32, 32, 4, 2), "keys": (32, 32, 8, 2)},
 }
@@ -27,8 +27,6 @@ _WIDE = {
     "tf32": {"forward": (32, 32, 4, 2), "queries": (32, 32, 4, 2), "keys": (32, 32, 4, 2)},
     "ieee": {"forward": (32, 16, 8, 2), "queries": (32, 16, 4, 2), "keys": (32, 16, 4, 2)},
 }
-
-_HEADS_FIRST = True  # the order of programs, see band.py
 
 
 class _Launcher:
@@ -51,15 +49,15 @@ class _Launcher:
     def launch(self, name: str, kernel, *tensors: Tensor, strided: tuple[Tensor, ...], numbers: tuple[float, ...]):
         """Launch a kernel. `strided` are the tensors whose strides it takes, `numbers` its last ones."""
         tile, step, warps, stages = self.tiles[name]
-        longest = max(16, triton.next_power_of_2(self.length))
+        longest = max(16, _power_of_2(self.length))
         tile = min(tile, longest)
-        tiles = triton.cdiv(self.length, tile)
+        tiles = -(-self.length // tile)
         kernel[(self.batch * tiles * self.heads,)](
             *tensors, self.key_mask, self.bounds, *(stride for x in strided for stride in _strides(x)),
             self.length, tiles, self.heads, self.reach, self.scale * math.log2(math.e), *numbers,
             WIDTH_K=self.head_dim, WIDTH_V=self.value_dim,
             BLOCK_K=_block(self.head_dim), BLOCK_V=_block(self.value_dim),
-            TILE=tile, STEP=min(step, longest), PRECISION=self.precision, HEADS_FIRST=_HEADS_FIRST,
+            TILE=tile, STEP=min(step, longest), PRECISION=self.precision,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
@@ -83,9 +81,7 @@ class _Launcher:
 # ------------------------------------------------------------------------------------------------ operators of PyTorch
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::band", mutates_args=())
-@_on_its_device
-def _band(
+def _launch_band(
     query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, bounds: Tensor | None, reach: int
 ) -> tuple[Tensor, Tensor]:
     """Return the output and the logarithms to base 2 of the sums of the weights, (batch, heads, length)."""
@@ -96,8 +92,7 @@ def _band(
     return out, lse
 
 
-@_band.register_fake
-def _(query, key, value, key_mask, bounds, reach):
+def _fake_band(query, key, value, key_mask, bounds, reach):
     return _outputs(query, value)
 
 
@@ -106,9 +101,7 @@ def _outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::band_backward", mutates_args=())
-@_on_its_device
-def _band_backward(
+def _launch_band_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -127,8 +120,7 @@ def _band_backward(
     return grads
 
 
-@_band_backward.register_fake
-def _(query, key, value, key_mask, bounds, out, lse, d_out, reach):
+def _fake_band_backward(query, key, value, key_mask, bounds, out, lse, d_out, reach):
     return _gradients(query, key, value)
 
 
@@ -152,8 +144,10 @@ def _refuse(ctx, *gradients):
     )
 
 
-_band.register_autograd(_differentiate, setup_context=_save)
-_band_backward.register_autograd(_refuse)
+_band = KernelOperator(f"{_NAMESPACE}::band", _launch_band, fake=_fake_band, differentiate=_differentiate, save=_save)
+_band_backward = KernelOperator(
+    f"{_NAMESPACE}::band_backward", _launch_band_backward, fake=_fake_band_backward, differentiate=_refuse
+)
 
 
 def fused_band(

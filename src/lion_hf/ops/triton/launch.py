@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from ..checks import makes_graph
 from .direct import KernelOperator
-from .direct import _on_its_device as _on_its_device  # band_launch.py imports it from here
 from .kernels import (
     INTERPRETED,
     backward_kernel,
