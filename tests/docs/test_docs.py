@@ -85,7 +85,7 @@ def runs(experiment):
             yield model, f"{mean(accuracy):.1f} ± {spread[0]:.1f}", f"{mean(loss):.3f} ± {spread[1]:.3f}"
 
 
-EXPERIMENTS = ("text", "images", "sentiment", "pooling", "diagonal", "warm_start", "modern")
+EXPERIMENTS = ("text", "images", "sentiment", "pooling", "diagonal", "warm_start", "modern", "modern_512")
 README_ROWS = {
     "masked tokens of an encyclopedia, accuracy": ("text", "BERT", ""),
     "Fashion-MNIST, accuracy": ("images", "ViT", ""),
@@ -106,8 +106,16 @@ def test_accuracies_of_the_readme_are_those_of_the_stored_runs(row):
 
 def test_the_readme_tells_the_stored_results_of_the_modern_block_and_of_linear_conversions():
     shown, modern = table(*README_TABLE), {model: accuracy.split()[0] for model, accuracy, _ in runs("modern")}
-    expected = [f"{modern[f'{name}, text']} %" for name in ("ModernBERT", "LION-D, modern", "LION-S, modern")]
-    assert [cell for cell in shown["masked tokens, modern block against ModernBERT"][:-1] if cell] == expected
+    rows = {
+        "the same with rotary positions, as new models have": [
+            f"LION-{name}, RoPE in linear layers" for name in ("LIT", "D", "S")
+        ],
+        "the block of the modern presets against ModernBERT": [
+            "ModernBERT", "LION-S, preset block, RoPE in linear layers, windows"
+        ],
+    }  # fmt: skip
+    for row, names in rows.items():
+        assert [cell for cell in shown[row][:-1] if cell] == [f"{modern[f'{name}, text']} %" for name in names]
     stored = json.loads((ROOT / "examples/results/linearize.json").read_text(encoding="utf-8"))
     sentiment = [stored["sentiment"][name]["accuracy"] for name in ("the source", "all layers linear")]
     cells = shown["all-MiniLM-L6-v2 made linear, all layers: sentiment of reviews"]

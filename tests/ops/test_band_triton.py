@@ -282,6 +282,9 @@ def test_a_gpu_or_the_backend_chooses_the_kernels(monkeypatch, kernels):
         kernels.clear()
         band_attention(*leaves, 2)
         assert len(kernels) == launches
+        kernels.clear()
+        band_attention(*(x.requires_grad_() for x in map(torch.clone, leaves)), 2)
+        assert len(kernels) == (launches if name else 0)  # float32 with gradients is faster in PyTorch
 
 
 @pytest.mark.slow
