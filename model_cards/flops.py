@@ -38,7 +38,6 @@ def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int 
     width, heads = config.hidden_size, config.num_attention_heads
     variant = variant_class(config.mask_type)
     scans = variant.scans_taken(2 if getattr(config, "order", "normal") == "s" else 1)
-    gated = tokens - config.prefix_tokens  # the class token has no gate
     head_dim, shape = width // heads, config.structure()
     keys = shape["key_heads"] * shape["key_dim"]
     # Chunks carry the denominator as one more feature of the value; attention adds up its scores.
@@ -48,7 +47,7 @@ def forward_flops(config: LionConfig | LionVisionConfig, form: str, tokens: int 
     walks = scans if form == "chunk" else 1
     layer = tokens * (2 * width * (width + keys) + 2 * width * config.intermediate_size)
     layer += tokens * (shape["short_conv"] * (width + 2 * keys) + width**2 * (shape["output_gate"] != "none"))
-    layer += scans * gated * variant.multiply_adds(width, heads) + heads * walks * operator
+    layer += scans * tokens * variant.multiply_adds(width, heads) + heads * walks * operator
     if is_image:
         outside = patches * config.num_channels * config.patch_size**2 * width + width * config.num_labels
     else:

@@ -12,7 +12,7 @@ from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 from ..convert import config_from_bert, config_from_encoder, config_from_vit, from_bert, from_encoder, from_vit
 from ..convert.encoder import FAMILIES, kept_layers
 from ..models.configuration_lion import MODERN_PRESETS, PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
-from ..models.lion_config_base import spellings
+from ..nn.variants import VARIANTS
 from .arguments import LIVE_OPTIONS, ModelArguments
 from .errors import UserError, require_folder_or_hub_name, user_errors
 
@@ -211,8 +211,9 @@ def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any
 
 
 def _variant_name(options: dict[str, Any]) -> str | None:
-    given = options.get("mask_type")
-    return spellings("mask_type").get(str(given).lower(), given)
+    """Return the name of the variant, which may be given in any of its spellings; None for an unknown one."""
+    given = str(options.get("mask_type")).lower()
+    return next((name for name, cls in VARIANTS.items() if given in (name, *cls.spellings)), None)
 
 
 def _options_of_baseline(model_type: str, model: ModelArguments) -> dict[str, Any]:
