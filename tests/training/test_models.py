@@ -93,3 +93,11 @@ def test_new_text_models_rotate_where_that_was_compared_and_no_flag_or_preset_sa
     }
     assert theta(**small, preset="lion-s-base").linear_rope_theta is None
     assert not hasattr(theta(**small, model_type="bert"), "linear_rope_theta")
+
+
+def test_an_existing_model_keeps_its_rotary_positions(tmp_path):
+    lion_hf.LionForMaskedLM(text_config(linear_rope_theta=20.0)).save_pretrained(tmp_path)
+    assert built(model_name_or_path=str(tmp_path)).config.linear_rope_theta == 20.0
+    for theta in (0, 20.0):
+        with pytest.raises(UserError, match="cannot be combined with --linear_rope_theta"):
+            built(model_name_or_path=str(tmp_path), linear_rope_theta=theta)

@@ -144,9 +144,9 @@ def known_config(
 
 def _config_to_go_on_with(auto_class, model: ModelArguments) -> PreTrainedConfig:
     """Return the configuration of `--model_name_or_path`, which cannot be combined with options of a new model."""
-    others = {"warm_start": model.warm_start, "preset": model.preset, "model_type": model.model_type}
-    others |= {name: value for name, value in model.overrides().items() if name not in LIVE_OPTIONS}
-    first = next((name for name, value in others.items() if value is not None), None)
+    others = [name for name in ("warm_start", "preset", "model_type") if getattr(model, name) is not None]
+    others += [name for name in model.overrides() if name not in LIVE_OPTIONS]
+    first = next(iter(others), None)
     if first:
         raise UserError(f"--model_name_or_path determines the model; it cannot be combined with --{first}")
     config = existing_config(model.model_name_or_path, auto_class, "--model_name_or_path")
