@@ -478,3 +478,16 @@ def test_rope_of_lions_own_layers_is_added_to_that_of_the_others(tmp_path, kind)
     assert AutoConfig.from_pretrained(tmp_path, linear_rope_theta=20.0).linear_rope_theta == 20.0
     with pytest.raises(ValueError, match="contradicts the checkpoint"):
         AutoConfig.from_pretrained(tmp_path, linear_rope_theta=30.0)
+
+
+def test_rope_theta_leaves_rope_of_lions_own_layers_as_it_is(tmp_path):
+    config = LionConfig.from_preset("lion-s-modern-tiny", rope_theta=500.0)
+    assert (config.rope_theta, config.local_rope_theta, config.linear_rope_theta) == (500.0, 500.0, 10000.0)
+    config.rope_theta = 50.0
+    assert (config.rope_theta, config.linear_rope_theta) == (50.0, 10000.0)
+    config.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, rope_theta=50.0).rope_parameters == config.rope_parameters
+    config = LionConfig.from_preset("lion-s-modern-tiny", linear_rope_theta=None)
+    assert (config.rope_theta, config.linear_rope_theta) == (10000.0, None)
+    config = LionConfig.from_preset("lion-s-modern-tiny", rope_theta=7.0, linear_rope_theta=9.0)
+    assert (config.rope_theta, config.linear_rope_theta) == (7.0, 9.0)

@@ -74,7 +74,7 @@ def test_a_name_on_the_hub_stays_one_beside_a_folder_of_its_owner(where, tmp_pat
 
 def test_new_text_models_rotate_where_that_was_compared_and_no_flag_or_preset_says_otherwise():
     def theta(**arguments):
-        options = {"vocab_size": 61}
+        options = {"vocab_size": 61, "pad_token_id": 0}
         return build_model(
             AutoModelForMaskedLM, "lion", TextModelArguments(**arguments), SMALL_TEXT_MODEL, options
         ).config
@@ -92,6 +92,8 @@ def test_new_text_models_rotate_where_that_was_compared_and_no_flag_or_preset_sa
         "linear_attention": {"rope_type": "default", "rope_theta": 50.0},
     }
     assert theta(**small, preset="lion-s-base").linear_rope_theta is None
+    changed = theta(**small, preset="lion-s-modern-tiny", rope_theta=30, local_layers=[0])
+    assert (changed.rope_theta, changed.linear_rope_theta) == (30.0, 10000.0)
     assert not hasattr(theta(**small, model_type="bert"), "linear_rope_theta")
 
 

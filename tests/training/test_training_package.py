@@ -94,7 +94,8 @@ def test_modules_import_only_those_before_them(package):
 
 
 ALLOWED = {
-    "", "convert", "convert.encoder", "hub", "models.configuration_lion", "models.lion_inputs", "models.modeling_lion",
+    "", "convert", "convert.encoder", "hub", "models.configuration_lion", "models.lion_inputs", "models.lion_presets",
+    "models.modeling_lion",
     "models.modeling_lion_vision", "nn.mixer", "nn.names", "nn.variants",
 }  # fmt: skip
 

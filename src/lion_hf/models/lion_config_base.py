@@ -32,7 +32,7 @@ from .lion_options import (
     sorted_layers,
     with_linear_theta,
 )
-from .lion_presets import MODERN_PRESETS, PAPER_PRESETS
+from .lion_presets import MODERN_PRESETS, PAPER_PRESETS, preset_options
 
 
 logger = logging.get_logger(__name__)
@@ -153,7 +153,7 @@ class LionOptions:
         if "order" in kwargs and "order" not in cls.__dataclass_fields__:
             normalised("order", kwargs.pop("order"), cls)  # an error unless it has no effect here
         if "rope_theta" in kwargs:
-            kwargs["rope_parameters"] = rope_of_theta(kwargs.pop("rope_theta"))
+            kwargs["rope_parameters"] = with_theta(config_dict.get("rope_parameters"), kwargs.pop("rope_theta"))
         if "linear_rope_theta" in kwargs:
             rope = kwargs.get("rope_parameters", config_dict.get("rope_parameters"))
             kwargs["rope_parameters"] = with_linear_theta(rope, kwargs.pop("linear_rope_theta"))
@@ -269,7 +269,7 @@ class LionOptions:
         known = {name for name, options in presets.items() if ("patch_size" in options) == is_image}
         if key not in known:
             raise ValueError(f"{name!r} is not a preset of {cls.__name__}; allowed are {', '.join(sorted(known))}.")
-        options = {**presets[key], **overrides}
+        options = preset_options(presets[key], overrides)
         if "vocab_size" in overrides and "pad_token_id" not in overrides:  # another vocabulary has another padding
             options.pop("pad_token_id", None)
         if "local_layers" not in overrides and "local_layers" in options:  # those of a model with fewer layers
@@ -289,6 +289,12 @@ def rope_of_theta(theta: float | None) -> dict[str, Any] | None:
     return None if theta is None else {"rope_type": "default", "rope_theta": theta}
 
 
+def with_theta(rope: dict[str, Any] | None, theta: float | None) -> dict[str, Any] | None:
+    """Return `rope_parameters` with RoPE of this theta in softmax and local layers; that of LION's layers stays."""
+    linear = ((rope or {}).get(LINEAR) or {}).get("rope_theta")
+    return rope_of_theta(theta) if linear is None else with_linear_theta(rope_of_theta(theta), linear)
+
+
 def _drop_undecided(options: dict[str, Any]) -> None:
     """Remove structural options that are None, so that the stored values stay."""
     for name in STRUCTURAL:
@@ -303,7 +309,7 @@ def in_plain_values(cls: type) -> type:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "rope_theta":
-            name, value = "rope_parameters", rope_of_theta(value)
+            name, value = "rope_parameters", with_theta(self.rope_parameters, value)
         elif name == "linear_rope_theta":
             name, value = "rope_parameters", with_linear_theta(self.rope_parameters, value)
         value = normalised(name, plain(value), type(self))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from .lion_options import ROPE_KINDS
+from .lion_options import LINEAR, ROPE_KINDS
 
 
 def _presets() -> Mapping[str, Mapping[str, Any]]:
@@ -79,3 +79,12 @@ MODERN_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "lion-s-modern-large": _modern(1024, 28, 16, 2624),
     }
 )
+
+
+def preset_options(preset: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a preset with what overrides them; `rope_theta` leaves RoPE in LION's layers as it is."""
+    options = {**preset, **overrides}
+    if "rope_theta" in overrides and "rope_parameters" in preset and "rope_parameters" not in overrides:
+        linear = options.pop("rope_parameters")[LINEAR]["rope_theta"]
+        options.setdefault("linear_rope_theta", linear)
+    return options

@@ -12,6 +12,7 @@ from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 from ..convert import config_from_bert, config_from_encoder, config_from_vit, from_bert, from_encoder, from_vit
 from ..convert.encoder import FAMILIES, kept_layers
 from ..models.configuration_lion import MODERN_PRESETS, PRESETS, STRUCTURAL, LionConfig, LionVisionConfig
+from ..models.lion_presets import preset_options
 from ..nn.variants import VARIANTS
 from .arguments import LIVE_OPTIONS, ModelArguments
 from .errors import UserError, require_folder_or_hub_name, user_errors
@@ -207,7 +208,7 @@ def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any
         raise UserError(f"--preset is {model.preset!r}; allowed are {', '.join(presets)}")
     if "hidden_size" in overrides:
         overrides.setdefault("intermediate_size", 4 * overrides["hidden_size"])
-    return (NAMED[model.preset.lower()] if model.preset else {}) | overrides
+    return preset_options(NAMED[model.preset.lower()], overrides) if model.preset else overrides
 
 
 def _variant_name(options: dict[str, Any]) -> str | None:
