@@ -491,3 +491,8 @@ def test_rope_theta_leaves_rope_of_lions_own_layers_as_it_is(tmp_path):
     assert (config.rope_theta, config.linear_rope_theta) == (10000.0, None)
     config = LionConfig.from_preset("lion-s-modern-tiny", rope_theta=7.0, linear_rope_theta=9.0)
     assert (config.rope_theta, config.linear_rope_theta) == (7.0, 9.0)
+    LionConfig(rope_theta=500.0).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, linear_rope_theta=None).rope_parameters["rope_theta"] == 500.0
+    config = LionConfig(rope_theta=500.0, linear_rope_theta=9.0)
+    config.linear_rope_theta = None
+    assert config.rope_parameters == LionConfig(rope_theta=500.0).rope_parameters

@@ -84,6 +84,7 @@ def test_new_text_models_rotate_where_that_was_compared_and_no_flag_or_preset_sa
         config = theta(**small, mask_type=name)
         assert config.linear_rope_theta == 10000.0 and config.rope_theta is None
         assert theta(**small, mask_type=name, linear_rope_theta=0).linear_rope_theta is None
+    assert theta(**small | {"hidden_size": 6}).linear_rope_theta is theta(**small, key_dim=3).linear_rope_theta is None
     for name in ("hgrn2", "gla"):
         assert theta(**small, mask_type=name).linear_rope_theta is None
     assert theta(**small, mask_type="gla", linear_rope_theta=50, rope_theta=30).rope_parameters == {

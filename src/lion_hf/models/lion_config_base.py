@@ -154,9 +154,9 @@ class LionOptions:
             normalised("order", kwargs.pop("order"), cls)  # an error unless it has no effect here
         if "rope_theta" in kwargs:
             kwargs["rope_parameters"] = with_theta(config_dict.get("rope_parameters"), kwargs.pop("rope_theta"))
-        if "linear_rope_theta" in kwargs:
+        if (theta := kwargs.pop("linear_rope_theta", None)) is not None:
             rope = kwargs.get("rope_parameters", config_dict.get("rope_parameters"))
-            kwargs["rope_parameters"] = with_linear_theta(rope, kwargs.pop("linear_rope_theta"))
+            kwargs["rope_parameters"] = with_linear_theta(rope, theta)
         _drop_undecided(kwargs)
         cls.require_structure(config_dict, {name: kwargs[name] for name in STRUCTURAL if name in kwargs})
         result = super().from_dict(cls._arguments(config_dict), **kwargs)

@@ -161,7 +161,9 @@ def with_linear_theta(rope: Mapping[str, Any] | None, theta: Any) -> dict[str, A
     """Return `rope_parameters` with RoPE of this theta in LION's own layers: a number or a list, None for no RoPE."""
     by_kind = any(kind in (rope or {}) for kind in ROPE_KINDS)
     kinds = rope if by_kind else dict.fromkeys(ROPE_KINDS[:2], rope)
-    return plain_rope({**kinds, LINEAR: None if theta is None else {"rope_theta": theta}})
+    found = plain_rope({**kinds, LINEAR: None if theta is None else {"rope_theta": theta}})
+    softmax, local = (found or {}).get(ROPE_KINDS[0]), (found or {}).get(ROPE_KINDS[1])
+    return softmax if found and LINEAR not in found and softmax == local else found  # the short form, as without theta
 
 
 def with_linear_rope(rope: Mapping[str, Any], local_layers: Collection[int], count: int) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def fused_normed_silu(*tensors: Tensor) -> tuple[Callable, Callable] | None:
     x = tensors[0]
     if BACKEND == "torch" or not (BACKEND or x.is_cuda) or x.dtype == torch.float64:
         return None
-    if is_abstract(x) or is_transformed(*tensors):
+    if any(map(is_abstract, tensors)) or is_transformed(*tensors):
         return None
     try:
         from .triton.features import normed_silu, normed_silu_of_both

@@ -202,8 +202,9 @@ def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any
     presets = [name for name, sizes in NAMED.items() if ("patch_size" in sizes) == (model_type == "lion_vision")]
     if not model.preset:
         overrides = {**defaults, **overrides}
-        if "linear_rope_theta" not in model.overrides() and _variant_name(overrides) not in ROTATED:
-            overrides.pop("linear_rope_theta", None)
+        by_default = "linear_rope_theta" in defaults and "linear_rope_theta" not in model.overrides()
+        if by_default and not _rotates_by_default(overrides):
+            del overrides["linear_rope_theta"]
     elif model.preset.lower() not in presets:
         raise UserError(f"--preset is {model.preset!r}; allowed are {', '.join(presets)}")
     if "hidden_size" in overrides:
@@ -211,10 +212,12 @@ def _new_options(model_type: str, model: ModelArguments, defaults: dict[str, Any
     return preset_options(NAMED[model.preset.lower()], overrides) if model.preset else overrides
 
 
-def _variant_name(options: dict[str, Any]) -> str | None:
-    """Return the name of the variant, which may be given in any of its spellings; None for an unknown one."""
+def _rotates_by_default(options: dict[str, Any]) -> bool:
+    """Whether the variant, in any of its spellings, is one of `ROTATED`, and heads have an even width."""
     given = str(options.get("mask_type")).lower()
-    return next((name for name, cls in VARIANTS.items() if given in (name, *cls.spellings)), None)
+    name = next((name for name, cls in VARIANTS.items() if given in (name, *cls.spellings)), None)
+    width = options.get("key_dim") or options["hidden_size"] // options["num_attention_heads"]
+    return name in ROTATED and width % 2 == 0
 
 
 def _options_of_baseline(model_type: str, model: ModelArguments) -> dict[str, Any]:
