@@ -157,6 +157,7 @@ def test_activations_are_recomputed(how, route):
     assert any("::mix" in name for name in found) == (how == "selective")
 
 
+@pytest.mark.slow
 def test_hooks_see_what_is_saved(route):
     leaves, _ = inputs(20, "token")
     kept = []
@@ -173,6 +174,7 @@ def test_second_derivatives_are_refused(route):
         torch.autograd.grad(gradient.sum(), leaves[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [False, True])
 def test_outputs_may_be_changed_in_place(both, route):
     leaves, mask = inputs(20, "token")
